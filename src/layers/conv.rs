@@ -1,0 +1,310 @@
+//! Convolutions with a low-rank update of their kernel: `y = conv(x, W) + conv(dropout(x), ΔW) +
+//! bias`, with `ΔW = (alpha/r)·(B·A)` reshaped to the kernel.
+//!
+//! With n spatial dimensions, g groups and a kernel of k in each: `x` is (batch, in, spatial..),
+//! `W` (out, in/g, k..), `A` (r·k, in·k^⌈n/2⌉) and `B` (out/g·k^⌊n/2⌋, r·k). For n = 2 these are
+//! loralib's own; its Conv1d and Conv3d fail for every k > 1, and this formula mends them. A starts
+//! at U(±1/√columns) and B at zero.
+//!
+//! ```
+//! use candle_core::{DType, Device, Module, Tensor};
+//! use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
+//! use loralib as lora;
+//!
+//! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+//! let cfg = lora::LoraConfig { r: 2, lora_alpha: 4., ..Default::default() };
+//! let layer = lora::conv2d(3, 8, 3, Conv2dConfig { padding: 1, ..Default::default() }, cfg, vb)?;
+//! let y = layer.forward(&Tensor::ones((2, 3, 16, 12), DType::F32, &Device::Cpu)?)?;
+//! assert_eq!(y.dims(), [2, 8, 16, 12]);
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+
+use super::adapted::{wrapped_bias, Adapted};
+use super::linear::uniform;
+use super::low_rank::Start;
+use super::weight::{Placement, Weight};
+use super::{LoraConfig, LowRank};
+use crate::ops::{self, Geometry};
+use candle_core::{bail, Module, Result, Tensor};
+use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
+
+/// The options of a [`Conv3d`], which candle has no layer for; each holds for all three dimensions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conv3dConfig {
+    /// Zeros added at both ends of each spatial dimension. Default 0.
+    pub padding: usize,
+    /// Default 1.
+    pub stride: usize,
+    /// Default 1.
+    pub dilation: usize,
+    /// Groups of channels that do not see each other. Default 1.
+    pub groups: usize,
+}
+
+impl Default for Conv3dConfig {
+    fn default() -> Self {
+        Self { padding: 0, stride: 1, dilation: 1, groups: 1 }
+    }
+}
+
+/// The options of a convolution, which also tell its number of spatial dimensions.
+pub trait ConvConfig: Copy + std::fmt::Debug + sealed::Sealed {
+    /// The number of spatial dimensions.
+    const N: usize;
+    /// (padding, stride, dilation, groups)
+    fn options(&self) -> (usize, usize, usize, usize);
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! conv_config {
+    ($($config:ty, $n:literal;)*) => {$(
+        impl sealed::Sealed for $config {}
+        impl ConvConfig for $config {
+            const N: usize = $n;
+            fn options(&self) -> (usize, usize, usize, usize) {
+                (self.padding, self.stride, self.dilation, self.groups)
+            }
+        }
+    )*};
+}
+conv_config! { Conv1dConfig, 1; Conv2dConfig, 2; Conv3dConfig, 3; }
+
+/// [`candle_nn::Conv1d`] with a low-rank update of its kernel.
+pub type Conv1d = Adapted<Conv1dConfig>;
+/// [`candle_nn::Conv2d`] with a low-rank update of its kernel.
+pub type Conv2d = Adapted<Conv2dConfig>;
+/// A convolution over (batch, in, depth, height, width) with a low-rank update of its kernel.
+pub type Conv3d = Adapted<Conv3dConfig>;
+
+impl Conv1d {
+    /// Wraps a layer. Only `lora_A` and `lora_B` come from `vb`, and the bias if `vb` trains it.
+    ///
+    /// # Errors
+    /// When an option is out of its range or has no meaning here (`fan_in_fan_out`), or `vb` has
+    /// tensors of other shapes.
+    pub fn new(base: candle_nn::Conv1d, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
+        wrap(base.weight(), base.bias(), *base.config(), cfg, vb)
+    }
+
+    /// The plain layer with the update merged into its kernel.
+    ///
+    /// # Errors
+    /// When a merged weight is not finite.
+    pub fn into_merged(self) -> Result<candle_nn::Conv1d> {
+        let (weight, bias) = self.merged_parts()?;
+        Ok(candle_nn::Conv1d::new(weight, bias, self.kind))
+    }
+}
+
+impl Conv2d {
+    /// Wraps a layer, as [`Conv1d::new`].
+    ///
+    /// # Errors
+    /// As [`Conv1d::new`].
+    pub fn new(base: candle_nn::Conv2d, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
+        wrap(base.weight(), base.bias(), *base.config(), cfg, vb)
+    }
+
+    /// The plain layer with the update merged into its kernel.
+    ///
+    /// # Errors
+    /// When a merged weight is not finite.
+    pub fn into_merged(self) -> Result<candle_nn::Conv2d> {
+        let (weight, bias) = self.merged_parts()?;
+        Ok(candle_nn::Conv2d::new(weight, bias, self.kind))
+    }
+}
+
+impl Conv3d {
+    /// A layer around a weight (out, in/g, k, k, k) and a bias (out), as [`Conv1d::new`].
+    ///
+    /// # Errors
+    /// As [`Conv1d::new`].
+    pub fn new(
+        weight: Tensor,
+        bias: Option<Tensor>,
+        conv_cfg: Conv3dConfig,
+        cfg: LoraConfig,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        wrap(&weight, bias.as_ref(), conv_cfg, cfg, vb)
+    }
+
+    /// The layer without an update, its kernel merged; candle has no plain layer of this kind.
+    ///
+    /// # Errors
+    /// When a merged weight is not finite.
+    pub fn into_merged(self) -> Result<Self> {
+        let (weight, bias) = self.merged_parts()?;
+        let weight = Weight::new(weight, None, Placement::Reshaped, &LoraConfig::default())?;
+        Ok(Self { weight, bias, kind: self.kind })
+    }
+}
+
+impl<C: ConvConfig> Adapted<C> {
+    fn geometry(&self) -> Geometry {
+        let (padding, stride, dilation, groups) = self.kind.options();
+        let k = self.weight.base().dims()[2];
+        let spatial = |value, none| {
+            let mut sizes = [none; 3];
+            sizes[3 - C::N..].fill(value);
+            sizes
+        };
+        Geometry {
+            groups,
+            kernel: spatial(k, 1),
+            padding: spatial(padding, 0),
+            stride: spatial(stride, 1),
+            dilation: spatial(dilation, 1),
+        }
+    }
+}
+
+fn wrap<C: ConvConfig>(
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    kind: C,
+    cfg: LoraConfig,
+    vb: VarBuilder,
+) -> Result<Adapted<C>> {
+    let weight = adapt(weight, kind, &cfg, &vb)?;
+    Ok(Adapted { kind, weight, bias: wrapped_bias(bias, &names(&vb, "bias"))? })
+}
+
+fn adapt<C: ConvConfig>(
+    base: &Tensor,
+    kind: C,
+    cfg: &LoraConfig,
+    vb: &VarBuilder,
+) -> Result<Weight> {
+    let n = C::N;
+    let (_, stride, dilation, groups) = kind.options();
+    cfg.validate(base.dtype())?;
+    cfg.refuse("a convolution", &[("fan_in_fan_out", cfg.fan_in_fan_out)])?;
+    let dims = base.dims();
+    if dims.len() != n + 2 || dims[2..].iter().any(|k| *k != dims[2]) {
+        bail!("conv{n}d: the weight is {dims:?}, expected (out, in/groups, {n} times one size k)")
+    }
+    let (out, per_group, k) = (dims[0], dims[1], dims[2]);
+    if groups == 0 || out % groups != 0 || stride == 0 || dilation == 0 || k == 0 {
+        bail!("conv{n}d: the weight {dims:?} does not go with {kind:?}")
+    }
+    let ranks = cfg.r * k;
+    let columns = per_group * groups * k.pow(n.div_ceil(2) as u32);
+    let rows = out / groups * k.pow(n as u32 / 2);
+    let low_rank = || LowRank::new((ranks, columns), rows, Start::UniformA, cfg, base.dtype(), vb);
+    let update = (cfg.r > 0).then(low_rank).transpose()?;
+    Weight::new(base.clone(), update, Placement::Reshaped, cfg)
+}
+
+/// Where `vb` has a convolution's tensor: under the layer's name, or under loralib's second one,
+/// `conv.weight` and `conv.bias`.
+fn names<'a>(vb: &VarBuilder<'a>, name: &str) -> VarBuilder<'a> {
+    match vb.contains_tensor(name) || !vb.contains_tensor(&format!("conv.{name}")) {
+        true => vb.clone(),
+        false => vb.pp("conv"),
+    }
+}
+
+impl<C: ConvConfig> Module for Adapted<C> {
+    /// (batch, in, spatial..) to (batch, out, spatial..).
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (w, update) = self.weight.running();
+        let geometry = self.geometry();
+        let y = match update {
+            None => ops::conv(x, &w, geometry)?,
+            Some(update) => {
+                let factor = update.factors(w.dtype())?.remove(0);
+                let delta = factor.b.matmul(&factor.a)?.reshape(w.shape())?;
+                match ops::dropout_mask(x, update.dropout(), x.dtype())? {
+                    // The kernel is small beside the activations: its sum costs one convolution
+                    // where two would stand.
+                    None => {
+                        let w = ops::plus_frozen(&delta, &w.to_dtype(delta.dtype())?)?;
+                        ops::conv(x, &w.to_dtype(x.dtype())?, geometry)?
+                    }
+                    Some(mask) => {
+                        let update =
+                            ops::conv(&(x * mask)?, &delta.to_dtype(x.dtype())?, geometry)?;
+                        let base = ops::conv(x, &w, geometry)?;
+                        match base.track_op() {
+                            true => (base + update)?,
+                            false => ops::plus_frozen(&update, &base)?,
+                        }
+                    }
+                }
+            }
+        };
+        let Some(bias) = self.weight.running_bias(self.bias.as_ref()) else { return Ok(y) };
+        let bias = bias.reshape([&[1, bias.elem_count()][..], &[1; 3][..C::N]].concat())?;
+        match bias.track_op() {
+            true => y.broadcast_add(&bias),
+            false => ops::plus_frozen(&y, &bias),
+        }
+    }
+}
+
+fn build<C: ConvConfig>(
+    (in_channels, out_channels, k): (usize, usize, usize),
+    bias: bool,
+    kind: C,
+    cfg: LoraConfig,
+    vb: VarBuilder,
+) -> Result<Adapted<C>> {
+    let (_, _, _, groups) = kind.options();
+    let Some(0) = in_channels.checked_rem(groups) else {
+        bail!("conv{}d: {groups} groups do not divide {in_channels} input channels", C::N)
+    };
+    let per_group = in_channels / groups;
+    let init = uniform(per_group * k.pow(C::N as u32));
+    let shape = [&[out_channels, per_group][..], &[k; 3][..C::N]].concat();
+    let weight = names(&vb, "weight").get_with_hints(shape, "weight", init)?;
+    let weight = adapt(&weight, kind, &cfg, &vb)?;
+    let bias = bias.then(|| names(&vb, "bias").get_with_hints(out_channels, "bias", init));
+    Ok(Adapted { kind, weight, bias: bias.transpose()? })
+}
+
+macro_rules! constructors {
+    ($($with_bias:ident, $without:ident, $config:ty, $layer:ty, $name:literal;)*) => {$(
+        #[doc = concat!("A ", $name, "-dimensional convolution with a bias and a kernel of `k` in each \
+            dimension, its base and adapter from `vb`: `weight` (or `conv.weight`), `bias` (or \
+            `conv.bias`), `lora_A`, `lora_B`.")]
+        ///
+        /// # Errors
+        /// When the groups do not divide the channels, an option is out of its range or has no
+        /// meaning here (`fan_in_fan_out`), or `vb` lacks a tensor or has it in another shape.
+        pub fn $with_bias(
+            in_channels: usize,
+            out_channels: usize,
+            k: usize,
+            conv_cfg: $config,
+            cfg: LoraConfig,
+            vb: VarBuilder,
+        ) -> Result<$layer> {
+            build((in_channels, out_channels, k), true, conv_cfg, cfg, vb)
+        }
+
+        #[doc = concat!("[`", stringify!($with_bias), "`] without a bias.")]
+        ///
+        /// # Errors
+        #[doc = concat!("As [`", stringify!($with_bias), "`].")]
+        pub fn $without(
+            in_channels: usize,
+            out_channels: usize,
+            k: usize,
+            conv_cfg: $config,
+            cfg: LoraConfig,
+            vb: VarBuilder,
+        ) -> Result<$layer> {
+            build((in_channels, out_channels, k), false, conv_cfg, cfg, vb)
+        }
+    )*};
+}
+constructors! {
+    conv1d, conv1d_no_bias, Conv1dConfig, Conv1d, "one";
+    conv2d, conv2d_no_bias, Conv2dConfig, Conv2d, "two";
+    conv3d, conv3d_no_bias, Conv3dConfig, Conv3d, "three";
+}

@@ -1,0 +1,88 @@
+//! Switching a model between training and evaluation.
+
+use candle_core::Result;
+
+/// Whether a model trains or evaluates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The update beside the weight, with dropout.
+    Train,
+    /// The update merged into a copy of the weight (unless `merge_weights` is off), no dropout and
+    /// no graph.
+    Eval,
+}
+
+/// A layer, or a model of such layers, that can train and evaluate. For a struct of layers,
+/// [`lora_module!`](crate::lora_module) writes the implementation.
+pub trait LoraModule {
+    /// Enters a mode. Entering [`Mode::Eval`] again merges afresh: this is how newly loaded
+    /// adapters take effect.
+    ///
+    /// # Errors
+    /// When a merged weight would not be finite; that layer stays as it was.
+    fn set_mode(&mut self, mode: Mode) -> Result<()>;
+
+    /// Enters [`Mode::Train`], the mode in which layers are made.
+    fn train(&mut self) -> Result<()> {
+        self.set_mode(Mode::Train)
+    }
+
+    /// Enters [`Mode::Eval`].
+    fn eval(&mut self) -> Result<()> {
+        self.set_mode(Mode::Eval)
+    }
+}
+
+impl<T: LoraModule> LoraModule for [T] {
+    fn set_mode(&mut self, mode: Mode) -> Result<()> {
+        self.iter_mut().try_for_each(|module| module.set_mode(mode))
+    }
+}
+
+impl<T: LoraModule> LoraModule for Vec<T> {
+    fn set_mode(&mut self, mode: Mode) -> Result<()> {
+        self.as_mut_slice().set_mode(mode)
+    }
+}
+
+impl<T: LoraModule> LoraModule for Option<T> {
+    fn set_mode(&mut self, mode: Mode) -> Result<()> {
+        self.iter_mut().try_for_each(|module| module.set_mode(mode))
+    }
+}
+
+impl<T: LoraModule + ?Sized> LoraModule for Box<T> {
+    fn set_mode(&mut self, mode: Mode) -> Result<()> {
+        self.as_mut().set_mode(mode)
+    }
+}
+
+/// Implements [`LoraModule`](crate::LoraModule) for a struct: first the fields that have a mode,
+/// then, behind a semicolon, all others.
+///
+/// ```
+/// use loralib as lora;
+/// struct Attention { qkv: lora::MergedLinear, proj: lora::Linear, norm: candle_nn::LayerNorm }
+/// lora::lora_module!(Attention { qkv, proj; norm });
+/// ```
+///
+/// A field that is named on neither side does not compile, so none is forgotten:
+///
+/// ```compile_fail,E0027
+/// use loralib as lora;
+/// struct Attention { qkv: lora::MergedLinear, proj: lora::Linear, norm: candle_nn::LayerNorm }
+/// lora::lora_module!(Attention { qkv; norm });
+/// ```
+#[macro_export]
+macro_rules! lora_module {
+    ($name:ident { $($field:ident),* $(,)? $(; $($other:ident),* $(,)?)? }) => {
+        impl $crate::LoraModule for $name {
+            fn set_mode(&mut self, mode: $crate::Mode) -> $crate::candle_core::Result<()> {
+                let Self { $($field,)* $($($other: _,)*)? } = self;
+                $($crate::LoraModule::set_mode($field, mode)?;)*
+                let _ = mode;
+                Ok(())
+            }
+        }
+    };
+}

@@ -1,0 +1,195 @@
+//! Convolution on the CPU: a sample at a time, unfolded into columns and multiplied by candle's own
+//! matrix product, with the samples spread over the threads.
+
+use super::conv::Sizes;
+use super::op::if_tracked;
+use super::unfold::{fold, unfold};
+use candle_core::backend::BackendStorage;
+use candle_core::{bail, CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor, WithDType};
+use rayon::prelude::*;
+use std::ops::AddAssign;
+
+/// Which of the three tensors of a convolution is computed from the other two.
+pub(super) enum Convolve {
+    /// (x, w) to y
+    Output(Sizes),
+    /// (gradient of y, w) to the gradient of x
+    Input(Sizes),
+    /// (gradient of y, x) to the gradient of w
+    Kernel(Sizes),
+}
+
+impl Convolve {
+    /// `x` and `w` in F32 or F64, to (batch, out, positions).
+    pub fn apply(x: &Tensor, w: &Tensor, sizes: Sizes) -> Result<Tensor> {
+        x.contiguous()?.apply_op2(&w.contiguous()?, Self::Output(sizes))
+    }
+
+    fn run<T: WithDType + AddAssign>(&self, a: Operand, b: Operand) -> Result<(CpuStorage, Shape)> {
+        let (y, shape): (Vec<T>, Shape) = match self {
+            Self::Output(s) => (output(s, a, b)?, (s.batch, s.c_out, s.positions()).into()),
+            Self::Input(s) => (input(s, a, b)?, (s.batch, s.c_in, s.input_len()).into()),
+            Self::Kernel(s) => (kernel(s, a, b)?, (s.c_out, s.reach()).into()),
+        };
+        Ok((T::to_cpu_storage_owned(y), shape))
+    }
+}
+
+impl CustomOp2 for Convolve {
+    fn name(&self) -> &'static str {
+        "convolution"
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        al: &Layout,
+        b: &CpuStorage,
+        bl: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (a, b) = (Operand::new(a, al), Operand::new(b, bl));
+        match a.storage {
+            CpuStorage::F32(_) => self.run::<f32>(a, b),
+            CpuStorage::F64(_) => self.run::<f64>(a, b),
+            s => bail!("convolution: {:?} is neither F32 nor F64", s.dtype()),
+        }
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Self::Output(sizes) = *self else { bail!("convolution: no second derivative") };
+        let grad = grad.contiguous()?;
+        let gx =
+            if_tracked(x, || grad.apply_op2_no_bwd(w, &Self::Input(sizes))?.reshape(x.shape()))?;
+        let gw =
+            if_tracked(w, || grad.apply_op2_no_bwd(x, &Self::Kernel(sizes))?.reshape(w.shape()))?;
+        Ok((gx, gw))
+    }
+}
+
+/// A contiguous tensor's storage and where it starts.
+#[derive(Clone, Copy)]
+struct Operand<'a> {
+    storage: &'a CpuStorage,
+    start: usize,
+}
+
+impl<'a> Operand<'a> {
+    fn new(storage: &'a CpuStorage, layout: &Layout) -> Self {
+        Self { storage, start: layout.start_offset() }
+    }
+
+    fn values<T: WithDType>(&self, len: usize) -> Result<&'a [T]> {
+        Ok(&T::cpu_storage_as_slice(self.storage)?[self.start..self.start + len])
+    }
+
+    /// The `i`-th of the (rows, cols) matrices that it consists of.
+    fn matrix(&self, i: usize, rows: usize, cols: usize) -> (&'a CpuStorage, Layout) {
+        let start = self.start + i * rows * cols;
+        (self.storage, Layout::contiguous_with_offset((rows, cols), start))
+    }
+}
+
+/// `a·b` of two matrices, as values.
+fn product<T: WithDType>(
+    (a, al): (&CpuStorage, Layout),
+    (b, bl): (&CpuStorage, Layout),
+) -> Result<Vec<T>> {
+    let (m, k) = al.shape().dims2()?;
+    let n = bl.dims()[1];
+    T::cpu_storage_data(a.matmul(b, (1, m, n, k), &al, &bl)?)
+}
+
+/// One group's columns of one sample, (reach, positions), in a buffer that a thread keeps.
+struct Columns<T>(Vec<T>);
+
+impl<T: WithDType> Columns<T> {
+    fn new(s: &Sizes) -> Self {
+        Self(vec![T::zero(); s.reach() * s.positions()])
+    }
+
+    /// Unfolds `x` and gives the columns to `f` as an operand of a product.
+    fn with<R>(
+        &mut self,
+        s: &Sizes,
+        x: &[T],
+        f: impl FnOnce((&CpuStorage, Layout)) -> Result<R>,
+    ) -> Result<R> {
+        unfold(s, x, &mut self.0);
+        let storage = T::to_cpu_storage_owned(std::mem::take(&mut self.0));
+        let r = f((&storage, Layout::contiguous((s.reach(), s.positions()))));
+        self.0 = T::cpu_storage_data(storage)?;
+        r
+    }
+}
+
+/// The values of one group's channels in a sample, and the number of output channels of a group.
+fn per_group(s: &Sizes) -> (usize, usize) {
+    (s.c_in / s.geometry.groups * s.input_len(), s.c_out / s.geometry.groups)
+}
+
+fn output<T: WithDType>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
+    let (groups, n) = (s.geometry.groups, s.positions());
+    let (x_len, outs) = per_group(s);
+    let x = x.values::<T>(s.batch * groups * x_len)?;
+    let mut y = vec![T::zero(); s.batch * s.c_out * n];
+    let samples = y.par_chunks_mut(s.c_out * n).zip(x.par_chunks(groups * x_len));
+    samples.try_for_each_init(
+        || Columns::new(s),
+        |columns, (y, x)| {
+            let parts = y.chunks_mut(outs * n).zip(x.chunks(x_len));
+            for (g, (y, x)) in parts.enumerate() {
+                let out = columns.with(s, x, |c| product(w.matrix(g, outs, s.reach()), c))?;
+                y.copy_from_slice(&out);
+            }
+            Ok::<_, Error>(())
+        },
+    )?;
+    Ok(y)
+}
+
+fn input<T: WithDType + AddAssign>(s: &Sizes, grad: Operand, w: Operand) -> Result<Vec<T>> {
+    let groups = s.geometry.groups;
+    let (x_len, outs) = per_group(s);
+    let mut gx = vec![T::zero(); s.batch * groups * x_len];
+    gx.par_chunks_mut(groups * x_len).enumerate().try_for_each(|(i, gx)| {
+        for (g, gx) in gx.chunks_mut(x_len).enumerate() {
+            let (w, wl) = w.matrix(g, outs, s.reach());
+            let grad = grad.matrix(i * groups + g, outs, s.positions());
+            fold(s, &product((w, wl.transpose(0, 1)?), grad)?, gx);
+        }
+        Ok::<_, Error>(())
+    })?;
+    Ok(gx)
+}
+
+fn kernel<T: WithDType + AddAssign>(s: &Sizes, grad: Operand, x: Operand) -> Result<Vec<T>> {
+    let groups = s.geometry.groups;
+    let (x_len, outs) = per_group(s);
+    let x = x.values::<T>(s.batch * groups * x_len)?;
+    let zeros = || vec![T::zero(); s.c_out * s.reach()];
+    let add = |sum: &mut [T], more: &[T]| sum.iter_mut().zip(more).for_each(|(s, m)| *s += *m);
+    x.par_chunks(groups * x_len)
+        .enumerate()
+        .try_fold(
+            || (zeros(), Columns::new(s)),
+            |(mut gw, mut columns), (i, x)| {
+                let parts = gw.chunks_mut(outs * s.reach()).zip(x.chunks(x_len));
+                for (g, (gw, x)) in parts.enumerate() {
+                    let grad = grad.matrix(i * groups + g, outs, s.positions());
+                    add(gw, &columns.with(s, x, |(c, l)| product(grad, (c, l.transpose(0, 1)?)))?);
+                }
+                Ok::<_, Error>((gw, columns))
+            },
+        )
+        .map(|sum| sum.map(|(gw, _)| gw))
+        .try_reduce(zeros, |mut a, b| {
+            add(&mut a, &b);
+            Ok(a)
+        })
+}

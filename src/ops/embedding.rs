@@ -1,0 +1,63 @@
+//! Rows of a frozen table and of its low-rank update as one operation: nothing but A's own
+//! gradient grows with the table.
+
+use super::backend::{wide, Backend, Term};
+use super::op::{if_tracked, Custom, Op};
+use crate::layers::LowRank;
+use candle_core::{DType, Layout, Result, Shape, Tensor};
+
+/// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
+/// (r, num) and B (dim, r).
+pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> Result<Tensor> {
+    let (num, dim) = w.dims2()?;
+    if !ids.dtype().is_int() {
+        candle_core::bail!("embedding: the ids are {:?}, expected integers", ids.dtype())
+    }
+    let mut dims = ids.dims().to_vec();
+    dims.push(dim);
+    // candle reads the largest value of an index type as padding, so that id 255 of a u8 or an
+    // id of u32::MAX would give zeros without an error: in i64 they are ordinary ids.
+    let ids = ids.flatten_all()?.to_dtype(DType::I64)?.contiguous()?;
+    let out = match update {
+        None => w.index_select(&ids, 0),
+        Some(update) => {
+            let factor = update.frozen().factors(w.dtype())?.remove(0);
+            let u = factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?;
+            let term = Term { u, v: factor.b.t()?, rows: 0..ids.elem_count(), cols: 0..dim };
+            let op = Lookup { w: w.detach(), ids, term, scaling: update.scaling() };
+            update.a().apply_op2(update.b(), Custom(op))
+        }
+    };
+    out.map_err(|e| e.context(format!("embedding: ids into a table of {num} rows")))?.reshape(dims)
+}
+
+struct Lookup {
+    w: Tensor,
+    ids: Tensor,
+    term: Term,
+    scaling: f64,
+}
+
+impl Op<2> for Lookup {
+    const NAME: &'static str = "adapted-embedding";
+
+    fn forward<S: Backend>(&self, _: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
+        let ((w, wl), (ids, idl)) = (self.w.storage_and_layout(), self.ids.storage_and_layout());
+        let dims = (self.term.rows.len(), self.term.cols.len());
+        let rows = S::of(&w)?.index_select(S::of(&ids)?, wl, idl, 0)?;
+        Ok((rows.plus(dims, None, std::slice::from_ref(&self.term))?, dims.into()))
+    }
+
+    fn backward(&self, [a, b]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
+        let g = grad.to_dtype(wide(grad.dtype()))?.contiguous()?;
+        let ga = if_tracked(a, || {
+            let h = g.matmul(&self.term.v.t()?)?.t()?.contiguous()?;
+            Tensor::zeros(a.shape(), h.dtype(), h.device())?
+                .index_add(&self.ids, &h, 1)?
+                .to_dtype(a.dtype())
+        })?;
+        let gb =
+            if_tracked(b, || (g.t()?.matmul(&self.term.u)? * self.scaling)?.to_dtype(b.dtype()))?;
+        Ok([ga, gb])
+    }
+}

@@ -1,0 +1,143 @@
+//! One way to write an operation with a backward of its own, for every backend at once.
+
+use super::backend::Backend;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, MetalStorage, Result, Shape,
+    Tensor,
+};
+
+/// An operation on `N` tensors. Whatever else it needs is frozen and a field of its own, so that
+/// candle's backward never allots it a gradient.
+pub(crate) trait Op<const N: usize>: Send + Sync + 'static {
+    const NAME: &'static str;
+
+    fn forward<S: Backend>(&self, args: [(&S, &Layout); N]) -> Result<(S, Shape)>;
+
+    /// The gradient of each argument; `None` where nothing trainable lies behind it. What comes
+    /// in and goes out is detached: the backward of a backward is not supported.
+    fn backward(&self, args: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+}
+
+/// Makes an [`Op`] one of candle's custom operations.
+pub(crate) struct Custom<T>(pub T);
+
+impl<T: Op<1>> CustomOp1 for Custom<T> {
+    fn name(&self) -> &'static str {
+        T::NAME
+    }
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.0.forward([(s, l)])
+    }
+    fn cuda_fwd(&self, s: &CudaStorage, l: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.forward([(s, l)])
+    }
+    fn metal_fwd(&self, s: &MetalStorage, l: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.0.forward([(s, l)])
+    }
+    fn bwd(&self, arg: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [g] = self.0.backward([arg], grad)?;
+        Ok(g)
+    }
+}
+
+impl<T: Op<2>> CustomOp2 for Custom<T> {
+    fn name(&self) -> &'static str {
+        T::NAME
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.0.forward([(s1, l1), (s2, l2)])
+    }
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.0.forward([(s1, l1), (s2, l2)])
+    }
+    fn metal_fwd(
+        &self,
+        s1: &MetalStorage,
+        l1: &Layout,
+        s2: &MetalStorage,
+        l2: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.0.forward([(s1, l1), (s2, l2)])
+    }
+    fn bwd(
+        &self,
+        arg1: &Tensor,
+        arg2: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [g1, g2] = self.0.backward([arg1, arg2], grad)?;
+        Ok((g1, g2))
+    }
+}
+
+impl<T: Op<3>> CustomOp3 for Custom<T> {
+    fn name(&self) -> &'static str {
+        T::NAME
+    }
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.0.forward([(s1, l1), (s2, l2), (s3, l3)])
+    }
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.0.forward([(s1, l1), (s2, l2), (s3, l3)])
+    }
+    fn metal_fwd(
+        &self,
+        s1: &MetalStorage,
+        l1: &Layout,
+        s2: &MetalStorage,
+        l2: &Layout,
+        s3: &MetalStorage,
+        l3: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.0.forward([(s1, l1), (s2, l2), (s3, l3)])
+    }
+    fn bwd(
+        &self,
+        arg1: &Tensor,
+        arg2: &Tensor,
+        arg3: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [g1, g2, g3] = self.0.backward([arg1, arg2, arg3], grad)?;
+        Ok((g1, g2, g3))
+    }
+}
+
+/// Computes a gradient only for an operand that leads to a variable; candle computes and keeps
+/// one for every operand.
+pub(crate) fn if_tracked(
+    arg: &Tensor,
+    grad: impl FnOnce() -> Result<Tensor>,
+) -> Result<Option<Tensor>> {
+    arg.track_op().then(grad).transpose()
+}

@@ -1,0 +1,129 @@
+//! Checkpoints on disk: safetensors files with the adapter's tensors and its configuration.
+
+use super::config_json::{from_json, to_json};
+use super::file;
+use super::state_dict::{check_finite, load_state_dict, LoadReport, StateDict, Strict};
+use crate::{Error, LoraConfig, Result};
+use candle_core::safetensors::Load;
+use candle_core::Device;
+use candle_nn::VarMap;
+use safetensors::tensor::SafeTensors;
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+/// The key of the configuration in a file's metadata.
+const CONFIG: &str = "loralib";
+
+/// What a checkpoint holds.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    /// The tensors by name.
+    pub tensors: StateDict,
+    /// The configuration they were trained with; `None` in files that others wrote.
+    pub config: Option<LoraConfig>,
+}
+
+/// Writes a safetensors file with the tensors and, in its metadata, the configuration.
+///
+/// The file appears at once, complete and on the disk, or not at all; equal contents give equal
+/// bytes. It has the mode of the file that it replaces, or that of any new file.
+///
+/// # Errors
+/// When there is nothing to save, a value is not finite, or the file system refuses. The error
+/// names the file.
+pub fn save_state_dict(
+    tensors: &StateDict,
+    cfg: &LoraConfig,
+    path: impl AsRef<Path>,
+) -> Result<()> {
+    let path = path.as_ref();
+    let save = || {
+        let bytes = serialize(tensors, Some((CONFIG, to_json(cfg))))?;
+        Ok(file::replace(path, &bytes)?)
+    };
+    save().map_err(|e: Error| e.at(path))
+}
+
+/// A safetensors file's bytes. One entry of metadata beside `format`: with more, their order and so
+/// the bytes would differ from save to save.
+pub(crate) fn serialize(tensors: &StateDict, metadata: Option<(&str, String)>) -> Result<Vec<u8>> {
+    if tensors.is_empty() {
+        return Err(Error::Empty { wanted: "an empty state dict".to_owned(), held: 0 });
+    }
+    let mut cpu = StateDict::new();
+    for (name, tensor) in tensors {
+        check_finite(name, tensor)?;
+        cpu.insert(name.clone(), tensor.to_device(&Device::Cpu)?);
+    }
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+    let metadata: HashMap<_, _> =
+        std::iter::once(("format".to_owned(), "pt".to_owned())).chain(metadata).collect();
+    let format = |e: safetensors::SafeTensorError| Error::Format {
+        format: "safetensors",
+        reason: e.to_string(),
+    };
+    safetensors::serialize(&cpu, Some(metadata)).map_err(format)
+}
+
+/// Reads a safetensors file, ours or another's.
+///
+/// # Errors
+/// When the file cannot be read, is not well-formed, or holds a tensor that candle cannot represent
+/// or a value that is not finite. The error names the file and the tensor.
+pub fn read_state_dict(path: impl AsRef<Path>, device: &Device) -> Result<Checkpoint> {
+    let path = path.as_ref();
+    let read = || {
+        // Read, not mapped: a mapped file that another process truncates ends this one.
+        parse(&fs::read(path)?, device)
+    };
+    read().map_err(|e: Error| e.at(path))
+}
+
+fn parse(bytes: &[u8], device: &Device) -> Result<Checkpoint> {
+    let format = |e: safetensors::SafeTensorError| Error::Format {
+        format: "safetensors",
+        reason: e.to_string(),
+    };
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(format)?;
+    let config = header.metadata().as_ref().and_then(|metadata| metadata.get(CONFIG));
+    let config = config.map(|text| from_json(text)).transpose()?;
+    let mut tensors = StateDict::new();
+    for (name, view) in SafeTensors::deserialize(bytes).map_err(format)?.iter() {
+        let tensor = view.load(device).map_err(|e| Error::tensor(name, e))?;
+        check_finite(name, &tensor)?;
+        tensors.insert(name.to_owned(), tensor);
+    }
+    Ok(Checkpoint { tensors, config })
+}
+
+/// Reads a checkpoint into the variables of `vars`, all of it or, on an error, nothing.
+///
+/// # Errors
+/// As [`read_state_dict`] and [`load_state_dict`]; and when the file carries a configuration whose
+/// scaling (`r`, `lora_alpha`, `rslora`) is not that of `cfg`.
+pub fn load_checkpoint(
+    path: impl AsRef<Path>,
+    vars: &VarMap,
+    cfg: &LoraConfig,
+    strict: Strict,
+) -> Result<LoadReport> {
+    let path = path.as_ref();
+    let Checkpoint { tensors, config } = read_state_dict(path, &Device::Cpu)?;
+    let load = || {
+        if let Some(saved) = config {
+            same("r", saved.r, cfg.r)?;
+            same("lora_alpha", saved.lora_alpha, cfg.lora_alpha)?;
+            same("rslora", saved.rslora, cfg.rslora)?;
+        }
+        load_state_dict(vars, &tensors, strict)
+    };
+    load().map_err(|e: Error| e.at(path))
+}
+
+fn same<T: PartialEq + ToString>(option: &'static str, saved: T, model: T) -> Result<()> {
+    match saved == model {
+        true => Ok(()),
+        false => Err(Error::Config { option, saved: saved.to_string(), model: model.to_string() }),
+    }
+}

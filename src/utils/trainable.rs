@@ -1,0 +1,216 @@
+//! The selection: which variables are trained, and so which are saved.
+//!
+//! It decides by the last component of a name (`lora_A`, `lora_B`, `bias`), where loralib looks for
+//! the words anywhere in it.
+
+use crate::{Error, Result};
+use candle_core::backprop::GradStore;
+use candle_core::Var;
+use candle_nn::VarMap;
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::sync::PoisonError;
+
+/// Which biases are trained and saved beside the adapters; loralib's `bias` argument.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Bias {
+    /// No bias (`"none"`).
+    #[default]
+    None,
+    /// Every bias of the model (`"all"`).
+    All,
+    /// The biases of the adapted layers (`"lora_only"`).
+    LoraOnly,
+}
+
+impl FromStr for Bias {
+    type Err = Error;
+
+    fn from_str(word: &str) -> Result<Self> {
+        match word {
+            "none" => Ok(Self::None),
+            "all" => Ok(Self::All),
+            "lora_only" => Ok(Self::LoraOnly),
+            _ => Err(Error::UnknownBias(word.to_owned())),
+        }
+    }
+}
+
+impl std::fmt::Display for Bias {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::All => "all",
+            Self::LoraOnly => "lora_only",
+        })
+    }
+}
+
+impl Bias {
+    /// Also trains and saves a whole module, such as a new head.
+    ///
+    /// ```
+    /// use loralib::Bias;
+    /// let what = Bias::None.and("classifier");
+    /// ```
+    pub fn and(self, module: impl Into<String>) -> Trainable {
+        Trainable::from(self).and(module)
+    }
+}
+
+/// What is trained and saved: the adapters, some biases, and perhaps whole modules.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Trainable {
+    bias: Bias,
+    modules: Vec<String>,
+}
+
+impl From<Bias> for Trainable {
+    fn from(bias: Bias) -> Self {
+        Self { bias, modules: vec![] }
+    }
+}
+
+impl Trainable {
+    /// Adds a module: every variable with these components somewhere on its path, so that
+    /// `"classifier"` selects `classifier.weight` and `bert.classifier.bias`.
+    pub fn and(mut self, module: impl Into<String>) -> Self {
+        self.modules.push(module.into());
+        self
+    }
+
+    /// Whether `name` is selected, in a model in which `exists` tells which names there are.
+    pub(crate) fn selects(&self, name: &str, exists: impl Fn(&str) -> bool) -> bool {
+        let (layer, last) = split(name);
+        if is_lora(last) || self.modules.iter().any(|module| is_within(name, module)) {
+            return true;
+        }
+        last == "bias"
+            && match self.bias {
+                Bias::None => false,
+                Bias::All => true,
+                Bias::LoraOnly => {
+                    // A convolution's bias may stand under loralib's second name, conv.bias.
+                    let layers = [Some(layer), layer.strip_suffix("conv").map(drop_dot)];
+                    layers.into_iter().flatten().any(|layer| exists(&join(layer, "lora_A")))
+                }
+            }
+    }
+
+    /// Whether `name` lies in one of the modules that are trained as a whole.
+    pub(crate) fn is_new(&self, name: &str) -> bool {
+        self.modules.iter().any(|module| is_within(name, module))
+    }
+
+    /// The selected variables, by name. An error if there are none, or none in one of the modules.
+    pub(crate) fn select(&self, vars: &VarMap) -> Result<BTreeMap<String, Var>> {
+        let all = variables(vars);
+        let selected: BTreeMap<_, _> = all
+            .iter()
+            .filter(|(name, _)| self.selects(name, |n| all.contains_key(n)))
+            .map(|(name, var)| (name.clone(), var.clone()))
+            .collect();
+        let empty = |wanted: String| Error::Empty { wanted, held: all.len() };
+        for module in &self.modules {
+            if !all.keys().any(|name| is_within(name, module)) {
+                return Err(empty(format!("the module {module:?}")));
+            }
+        }
+        if selected.is_empty() {
+            return Err(empty(format!("lora_A, lora_B or bias ({})", self.bias)));
+        }
+        Ok(selected)
+    }
+}
+
+/// All variables of a map, by name.
+pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
+    let data = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+    data.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+}
+
+/// The names of a map that an adapter is expected to have: all of them, unless the map holds the
+/// frozen base too (a `weight` beside a `lora_A`); then the adapters' factors.
+pub(crate) fn expected(vars: &BTreeMap<String, Var>) -> Vec<&str> {
+    let holds_base = vars.keys().any(|name| {
+        let (layer, last) = split(name);
+        let weight = |w| vars.contains_key(&join(layer, w));
+        last == "lora_A" && (weight("weight") || weight("conv.weight"))
+    });
+    vars.keys().map(String::as_str).filter(|name| !holds_base || is_lora(split(name).1)).collect()
+}
+
+/// The variables to train, sorted by name.
+///
+/// # Errors
+/// When there are none, or none in a module that was named.
+pub fn mark_only_lora_as_trainable(vars: &VarMap, what: impl Into<Trainable>) -> Result<Vec<Var>> {
+    Ok(what.into().select(vars)?.into_values().collect())
+}
+
+/// The names of adapter variables that `grads` has no gradient for, sorted.
+///
+/// Some of candle's fused operations (`softmax_last_dim`, `RmsNorm`, `LayerNorm` with a bias,
+/// `rope`) cut the graph without an error, so that what lies before them is never trained. Check
+/// once, after the first backward. Where `vars` holds the frozen base too, only `lora_A` and
+/// `lora_B` are looked at.
+pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
+    let vars = variables(vars);
+    expected(&vars)
+        .into_iter()
+        .filter(|name| vars.get(*name).is_some_and(|var| grads.get(var).is_none()))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The layer and the last component of a name.
+pub(crate) fn split(name: &str) -> (&str, &str) {
+    name.rsplit_once('.').unwrap_or(("", name))
+}
+
+pub(crate) fn join(layer: &str, last: &str) -> String {
+    match layer {
+        "" => last.to_owned(),
+        layer => format!("{layer}.{last}"),
+    }
+}
+
+pub(crate) fn is_lora(last: &str) -> bool {
+    matches!(last, "lora_A" | "lora_B")
+}
+
+fn drop_dot(layer: &str) -> &str {
+    layer.strip_suffix('.').unwrap_or(layer)
+}
+
+fn is_within(name: &str, module: &str) -> bool {
+    !module.is_empty() && format!(".{name}.").contains(&format!(".{module}."))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_by_their_last_component_and_modules_by_whole_components() {
+        let all =
+            ["q.lora_A", "q.bias", "k.bias", "x.conv.bias", "x.lora_A", "conv.bias", "lora_A"];
+        let exists = |name: &str| all.contains(&name);
+        let selects = |what: Trainable, name: &str| what.selects(name, exists);
+        let none = || Trainable::from(Bias::None);
+        let only = || Trainable::from(Bias::LoraOnly);
+        assert!(selects(none(), "q.lora_A"));
+        assert!(!selects(none(), "my_lora_Adapter.weight"));
+        assert!(!selects(none(), "lora_A.weight"));
+        assert!(!selects(none(), "q.bias"));
+        assert!(selects(Bias::All.into(), "k.bias"));
+        assert!(!selects(Bias::All.into(), "relative_attention_bias.weight"));
+        assert!(selects(only(), "q.bias"));
+        assert!(!selects(only(), "k.bias"));
+        assert!(selects(only(), "x.conv.bias"));
+        assert!(selects(only(), "conv.bias"));
+        assert!(selects(none().and("head"), "bert.head.weight"));
+        assert!(selects(none().and("bert.head"), "bert.head.weight"));
+        assert!(!selects(none().and("head"), "overhead.weight"));
+    }
+}

@@ -1,0 +1,108 @@
+//! A `VarBuilder` over a frozen base and a trainable adapter.
+
+use super::trainable::{is_lora, split, variables, Trainable};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor, Var};
+use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use candle_nn::{Init, VarMap};
+use std::sync::PoisonError;
+
+/// A `VarBuilder` that takes frozen tensors from `base`, and makes what is trained a variable of
+/// `adapter`: `lora_A` and `lora_B` with their initial values, a bias of the selection with the
+/// base's value, a module of the selection with the base's value where it has one.
+///
+/// What is already in `adapter` is used as it is. dtype and device are the base's.
+///
+/// # Errors
+/// A frozen tensor or a bias that `base` lacks is an error when it is asked for, never a random
+/// value.
+pub fn var_builder<'a>(
+    base: VarBuilder<'a>,
+    adapter: &VarMap,
+    what: impl Into<Trainable>,
+) -> VarBuilder<'a> {
+    let (dtype, device) = (base.dtype(), base.device().clone());
+    let backend = Split { base, adapter: adapter.clone(), what: what.into() };
+    VarBuilder::from_backend(Box::new(backend), dtype, device)
+}
+
+struct Split<'a> {
+    base: VarBuilder<'a>,
+    adapter: VarMap,
+    what: Trainable,
+}
+
+impl Split<'_> {
+    fn trains(&self, name: &str) -> bool {
+        self.what.selects(name, |n| self.adapter.contains_tensor(n))
+    }
+
+    /// The base's value, or `None` where a new one may be made.
+    fn base(&self, shape: &Shape, name: &str, dtype: DType) -> Result<Option<Tensor>> {
+        let may_be_new = is_lora(split(name).1) || self.what.is_new(name);
+        if !self.base.contains_tensor(name) {
+            if may_be_new {
+                return Ok(None);
+            }
+            bail!("the base has no tensor {name:?} (expected {shape:?})")
+        }
+        // An initial value that a base of variables would only use had it no such tensor.
+        let tensor = self.base.get_with_hints_dtype(shape.clone(), name, Init::default(), dtype)?;
+        Ok(Some(match tensor.is_variable() {
+            // What is cut out of a VarMap must not change when that map is trained or loaded.
+            true => tensor.copy()?.detach(),
+            false => tensor,
+        }))
+    }
+}
+
+impl SimpleBackend for Split<'_> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        if !self.trains(name) {
+            return match self.base(&shape, name, dtype)? {
+                Some(tensor) => tensor.to_device(device),
+                None => bail!("the base has no tensor {name:?} (expected {shape:?})"),
+            };
+        }
+        if !self.adapter.contains_tensor(name) {
+            let var = match self.base(&shape, name, dtype)? {
+                Some(tensor) => Var::from_tensor(&tensor.to_device(device)?)?,
+                None => init.var(shape.clone(), dtype, device)?,
+            };
+            let mut data = self.adapter.data().lock().unwrap_or_else(PoisonError::into_inner);
+            data.entry(name.to_owned()).or_insert(var);
+        }
+        let Some(var) = variables(&self.adapter).remove(name) else {
+            bail!("{name:?} was removed from the adapter")
+        };
+        if var.shape() != &shape {
+            bail!("the adapter has {name:?} as {:?}, expected {shape:?}", var.shape())
+        }
+        if var.dtype() != dtype {
+            bail!("the adapter has {name:?} in {:?}, expected {dtype:?}", var.dtype())
+        }
+        Ok(var.as_tensor().clone())
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let var = variables(&self.adapter).remove(name);
+        if let Some(var) = var {
+            return Ok(var.as_tensor().clone());
+        }
+        if !self.base.contains_tensor(name) {
+            bail!("the base has no tensor {name:?}")
+        }
+        let tensor = self.base.get_unchecked_dtype(name, dtype)?;
+        self.get(tensor.shape().clone(), name, Init::default(), dtype, device)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.adapter.contains_tensor(name) || self.base.contains_tensor(name)
+    }
+}
