@@ -4,20 +4,21 @@
 use super::backend::{wide, Backend, Term};
 use super::op::{if_tracked, Custom, Op};
 use crate::layers::LowRank;
-use candle_core::{DType, Layout, Result, Shape, Tensor};
+use candle_core::{bail, DType, Layout, Result, Shape, Tensor};
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
 /// (r, num) and B (dim, r).
 pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> Result<Tensor> {
     let (num, dim) = w.dims2()?;
     if !ids.dtype().is_int() {
-        candle_core::bail!("embedding: the ids are {:?}, expected integers", ids.dtype())
+        bail!("embedding: the ids are {:?}, expected integers", ids.dtype())
     }
     let mut dims = ids.dims().to_vec();
     dims.push(dim);
     // candle reads the largest value of an index type as padding, so that id 255 of a u8 or an
     // id of u32::MAX would give zeros without an error: in i64 they are ordinary ids.
     let ids = ids.flatten_all()?.to_dtype(DType::I64)?.contiguous()?;
+    check(&ids, num)?;
     let out = match update {
         None => w.index_select(&ids, 0),
         Some(update) => {
@@ -28,7 +29,19 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
             update.a().apply_op2(update.b(), Custom(op))
         }
     };
-    out.map_err(|e| e.context(format!("embedding: ids into a table of {num} rows")))?.reshape(dims)
+    out?.reshape(dims)
+}
+
+/// candle's own message has -1 as 18446744073709551615. On a device, where looking would wait for
+/// it, an id out of range is left to candle.
+fn check(ids: &Tensor, num: usize) -> Result<()> {
+    if !ids.device().is_cpu() {
+        return Ok(());
+    }
+    match ids.to_vec1::<i64>()?.iter().find(|id| !(0..num as i64).contains(id)) {
+        Some(id) => bail!("embedding: id {id} in a table of {num} rows"),
+        None => Ok(()),
+    }
 }
 
 struct Lookup {

@@ -8,7 +8,7 @@ use candle_core::safetensors::Load;
 use candle_core::Device;
 use candle_nn::VarMap;
 use safetensors::tensor::SafeTensors;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -45,8 +45,7 @@ pub fn save_state_dict(
     save().map_err(|e: Error| e.at(path))
 }
 
-/// A safetensors file's bytes. One entry of metadata beside `format`: with more, their order and so
-/// the bytes would differ from save to save.
+/// A safetensors file's bytes, with `format: pt` and the given entry as metadata.
 pub(crate) fn serialize(tensors: &StateDict, metadata: Option<(&str, String)>) -> Result<Vec<u8>> {
     if tensors.is_empty() {
         return Err(Error::Empty { wanted: "an empty state dict".to_owned(), held: 0 });
@@ -56,14 +55,29 @@ pub(crate) fn serialize(tensors: &StateDict, metadata: Option<(&str, String)>) -
         check_finite(name, tensor)?;
         cpu.insert(name.clone(), tensor.to_device(&Device::Cpu)?);
     }
-    let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
-    let metadata: HashMap<_, _> =
-        std::iter::once(("format".to_owned(), "pt".to_owned())).chain(metadata).collect();
-    let format = |e: safetensors::SafeTensorError| Error::Format {
-        format: "safetensors",
-        reason: e.to_string(),
-    };
-    safetensors::serialize(&cpu, Some(metadata)).map_err(format)
+    let format = ("format", "pt".to_owned());
+    let metadata: BTreeMap<_, _> = [Some(format), metadata].into_iter().flatten().collect();
+    with_metadata(safetensors::serialize(&cpu, None).map_err(malformed)?, &metadata)
+}
+
+/// Puts metadata at the head of a file that has none. safetensors itself writes several entries in
+/// a random order, and so other bytes at each save.
+fn with_metadata(file: Vec<u8>, metadata: &BTreeMap<&str, String>) -> Result<Vec<u8>> {
+    let file = file.split_first_chunk::<8>().and_then(|(len, rest)| {
+        let (header, data) = rest.split_at_checked(u64::from_le_bytes(*len).try_into().ok()?)?;
+        Some((header.trim_ascii_end().strip_prefix(b"{")?, data))
+    });
+    let Some((tensors, data)) = file else { return Err(malformed("a header without a start")) };
+    let metadata = serde_json::to_string(metadata).map_err(malformed)?;
+    let mut header = format!("{{\"__metadata__\":{metadata},").into_bytes();
+    header.extend_from_slice(tensors);
+    // The data is aligned to 8 bytes.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header, data].concat())
+}
+
+fn malformed(reason: impl ToString) -> Error {
+    Error::Format { format: "safetensors", reason: reason.to_string() }
 }
 
 /// Reads a safetensors file, ours or another's.
@@ -81,15 +95,11 @@ pub fn read_state_dict(path: impl AsRef<Path>, device: &Device) -> Result<Checkp
 }
 
 fn parse(bytes: &[u8], device: &Device) -> Result<Checkpoint> {
-    let format = |e: safetensors::SafeTensorError| Error::Format {
-        format: "safetensors",
-        reason: e.to_string(),
-    };
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(format)?;
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(malformed)?;
     let config = header.metadata().as_ref().and_then(|metadata| metadata.get(CONFIG));
     let config = config.map(|text| from_json(text)).transpose()?;
     let mut tensors = StateDict::new();
-    for (name, view) in SafeTensors::deserialize(bytes).map_err(format)?.iter() {
+    for (name, view) in SafeTensors::deserialize(bytes).map_err(malformed)?.iter() {
         let tensor = view.load(device).map_err(|e| Error::tensor(name, e))?;
         check_finite(name, &tensor)?;
         tensors.insert(name.to_owned(), tensor);

@@ -1,0 +1,201 @@
+//! GPT-2 with Hugging Face's parameter names, its queries and values adapted as in the LoRA paper.
+//!
+//! The same code is pretrained (r = 0 over a `VarMap`), adapted (frozen base and adapter) and
+//! evaluated. It uses the operations of candle that keep the graph: `softmax` rather than
+//! `softmax_last_dim`, and a norm of basic operations.
+
+use crate::frozen::{scaled, shifted};
+use candle_core::{bail, Device, Module, Result, Tensor, D};
+use candle_nn::{Init, VarBuilder};
+use lora::{LoraConfig, LoraModule, Mode};
+use loralib as lora;
+
+/// The sizes, with the names they have in `config.json`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Config {
+    pub vocab_size: usize,
+    pub n_positions: usize,
+    pub n_embd: usize,
+    pub n_layer: usize,
+    pub n_head: usize,
+    pub layer_norm_epsilon: f64,
+}
+
+pub struct Gpt2 {
+    wte: candle_nn::Embedding,
+    wpe: Tensor,
+    h: Vec<Block>,
+    ln_f: Norm,
+    head: lora::Linear,
+}
+
+lora::lora_module!(Gpt2 { h, ln_f, head; wte, wpe });
+
+impl Gpt2 {
+    /// The parameters come from `vb`, which decides what of them is trained.
+    pub fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
+        if cfg.n_head == 0 || cfg.n_embd % cfg.n_head != 0 {
+            bail!("n_embd = {} does not divide into n_head = {} heads", cfg.n_embd, cfg.n_head)
+        }
+        let init = Init::Randn { mean: 0., stdev: 0.02 };
+        let table = |n, name| vb.pp(name).get_with_hints((n, cfg.n_embd), "weight", init);
+        let wte = table(cfg.vocab_size, "wte")?;
+        let block = |i| Block::new(cfg, lora, vb.pp("h").pp(i));
+        Ok(Self {
+            wpe: table(cfg.n_positions, "wpe")?,
+            h: (0..cfg.n_layer).map(block).collect::<Result<_>>()?,
+            ln_f: Norm::new(cfg, vb.pp("ln_f"))?,
+            // The head is the table itself, as a layer that costs a frozen table no gradient.
+            head: lora::Linear::new(
+                candle_nn::Linear::new(wte.clone(), None),
+                LoraConfig::default(),
+                vb.pp("wte"),
+            )?,
+            wte: candle_nn::Embedding::new(wte, cfg.n_embd),
+        })
+    }
+
+    /// Ids (batch, tokens) to (batch, tokens, n_embd).
+    pub fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
+        let (_, tokens) = ids.dims2()?;
+        let positions = self.wpe.dim(0)?;
+        if tokens > positions {
+            bail!("{tokens} tokens, the model takes {positions}")
+        }
+        let x = self.wte.forward(ids)?.broadcast_add(&self.wpe.narrow(0, 0, tokens)?)?;
+        let mask = causal_mask(tokens, ids.device())?.to_dtype(x.dtype())?;
+        self.ln_f.forward(&self.h.iter().try_fold(x, |x, block| block.forward(&x, &mask))?)
+    }
+
+    /// (.., n_embd) to (.., vocab_size).
+    pub fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.forward(hidden)
+    }
+}
+
+/// 0 where a token sees another, -∞ behind it. Padding on the right needs no mask of its own.
+fn causal_mask(tokens: usize, device: &Device) -> Result<Tensor> {
+    let seen = |i, j| if j <= i { 0. } else { f32::NEG_INFINITY };
+    let mask = (0..tokens).flat_map(|i| (0..tokens).map(move |j| seen(i, j)));
+    Tensor::from_vec(mask.collect(), (tokens, tokens), device)
+}
+
+struct Block {
+    ln_1: Norm,
+    attn: Attention,
+    ln_2: Norm,
+    mlp: Mlp,
+}
+
+lora::lora_module!(Block { ln_1, attn, ln_2, mlp });
+
+impl Block {
+    fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            ln_1: Norm::new(cfg, vb.pp("ln_1"))?,
+            attn: Attention::new(cfg, lora, vb.pp("attn"))?,
+            ln_2: Norm::new(cfg, vb.pp("ln_2"))?,
+            mlp: Mlp::new(cfg, vb.pp("mlp"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let x = (x + self.attn.forward(&self.ln_1.forward(x)?, mask)?)?;
+        &x + self.mlp.forward(&self.ln_2.forward(&x)?)?
+    }
+}
+
+/// A projection stored (in, out), without an adapter: no gradient where it is frozen.
+fn conv1d(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<lora::Linear> {
+    let cfg = LoraConfig { fan_in_fan_out: true, ..Default::default() };
+    lora::linear(in_dim, out_dim, cfg, vb)
+}
+
+struct Attention {
+    c_attn: lora::MergedLinear,
+    c_proj: lora::Linear,
+    heads: usize,
+}
+
+lora::lora_module!(Attention { c_attn, c_proj; heads });
+
+impl Attention {
+    fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
+        let lora = LoraConfig { fan_in_fan_out: true, ..lora };
+        let (n, query_and_value) = (cfg.n_embd, [true, false, true]);
+        Ok(Self {
+            c_attn: lora::merged_linear(n, 3 * n, &query_and_value, lora, vb.pp("c_attn"))?,
+            c_proj: conv1d(n, n, vb.pp("c_proj"))?,
+            heads: cfg.n_head,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let (batch, tokens, n) = x.dims3()?;
+        let size = n / self.heads;
+        let qkv = self.c_attn.forward(x)?;
+        // (batch, heads, tokens, size)
+        let part = |i: usize| {
+            let x = qkv.narrow(D::Minus1, i * n, n)?;
+            x.reshape((batch, tokens, self.heads, size))?.transpose(1, 2)?.contiguous()
+        };
+        let q = (part(0)? * (1. / (size as f64).sqrt()))?;
+        let scores = shifted(&q.matmul(&part(1)?.t()?)?, mask)?;
+        let y = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&part(2)?)?;
+        self.c_proj.forward(&y.transpose(1, 2)?.reshape((batch, tokens, n))?)
+    }
+}
+
+struct Mlp {
+    c_fc: lora::Linear,
+    c_proj: lora::Linear,
+}
+
+lora::lora_module!(Mlp { c_fc, c_proj });
+
+impl Mlp {
+    fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let (n, inner) = (cfg.n_embd, 4 * cfg.n_embd);
+        Ok(Self {
+            c_fc: conv1d(n, inner, vb.pp("c_fc"))?,
+            c_proj: conv1d(inner, n, vb.pp("c_proj"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.c_proj.forward(&self.c_fc.forward(x)?.gelu()?)
+    }
+}
+
+struct Norm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+    mode: Mode,
+}
+
+impl Norm {
+    fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(cfg.n_embd, "weight", Init::Const(1.))?;
+        let bias = vb.get_with_hints(cfg.n_embd, "bias", Init::Const(0.))?;
+        Ok(Self { weight, bias, eps: cfg.layer_norm_epsilon, mode: Mode::Train })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
+        let x = x.broadcast_div(&(variance + self.eps)?.sqrt()?)?;
+        match self.mode {
+            Mode::Train => shifted(&scaled(&x, &self.weight)?, &self.bias),
+            // Trained norms record no graph in evaluation.
+            Mode::Eval => shifted(&scaled(&x, &self.weight.detach())?, &self.bias.detach()),
+        }
+    }
+}
+
+impl LoraModule for Norm {
+    fn set_mode(&mut self, mode: Mode) -> Result<()> {
+        self.mode = mode;
+        Ok(())
+    }
+}

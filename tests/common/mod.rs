@@ -1,0 +1,58 @@
+//! What the tests share: the device they run on, and numbers that are the same everywhere.
+#![allow(dead_code)] // Each test file uses a part of it.
+
+use candle_core::{DType, Device, Result, Tensor};
+use std::sync::OnceLock;
+
+/// The device under test: the first GPU when built with `cuda` and there is one, else the CPU.
+pub fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE
+        .get_or_init(|| {
+            if !cfg!(feature = "cuda") {
+                return Device::Cpu;
+            }
+            Device::new_cuda(0).unwrap_or_else(|e| {
+                println!("skipped on CUDA, run on the CPU: {e}");
+                Device::Cpu
+            })
+        })
+        .clone()
+}
+
+/// Pseudo-random values in [-1, 1), the same on every device: candle's own cannot be seeded on the
+/// CPU.
+pub fn rnd(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let values = (0..shape.iter().product::<usize>()).map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f64 / (1u64 << 23) as f64 - 1.
+    });
+    Tensor::from_vec(values.collect::<Vec<f64>>(), shape, &Device::Cpu)?
+        .to_dtype(dtype)?
+        .to_device(&device())
+}
+
+/// Every value as f64.
+pub fn values(t: &Tensor) -> Result<Vec<f64>> {
+    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+}
+
+/// The bits of every value: floats of all four dtypes are exact in f64.
+pub fn bits(t: &Tensor) -> Result<Vec<u64>> {
+    Ok(values(t)?.into_iter().map(f64::to_bits).collect())
+}
+
+/// The largest difference, relative to the largest value of `b`.
+pub fn difference(a: &Tensor, b: &Tensor) -> Result<f64> {
+    assert_eq!(a.dims(), b.dims());
+    let (a, b) = (values(a)?, values(b)?);
+    let largest = b.iter().fold(1e-12, |m: f64, v| m.max(v.abs()));
+    let apart = a.iter().zip(&b).fold(0f64, |m, (a, b)| match (a - b).abs() {
+        d if d.is_nan() => f64::INFINITY,
+        d => m.max(d),
+    });
+    Ok(apart / largest)
+}
