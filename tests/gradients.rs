@@ -220,6 +220,21 @@ fn one_map_for_all_freezes_the_base_of_adapted_layers() -> Result<()> {
 }
 
 #[test]
+fn dropout_in_a_convolution_leaves_a_base_of_variables_frozen() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
+    let cfg = LoraConfig { lora_dropout: 0.3, ..CFG };
+    let layer = lora::conv2d_no_bias(3, 4, 3, Conv2dConfig::default(), cfg, vb)?;
+    let x = Var::from_tensor(&rnd(1, &[2, 3, 6, 6], DType::F32)?)?;
+    for x in [x.detach(), x.into_inner()] {
+        let grads = layer.forward(&x)?.sqr()?.sum_all()?.backward()?;
+        assert!(grads.get(&vars.data().lock().unwrap()["weight"]).is_none());
+        assert_eq!(grads.get_ids().count(), 2 + usize::from(x.is_variable()));
+    }
+    Ok(())
+}
+
+#[test]
 fn missing_grads_names_what_a_fused_operation_cut_off() -> Result<()> {
     let adapter = VarMap::new();
     let vb = VarBuilder::zeros(DType::F32, &device());

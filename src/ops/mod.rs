@@ -6,6 +6,7 @@ mod conv;
 mod convolve;
 mod dropout;
 mod embedding;
+mod in_place;
 mod linear;
 mod merge;
 mod op;

@@ -59,7 +59,7 @@ where
 
     let adamw = ParamsAdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
     let (layer, vars) = make()?;
-    train(&layer, &x, SGD::new(lora::mark_only_lora_as_trainable(&vars, case.what())?, 0.1)?)?;
+    train(&layer, &x, SGD::new(lora::mark_only_lora_as_trainable(&vars, case.what())?, 0.02)?)?;
     compare_trained(case, way, "sgd", &vars)?;
     let (layer, vars) = make()?;
     train(&layer, &x, AdamW::new(lora::mark_only_lora_as_trainable(&vars, case.what())?, adamw)?)?;

@@ -1,0 +1,172 @@
+//! Thin products added to a matrix in place on the CPU, in blocks of rows that stay in a core's
+//! cache: the sum costs no pass over memory, and no buffer.
+
+use super::backend::{Backend, Term};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Result, Tensor, WithDType};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
+use std::ops::{Add, AddAssign, Mul, Range};
+
+/// A float, and the one in which thin products beside it are computed.
+pub(super) trait Element: WithDType {
+    type Wide: WithDType + Add<Output = Self::Wide> + Mul<Output = Self::Wide> + AddAssign;
+
+    /// Changes `y` through its values in the wide dtype; rounds each once.
+    fn change(y: &mut [Self], f: impl FnOnce(&mut [Self::Wide]) -> Result<()>) -> Result<()>;
+}
+
+macro_rules! wide {
+    ($($t:ty)*) => {$(
+        impl Element for $t {
+            type Wide = $t;
+            fn change(y: &mut [$t], f: impl FnOnce(&mut [$t]) -> Result<()>) -> Result<()> {
+                f(y)
+            }
+        }
+    )*};
+}
+wide! { f32 f64 }
+
+macro_rules! half {
+    ($($t:ty)*) => {$(
+        impl Element for $t {
+            type Wide = f32;
+            fn change(y: &mut [$t], f: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+                let mut wide = vec![0.; y.len()];
+                y.convert_to_f32_slice(&mut wide);
+                f(&mut wide)?;
+                y.convert_from_f32_slice(&wide);
+                Ok(())
+            }
+        }
+    )*};
+}
+half! { f16 bf16 }
+
+/// Elements of `y` that one thread works on at a time.
+const BLOCK: usize = 1 << 15;
+
+/// Up to this rank a thin product is bound by loads and stores, and the loop below, which spares
+/// those of the sum, is faster than candle's product and an addition.
+const THIN: usize = 32;
+
+/// Values of `v` that a core's first cache holds beside a part of a row of `y`.
+const TILE: usize = 1 << 12;
+
+/// Rows of `n` values of `y`, plus a bias and the terms.
+pub(super) fn plus<T: Element>(
+    y: &mut [T],
+    n: usize,
+    bias: Option<&Tensor>,
+    terms: &[Term],
+) -> Result<()> {
+    if y.is_empty() || (bias.is_none() && terms.is_empty()) {
+        return Ok(());
+    }
+    let terms = terms.iter().map(Block::new).collect::<Result<Vec<Block<T::Wide>>>>()?;
+    let bias = bias.map(|b| b.to_dtype(T::Wide::DTYPE)?.to_vec1::<T::Wide>()).transpose()?;
+    let thin = terms.iter().all(|term| term.thin.is_some());
+    let rows = (if thin { BLOCK } else { 8 * BLOCK } / n).max(1);
+    let arch = pulp::Arch::new();
+    y.par_chunks_mut(rows * n).enumerate().try_for_each(|(i, y)| {
+        let block = i * rows..i * rows + y.len() / n;
+        T::change(y, |y| {
+            for term in &terms {
+                term.add_to(y, n, &block, arch)?;
+            }
+            if let Some(bias) = &bias {
+                arch.dispatch(|| y.chunks_exact_mut(n).for_each(|y| add(y, bias)));
+            }
+            Ok(())
+        })
+    })
+}
+
+/// A term, with its factors as slices where it is thin.
+struct Block<'a, W> {
+    term: &'a Term,
+    thin: Option<(Vec<W>, Vec<W>)>,
+}
+
+impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a, W> {
+    fn new(term: &'a Term) -> Result<Self> {
+        let values = |t: &Tensor| t.to_dtype(W::DTYPE)?.flatten_all()?.to_vec1();
+        let thin = match term.rank() <= THIN {
+            true => Some((values(&term.u)?, values(&term.v)?)),
+            false => None,
+        };
+        Ok(Self { term, thin })
+    }
+
+    /// Adds the term to the rows `block` of a matrix of `n` columns.
+    fn add_to(&self, y: &mut [W], n: usize, block: &Range<usize>, arch: pulp::Arch) -> Result<()> {
+        let term = self.term;
+        let (from, to) = (block.start.max(term.rows.start), block.end.min(term.rows.end));
+        if from >= to {
+            return Ok(());
+        }
+        let y = &mut y[(from - block.start) * n..(to - block.start) * n];
+        let (at, cols, rank) = (from - term.rows.start, term.cols.clone(), term.rank());
+        match &self.thin {
+            Some((u, v)) => arch.dispatch(|| {
+                let tile = TILE / rank;
+                for start in cols.clone().step_by(tile) {
+                    let tile = start..cols.end.min(start + tile);
+                    let v = Tile { v, stride: cols.len(), from: start - cols.start };
+                    let lines = y.chunks_exact_mut(n).map(|y| &mut y[tile.clone()]);
+                    for (y, u) in lines.zip(u[at * rank..].chunks_exact(rank)) {
+                        v.add_to(y, u);
+                    }
+                }
+            }),
+            None => {
+                let ((u, ul), (v, vl)) = (term.u.storage_and_layout(), term.v.storage_and_layout());
+                let ul = ul.narrow(0, at, to - from)?;
+                let sum = CpuStorage::of(&u)?.matmul(
+                    CpuStorage::of(&v)?,
+                    term.bmnk(to - from),
+                    &ul,
+                    vl,
+                )?;
+                let sum = W::cpu_storage_as_slice(&sum)?;
+                let lines = y.chunks_exact_mut(n).map(|y| &mut y[cols.clone()]);
+                let lines = lines.zip(sum.chunks_exact(cols.len()));
+                arch.dispatch(|| lines.for_each(|(y, sum)| add(y, sum)));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[inline(always)]
+fn add<W: Copy + AddAssign>(y: &mut [W], x: &[W]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
+}
+
+/// Some columns of a matrix (rank, stride) that stay in the first cache while rows pass by.
+struct Tile<'a, W> {
+    v: &'a [W],
+    stride: usize,
+    from: usize,
+}
+
+impl<W: Copy + Add<Output = W> + Mul<Output = W> + AddAssign> Tile<'_, W> {
+    /// `y += u·v`, one row of y: four of v in each pass.
+    #[inline(always)]
+    fn add_to(&self, y: &mut [W], u: &[W]) {
+        let n = y.len();
+        let row = |i: usize| &self.v[i * self.stride + self.from..][..n];
+        let whole = u.len() / 4 * 4;
+        for i in (0..whole).step_by(4) {
+            let (v0, v1, v2, v3) = (row(i), row(i + 1), row(i + 2), row(i + 3));
+            let (u0, u1, u2, u3) = (u[i], u[i + 1], u[i + 2], u[i + 3]);
+            for j in 0..n {
+                y[j] += (u0 * v0[j] + u1 * v1[j]) + (u2 * v2[j] + u3 * v3[j]);
+            }
+        }
+        for (i, u) in u.iter().enumerate().skip(whole) {
+            y.iter_mut().zip(row(i)).for_each(|(y, v)| *y += *u * *v);
+        }
+    }
+}
