@@ -227,8 +227,11 @@ impl<C: ConvConfig> Module for Adapted<C> {
                         ops::conv(x, &w.to_dtype(x.dtype())?, geometry)?
                     }
                     Some(mask) => {
-                        let update =
-                            ops::conv(&(x * mask)?, &delta.to_dtype(x.dtype())?, geometry)?;
+                        let update = ops::conv(
+                            &ops::times_frozen(x, &mask)?,
+                            &delta.to_dtype(x.dtype())?,
+                            geometry,
+                        )?;
                         let base = ops::conv(x, &w, geometry)?;
                         match base.track_op() {
                             true => (base + update)?,
