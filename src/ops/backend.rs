@@ -5,7 +5,7 @@ use super::in_place;
 use candle_core::backend::BackendStorage;
 use candle_core::op::Add;
 use candle_core::{
-    bail, CpuStorage, CudaStorage, DType, Layout, MetalStorage, Result, Storage, Tensor,
+    bail, CpuStorage, CudaStorage, DType, Layout, MetalStorage, Result, Storage, Tensor, WithDType,
 };
 use std::ops::Range;
 
@@ -33,6 +33,11 @@ pub(crate) trait Backend: BackendStorage {
     /// This backend's view of a tensor's storage.
     fn of(storage: &Storage) -> Result<&Self>;
 
+    /// Rows of `self`, a contiguous (num, dim) table, by i64 ids that are known to be in range.
+    fn rows(&self, l: &Layout, ids: &Self, idl: &Layout) -> Result<Self> {
+        self.index_select(ids, l, idl, 0)
+    }
+
     /// `self`, a contiguous (m, n) matrix, with the bias added to each row and each term to its
     /// block.
     fn plus(self, dims: (usize, usize), bias: Option<&Tensor>, terms: &[Term]) -> Result<Self> {
@@ -46,6 +51,19 @@ impl Backend for CpuStorage {
             Storage::Cpu(s) => Ok(s),
             s => bail!("a tensor is on {:?} and its operand on the CPU", s.device().location()),
         }
+    }
+
+    fn rows(&self, l: &Layout, ids: &Self, idl: &Layout) -> Result<Self> {
+        let dim = l.dims()[1];
+        let ids = &i64::cpu_storage_as_slice(ids)?[idl.start_offset()..][..idl.dims()[0]];
+        let at = l.start_offset()..l.start_offset() + l.shape().elem_count();
+        Ok(match self {
+            CpuStorage::F32(t) => CpuStorage::F32(in_place::rows(&t[at], ids, dim)),
+            CpuStorage::F64(t) => CpuStorage::F64(in_place::rows(&t[at], ids, dim)),
+            CpuStorage::F16(t) => CpuStorage::F16(in_place::rows(&t[at], ids, dim)),
+            CpuStorage::BF16(t) => CpuStorage::BF16(in_place::rows(&t[at], ids, dim)),
+            t => bail!("embedding: a table of {:?}", t.dtype()),
+        })
     }
 
     fn plus(mut self, dims: (usize, usize), bias: Option<&Tensor>, terms: &[Term]) -> Result<Self> {

@@ -25,7 +25,7 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
             let factor = update.frozen().factors(w.dtype())?.remove(0);
             let u = factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?;
             let term = Term { u, v: factor.b.t()?, rows: 0..ids.elem_count(), cols: 0..dim };
-            let op = Lookup { w: w.detach(), ids, term, scaling: update.scaling() };
+            let op = Lookup { w: w.detach().contiguous()?, ids, term, scaling: update.scaling() };
             update.a().apply_op2(update.b(), Custom(op))
         }
     };
@@ -57,7 +57,7 @@ impl Op<2> for Lookup {
     fn forward<S: Backend>(&self, _: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
         let ((w, wl), (ids, idl)) = (self.w.storage_and_layout(), self.ids.storage_and_layout());
         let dims = (self.term.rows.len(), self.term.cols.len());
-        let rows = S::of(&w)?.index_select(S::of(&ids)?, wl, idl, 0)?;
+        let rows = S::of(&w)?.rows(wl, S::of(&ids)?, idl)?;
         Ok((rows.plus(dims, None, std::slice::from_ref(&self.term))?, dims.into()))
     }
 

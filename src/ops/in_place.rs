@@ -54,6 +54,18 @@ const THIN: usize = 32;
 /// Values of `v` that a core's first cache holds beside a part of a row of `y`.
 const TILE: usize = 1 << 12;
 
+/// Rows of a contiguous table, gathered by all threads; candle's own gathers with one.
+pub(super) fn rows<T: WithDType>(table: &[T], ids: &[i64], dim: usize) -> Vec<T> {
+    let mut y = vec![T::zero(); ids.len() * dim];
+    let block = (BLOCK / dim.max(1)).max(1);
+    y.par_chunks_mut((block * dim).max(1)).zip(ids.par_chunks(block)).for_each(|(y, ids)| {
+        for (y, id) in y.chunks_exact_mut(dim).zip(ids) {
+            y.copy_from_slice(&table[*id as usize * dim..][..dim]);
+        }
+    });
+    y
+}
+
 /// Rows of `n` values of `y`, plus a bias and the terms.
 pub(super) fn plus<T: Element>(
     y: &mut [T],
@@ -68,15 +80,14 @@ pub(super) fn plus<T: Element>(
     let bias = bias.map(|b| b.to_dtype(T::Wide::DTYPE)?.to_vec1::<T::Wide>()).transpose()?;
     let thin = terms.iter().all(|term| term.thin.is_some());
     let rows = (if thin { BLOCK } else { 8 * BLOCK } / n).max(1);
-    let arch = pulp::Arch::new();
     y.par_chunks_mut(rows * n).enumerate().try_for_each(|(i, y)| {
         let block = i * rows..i * rows + y.len() / n;
         T::change(y, |y| {
             for term in &terms {
-                term.add_to(y, n, &block, arch)?;
+                term.add_to(y, n, &block)?;
             }
             if let Some(bias) = &bias {
-                arch.dispatch(|| y.chunks_exact_mut(n).for_each(|y| add(y, bias)));
+                y.chunks_exact_mut(n).for_each(|y| add(y, bias));
             }
             Ok(())
         })
@@ -100,7 +111,7 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
     }
 
     /// Adds the term to the rows `block` of a matrix of `n` columns.
-    fn add_to(&self, y: &mut [W], n: usize, block: &Range<usize>, arch: pulp::Arch) -> Result<()> {
+    fn add_to(&self, y: &mut [W], n: usize, block: &Range<usize>) -> Result<()> {
         let term = self.term;
         let (from, to) = (block.start.max(term.rows.start), block.end.min(term.rows.end));
         if from >= to {
@@ -109,17 +120,10 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
         let y = &mut y[(from - block.start) * n..(to - block.start) * n];
         let (at, cols, rank) = (from - term.rows.start, term.cols.clone(), term.rank());
         match &self.thin {
-            Some((u, v)) => arch.dispatch(|| {
-                let tile = TILE / rank;
-                for start in cols.clone().step_by(tile) {
-                    let tile = start..cols.end.min(start + tile);
-                    let v = Tile { v, stride: cols.len(), from: start - cols.start };
-                    let lines = y.chunks_exact_mut(n).map(|y| &mut y[tile.clone()]);
-                    for (y, u) in lines.zip(u[at * rank..].chunks_exact(rank)) {
-                        v.add_to(y, u);
-                    }
-                }
-            }),
+            Some((u, v)) => {
+                let u = &u[at * rank..][..(to - from) * rank];
+                pulp::Arch::new().dispatch(Thin { y, n, cols, u, v, rank });
+            }
             None => {
                 let ((u, ul), (v, vl)) = (term.u.storage_and_layout(), term.v.storage_and_layout());
                 let ul = ul.narrow(0, at, to - from)?;
@@ -132,41 +136,69 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
                 let sum = W::cpu_storage_as_slice(&sum)?;
                 let lines = y.chunks_exact_mut(n).map(|y| &mut y[cols.clone()]);
                 let lines = lines.zip(sum.chunks_exact(cols.len()));
-                arch.dispatch(|| lines.for_each(|(y, sum)| add(y, sum)));
+                lines.for_each(|(y, sum)| add(y, sum));
             }
         }
         Ok(())
     }
 }
 
-#[inline(always)]
 fn add<W: Copy + AddAssign>(y: &mut [W], x: &[W]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
 }
 
-/// Some columns of a matrix (rank, stride) that stay in the first cache while rows pass by.
-struct Tile<'a, W> {
+/// `y[.., cols] += u·v`, with `y` in rows of `n`, for the widest vector instructions of the machine.
+struct Thin<'a, W> {
+    y: &'a mut [W],
+    n: usize,
+    cols: Range<usize>,
+    u: &'a [W],
     v: &'a [W],
-    stride: usize,
-    from: usize,
+    rank: usize,
 }
 
-impl<W: Copy + Add<Output = W> + Mul<Output = W> + AddAssign> Tile<'_, W> {
-    /// `y += u·v`, one row of y: four of v in each pass.
+impl<W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> pulp::WithSimd for Thin<'_, W> {
+    type Output = ();
+
+    // Inlined, all of it, into the one place that is compiled for those instructions.
     #[inline(always)]
-    fn add_to(&self, y: &mut [W], u: &[W]) {
-        let n = y.len();
-        let row = |i: usize| &self.v[i * self.stride + self.from..][..n];
-        let whole = u.len() / 4 * 4;
-        for i in (0..whole).step_by(4) {
-            let (v0, v1, v2, v3) = (row(i), row(i + 1), row(i + 2), row(i + 3));
-            let (u0, u1, u2, u3) = (u[i], u[i + 1], u[i + 2], u[i + 3]);
-            for j in 0..n {
-                y[j] += (u0 * v0[j] + u1 * v1[j]) + (u2 * v2[j] + u3 * v3[j]);
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        let Self { y, n, cols, u, v, rank } = self;
+        let stride = cols.len();
+        let mut from = 0;
+        while from < stride {
+            let width = (TILE / rank).min(stride - from);
+            let at = cols.start + from;
+            for (y, u) in y.chunks_exact_mut(n).zip(u.chunks_exact(rank)) {
+                add_row(&mut y[at..at + width], u, &v[from..], stride);
             }
+            from += width;
         }
-        for (i, u) in u.iter().enumerate().skip(whole) {
-            y.iter_mut().zip(row(i)).for_each(|(y, v)| *y += *u * *v);
+    }
+}
+
+/// `y += u·v`, one row of y: four of v, a stride apart, in each pass.
+#[inline(always)]
+fn add_row<W>(y: &mut [W], u: &[W], v: &[W], stride: usize)
+where
+    W: Copy + Add<Output = W> + Mul<Output = W> + AddAssign,
+{
+    let n = y.len();
+    let mut i = 0;
+    while i + 4 <= u.len() {
+        let (v0, v1) = (&v[i * stride..][..n], &v[(i + 1) * stride..][..n]);
+        let (v2, v3) = (&v[(i + 2) * stride..][..n], &v[(i + 3) * stride..][..n]);
+        let (u0, u1, u2, u3) = (u[i], u[i + 1], u[i + 2], u[i + 3]);
+        for j in 0..n {
+            y[j] += (u0 * v0[j] + u1 * v1[j]) + (u2 * v2[j] + u3 * v3[j]);
         }
+        i += 4;
+    }
+    while i < u.len() {
+        let (v, u) = (&v[i * stride..][..n], u[i]);
+        for j in 0..n {
+            y[j] += u * v[j];
+        }
+        i += 1;
     }
 }
