@@ -5,6 +5,7 @@
 mod error;
 pub mod layers;
 mod ops;
+pub mod peft;
 pub mod utils;
 
 #[doc(hidden)] // for lora_module!

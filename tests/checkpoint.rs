@@ -244,6 +244,21 @@ fn equal_contents_give_equal_bytes_and_others_readers_take_them() -> Result<()> 
     Ok(())
 }
 
+#[test]
+fn every_alpha_fits_the_file_that_it_was_saved_in() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.safetensors");
+    let (_, vars) = adapter(Bias::None)?;
+    let state = lora::lora_state_dict(&vars, Bias::None)?;
+    for i in 1..200 {
+        let lora_alpha = 16. * f64::from(i).sqrt();
+        let cfg = LoraConfig { lora_alpha, lora_dropout: 1. / (i + 1) as f32, ..CFG };
+        lora::save_state_dict(&state, &cfg, &path)?;
+        assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(cfg));
+    }
+    Ok(())
+}
+
 #[cfg(unix)]
 #[test]
 fn a_save_keeps_modes_and_links_and_leaves_nothing_behind() -> Result<()> {
@@ -275,6 +290,16 @@ fn what_should_not_be_saved_is_not() -> Result<()> {
     fails(lora::save_state_dict(&StateDict::new(), &CFG, &path), &["a.safetensors", "empty"]);
     let nan = StateDict::from([("q.lora_A".to_owned(), Tensor::new(&[f32::NAN], &CPU)?)]);
     fails(lora::save_state_dict(&nan, &CFG, &path), &["a.safetensors", "q.lora_A", "finite"]);
+    let (_, vars) = adapter(Bias::None)?;
+    let mut state = lora::lora_state_dict(&vars, Bias::None)?;
+    let other = LoraConfig { r: 3, ..CFG };
+    fails(lora::save_state_dict(&state, &other, &path), &["q.lora_A", "rank is 2", "r = 3"]);
+    let nan = LoraConfig { lora_alpha: f64::NAN, ..CFG };
+    fails(lora::save_state_dict(&state, &nan, &path), &["lora_alpha is NaN"]);
+    state.insert("__metadata__".to_owned(), Tensor::zeros(1, DType::F32, &CPU)?);
+    fails(lora::save_state_dict(&state, &CFG, &path), &["__metadata__"]);
+    state.remove("__metadata__");
+    fails(lora::save_state_dict(&state, &CFG, folder.path()), &["something else than a file"]);
     assert!(!path.exists());
     Ok(())
 }
@@ -291,6 +316,7 @@ fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
     let before = snapshot(&vars);
     for (cfg, words) in [
         (LoraConfig { r: 3, ..CFG }, ["r = 2", "has 3"]),
+        (LoraConfig { r: 0, ..CFG }, ["r = 2", "has 0"]),
         (LoraConfig { lora_alpha: 4., ..CFG }, ["lora_alpha = 3", "has 4"]),
         (LoraConfig { rslora: true, ..CFG }, ["rslora = false", "has true"]),
     ] {

@@ -41,6 +41,17 @@ const CFG: LoraConfig = LoraConfig {
     lora_dtype: None,
 };
 
+/// What every layer is, by the compiler's word.
+const fn is_a_layer<T: Module + LoraModule + Clone + std::fmt::Debug + Send + Sync>() {}
+const _: () = {
+    is_a_layer::<lora::Linear>();
+    is_a_layer::<lora::MergedLinear>();
+    is_a_layer::<lora::Embedding>();
+    is_a_layer::<lora::Conv1d>();
+    is_a_layer::<lora::Conv2d>();
+    is_a_layer::<lora::Conv3d>();
+};
+
 fn check<K: Clone + std::fmt::Debug + Send + Sync + 'static>(case: &Case<K>) -> Result<()>
 where
     Adapted<K>: Module,
@@ -395,9 +406,76 @@ fn options_that_do_not_fit_are_errors_with_their_values() -> Result<()> {
     says(table.forward(&Tensor::new(&[u32::MAX], &device())?).map(drop), "table of 4 rows");
     says(table.forward(&Tensor::new(&[-1i32], &device())?).map(drop), "table of 4 rows");
     says(table.forward(&Tensor::new(&[1f32], &device())?).map(drop), "F32");
+    says(linear(LoraConfig { r: usize::MAX, ..CFG }), "18446744073709551615");
+    says(lora::linear(0, 5, CFG, vb()).map(drop), "in_features = 0");
+    says(lora::conv2d(4, 6, 1 << 33, ok, CFG, vb()).map(drop), "8589934592");
+    says(lora::conv1d(3, 0, 3, Default::default(), CFG, vb()).map(drop), "[0, 3, 3]");
+    let splits = [(usize::MAX, true), (10, true)];
+    let base = candle_nn::linear(4, 9, vb())?;
+    says(lora::MergedLinear::with_splits(base, &splits, CFG, vb()).map(drop), "(10, true)");
+    let wide = Conv1dConfig { padding: usize::MAX, ..Default::default() };
+    let wide = lora::conv1d(3, 4, 3, wide, CFG, vb())?;
+    says(wide.forward(&rnd(1, &[1, 3, 5], DType::F32)?).map(drop), "too large");
     let conv = lora::conv2d(4, 6, 3, ok, CFG, vb())?;
     says(conv.forward(&rnd(1, &[1, 3, 5, 5], DType::F32)?).map(drop), "[1, 3, 5, 5]");
     says(conv.forward(&rnd(1, &[1, 4, 5], DType::F32)?).map(drop), "[1, 4, 5]");
     says(conv.forward(&rnd(1, &[1, 4, 5, 2], DType::F32)?).map(drop), "has 2");
+    Ok(())
+}
+
+#[test]
+fn inputs_without_values_give_outputs_without_values() -> Result<()> {
+    let vb = || VarBuilder::zeros(DType::F32, &device());
+    let y =
+        lora::linear(6, 5, CFG, vb())?.forward(&Tensor::zeros((0, 6), DType::F32, &device())?)?;
+    assert_eq!(y.dims(), [0, 5]);
+    let conv_cfg = Conv1dConfig { padding: 2, ..Default::default() };
+    let conv = lora::conv1d(3, 4, 3, conv_cfg, CFG, vb())?;
+    let y = conv.forward(&Tensor::zeros((0, 3, 5), DType::F32, &device())?)?;
+    assert_eq!(y.dims(), [0, 4, 7]);
+    let y = conv.forward(&Tensor::zeros((2, 3, 0), DType::F32, &device())?)?;
+    assert_eq!(y.dims(), [2, 4, 2]);
+    let ids = Tensor::zeros((2, 0), DType::U32, &device())?;
+    assert_eq!(lora::embedding(5, 3, CFG, vb())?.forward(&ids)?.dims(), [2, 0, 3]);
+    Ok(())
+}
+
+/// A Linear's output by the formula, on views with offsets and strides.
+#[test]
+fn every_rank_and_width_adds_the_same_update() -> Result<()> {
+    for (r, n) in [(1, 3), (3, 700), (4, 64), (7, 300), (16, 513), (32, 40), (33, 700), (64, 65)] {
+        let x = rnd(1, &[9, 20, 5], DType::F64)?.transpose(1, 2)?.narrow(0, 1, 7)?;
+        let w = rnd(2, &[n + 3, 20], DType::F64)?.narrow(0, 2, n)?;
+        let vars = VarMap::new();
+        let vb = VarBuilder::from_varmap(&vars, DType::F64, &device());
+        let base = candle_nn::Linear::new(w.clone(), None);
+        let layer = lora::Linear::new(base, LoraConfig { r, ..CFG }, vb)?;
+        for (seed, var) in vars.data().lock().unwrap().values().enumerate() {
+            var.set(&rnd(5 + seed as u64, var.dims(), DType::F64)?)?;
+        }
+        let (a, b) = (layer.lora_a().unwrap(), layer.lora_b().unwrap());
+        let x2 = x.contiguous()?.reshape(((), 20))?;
+        let update = (x2.matmul(&a.t()?)?.matmul(&b.t()?)? * (3. / r as f64))?;
+        let expected = (x2.matmul(&w.t()?)? + update)?.reshape((7, 5, n))?;
+        assert!(difference(&layer.forward(&x)?, &expected)? < 1e-13, "r {r}, {n} outputs");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_merged_layer_does_not_follow_later_changes_of_its_variables() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
+    let mut layer = lora::linear(6, 5, CFG, vb)?;
+    let x = rnd(1, &[2, 6], DType::F32)?;
+    layer.eval()?;
+    let (before, plain) = (bits(&layer.forward(&x)?)?, layer.clone().into_merged()?);
+    for var in vars.data().lock().unwrap().values() {
+        var.set(&rnd(9, var.dims(), DType::F32)?)?;
+    }
+    assert_eq!(bits(&layer.forward(&x)?)?, before);
+    assert_eq!(bits(&plain.forward(&x)?)?, before);
+    layer.eval()?;
+    assert_ne!(bits(&layer.forward(&x)?)?, before);
     Ok(())
 }

@@ -234,6 +234,53 @@ fn dropout_in_a_convolution_leaves_a_base_of_variables_frozen() -> Result<()> {
     Ok(())
 }
 
+/// With A and B the identity the update shows the mask: y = x·Wᵀ + s·x∘mask.
+#[test]
+fn gradients_see_the_mask_of_dropout() -> Result<()> {
+    let (n, rows) = (6, 5);
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F64, &device());
+    let w = rnd(1, &[n, n], DType::F64)?;
+    let cfg = LoraConfig { r: n, lora_alpha: 3. * n as f64, lora_dropout: 0.4, ..CFG };
+    let layer = lora::Linear::new(Linear::new(w.clone(), None), cfg, vb)?;
+    let one = Tensor::eye(n, DType::F64, &device())?;
+    for var in vars.data().lock().unwrap().values() {
+        var.set(&one)?;
+    }
+    let x = Var::from_tensor(&rnd(2, &[rows, n], DType::F64)?)?;
+    let y = layer.forward(&x)?;
+    let mask = ((&y - x.matmul(&w.t()?)?)? / 3.)?.detach().div(&x.detach())?;
+    for m in values(&mask)? {
+        assert!(m.abs() < 1e-9 || (m - 1. / 0.6).abs() < 1e-7, "{m} is no value of a mask");
+    }
+    let probe = rnd(3, &[rows, n], DType::F64)?;
+    let grads = (&y * &probe)?.sum_all()?.backward()?;
+    let dropped = (x.detach() * &mask)?;
+    let (a, b) = (layer.lora_a().unwrap(), layer.lora_b().unwrap());
+    let expected = (probe.t()?.matmul(&dropped)? * 3.)?;
+    assert!(difference(grads.get(a).unwrap(), &expected)? < 1e-9);
+    assert!(difference(grads.get(b).unwrap(), &expected)? < 1e-9);
+    let expected = (probe.matmul(&w)? + (&probe * &mask)? * 3.)?;
+    assert!(difference(grads.get(&x).unwrap(), &expected)? < 1e-9);
+    Ok(())
+}
+
+#[test]
+fn a_trained_bias_of_a_first_layer_keeps_its_own_gradient_alone() -> Result<()> {
+    let base = HashMap::from([
+        ("weight".to_owned(), rnd(1, &[4, 3, 3], DType::F32)?),
+        ("bias".to_owned(), rnd(2, &[4], DType::F32)?),
+    ]);
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_tensors(base, DType::F32, &device());
+    let vb = lora::var_builder(vb, &vars, Bias::All);
+    let none = LoraConfig::default();
+    let layer = lora::conv1d(3, 4, 3, Conv1dConfig::default(), none, vb)?;
+    let grads = layer.forward(&rnd(3, &[2, 3, 8], DType::F32)?)?.sum_all()?.backward()?;
+    assert_eq!(grads.get_ids().count(), 1);
+    Ok(())
+}
+
 #[test]
 fn missing_grads_names_what_a_fused_operation_cut_off() -> Result<()> {
     let adapter = VarMap::new();

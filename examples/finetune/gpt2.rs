@@ -1,10 +1,10 @@
 //! GPT-2 with Hugging Face's parameter names, its queries and values adapted as in the LoRA paper.
 //!
 //! The same code is pretrained (r = 0 over a `VarMap`), adapted (frozen base and adapter) and
-//! evaluated. It uses the operations of candle that keep the graph: `softmax` rather than
-//! `softmax_last_dim`, and a norm of basic operations.
+//! evaluated. candle's fused `softmax_last_dim` and `LayerNorm` would cut the graph without an error;
+//! `ops.rs` has them with a backward.
 
-use crate::frozen::{scaled, shifted};
+use crate::ops::{gelu, normalized, scaled, shifted, softmax};
 use candle_core::{bail, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 use lora::{LoraConfig, LoraModule, Mode};
@@ -34,7 +34,7 @@ lora::lora_module!(Gpt2 { h, ln_f, head; wte, wpe });
 impl Gpt2 {
     /// The parameters come from `vb`, which decides what of them is trained.
     pub fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
-        if cfg.n_head == 0 || cfg.n_embd % cfg.n_head != 0 {
+        if cfg.n_head == 0 || !cfg.n_embd.is_multiple_of(cfg.n_head) {
             bail!("n_embd = {} does not divide into n_head = {} heads", cfg.n_embd, cfg.n_head)
         }
         let init = Init::Randn { mean: 0., stdev: 0.02 };
@@ -100,7 +100,8 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attn.forward(&self.ln_1.forward(x)?, mask)?)?;
+        // What enters the first block of a frozen base is a constant.
+        let x = shifted(&self.attn.forward(&self.ln_1.forward(x)?, mask)?, x)?;
         &x + self.mlp.forward(&self.ln_2.forward(&x)?)?
     }
 }
@@ -141,7 +142,7 @@ impl Attention {
         };
         let q = (part(0)? * (1. / (size as f64).sqrt()))?;
         let scores = shifted(&q.matmul(&part(1)?.t()?)?, mask)?;
-        let y = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&part(2)?)?;
+        let y = softmax(&scores)?.matmul(&part(2)?)?;
         self.c_proj.forward(&y.transpose(1, 2)?.reshape((batch, tokens, n))?)
     }
 }
@@ -163,7 +164,7 @@ impl Mlp {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.c_proj.forward(&self.c_fc.forward(x)?.gelu()?)
+        self.c_proj.forward(&gelu(&self.c_fc.forward(x)?)?)
     }
 }
 
@@ -182,9 +183,7 @@ impl Norm {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let x = x.broadcast_div(&(variance + self.eps)?.sqrt()?)?;
+        let x = normalized(x, self.eps)?;
         match self.mode {
             Mode::Train => shifted(&scaled(&x, &self.weight)?, &self.bias),
             // Trained norms record no graph in evaluation.

@@ -1,4 +1,4 @@
-//! What all adapted layers have in common: a weight with its update, and perhaps a bias.
+//! What all adapted layers have in common: a weight with its update, its bias and its mode.
 
 use super::weight::Weight;
 use super::{LoraModule, Mode};
@@ -15,7 +15,6 @@ use candle_nn::VarBuilder;
 pub struct Adapted<K> {
     pub(super) kind: K,
     pub(super) weight: Weight,
-    pub(super) bias: Option<Tensor>,
 }
 
 impl<K> Adapted<K> {
@@ -34,7 +33,7 @@ impl<K> Adapted<K> {
 
     /// The bias, if the layer has one.
     pub fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
+        self.weight.bias()
     }
 
     /// The factor A of the update; `None` in a plain layer (r = 0).
@@ -55,11 +54,6 @@ impl<K> Adapted<K> {
     /// Whether the layer runs with a merged copy of its weight. Never true of a plain layer.
     pub fn is_merged(&self) -> bool {
         self.weight.is_merged()
-    }
-
-    /// The merged weight and the bias, for a plain layer.
-    pub(super) fn merged_parts(&self) -> Result<(Tensor, Option<Tensor>)> {
-        Ok((self.merged_weight()?, self.bias.as_ref().map(Tensor::detach)))
     }
 }
 

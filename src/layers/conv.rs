@@ -21,8 +21,8 @@
 
 use super::adapted::{wrapped_bias, Adapted};
 use super::linear::uniform;
-use super::low_rank::Start;
-use super::weight::{Placement, Weight};
+use super::low_rank::{checked, Start};
+use super::weight::{Placement, Plain, Running, Weight};
 use super::{LoraConfig, LowRank};
 use crate::ops::{self, Geometry};
 use candle_core::{bail, Module, Result, Tensor};
@@ -94,7 +94,7 @@ impl Conv1d {
     /// # Errors
     /// When a merged weight is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Conv1d> {
-        let (weight, bias) = self.merged_parts()?;
+        let Plain { weight, bias } = self.weight.plain()?;
         Ok(candle_nn::Conv1d::new(weight, bias, self.kind))
     }
 }
@@ -113,7 +113,7 @@ impl Conv2d {
     /// # Errors
     /// When a merged weight is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Conv2d> {
-        let (weight, bias) = self.merged_parts()?;
+        let Plain { weight, bias } = self.weight.plain()?;
         Ok(candle_nn::Conv2d::new(weight, bias, self.kind))
     }
 }
@@ -138,9 +138,9 @@ impl Conv3d {
     /// # Errors
     /// When a merged weight is not finite.
     pub fn into_merged(self) -> Result<Self> {
-        let (weight, bias) = self.merged_parts()?;
+        let Plain { weight, bias } = self.weight.plain()?;
         let weight = Weight::new(weight, None, Placement::Reshaped, &LoraConfig::default())?;
-        Ok(Self { weight, bias, kind: self.kind })
+        Ok(Self { weight: weight.with_bias(bias), kind: self.kind })
     }
 }
 
@@ -171,7 +171,7 @@ fn wrap<C: ConvConfig>(
     vb: VarBuilder,
 ) -> Result<Adapted<C>> {
     let weight = adapt(weight, kind, &cfg, &vb)?;
-    Ok(Adapted { kind, weight, bias: wrapped_bias(bias, &names(&vb, "bias"))? })
+    Ok(Adapted { kind, weight: weight.with_bias(wrapped_bias(bias, &names(&vb, "bias"))?) })
 }
 
 fn adapt<C: ConvConfig>(
@@ -189,11 +189,11 @@ fn adapt<C: ConvConfig>(
         bail!("conv{n}d: the weight is {dims:?}, expected (out, in/groups, {n} times one size k)")
     }
     let (out, per_group, k) = (dims[0], dims[1], dims[2]);
-    if groups == 0 || out % groups != 0 || stride == 0 || dilation == 0 || k == 0 {
+    if groups == 0 || out % groups != 0 || stride == 0 || dilation == 0 || dims.contains(&0) {
         bail!("conv{n}d: the weight {dims:?} does not go with {kind:?}")
     }
-    let ranks = cfg.r * k;
-    let columns = per_group * groups * k.pow(n.div_ceil(2) as u32);
+    let ranks = checked(&[cfg.r, k])?;
+    let columns = checked(&[&[per_group, groups], &[k; 3][..n.div_ceil(2)]].concat())?;
     let rows = out / groups * k.pow(n as u32 / 2);
     let low_rank = || LowRank::new((ranks, columns), rows, Start::UniformA, cfg, base.dtype(), vb);
     let update = (cfg.r > 0).then(low_rank).transpose()?;
@@ -212,7 +212,7 @@ fn names<'a>(vb: &VarBuilder<'a>, name: &str) -> VarBuilder<'a> {
 impl<C: ConvConfig> Module for Adapted<C> {
     /// (batch, in, spatial..) to (batch, out, spatial..).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (w, update) = self.weight.running();
+        let Running { weight: w, bias, update } = self.weight.running();
         let geometry = self.geometry();
         let y = match update {
             None => ops::conv(x, &w, geometry)?,
@@ -223,7 +223,7 @@ impl<C: ConvConfig> Module for Adapted<C> {
                     // The kernel is small beside the activations: its sum costs one convolution
                     // where two would stand.
                     None => {
-                        let w = ops::plus_frozen(&delta, &w.to_dtype(delta.dtype())?)?;
+                        let w = ops::plus(&delta, &w.to_dtype(delta.dtype())?)?;
                         ops::conv(x, &w.to_dtype(x.dtype())?, geometry)?
                     }
                     Some(mask) => {
@@ -233,20 +233,14 @@ impl<C: ConvConfig> Module for Adapted<C> {
                             geometry,
                         )?;
                         let base = ops::conv(x, &w, geometry)?;
-                        match base.track_op() {
-                            true => (base + update)?,
-                            false => ops::plus_frozen(&update, &base)?,
-                        }
+                        ops::plus(&base, &update)?
                     }
                 }
             }
         };
-        let Some(bias) = self.weight.running_bias(self.bias.as_ref()) else { return Ok(y) };
+        let Some(bias) = bias else { return Ok(y) };
         let bias = bias.reshape([&[1, bias.elem_count()][..], &[1; 3][..C::N]].concat())?;
-        match bias.track_op() {
-            true => y.broadcast_add(&bias),
-            false => ops::plus_frozen(&y, &bias),
-        }
+        ops::plus(&y, &bias)
     }
 }
 
@@ -262,12 +256,15 @@ fn build<C: ConvConfig>(
         bail!("conv{}d: {groups} groups do not divide {in_channels} input channels", C::N)
     };
     let per_group = in_channels / groups;
-    let init = uniform(per_group * k.pow(C::N as u32));
     let shape = [&[out_channels, per_group][..], &[k; 3][..C::N]].concat();
+    if checked(&shape)? == 0 {
+        bail!("conv{}d: a weight of shape {shape:?} has no values", C::N)
+    }
+    let init = uniform(checked(&shape[1..])?);
     let weight = names(&vb, "weight").get_with_hints(shape, "weight", init)?;
     let weight = adapt(&weight, kind, &cfg, &vb)?;
     let bias = bias.then(|| names(&vb, "bias").get_with_hints(out_channels, "bias", init));
-    Ok(Adapted { kind, weight, bias: bias.transpose()? })
+    Ok(Adapted { kind, weight: weight.with_bias(bias.transpose()?) })
 }
 
 macro_rules! constructors {

@@ -19,7 +19,7 @@
 
 use super::adapted::Adapted;
 use super::low_rank::Start;
-use super::weight::{Placement, Weight};
+use super::weight::{Placement, Running, Weight};
 use super::{LoraConfig, LowRank};
 use crate::ops;
 use candle_core::{Module, Result, Tensor};
@@ -50,7 +50,7 @@ impl Embedding {
             || LowRank::new((cfg.r, num), dim, Start::NormalB, &cfg, weight.dtype(), &vb);
         let update = (cfg.r > 0).then(low_rank).transpose()?;
         let weight = Weight::new(weight.clone(), update, Placement::Transposed, &cfg)?;
-        Ok(Self { kind: Lookup, weight, bias: None })
+        Ok(Self { kind: Lookup, weight })
     }
 
     /// The plain layer with the update merged into its table.
@@ -58,7 +58,7 @@ impl Embedding {
     /// # Errors
     /// When a merged value is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Embedding> {
-        let (weight, _) = self.merged_parts()?;
+        let weight = self.weight.merged()?;
         let dim = weight.dim(1)?;
         Ok(candle_nn::Embedding::new(weight, dim))
     }
@@ -67,8 +67,8 @@ impl Embedding {
 impl Module for Embedding {
     /// Ids (..) to rows (.., dim).
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let (w, update) = self.weight.running();
-        ops::embedding(ids, &w, update.as_ref())
+        let Running { weight, update, .. } = self.weight.running();
+        ops::embedding(ids, &weight, update.as_ref())
     }
 }
 

@@ -18,10 +18,10 @@
 
 use super::adapted::{wrapped_bias, Adapted};
 use super::low_rank::Start;
-use super::weight::{Placement, Weight};
+use super::weight::{Placement, Plain, Running, Weight};
 use super::{LoraConfig, LowRank};
 use crate::ops;
-use candle_core::{Module, Result, Tensor};
+use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// The kind of [`Linear`]: how its weight is stored.
@@ -41,8 +41,8 @@ impl Linear {
     /// When an option is out of its range or `vb` has tensors of other shapes.
     pub fn new(base: candle_nn::Linear, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let weight = adapt(base.weight(), &cfg, &vb)?;
-        let bias = wrapped_bias(base.bias(), &vb)?;
-        Ok(Self { kind: Dense::new(&cfg), weight, bias })
+        let weight = weight.with_bias(wrapped_bias(base.bias(), &vb)?);
+        Ok(Self { kind: Dense::new(&cfg), weight })
     }
 
     /// The plain layer with the update merged into its weight, (out, in).
@@ -50,8 +50,7 @@ impl Linear {
     /// # Errors
     /// When a merged weight is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Linear> {
-        let (weight, bias) = self.merged_parts()?;
-        self.kind.plain(weight, bias)
+        self.kind.plain(self.weight.plain()?)
     }
 }
 
@@ -75,7 +74,7 @@ impl Dense {
         }
     }
 
-    pub(super) fn plain(&self, weight: Tensor, bias: Option<Tensor>) -> Result<candle_nn::Linear> {
+    pub(super) fn plain(&self, Plain { weight, bias }: Plain) -> Result<candle_nn::Linear> {
         let weight = match self.fan_in_fan_out {
             true => weight.t()?.contiguous()?,
             false => weight,
@@ -83,18 +82,13 @@ impl Dense {
         Ok(candle_nn::Linear::new(weight, bias))
     }
 
-    pub(super) fn forward(
-        &self,
-        x: &Tensor,
-        weight: &Weight,
-        bias: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let (w, update) = weight.running();
+    pub(super) fn forward(&self, x: &Tensor, weight: &Weight) -> Result<Tensor> {
+        let Running { weight, bias, update } = weight.running();
         let w = match self.fan_in_fan_out {
-            true => w,
-            false => w.t()?,
+            true => weight,
+            false => weight.t()?,
         };
-        ops::linear(x, &w, weight.running_bias(bias).as_ref(), update.as_ref())
+        ops::linear(x, &w, bias.as_ref(), update.as_ref())
     }
 
     /// (out, in) of a stored weight.
@@ -104,6 +98,9 @@ impl Dense {
 
     /// The stored weight of a new layer; torch's initial values where there are none yet.
     pub(super) fn weight(&self, in_dim: usize, out_dim: usize, vb: &VarBuilder) -> Result<Tensor> {
+        if in_dim == 0 || out_dim == 0 {
+            bail!("linear: in_features = {in_dim} and out_features = {out_dim}, expected some of both")
+        }
         vb.get_with_hints(self.shape((out_dim, in_dim)), "weight", uniform(in_dim))
     }
 }
@@ -127,7 +124,7 @@ fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
 impl Module for Linear {
     /// (.., in) to (.., out).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.kind.forward(x, &self.weight, self.bias.as_ref())
+        self.kind.forward(x, &self.weight)
     }
 }
 
@@ -167,5 +164,5 @@ pub fn linear_b(
     // The adapter comes before the bias: under `Bias::LoraOnly` it is what marks a bias for training.
     let weight = adapt(&kind.weight(in_dim, out_dim, &vb)?, &cfg, &vb)?;
     let bias = bias.then(|| vb.get_with_hints(out_dim, "bias", uniform(in_dim))).transpose()?;
-    Ok(Linear { kind, weight, bias })
+    Ok(Linear { kind, weight: weight.with_bias(bias) })
 }

@@ -2,7 +2,7 @@
 
 use crate::ops::{wide, Term};
 use crate::LoraConfig;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{bail, DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use std::ops::Range;
 use std::sync::Arc;
@@ -42,6 +42,15 @@ pub(crate) enum Start {
     NormalB,
 }
 
+/// The product of some sizes, or an error where it is no size at all.
+pub(crate) fn checked(sizes: &[usize]) -> Result<usize> {
+    let product = sizes.iter().try_fold(1usize, |product, n| product.checked_mul(*n));
+    match product.filter(|product| isize::try_from(*product).is_ok()) {
+        Some(product) => Ok(product),
+        None => bail!("a tensor of sizes {sizes:?} is too large"),
+    }
+}
+
 impl LowRank {
     /// An update in one part.
     pub fn new(
@@ -65,6 +74,10 @@ impl LowRank {
         base: DType,
         vb: &VarBuilder,
     ) -> Result<Self> {
+        for (rows, columns) in [a_shape, b_shape] {
+            // In bytes, and more than there are.
+            checked(&[rows, columns, 16])?;
+        }
         let dtype = cfg.adapter_dtype(base);
         let (a_init, b_init) = match start {
             Start::UniformA => {

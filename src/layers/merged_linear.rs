@@ -23,7 +23,7 @@
 
 use super::adapted::{wrapped_bias, Adapted};
 use super::linear::{uniform, Dense};
-use super::low_rank::{Part, Start};
+use super::low_rank::{checked, Part, Start};
 use super::weight::Weight;
 use super::{LoraConfig, LowRank};
 use candle_core::{bail, Module, Result, Tensor};
@@ -67,8 +67,8 @@ impl MergedLinear {
         vb: VarBuilder,
     ) -> Result<Self> {
         let weight = adapt(base.weight(), splits, &cfg, &vb)?;
-        let bias = wrapped_bias(base.bias(), &vb)?;
-        Ok(Self { kind: Merged(Dense::new(&cfg)), weight, bias })
+        let weight = weight.with_bias(wrapped_bias(base.bias(), &vb)?);
+        Ok(Self { kind: Merged(Dense::new(&cfg)), weight })
     }
 
     /// The plain layer with the update merged into its weight, (out, in).
@@ -76,8 +76,7 @@ impl MergedLinear {
     /// # Errors
     /// When a merged weight is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Linear> {
-        let (weight, bias) = self.merged_parts()?;
-        self.kind.0.plain(weight, bias)
+        self.kind.0.plain(self.weight.plain()?)
     }
 }
 
@@ -101,14 +100,14 @@ fn adapt(
     cfg.validate(base.dtype())?;
     let kind = Dense::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;
-    let total: usize = splits.iter().map(|(size, _)| size).sum();
-    if total != out_dim || splits.iter().any(|&(size, _)| size == 0) {
+    let total = splits.iter().try_fold(0usize, |sum, (size, _)| sum.checked_add(*size));
+    if total != Some(out_dim) || splits.iter().any(|&(size, _)| size == 0) {
         bail!("merged_linear: the parts {splits:?} do not make up out_features = {out_dim}")
     }
     let (mut parts, mut out, mut b_rows) = (vec![], 0, 0);
     for &(size, enabled) in splits {
         if enabled {
-            let ranks = parts.len() * cfg.r..(parts.len() + 1) * cfg.r;
+            let ranks = checked(&[parts.len(), cfg.r])?..checked(&[parts.len() + 1, cfg.r])?;
             parts.push(Part { out: out..out + size, ranks, b_rows: b_rows..b_rows + size });
             b_rows += size;
         }
@@ -125,7 +124,7 @@ fn adapt(
 impl Module for MergedLinear {
     /// (.., in) to (.., out).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.kind.0.forward(x, &self.weight, self.bias.as_ref())
+        self.kind.0.forward(x, &self.weight)
     }
 }
 
@@ -171,5 +170,5 @@ fn build(
     let splits = equal_splits(out_dim, enable_lora)?;
     let weight = adapt(&kind.weight(in_dim, out_dim, &vb)?, &splits, &cfg, &vb)?;
     let bias = bias.then(|| vb.get_with_hints(out_dim, "bias", uniform(in_dim))).transpose()?;
-    Ok(MergedLinear { kind: Merged(kind), weight, bias })
+    Ok(MergedLinear { kind: Merged(kind), weight: weight.with_bias(bias) })
 }

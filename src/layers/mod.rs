@@ -18,6 +18,6 @@ pub use conv::{
 };
 pub use embedding::{embedding, Embedding, Lookup};
 pub use linear::{linear, linear_b, linear_no_bias, Dense, Linear};
-pub(crate) use low_rank::LowRank;
+pub(crate) use low_rank::{checked, LowRank};
 pub use merged_linear::{merged_linear, merged_linear_no_bias, Merged, MergedLinear};
 pub use mode::{LoraModule, Mode};

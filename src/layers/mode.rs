@@ -19,7 +19,8 @@ pub trait LoraModule {
     /// adapters take effect.
     ///
     /// # Errors
-    /// When a merged weight would not be finite; that layer stays as it was.
+    /// When a merged weight would not be finite. That layer stays as it was; layers of a model that
+    /// come before it have changed, and `train()` puts all of them in one mode again.
     fn set_mode(&mut self, mode: Mode) -> Result<()>;
 
     /// Enters [`Mode::Train`], the mode in which layers are made.

@@ -1,4 +1,4 @@
-//! The unit of adaptation: a frozen weight, its update, the mode, and the merged copy.
+//! The unit of adaptation: a frozen weight and its bias, the update, the mode, and the merged copy.
 
 use super::{LoraConfig, LowRank, Mode};
 use crate::ops;
@@ -18,6 +18,7 @@ pub(crate) enum Placement {
 #[derive(Debug, Clone)]
 pub(crate) struct Weight {
     base: Tensor,
+    bias: Option<Tensor>,
     update: Option<LowRank>,
     placement: Placement,
     merge_weights: bool,
@@ -27,7 +28,22 @@ pub(crate) struct Weight {
 #[derive(Debug, Clone)]
 enum State {
     Train,
-    Eval { merged: Option<Tensor> },
+    Eval { merged: Option<Plain> },
+}
+
+/// A weight and a bias that nobody else can change.
+#[derive(Debug, Clone)]
+pub(crate) struct Plain {
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+}
+
+/// What a forward runs with.
+pub(crate) struct Running {
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+    /// What is still to add to the weight.
+    pub update: Option<LowRank>,
 }
 
 impl Weight {
@@ -47,11 +63,20 @@ impl Weight {
             Some(_) => base.detach(),
             None => base,
         };
-        Ok(Self { base, update, placement, merge_weights: cfg.merge_weights, state: State::Train })
+        let (merge_weights, state) = (cfg.merge_weights, State::Train);
+        Ok(Self { base, bias: None, update, placement, merge_weights, state })
+    }
+
+    pub fn with_bias(self, bias: Option<Tensor>) -> Self {
+        Self { bias, ..self }
     }
 
     pub fn base(&self) -> &Tensor {
         &self.base
+    }
+
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
     }
 
     pub fn update(&self) -> Option<&LowRank> {
@@ -62,28 +87,34 @@ impl Weight {
         matches!(self.state, State::Eval { merged: Some(_) })
     }
 
-    /// What to run with: the weight, and the update still to add.
-    pub fn running(&self) -> (Tensor, Option<LowRank>) {
-        match &self.state {
-            State::Train => (self.base.clone(), self.update.clone()),
-            State::Eval { merged: Some(merged) } => (merged.clone(), None),
-            State::Eval { merged: None } => {
-                (self.base.detach(), self.update.as_ref().map(LowRank::frozen))
-            }
-        }
+    /// Evaluation runs on detached tensors: it records no graph.
+    pub fn running(&self) -> Running {
+        let (weight, bias, update) = match &self.state {
+            State::Train => (self.base.clone(), self.bias.clone(), self.update.clone()),
+            State::Eval { merged: Some(plain) } => (plain.weight.clone(), plain.bias.clone(), None),
+            State::Eval { merged: None } => (
+                self.base.detach(),
+                self.bias.as_ref().map(Tensor::detach),
+                self.update.as_ref().map(LowRank::frozen),
+            ),
+        };
+        Running { weight, bias, update }
     }
 
-    /// `bias` as the mode wants it: evaluation records no graph.
-    pub fn running_bias(&self, bias: Option<&Tensor>) -> Option<Tensor> {
-        match self.state {
-            State::Train => bias.cloned(),
-            State::Eval { .. } => bias.map(Tensor::detach),
-        }
+    /// The merged weight and a copy of the bias: a later change of the variables is not theirs.
+    pub fn plain(&self) -> Result<Plain> {
+        let bias = self.bias.as_ref().map(Tensor::copy).transpose()?;
+        Ok(Plain { weight: self.merged()?, bias: bias.map(|bias| bias.detach()) })
     }
 
     /// `W + ΔW` as W is stored, without a graph. The base is never written.
     pub fn merged(&self) -> Result<Tensor> {
-        let Some(update) = &self.update else { return Ok(self.base.detach()) };
+        let Some(update) = &self.update else {
+            return match self.base.is_variable() {
+                true => Ok(self.base.copy()?.detach()),
+                false => Ok(self.base.detach()),
+            };
+        };
         let matrix = match self.placement {
             Placement::AsIs | Placement::Transposed => self.base.dims2()?,
             Placement::Reshaped => (update.b().dim(0)?, update.a().dim(1)?),
@@ -97,7 +128,7 @@ impl Weight {
         self.state = match mode {
             Mode::Train => State::Train,
             Mode::Eval if self.merge_weights && self.update.is_some() => {
-                State::Eval { merged: Some(self.merged()?) }
+                State::Eval { merged: Some(self.plain()?) }
             }
             Mode::Eval => State::Eval { merged: None },
         };

@@ -7,6 +7,8 @@
 //! composed of candle's operations on other devices.
 
 use super::convolve::Convolve;
+use super::{linear, times_frozen};
+use crate::layers::checked;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 /// The sizes of a convolution, in three spatial dimensions; the leading ones are 1 where there are
@@ -52,8 +54,15 @@ impl Sizes {
         input[3 - n..].copy_from_slice(&x.dims()[2..]);
         let mut output = [1; 3];
         for i in 0..3 {
-            let reach = geometry.dilation[i] * (geometry.kernel[i] - 1) + 1;
-            let padded = input[i] + 2 * geometry.padding[i];
+            let reach = geometry.dilation[i]
+                .checked_mul(geometry.kernel[i] - 1)
+                .and_then(|reach| reach.checked_add(1));
+            let padded = geometry.padding[i]
+                .checked_mul(2)
+                .and_then(|padding| padding.checked_add(input[i]));
+            let (Some(reach), Some(padded)) = (reach, padded) else {
+                bail!("conv{n}d: {geometry:?} is too large")
+            };
             if padded < reach {
                 bail!(
                     "conv{n}d: the kernel reaches over {reach} values, the padded input {:?} has \
@@ -63,6 +72,9 @@ impl Sizes {
             }
             output[i] = (padded - reach) / geometry.stride[i] + 1;
         }
+        // The columns, in bytes, must be a number.
+        let kernel = geometry.kernel.into_iter();
+        checked(&kernel.chain(output).chain([per_group, g, c_out, 8]).collect::<Vec<_>>())?;
         Ok(Self { geometry, batch: x.dim(0)?, c_in: per_group * g, c_out, input, output })
     }
 
@@ -110,28 +122,40 @@ pub(crate) fn conv(x: &Tensor, w: &Tensor, geometry: Geometry) -> Result<Tensor>
     y.reshape(sizes.output_dims(w.rank() - 2))
 }
 
-/// The same of candle's operations: the padded input's values gathered into columns, and a product.
+/// The same of candle's operations: the input's values gathered into columns, and a product.
 fn composed(x: &Tensor, w: &Tensor, s: &Sizes) -> Result<Tensor> {
-    let (g, n, len) = (s.geometry.groups, s.positions(), s.input_len());
-    // One zero behind each channel stands for all of its padding.
-    let x = x.reshape((s.batch, s.c_in, len))?.pad_with_zeros(2, 0, 1)?;
-    let mut ids = Vec::with_capacity(s.reach() * n);
+    let (groups, n) = (s.geometry.groups, s.positions());
+    let (mut ids, mut inside) = (vec![], vec![]);
     let [k0, k1, k2] = s.geometry.kernel;
     let [o0, o1, o2] = s.output;
-    for (a, b, c) in product3(k0, k1, k2) {
-        for (i, j, l) in product3(o0, o1, o2) {
-            let at = |d, k, out| s.meets(d, k, out);
-            let id = match (at(0, a, i), at(1, b, j), at(2, c, l)) {
-                (Some(i), Some(j), Some(l)) => (i * s.input[1] + j) * s.input[2] + l,
-                _ => len,
+    // (positions, k): the columns lie as the rows of a linear layer's input.
+    for (i, j, l) in product3(o0, o1, o2) {
+        for (a, b, c) in product3(k0, k1, k2) {
+            let id = match (s.meets(0, a, i), s.meets(1, b, j), s.meets(2, c, l)) {
+                (Some(i), Some(j), Some(l)) => Some((i * s.input[1] + j) * s.input[2] + l),
+                _ => None,
             };
-            ids.push(id as u32);
+            // Padding reads the first value, times zero.
+            ids.push(id.unwrap_or(0) as u32);
+            inside.push(if id.is_some() { 1f32 } else { 0. });
         }
     }
-    let ids = Tensor::from_vec(ids, k0 * k1 * k2 * n, x.device())?;
-    let columns = x.contiguous()?.index_select(&ids, 2)?.reshape((s.batch, g, s.reach(), n))?;
-    let w = w.reshape((1, g, s.c_out / g, s.reach()))?;
-    w.broadcast_matmul(&columns)?.reshape((s.batch, s.c_out, n))
+    let k = k0 * k1 * k2;
+    let ids = Tensor::from_vec(ids, n * k, x.device())?;
+    let inside = Tensor::from_vec(inside, n * k, x.device())?.to_dtype(x.dtype())?;
+    let x = x.reshape((s.batch, s.c_in, s.input_len()))?.contiguous()?;
+    let columns = times_frozen(&x.index_select(&ids, 2)?, &inside)?;
+    // (batch, groups, positions, in/g, k)
+    let columns = columns
+        .reshape((s.batch, groups, s.c_in / groups, n, k))?
+        .transpose(2, 3)?
+        .reshape((s.batch, groups, n, s.reach()))?;
+    let w = w.reshape((groups, s.c_out / groups, s.reach()))?;
+    let parts = (0..groups).map(|g| {
+        let part = linear(&columns.narrow(1, g, 1)?.squeeze(1)?, &w.get(g)?.t()?, None, None)?;
+        part.transpose(1, 2)
+    });
+    Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 1)
 }
 
 pub(super) fn product3(
@@ -147,8 +171,7 @@ mod tests {
     use super::*;
     use candle_core::Var;
 
-    /// The CPU's kernel and the composition other devices use agree, outputs and gradients, with
-    /// candle's own operations as a third opinion on nothing: its gradients are wrong.
+    /// The CPU's kernel and the composition that other devices use, outputs and gradients.
     #[test]
     fn the_kernel_and_the_composition_agree() -> Result<()> {
         for n in 1..=3usize {
@@ -183,6 +206,15 @@ mod tests {
                     ] {
                         let d = (a - b)?.abs()?.max_all()?.to_scalar::<f64>()?;
                         assert!(d < 1e-10, "{n}d {g:?}: {d}");
+                    }
+                    for (x, w) in
+                        [(x.detach(), w.as_tensor().clone()), (x.into_inner(), w.detach())]
+                    {
+                        let sizes = Sizes::new(g, &x, &w)?;
+                        for y in [conv(&x, &w, g)?, composed(&x, &w, &sizes)?] {
+                            let grads = y.sum_all()?.backward()?;
+                            assert_eq!(grads.get_ids().count(), 1, "{n}d {g:?}: of the variable");
+                        }
                     }
                 }
             }

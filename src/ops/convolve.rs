@@ -138,11 +138,11 @@ fn output<T: WithDType>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
     let (x_len, outs) = per_group(s);
     let x = x.values::<T>(s.batch * groups * x_len)?;
     let mut y = vec![T::zero(); s.batch * s.c_out * n];
-    let samples = y.par_chunks_mut(s.c_out * n).zip(x.par_chunks(groups * x_len));
+    let samples = y.par_chunks_mut((s.c_out * n).max(1)).zip(x.par_chunks((groups * x_len).max(1)));
     samples.try_for_each_init(
         || Columns::new(s),
         |columns, (y, x)| {
-            let parts = y.chunks_mut(outs * n).zip(x.chunks(x_len));
+            let parts = y.chunks_mut(outs * n).zip(x.chunks(x_len.max(1)));
             for (g, (y, x)) in parts.enumerate() {
                 let out = columns.with(s, x, |c| product(w.matrix(g, outs, s.reach()), c))?;
                 y.copy_from_slice(&out);
@@ -157,8 +157,8 @@ fn input<T: WithDType + AddAssign>(s: &Sizes, grad: Operand, w: Operand) -> Resu
     let groups = s.geometry.groups;
     let (x_len, outs) = per_group(s);
     let mut gx = vec![T::zero(); s.batch * groups * x_len];
-    gx.par_chunks_mut(groups * x_len).enumerate().try_for_each(|(i, gx)| {
-        for (g, gx) in gx.chunks_mut(x_len).enumerate() {
+    gx.par_chunks_mut((groups * x_len).max(1)).enumerate().try_for_each(|(i, gx)| {
+        for (g, gx) in gx.chunks_mut(x_len.max(1)).enumerate() {
             let (w, wl) = w.matrix(g, outs, s.reach());
             let grad = grad.matrix(i * groups + g, outs, s.positions());
             fold(s, &product((w, wl.transpose(0, 1)?), grad)?, gx);
@@ -174,12 +174,12 @@ fn kernel<T: WithDType + AddAssign>(s: &Sizes, grad: Operand, x: Operand) -> Res
     let x = x.values::<T>(s.batch * groups * x_len)?;
     let zeros = || vec![T::zero(); s.c_out * s.reach()];
     let add = |sum: &mut [T], more: &[T]| sum.iter_mut().zip(more).for_each(|(s, m)| *s += *m);
-    x.par_chunks(groups * x_len)
+    x.par_chunks((groups * x_len).max(1))
         .enumerate()
         .try_fold(
             || (zeros(), Columns::new(s)),
             |(mut gw, mut columns), (i, x)| {
-                let parts = gw.chunks_mut(outs * s.reach()).zip(x.chunks(x_len));
+                let parts = gw.chunks_mut(outs * s.reach()).zip(x.chunks(x_len.max(1)));
                 for (g, (gw, x)) in parts.enumerate() {
                     let grad = grad.matrix(i * groups + g, outs, s.positions());
                     add(gw, &columns.with(s, x, |(c, l)| product(grad, (c, l.transpose(0, 1)?)))?);

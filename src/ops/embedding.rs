@@ -20,7 +20,7 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
     let ids = ids.flatten_all()?.to_dtype(DType::I64)?.contiguous()?;
     check(&ids, num)?;
     let out = match update {
-        None => w.index_select(&ids, 0),
+        None => w.contiguous()?.index_select(&ids, 0),
         Some(update) => {
             let factor = update.frozen().factors(w.dtype())?.remove(0);
             let u = factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?;

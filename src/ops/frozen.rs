@@ -6,9 +6,15 @@ use super::op::{Custom, Op};
 use candle_core::op::{Add, Mul};
 use candle_core::{Layout, Result, Shape, Tensor};
 
-/// `x + c`, with `c` of any shape that broadcasts to `x`'s.
-pub(crate) fn plus_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
-    x.apply_op1(Custom(Plus(c.detach().broadcast_as(x.shape())?)))
+/// `x + c`, with `c` of any shape that broadcasts to `x`'s, and gradients for those of the two that
+/// are tracked.
+pub(crate) fn plus(x: &Tensor, c: &Tensor) -> Result<Tensor> {
+    let c = c.broadcast_as(x.shape())?;
+    match (x.track_op(), c.track_op()) {
+        (true, true) => x + c,
+        (false, true) => c.apply_op1(Custom(Plus(x.detach()))),
+        (_, false) => x.apply_op1(Custom(Plus(c))),
+    }
 }
 
 /// `x ∘ c`, with `c` of any shape that broadcasts to `x`'s.

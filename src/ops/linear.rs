@@ -3,8 +3,8 @@
 //! `x`, `A` and `B` alone.
 
 use super::backend::{wide, Backend, Term};
-use super::dropout_mask;
 use super::op::{if_tracked, Custom, Op};
+use super::{dropout_mask, plus};
 use crate::layers::LowRank;
 use candle_core::{bail, Layout, Result, Shape, Tensor, D};
 
@@ -31,7 +31,11 @@ pub(crate) fn linear(
     if let Some(b) = bias.filter(|b| b.dims() != [n] || b.dtype() != w.dtype()) {
         bail!("linear: the bias is {b:?}, expected {n} of {:?}", w.dtype())
     }
-    let m = leading.iter().product();
+    let m: usize = leading.iter().product();
+    if m == 0 || k == 0 {
+        // Some backends refuse empty products.
+        return Tensor::zeros([leading, &[n]].concat(), x.dtype(), x.device());
+    }
     let x = x.contiguous()?;
     let (tracked, frozen) = match bias {
         Some(b) if b.track_op() => (Some(b), None),
@@ -50,7 +54,7 @@ pub(crate) fn linear(
     };
     match tracked {
         None => Ok(y),
-        Some(bias) => y.broadcast_add(bias),
+        Some(bias) => plus(&y, bias),
     }
 }
 

@@ -16,8 +16,8 @@ pub(crate) fn merge(w: &Tensor, matrix: (usize, usize), terms: Vec<Term>) -> Res
         .detach();
     if !is_finite(&merged)? {
         bail!(
-            "the merged weight {:?} of {:?} is not finite: the adapter holds NaN, infinite or too \
-             large values",
+            "the merged weight {:?} of {:?} is not finite: the base or the adapter holds NaN, \
+             infinite or too large values",
             merged.dims(),
             merged.dtype()
         )

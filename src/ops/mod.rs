@@ -17,6 +17,6 @@ pub(crate) use backend::{wide, Term};
 pub(crate) use conv::{conv, Geometry};
 pub(crate) use dropout::dropout_mask;
 pub(crate) use embedding::embedding;
-pub(crate) use frozen::{plus_frozen, times_frozen};
+pub(crate) use frozen::{plus, times_frozen};
 pub(crate) use linear::linear;
 pub(crate) use merge::{is_finite, merge};

@@ -2,10 +2,12 @@
 
 use super::config_json::{from_json, to_json};
 use super::file;
-use super::state_dict::{check_finite, load_state_dict, LoadReport, StateDict, Strict};
+use super::state_dict::{check_finite, elements, load_state_dict, LoadReport, StateDict, Strict};
+use super::torch_file;
+use super::trainable::split;
 use crate::{Error, LoraConfig, Result};
 use candle_core::safetensors::Load;
-use candle_core::Device;
+use candle_core::{DType, Device};
 use candle_nn::VarMap;
 use safetensors::tensor::SafeTensors;
 use std::collections::BTreeMap;
@@ -30,8 +32,8 @@ pub struct Checkpoint {
 /// bytes. It has the mode of the file that it replaces, or that of any new file.
 ///
 /// # Errors
-/// When there is nothing to save, a value is not finite, or the file system refuses. The error
-/// names the file.
+/// When there is nothing to save, a value is not finite, `cfg` is not the configuration of these
+/// tensors, or the file system refuses. The error names the file.
 pub fn save_state_dict(
     tensors: &StateDict,
     cfg: &LoraConfig,
@@ -39,6 +41,7 @@ pub fn save_state_dict(
 ) -> Result<()> {
     let path = path.as_ref();
     let save = || {
+        check_config(tensors, cfg)?;
         let bytes = serialize(tensors, Some((CONFIG, to_json(cfg))))?;
         Ok(file::replace(path, &bytes)?)
     };
@@ -52,6 +55,9 @@ pub(crate) fn serialize(tensors: &StateDict, metadata: Option<(&str, String)>) -
     }
     let mut cpu = StateDict::new();
     for (name, tensor) in tensors {
+        if name == "__metadata__" {
+            return Err(Error::tensor(name, "safetensors has this name for the metadata"));
+        }
         check_finite(name, tensor)?;
         cpu.insert(name.clone(), tensor.to_device(&Device::Cpu)?);
     }
@@ -80,11 +86,12 @@ fn malformed(reason: impl ToString) -> Error {
     Error::Format { format: "safetensors", reason: reason.to_string() }
 }
 
-/// Reads a safetensors file, ours or another's.
+/// Reads a safetensors file, ours or another's, or a state dict that `torch.save` wrote (`.pt`,
+/// `.pth`, `.bin`). The content tells which it is, not the name; nothing in the file is run.
 ///
 /// # Errors
-/// When the file cannot be read, is not well-formed, or holds a tensor that candle cannot represent
-/// or a value that is not finite. The error names the file and the tensor.
+/// When the file cannot be read, is not well-formed, or holds an entry that is no tensor, one that
+/// candle cannot represent, or a value that is not finite. The error names the file and the entry.
 pub fn read_state_dict(path: impl AsRef<Path>, device: &Device) -> Result<Checkpoint> {
     let path = path.as_ref();
     let read = || {
@@ -95,11 +102,17 @@ pub fn read_state_dict(path: impl AsRef<Path>, device: &Device) -> Result<Checkp
 }
 
 fn parse(bytes: &[u8], device: &Device) -> Result<Checkpoint> {
+    if torch_file::is_torch(bytes) {
+        return Ok(Checkpoint { tensors: torch_file::parse(bytes, device)?, config: None });
+    }
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(malformed)?;
     let config = header.metadata().as_ref().and_then(|metadata| metadata.get(CONFIG));
     let config = config.map(|text| from_json(text)).transpose()?;
     let mut tensors = StateDict::new();
     for (name, view) in SafeTensors::deserialize(bytes).map_err(malformed)?.iter() {
+        if elements(view.shape()).is_none() {
+            return Err(Error::tensor(name, format!("its shape is {:?}", view.shape())));
+        }
         let tensor = view.load(device).map_err(|e| Error::tensor(name, e))?;
         check_finite(name, &tensor)?;
         tensors.insert(name.to_owned(), tensor);
@@ -126,9 +139,27 @@ pub fn load_checkpoint(
             same("lora_alpha", saved.lora_alpha, cfg.lora_alpha)?;
             same("rslora", saved.rslora, cfg.rslora)?;
         }
+        check_config(&tensors, cfg)?;
         load_state_dict(vars, &tensors, strict)
     };
     load().map_err(|e: Error| e.at(path))
+}
+
+/// An error if the factors cannot have the configuration's rank: that of a `MergedLinear` or a
+/// convolution is a multiple of it.
+fn check_config(tensors: &StateDict, cfg: &LoraConfig) -> Result<()> {
+    cfg.validate(DType::F32)?;
+    for (name, tensor) in tensors {
+        let rank = match (split(name).1, tensor.dims()) {
+            ("lora_A", &[rank, _]) | ("lora_B", &[_, rank]) => rank,
+            _ => continue,
+        };
+        if rank.checked_rem(cfg.r) != Some(0) {
+            let reason = format!("its rank is {rank}, the configuration has r = {}", cfg.r);
+            return Err(Error::tensor(name, reason));
+        }
+    }
+    Ok(())
 }
 
 fn same<T: PartialEq + ToString>(option: &'static str, saved: T, model: T) -> Result<()> {

@@ -106,7 +106,8 @@ fn fitted(name: &str, tensor: &Tensor, var: &Var) -> Result<Tensor> {
 
 /// An error if a value of a float tensor is not finite.
 pub(crate) fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
-    match !tensor.dtype().is_float() || is_finite(tensor)? {
+    let finite = is_finite(tensor).map_err(|e| Error::tensor(name, e));
+    match !tensor.dtype().is_float() || finite? {
         true => Ok(()),
         false => Err(Error::tensor(name, "it has values that are not finite")),
     }
@@ -126,4 +127,11 @@ fn set_all(staged: BTreeMap<&str, (&Var, Tensor)>) -> Result<()> {
         done.push((var, before));
     }
     Ok(())
+}
+
+/// The number of elements of a shape; `None` where it, or a stride, does not fit a machine's word.
+pub(crate) fn elements(dims: &[usize]) -> Option<usize> {
+    // A stride is a product of dimensions, whatever zero stands before them.
+    dims.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)))?;
+    Some(dims.iter().product())
 }

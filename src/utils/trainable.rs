@@ -91,8 +91,9 @@ impl Trainable {
                 Bias::All => true,
                 Bias::LoraOnly => {
                     // A convolution's bias may stand under loralib's second name, conv.bias.
-                    let layers = [Some(layer), layer.strip_suffix("conv").map(drop_dot)];
-                    layers.into_iter().flatten().any(|layer| exists(&join(layer, "lora_A")))
+                    let (parent, own) = split(layer);
+                    exists(&join(layer, "lora_A"))
+                        || (own == "conv" && exists(&join(parent, "lora_A")))
                 }
             }
     }
@@ -130,13 +131,13 @@ pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
 }
 
 /// The names of a map that an adapter is expected to have: all of them, unless the map holds the
-/// frozen base too (a `weight` beside a `lora_A`); then the adapters' factors.
+/// frozen base too (a `weight` beside each `lora_A`); then the adapters' factors.
 pub(crate) fn expected(vars: &BTreeMap<String, Var>) -> Vec<&str> {
-    let holds_base = vars.keys().any(|name| {
-        let (layer, last) = split(name);
-        let weight = |w| vars.contains_key(&join(layer, w));
-        last == "lora_A" && (weight("weight") || weight("conv.weight"))
-    });
+    let mut adapted = vars.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");
+    let has_base = |(layer, _): (&str, &str)| {
+        ["weight", "conv.weight"].iter().any(|weight| vars.contains_key(&join(layer, weight)))
+    };
+    let holds_base = adapted.next().is_some_and(has_base) && adapted.all(has_base);
     vars.keys().map(String::as_str).filter(|name| !holds_base || is_lora(split(name).1)).collect()
 }
 
@@ -179,11 +180,7 @@ pub(crate) fn is_lora(last: &str) -> bool {
     matches!(last, "lora_A" | "lora_B")
 }
 
-fn drop_dot(layer: &str) -> &str {
-    layer.strip_suffix('.').unwrap_or(layer)
-}
-
-fn is_within(name: &str, module: &str) -> bool {
+pub(crate) fn is_within(name: &str, module: &str) -> bool {
     !module.is_empty() && format!(".{name}.").contains(&format!(".{module}."))
 }
 
@@ -209,6 +206,7 @@ mod tests {
         assert!(!selects(only(), "k.bias"));
         assert!(selects(only(), "x.conv.bias"));
         assert!(selects(only(), "conv.bias"));
+        assert!(!selects(only(), "qconv.bias"));
         assert!(selects(none().and("head"), "bert.head.weight"));
         assert!(selects(none().and("bert.head"), "bert.head.weight"));
         assert!(!selects(none().and("head"), "overhead.weight"));

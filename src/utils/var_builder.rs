@@ -32,8 +32,12 @@ struct Split<'a> {
 }
 
 impl Split<'_> {
+    fn holds(&self, name: &str) -> bool {
+        variables(&self.adapter).contains_key(name)
+    }
+
     fn trains(&self, name: &str) -> bool {
-        self.what.selects(name, |n| self.adapter.contains_tensor(n))
+        self.what.selects(name, |n| self.holds(n))
     }
 
     /// The base's value, or `None` where a new one may be made.
@@ -70,7 +74,7 @@ impl SimpleBackend for Split<'_> {
                 None => bail!("the base has no tensor {name:?} (expected {shape:?})"),
             };
         }
-        if !self.adapter.contains_tensor(name) {
+        if !self.holds(name) {
             let var = match self.base(&shape, name, dtype)? {
                 Some(tensor) => Var::from_tensor(&tensor.to_device(device)?)?,
                 None => init.var(shape.clone(), dtype, device)?,
@@ -103,6 +107,6 @@ impl SimpleBackend for Split<'_> {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.adapter.contains_tensor(name) || self.base.contains_tensor(name)
+        self.holds(name) || self.base.contains_tensor(name)
     }
 }

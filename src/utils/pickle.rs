@@ -1,0 +1,204 @@
+//! The objects that a pickle describes, read as data: nothing in it is run.
+//!
+//! Python's protocol 2, as `torch.save` writes it. Objects refer to each other by their place in a
+//! list: a pickle that shares or nests them without end costs no more memory than its length.
+//! candle's own reader copies what is shared, allocates what a damaged length asks for, and passes
+//! over what it does not know.
+
+use std::collections::HashMap;
+
+/// The place of an object in its pickle.
+pub(super) type Id = usize;
+
+#[derive(Debug, PartialEq)]
+pub(super) enum Object<'a> {
+    None,
+    Bool,
+    Float,
+    Int(i64),
+    Text(&'a str),
+    /// A module and a name in it.
+    Class(&'a str, &'a str),
+    Tuple(Vec<Id>),
+    List,
+    Dict(Vec<(Id, Id)>),
+    /// What a class or a function would make of its arguments.
+    Call(Id, Id),
+    /// What is stored outside the pickle.
+    Persistent(Id),
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Pickle<'a> {
+    objects: Vec<Object<'a>>,
+    stack: Vec<Id>,
+    /// Where the stack was when a mark was set.
+    marks: Vec<usize>,
+    memo: HashMap<u32, Id>,
+}
+
+type Result<T> = std::result::Result<T, String>;
+
+impl<'a> Pickle<'a> {
+    /// Reads to the end of the pickle, and finds its object.
+    pub fn read(mut bytes: &'a [u8]) -> Result<(Self, Id)> {
+        let mut pickle = Self::default();
+        let length = bytes.len();
+        loop {
+            let at = length - bytes.len();
+            match pickle.step(&mut bytes) {
+                Ok(false) => {}
+                Ok(true) => {
+                    let root = pickle.pop()?;
+                    return Ok((pickle, root));
+                }
+                Err(reason) => return Err(format!("{reason} (at byte {at} of data.pkl)")),
+            }
+        }
+    }
+
+    pub fn get(&self, id: Id) -> &Object<'a> {
+        self.objects.get(id).unwrap_or(&Object::None)
+    }
+
+    /// One operation; whether it was the last.
+    fn step(&mut self, rest: &mut &'a [u8]) -> Result<bool> {
+        let [op] = array(rest)?;
+        match op {
+            0x80 => drop(array::<1>(rest)?),
+            b'c' => {
+                let (module, name) = (line(rest)?, line(rest)?);
+                self.push(Object::Class(module, name));
+            }
+            b'N' => self.push(Object::None),
+            0x88 | 0x89 => self.push(Object::Bool),
+            b'K' => self.push(Object::Int(array::<1>(rest)?[0].into())),
+            b'M' => self.push(Object::Int(u16::from_le_bytes(array(rest)?).into())),
+            b'J' => self.push(Object::Int(i32::from_le_bytes(array(rest)?).into())),
+            0x8a => {
+                let [n] = array(rest)?;
+                self.push(Object::Int(long(take(rest, n.into())?)?));
+            }
+            b'G' => {
+                array::<8>(rest)?;
+                self.push(Object::Float);
+            }
+            b'X' => {
+                let n = u32::from_le_bytes(array(rest)?);
+                self.push(Object::Text(utf8(take(rest, n as usize)?)?));
+            }
+            b'(' => self.marks.push(self.stack.len()),
+            b')' => self.push(Object::Tuple(vec![])),
+            0x85..=0x87 => {
+                let from = self.stack.len().checked_sub(usize::from(op - 0x84));
+                let items = self.stack.split_off(from.ok_or("too few objects for a tuple")?);
+                self.push(Object::Tuple(items));
+            }
+            b't' => {
+                let items = self.marked()?;
+                self.push(Object::Tuple(items));
+            }
+            b']' => self.push(Object::List),
+            b'a' => drop(self.pop()?),
+            b'e' => drop(self.marked()?),
+            b'}' => self.push(Object::Dict(vec![])),
+            b's' => {
+                let (value, key) = (self.pop()?, self.pop()?);
+                self.dict()?.push((key, value));
+            }
+            b'u' => {
+                let items = self.marked()?;
+                let pairs = items.chunks_exact(2).map(|pair| (pair[0], pair[1]));
+                self.dict()?.extend(pairs);
+            }
+            b'R' | 0x81 => {
+                let (args, class) = (self.pop()?, self.pop()?);
+                self.push(match self.get(class) {
+                    Object::Class("collections", "OrderedDict") => Object::Dict(vec![]),
+                    _ => Object::Call(class, args),
+                });
+            }
+            // An object's attributes: what a state dict has there (`_metadata`) is no tensor.
+            b'b' => drop(self.pop()?),
+            b'Q' => {
+                let id = self.pop()?;
+                self.push(Object::Persistent(id));
+            }
+            b'q' => self.put(array::<1>(rest)?[0].into())?,
+            b'r' => self.put(u32::from_le_bytes(array(rest)?))?,
+            b'h' => self.recall(array::<1>(rest)?[0].into())?,
+            b'j' => self.recall(u32::from_le_bytes(array(rest)?))?,
+            b'.' => return Ok(true),
+            op => return Err(format!("an operation {op:#04x} that torch does not write")),
+        }
+        Ok(false)
+    }
+
+    fn push(&mut self, object: Object<'a>) {
+        self.stack.push(self.objects.len());
+        self.objects.push(object);
+    }
+
+    fn pop(&mut self) -> Result<Id> {
+        self.stack.pop().ok_or_else(|| "an object is missing".to_owned())
+    }
+
+    /// What was pushed since the last mark.
+    fn marked(&mut self) -> Result<Vec<Id>> {
+        match self.marks.pop() {
+            Some(mark) if mark <= self.stack.len() => Ok(self.stack.split_off(mark)),
+            _ => Err("a mark is missing".to_owned()),
+        }
+    }
+
+    fn dict(&mut self) -> Result<&mut Vec<(Id, Id)>> {
+        match self.stack.last().and_then(|&id| self.objects.get_mut(id)) {
+            Some(Object::Dict(items)) => Ok(items),
+            _ => Err("an item for what is not a dict".to_owned()),
+        }
+    }
+
+    fn put(&mut self, key: u32) -> Result<()> {
+        let id = *self.stack.last().ok_or("nothing to memorize")?;
+        self.memo.insert(key, id);
+        Ok(())
+    }
+
+    fn recall(&mut self, key: u32) -> Result<()> {
+        let id = *self.memo.get(&key).ok_or_else(|| format!("nothing memorized as {key}"))?;
+        self.stack.push(id);
+        Ok(())
+    }
+}
+
+fn take<'a>(rest: &mut &'a [u8], n: usize) -> Result<&'a [u8]> {
+    let (taken, after) = rest.split_at_checked(n).ok_or("it ends too early")?;
+    *rest = after;
+    Ok(taken)
+}
+
+fn array<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N]> {
+    let (taken, after) = rest.split_first_chunk().ok_or("it ends too early")?;
+    *rest = after;
+    Ok(*taken)
+}
+
+fn line<'a>(rest: &mut &'a [u8]) -> Result<&'a str> {
+    let end = rest.iter().position(|b| *b == b'\n').ok_or("it ends too early")?;
+    let line = take(rest, end)?;
+    take(rest, 1)?;
+    utf8(line)
+}
+
+fn utf8(bytes: &[u8]) -> Result<&str> {
+    std::str::from_utf8(bytes).map_err(|e| e.to_string())
+}
+
+/// A little-endian integer of up to 8 bytes.
+fn long(bytes: &[u8]) -> Result<i64> {
+    let negative = bytes.last().is_some_and(|top| top & 0x80 != 0);
+    let mut all = [if negative { 0xff } else { 0 }; 8];
+    let used = all.get_mut(..bytes.len()).ok_or("an integer of more than 8 bytes")?;
+    used.copy_from_slice(bytes);
+    Ok(i64::from_le_bytes(all))
+}

@@ -1,0 +1,120 @@
+//! The example's GPT-2 gives Hugging Face's logits, and trains what it should and nothing else.
+
+mod common;
+#[allow(dead_code)]
+#[path = "../examples/finetune/gpt2.rs"]
+mod gpt2;
+#[path = "../examples/finetune/ops.rs"]
+mod ops;
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use common::device;
+use gpt2::{Config, Gpt2};
+use lora::{Bias, LoraConfig, LoraModule, StateDict};
+use loralib as lora;
+use std::collections::HashSet;
+
+const CONFIG: Config = Config {
+    vocab_size: 61,
+    n_positions: 16,
+    n_embd: 24,
+    n_layer: 2,
+    n_head: 3,
+    layer_norm_epsilon: 1e-5,
+};
+
+const LORA: LoraConfig = LoraConfig {
+    r: 4,
+    lora_alpha: 32.,
+    lora_dropout: 0.,
+    merge_weights: true,
+    fan_in_fan_out: true,
+    rslora: false,
+    lora_dtype: None,
+};
+
+/// The fixture's weights by Hugging Face's names, its ids and its logits.
+fn fixture() -> Result<(StateDict, Tensor, Tensor)> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/gpt2.safetensors");
+    let mut tensors = lora::read_state_dict(path, &device())?.tensors;
+    let (ids, logits) = (tensors.remove("ids").unwrap(), tensors.remove("logits").unwrap());
+    Ok((tensors, ids, logits))
+}
+
+fn base(tensors: StateDict) -> VarBuilder<'static> {
+    let tensors = tensors.into_iter().collect();
+    VarBuilder::from_tensors(tensors, DType::F32, &device()).pp("transformer")
+}
+
+fn logits(model: &Gpt2, ids: &Tensor) -> Result<Tensor> {
+    model.head(&model.hidden(ids)?)
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> Result<f32> {
+    (a - b)?.abs()?.max_all()?.to_scalar()
+}
+
+#[test]
+fn logits_are_hugging_faces() -> Result<()> {
+    let (tensors, ids, expected) = fixture()?;
+    let mut model = Gpt2::new(&CONFIG, LoraConfig::default(), base(tensors.clone()))?;
+    let d = difference(&logits(&model, &ids)?, &expected)?;
+    assert!(d < 1e-4, "without an adapter: {d}");
+    model.eval()?;
+    let d = difference(&logits(&model, &ids)?, &expected)?;
+    assert!(d < 1e-4, "in evaluation: {d}");
+
+    let vars = VarMap::new();
+    let mut model = Gpt2::new(&CONFIG, LORA, lora::var_builder(base(tensors), &vars, Bias::None))?;
+    let d = difference(&logits(&model, &ids)?, &expected)?;
+    assert!(d < 1e-4, "with a fresh adapter: {d}");
+
+    for var in vars.all_vars() {
+        var.set(&(var.randn_like(0., 1.)? * 0.05)?)?;
+    }
+    let unmerged = logits(&model, &ids)?;
+    assert!(difference(&unmerged, &expected)? > 0.1);
+    model.eval()?;
+    let d = difference(&logits(&model, &ids)?, &unmerged)?;
+    assert!(d < 1e-4, "merged and unmerged: {d}");
+    Ok(())
+}
+
+/// The ids of variables, and of what a backward of the model's loss has gradients for.
+fn trained(model: &Gpt2, vars: &VarMap) -> Result<(usize, Vec<String>)> {
+    let (_, ids, _) = fixture()?;
+    let targets = ids.narrow(1, 1, 10)?.flatten_all()?;
+    let logits = logits(model, &ids.narrow(1, 0, 10)?)?.flatten(0, 1)?;
+    let grads = candle_nn::loss::cross_entropy(&logits, &targets)?.backward()?;
+    let data = vars.data().lock().unwrap();
+    let ids: HashSet<_> = data.values().map(|var| var.id()).collect();
+    let others = grads.get_ids().filter(|id| !ids.contains(id)).count();
+    let without = data.iter().filter(|(_, var)| grads.get(var).is_none());
+    Ok((others, without.map(|(name, _)| name.clone()).collect()))
+}
+
+#[test]
+fn pretraining_reaches_every_variable() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
+    let model = Gpt2::new(&CONFIG, LoraConfig::default(), vb)?;
+    let (_, without) = trained(&model, &vars)?;
+    assert_eq!(without, Vec::<String>::new());
+    // Two tables, two values of the last norm, twelve of each block.
+    assert_eq!(vars.all_vars().len(), 2 + 2 + 2 * 12);
+    Ok(())
+}
+
+#[test]
+fn adapting_makes_gradients_for_what_is_trained_and_for_nothing_else() -> Result<()> {
+    for (bias, expected) in [(Bias::None, 4), (Bias::LoraOnly, 6), (Bias::All, 4 + 13)] {
+        let vars = VarMap::new();
+        let vb = lora::var_builder(base(fixture()?.0), &vars, bias);
+        let model = Gpt2::new(&CONFIG, LORA, vb)?;
+        assert_eq!(vars.all_vars().len(), expected, "{bias}");
+        let (others, without) = trained(&model, &vars)?;
+        assert_eq!((others, without), (0, vec![]), "{bias}");
+    }
+    Ok(())
+}
