@@ -3,7 +3,7 @@
 mod common;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use common::{bits, rnd};
+use common::{bits, rnd, CFG};
 use lora::{Bias, LoraConfig, LoraModule, StateDict, Strict};
 use loralib as lora;
 use std::collections::HashMap;
@@ -11,15 +11,6 @@ use std::fs;
 use std::path::Path;
 
 const CPU: Device = Device::Cpu;
-const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    lora_dtype: None,
-};
 
 struct Model {
     q: lora::Linear,

@@ -3,7 +3,7 @@
 mod common;
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder, VarMap};
-use common::{bits, device, difference, rnd};
+use common::{bits, device, difference, rnd, CFG};
 use lora::{Adapted, Bias, Conv3dConfig, LoraConfig, LoraModule};
 use loralib as lora;
 use std::collections::{HashMap, HashSet};
@@ -30,16 +30,6 @@ struct Case<'a, K> {
     /// The output of the plain candle layer into which the adapted one is merged.
     plain: &'a dyn Fn(Adapted<K>, &Tensor) -> Result<Tensor>,
 }
-
-const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    lora_dtype: None,
-};
 
 /// What every layer is, by the compiler's word.
 const fn is_a_layer<T: Module + LoraModule + Clone + std::fmt::Debug + Send + Sync>() {}

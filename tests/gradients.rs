@@ -3,20 +3,10 @@
 mod common;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{Conv1dConfig, Conv2dConfig, Linear, VarBuilder, VarMap};
-use common::{bits, device, difference, rnd, values};
+use common::{bits, device, difference, rnd, values, CFG};
 use lora::{Adapted, Bias, Conv3dConfig, LoraConfig, LoraModule};
 use loralib as lora;
 use std::collections::HashMap;
-
-const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    lora_dtype: None,
-};
 
 /// Compares the gradient of each variable, and of the input, with central differences.
 fn check<K>(

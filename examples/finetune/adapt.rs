@@ -27,7 +27,7 @@ pub fn adapt(args: &Args, base: &Base, examples: &[Example], device: &Device) ->
     let mut model = base.adapted(cfg, &vars, args.bias)?;
     let trained = lora::mark_only_lora_as_trainable(&vars, args.bias)?;
     let trainable = trained.iter().map(|var| var.elem_count()).sum();
-    let default_epochs = epochs(examples.len(), if args.quick { 300 } else { 4000 });
+    let default_epochs = epochs(examples.len(), if args.quick { 300 } else { 3000 });
     let plan = Plan {
         what: "adapting",
         epochs: args.epochs.map_or(default_epochs, |n| n as usize),

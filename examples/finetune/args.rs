@@ -34,7 +34,7 @@ pub struct Args {
     /// The biases to train with the adapter: none, all or lora_only
     #[arg(long, default_value = "none")]
     pub bias: Bias,
-    /// Passes of the adapter's training over its text [default: as many as show 4000 lines]
+    /// Passes of the adapter's training over its text [default: as many as show 3000 lines]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub epochs: Option<u32>,
     /// The adapter's learning rate at its peak [default: 5e-3, and 2e-4 with more than 768

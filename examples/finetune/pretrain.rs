@@ -32,7 +32,7 @@ pub fn pretrain(args: &Args, text: &Text, device: &Device) -> Result<Base> {
     let model = Gpt2::new(&config, LoraConfig::default(), vb)?;
     let plan = Plan {
         what: "pretraining",
-        epochs: epochs(text.pretrain.len(), if args.quick { 400 } else { 6000 }),
+        epochs: epochs(text.pretrain.len(), if args.quick { 400 } else { 5000 }),
         batch: 8,
         lr: 3e-3,
         seed: args.seed,

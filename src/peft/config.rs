@@ -51,7 +51,8 @@ pub enum Kind {
     Splits(Vec<(usize, bool)>),
     /// [`Embedding`](crate::Embedding).
     Embedding,
-    /// [`Conv1d`](crate::Conv1d).
+    /// [`Conv1d`](crate::Conv1d) with one group, as of the other convolutions: loralib's update of
+    /// several groups has no form in PEFT, and its tensors do not tell how many there are.
     Conv1d,
     /// [`Conv2d`](crate::Conv2d).
     Conv2d,

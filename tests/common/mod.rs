@@ -2,7 +2,19 @@
 #![allow(dead_code)] // Each test file uses a part of it.
 
 use candle_core::{DType, Device, Result, Tensor};
+use loralib::LoraConfig;
 use std::sync::OnceLock;
+
+/// An adapter's options, with alpha ≠ r.
+pub const CFG: LoraConfig = LoraConfig {
+    r: 2,
+    lora_alpha: 3.,
+    lora_dropout: 0.,
+    merge_weights: true,
+    fan_in_fan_out: false,
+    rslora: false,
+    lora_dtype: None,
+};
 
 /// The device under test: the first GPU when built with `cuda` and there is one, else the CPU.
 pub fn device() -> Device {
