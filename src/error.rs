@@ -14,12 +14,12 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] std::io::Error),
     /// The file at hand, and what is wrong with it.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {error}", path.display())]
     File {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        source: Box<Error>,
+        error: Box<Error>,
     },
     /// The file is not in the format it should be in.
     #[error("not a {format} file: {reason}")]
@@ -58,7 +58,10 @@ pub enum Error {
         model: String,
     },
     /// A selection of variables that holds none.
-    #[error("nothing to train or save: no variable of {held} matches {wanted}")]
+    #[error(
+        "nothing to train or save: {held} variables are there, and none matches {wanted}; a layer \
+         with r = 0 makes none, and `var_builder` only those that it was told to train"
+    )]
     Empty {
         /// What was selected.
         wanted: String,
@@ -88,6 +91,6 @@ impl Error {
     }
 
     pub(crate) fn at(self, path: &Path) -> Self {
-        Self::File { path: path.to_owned(), source: Box::new(self) }
+        Self::File { path: path.to_owned(), error: Box::new(self) }
     }
 }

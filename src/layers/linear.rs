@@ -34,8 +34,8 @@ pub struct Dense {
 pub type Linear = Adapted<Dense>;
 
 impl Linear {
-    /// Wraps a layer. Only `lora_A` (r, in) and `lora_B` (out, r) come from `vb`, and the bias if
-    /// `vb` trains it. With `fan_in_fan_out` the layer's weight is (in, out).
+    /// Wraps a layer. Only `lora_A` (r, in) and `lora_B` (out, r) come from `vb`, which is at the
+    /// layer's own path, and the bias if `vb` trains it. With `fan_in_fan_out` the layer's weight is (in, out).
     ///
     /// # Errors
     /// When an option is out of its range or `vb` has tensors of other shapes.

@@ -16,7 +16,7 @@ pub enum Mode {
 /// [`lora_module!`](crate::lora_module) writes the implementation.
 pub trait LoraModule {
     /// Enters a mode. Entering [`Mode::Eval`] again merges afresh: this is how newly loaded
-    /// adapters take effect.
+    /// adapters take effect. In evaluation nothing gets a gradient: enter [`Mode::Train`] to train.
     ///
     /// # Errors
     /// When a merged weight would not be finite. That layer stays as it was; layers of a model that
@@ -67,9 +67,11 @@ impl<T: LoraModule + ?Sized> LoraModule for Box<T> {
 /// lora::lora_module!(Attention { qkv, proj; norm });
 /// ```
 ///
+/// A generic struct implements the trait by hand: `set_mode` calls `set_mode` of each such field.
+///
 /// A field that is named on neither side does not compile, so none is forgotten:
 ///
-/// ```compile_fail,E0027
+/// ```compile_fail,E0063
 /// use loralib as lora;
 /// struct Attention { qkv: lora::MergedLinear, proj: lora::Linear, norm: candle_nn::LayerNorm }
 /// lora::lora_module!(Attention { qkv; norm });
@@ -79,8 +81,13 @@ macro_rules! lora_module {
     ($name:ident { $($field:ident),* $(,)? $(; $($other:ident),* $(,)?)? }) => {
         impl $crate::LoraModule for $name {
             fn set_mode(&mut self, mode: $crate::Mode) -> $crate::candle_core::Result<()> {
-                let Self { $($field,)* $($($other: _,)*)? } = self;
-                $($crate::LoraModule::set_mode($field, mode)?;)*
+                // Never called: it compiles only where every field is named, and else says which is
+                // missing.
+                #[allow(unreachable_code, clippy::diverging_sub_expression)]
+                let _every_field = || -> Self {
+                    Self { $($field: unreachable!(),)* $($($other: unreachable!(),)*)? }
+                };
+                $($crate::LoraModule::set_mode(&mut self.$field, mode)?;)*
                 let _ = mode;
                 Ok(())
             }

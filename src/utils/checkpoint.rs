@@ -4,7 +4,7 @@ use super::config_json::{from_json, to_json};
 use super::file;
 use super::state_dict::{check_finite, elements, load_state_dict, LoadReport, StateDict, Strict};
 use super::torch_file;
-use super::trainable::split;
+use super::trainable::{is_lora, split};
 use crate::{Error, LoraConfig, Result};
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device};
@@ -120,7 +120,9 @@ fn parse(bytes: &[u8], device: &Device) -> Result<Checkpoint> {
     Ok(Checkpoint { tensors, config })
 }
 
-/// Reads a checkpoint into the variables of `vars`, all of it or, on an error, nothing.
+/// Reads a checkpoint into the variables of `vars`, all of it or, on an error, nothing. A model that
+/// is merged runs on as it was until `eval()` is called again. Adapters in PEFT's format are read by
+/// [`peft::load_pretrained`](crate::peft::load_pretrained).
 ///
 /// # Errors
 /// As [`read_state_dict`] and [`load_state_dict`]; and when the file carries a configuration whose
@@ -149,6 +151,11 @@ pub fn load_checkpoint(
 /// convolution is a multiple of it.
 fn check_config(tensors: &StateDict, cfg: &LoraConfig) -> Result<()> {
     cfg.validate(DType::F32)?;
+    let is_factor = |name: &String| is_lora(split(name).1);
+    if cfg.r > 0 && !tensors.is_empty() && !tensors.keys().any(is_factor) {
+        let wanted = "lora_A or lora_B, which r > 0 stands for".to_owned();
+        return Err(Error::Empty { wanted, held: tensors.len() });
+    }
     for (name, tensor) in tensors {
         let rank = match (split(name).1, tensor.dims()) {
             ("lora_A", &[rank, _]) | ("lora_B", &[_, rank]) => rank,

@@ -45,6 +45,9 @@ pub fn lora_state_dict(vars: &VarMap, what: impl Into<Trainable>) -> Result<Stat
 
 /// Sets the variables of `vars` to the values in `tensors`, all of them or, on an error, none.
 ///
+/// A model that is merged runs on as it was until `eval()` is called again. Rank and alpha are not
+/// looked at: [`load_checkpoint`](crate::load_checkpoint) does that.
+///
 /// A value takes its variable's dtype and device. A convolution's `conv.weight` and `conv.bias` are
 /// also found under the layer's own name.
 ///

@@ -73,7 +73,8 @@ impl From<Bias> for Trainable {
 
 impl Trainable {
     /// Adds a module: every variable with these components somewhere on its path, so that
-    /// `"classifier"` selects `classifier.weight` and `bert.classifier.bias`.
+    /// `"classifier"` selects `classifier.weight` and `bert.classifier.bias`. Where the base has the
+    /// module it starts from the base's values: a head of another size needs another name.
     pub fn and(mut self, module: impl Into<String>) -> Self {
         self.modules.push(module.into());
         self
@@ -152,8 +153,8 @@ pub fn mark_only_lora_as_trainable(vars: &VarMap, what: impl Into<Trainable>) ->
 /// The names of adapter variables that `grads` has no gradient for, sorted.
 ///
 /// Some of candle's fused operations (`softmax_last_dim`, `RmsNorm`, `LayerNorm` with a bias,
-/// `rope`) cut the graph without an error, so that what lies before them is never trained. Check
-/// once, after the first backward. Where `vars` holds the frozen base too, only `lora_A` and
+/// `rope`) cut the graph without an error, so that what lies before them is never trained; and a model
+/// in evaluation gets no gradients at all. Check once, after the first backward. Where `vars` holds the frozen base too, only `lora_A` and
 /// `lora_B` are looked at.
 pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
     let vars = variables(vars);

@@ -10,7 +10,8 @@ use std::sync::PoisonError;
 /// `adapter`: `lora_A` and `lora_B` with their initial values, a bias of the selection with the
 /// base's value, a module of the selection with the base's value where it has one.
 ///
-/// What is already in `adapter` is used as it is. dtype and device are the base's.
+/// What is already in `adapter` is used as it is. dtype and device are the base's. Give
+/// `mark_only_lora_as_trainable` and `lora_state_dict` the same selection.
 ///
 /// # Errors
 /// A frozen tensor or a bias that `base` lacks is an error when it is asked for, never a random
