@@ -80,7 +80,7 @@ impl LoraConfig {
     }
 
     /// Refuses options that a layer has no use for.
-    pub(crate) fn refuse(&self, layer: &str, ignored: &[(&str, bool)]) -> Result<()> {
+    pub(crate) fn refuse(layer: &str, ignored: &[(&str, bool)]) -> Result<()> {
         match ignored.iter().find(|(_, set)| *set) {
             Some((option, _)) => bail!("{layer} takes no {option}: leave it at its default"),
             None => Ok(()),

@@ -4,7 +4,8 @@
 //! With n spatial dimensions, g groups and a kernel of k in each: `x` is (batch, in, spatial..),
 //! `W` (out, in/g, k..), `A` (r·k, in·k^⌈n/2⌉) and `B` (out/g·k^⌊n/2⌋, r·k). For n = 2 these are
 //! loralib's own; its Conv1d and Conv3d fail for every k > 1, and this formula mends them. A starts
-//! at U(±1/√columns) and B at zero.
+//! at U(±1/√columns) and B at zero. `cudnn_fwd_algo` of candle's configurations has no effect: these
+//! convolutions are products of the crate's own.
 //!
 //! ```
 //! use candle_core::{DType, Device, Module, Tensor};
@@ -183,7 +184,7 @@ fn adapt<C: ConvConfig>(
     let n = C::N;
     let (_, stride, dilation, groups) = kind.options();
     cfg.validate(base.dtype())?;
-    cfg.refuse("a convolution", &[("fan_in_fan_out", cfg.fan_in_fan_out)])?;
+    LoraConfig::refuse("a convolution", &[("fan_in_fan_out", cfg.fan_in_fan_out)])?;
     let dims = base.dims();
     if dims.len() != n + 2 || dims[2..].iter().any(|k| *k != dims[2]) {
         bail!("conv{n}d: the weight is {dims:?}, expected (out, in/groups, {n} times one size k)")

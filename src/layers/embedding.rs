@@ -41,7 +41,7 @@ impl Embedding {
     pub fn new(base: candle_nn::Embedding, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let weight = base.embeddings();
         cfg.validate(weight.dtype())?;
-        cfg.refuse(
+        LoraConfig::refuse(
             "an embedding",
             &[("lora_dropout", cfg.lora_dropout > 0.), ("fan_in_fan_out", cfg.fan_in_fan_out)],
         )?;
