@@ -33,9 +33,11 @@ pub(crate) trait Backend: BackendStorage {
     /// This backend's view of a tensor's storage.
     fn of(storage: &Storage) -> Result<&Self>;
 
-    /// Rows of `self`, a contiguous (num, dim) table, by i64 ids that are known to be in range.
-    fn rows(&self, l: &Layout, ids: &Self, idl: &Layout) -> Result<Self> {
-        self.index_select(ids, l, idl, 0)
+    /// Rows of `self`, a contiguous (num, dim) table, by i64 ids that are known to be in range, plus
+    /// the term.
+    fn rows(&self, l: &Layout, ids: &Self, idl: &Layout, term: &Term) -> Result<Self> {
+        let dims = (idl.dims()[0], l.dims()[1]);
+        self.index_select(ids, l, idl, 0)?.plus(dims, None, std::slice::from_ref(term))
     }
 
     /// `self`, a contiguous (m, n) matrix, with the bias added to each row and each term to its
@@ -53,15 +55,15 @@ impl Backend for CpuStorage {
         }
     }
 
-    fn rows(&self, l: &Layout, ids: &Self, idl: &Layout) -> Result<Self> {
+    fn rows(&self, l: &Layout, ids: &Self, idl: &Layout, term: &Term) -> Result<Self> {
         let dim = l.dims()[1];
         let ids = &i64::cpu_storage_as_slice(ids)?[idl.start_offset()..][..idl.dims()[0]];
         let at = l.start_offset()..l.start_offset() + l.shape().elem_count();
         Ok(match self {
-            CpuStorage::F32(t) => CpuStorage::F32(in_place::rows(&t[at], ids, dim)),
-            CpuStorage::F64(t) => CpuStorage::F64(in_place::rows(&t[at], ids, dim)),
-            CpuStorage::F16(t) => CpuStorage::F16(in_place::rows(&t[at], ids, dim)),
-            CpuStorage::BF16(t) => CpuStorage::BF16(in_place::rows(&t[at], ids, dim)),
+            CpuStorage::F32(t) => CpuStorage::F32(in_place::rows(&t[at], ids, dim, term)?),
+            CpuStorage::F64(t) => CpuStorage::F64(in_place::rows(&t[at], ids, dim, term)?),
+            CpuStorage::F16(t) => CpuStorage::F16(in_place::rows(&t[at], ids, dim, term)?),
+            CpuStorage::BF16(t) => CpuStorage::BF16(in_place::rows(&t[at], ids, dim, term)?),
             t => bail!("embedding: a table of {:?}", t.dtype()),
         })
     }

@@ -2,9 +2,10 @@
 //! gradient grows with the table.
 
 use super::backend::{wide, Backend, Term};
+use super::in_place::columns as columns_of;
 use super::op::{if_tracked, Custom, Op};
 use crate::layers::LowRank;
-use candle_core::{bail, DType, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Tensor, WithDType};
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
 /// (r, num) and B (dim, r).
@@ -18,12 +19,15 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
     // candle reads the largest value of an index type as padding, so that id 255 of a u8 or an
     // id of u32::MAX would give zeros without an error: in i64 they are ordinary ids.
     let ids = ids.flatten_all()?.to_dtype(DType::I64)?.contiguous()?;
-    check(&ids, num)?;
+    let known = checked(&ids, num)?;
     let out = match update {
         None => w.contiguous()?.index_select(&ids, 0),
         Some(update) => {
             let factor = update.frozen().factors(w.dtype())?.remove(0);
-            let u = factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?;
+            let u = match known {
+                Some(ids) => columns(&factor.a.contiguous()?, &ids)?,
+                None => factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?,
+            };
             let term = Term { u, v: factor.b.t()?, rows: 0..ids.elem_count(), cols: 0..dim };
             let op = Lookup { w: w.detach().contiguous()?, ids, term, scaling: update.scaling() };
             update.a().apply_op2(update.b(), Custom(op))
@@ -32,15 +36,30 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
     out?.reshape(dims)
 }
 
-/// candle's own message has -1 as 18446744073709551615. On a device, where looking would wait for
-/// it, an id out of range is left to candle.
-fn check(ids: &Tensor, num: usize) -> Result<()> {
+/// The ids, where looking at them need not wait for a device; there, an id out of range is left to
+/// candle. On the CPU its message has -1 as 18446744073709551615.
+fn checked(ids: &Tensor, num: usize) -> Result<Option<Vec<i64>>> {
     if !ids.device().is_cpu() {
-        return Ok(());
+        return Ok(None);
     }
-    match ids.to_vec1::<i64>()?.iter().find(|id| !(0..num as i64).contains(id)) {
+    let ids = ids.to_vec1::<i64>()?;
+    match ids.iter().find(|id| !(0..num as i64).contains(id)) {
         Some(id) => bail!("embedding: id {id} in a table of {num} rows"),
-        None => Ok(()),
+        None => Ok(Some(ids)),
+    }
+}
+
+/// Columns of a contiguous `a` (r, num) on the CPU, as rows (ids, r).
+fn columns(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
+    fn of<T: WithDType>(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
+        let (storage, layout) = a.storage_and_layout();
+        let (r, num) = a.dims2()?;
+        let values = &T::cpu_storage_as_slice(CpuStorage::of(&storage)?)?[layout.start_offset()..];
+        Tensor::from_vec(columns_of(&values[..r * num], ids, num), (ids.len(), r), a.device())
+    }
+    match a.dtype() {
+        DType::F64 => of::<f64>(a, ids),
+        _ => of::<f32>(a, ids),
     }
 }
 
@@ -57,8 +76,7 @@ impl Op<2> for Lookup {
     fn forward<S: Backend>(&self, _: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
         let ((w, wl), (ids, idl)) = (self.w.storage_and_layout(), self.ids.storage_and_layout());
         let dims = (self.term.rows.len(), self.term.cols.len());
-        let rows = S::of(&w)?.rows(wl, S::of(&ids)?, idl)?;
-        Ok((rows.plus(dims, None, std::slice::from_ref(&self.term))?, dims.into()))
+        Ok((S::of(&w)?.rows(wl, S::of(&ids)?, idl, &self.term)?, dims.into()))
     }
 
     fn backward(&self, [a, b]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {

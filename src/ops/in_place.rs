@@ -54,15 +54,30 @@ const THIN: usize = 32;
 /// Values of `v` that a core's first cache holds beside a part of a row of `y`.
 const TILE: usize = 1 << 12;
 
-/// Rows of a contiguous table, gathered by all threads; candle's own gathers with one.
-pub(super) fn rows<T: WithDType>(table: &[T], ids: &[i64], dim: usize) -> Vec<T> {
+/// Rows of a contiguous (num, dim) table, plus the term: each block is written and added to while a
+/// core's cache holds it.
+pub(super) fn rows<T: Element>(
+    table: &[T],
+    ids: &[i64],
+    dim: usize,
+    term: &Term,
+) -> Result<Vec<T>> {
     let mut y = vec![T::zero(); ids.len() * dim];
-    let block = (BLOCK / dim.max(1)).max(1);
-    y.par_chunks_mut((block * dim).max(1)).zip(ids.par_chunks(block)).for_each(|(y, ids)| {
-        for (y, id) in y.chunks_exact_mut(dim).zip(ids) {
+    in_blocks(&mut y, dim, None, std::slice::from_ref(term), |y, block| {
+        for (y, id) in y.chunks_exact_mut(dim).zip(&ids[block]) {
             y.copy_from_slice(&table[*id as usize * dim..][..dim]);
         }
-    });
+    })?;
+    Ok(y)
+}
+
+/// Columns of a contiguous (r, num) matrix, as rows (ids, r); candle's own go one value at a time and
+/// by way of the transposed.
+pub(super) fn columns<T: Copy>(a: &[T], ids: &[i64], num: usize) -> Vec<T> {
+    let mut y = Vec::with_capacity(a.len() / num.max(1) * ids.len());
+    for id in ids {
+        y.extend(a.chunks_exact(num).map(|row| row[*id as usize]));
+    }
     y
 }
 
@@ -73,7 +88,21 @@ pub(super) fn plus<T: Element>(
     bias: Option<&Tensor>,
     terms: &[Term],
 ) -> Result<()> {
-    if y.is_empty() || (bias.is_none() && terms.is_empty()) {
+    match (bias, terms) {
+        (None, []) => Ok(()),
+        _ => in_blocks(y, n, bias, terms, |_, _| ()),
+    }
+}
+
+/// Has `fill` write blocks of rows of `y`, and adds to each a bias and the terms.
+fn in_blocks<T: Element>(
+    y: &mut [T],
+    n: usize,
+    bias: Option<&Tensor>,
+    terms: &[Term],
+    fill: impl Fn(&mut [T], Range<usize>) + Sync,
+) -> Result<()> {
+    if y.is_empty() {
         return Ok(());
     }
     let terms = terms.iter().map(Block::new).collect::<Result<Vec<Block<T::Wide>>>>()?;
@@ -82,6 +111,7 @@ pub(super) fn plus<T: Element>(
     let rows = (if thin { BLOCK } else { 8 * BLOCK } / n).max(1);
     y.par_chunks_mut(rows * n).enumerate().try_for_each(|(i, y)| {
         let block = i * rows..i * rows + y.len() / n;
+        fill(y, block.clone());
         T::change(y, |y| {
             for term in &terms {
                 term.add_to(y, n, &block)?;

@@ -1,0 +1,89 @@
+//! Linear layers: rows × features, forward and step.
+
+use super::naive::Naive;
+use super::{adapter, case, config, device, forward, rand, step, var, Case};
+use candle_core::{DType, Result};
+use lora::LoraModule;
+use loralib as lora;
+
+/// (rows, features, r)
+fn sizes() -> &'static [(usize, usize, usize)] {
+    match device().is_cpu() {
+        true => &[(2048, 1024, 16), (256, 4096, 16), (512, 768, 8)],
+        false => &[(8192, 4096, 16), (8192, 2048, 16)],
+    }
+}
+
+pub fn linear() -> Result<Vec<Case>> {
+    of_sizes(linear_of)
+}
+
+/// From `d` features to 3·`d`, with an update of the first and the last third.
+pub fn merged_linear() -> Result<Vec<Case>> {
+    of_sizes(merged_linear_of)
+}
+
+fn of_sizes(make: fn(usize, usize, usize) -> Result<Vec<Case>>) -> Result<Vec<Case>> {
+    let all = sizes().iter().map(|&(m, d, r)| make(m, d, r)).collect::<Result<Vec<_>>>()?;
+    Ok(all.into_iter().flatten().collect())
+}
+
+fn linear_of(m: usize, d: usize, r: usize) -> Result<Vec<Case>> {
+    // Inside a model the input has a gradient.
+    let x = var(&[m, d], DType::F32)?;
+    let data = x.detach();
+    let plain = candle_nn::Linear::new(rand(&[d, d], DType::F32)?, None);
+    let full = candle_nn::Linear::new(var(&[d, d], DType::F32)?, None);
+    let naive =
+        Naive { base: plain.clone(), a: var(&[r, d], DType::F32)?, b: var(&[d, r], DType::F32)? };
+    let ours = lora::Linear::new(plain.clone(), config(r), adapter(DType::F32))?;
+    let mut merged = ours.clone();
+    merged.eval()?;
+    let name = |what: &str| format!("Linear {m}x{d} r {r} {what}");
+    let plain = || ("candle_nn::Linear", forward(&plain, &data));
+    Ok(vec![
+        case(
+            name("forward"),
+            forward(&ours, &data),
+            vec![plain(), ("naive LoRA", forward(&naive, &data))],
+        ),
+        case(name("forward, merged"), forward(&merged, &data), vec![plain()]),
+        case(
+            name("step"),
+            step(&ours, &x)?,
+            vec![("full fine-tuning", step(&full, &x)?), ("naive LoRA", step(&naive, &x)?)],
+        ),
+    ])
+}
+
+fn merged_linear_of(m: usize, d: usize, r: usize) -> Result<Vec<Case>> {
+    let x = var(&[m, d], DType::F32)?;
+    let data = x.detach();
+    let plain = candle_nn::Linear::new(rand(&[3 * d, d], DType::F32)?, None);
+    let full = candle_nn::Linear::new(var(&[3 * d, d], DType::F32)?, None);
+    let enable = [true, false, true];
+    let ours = lora::MergedLinear::new(plain.clone(), &enable, config(r), adapter(DType::F32))?;
+    let mut merged = ours.clone();
+    merged.eval()?;
+    let name = |what: &str| format!("MergedLinear {m}x{d} r {r} {what}");
+    let plain = || vec![("candle_nn::Linear", forward(&plain, &data))];
+    Ok(vec![
+        case(name("forward"), forward(&ours, &data), plain()),
+        case(name("forward, merged"), forward(&merged, &data), plain()),
+        case(name("step"), step(&ours, &x)?, vec![("full fine-tuning", step(&full, &x)?)]),
+    ])
+}
+
+/// BF16 bases; their adapters are F32.
+pub fn half() -> Result<Vec<Case>> {
+    let mut all = vec![];
+    for &(m, d, r) in sizes() {
+        let x = var(&[m, d], DType::BF16)?;
+        let full = candle_nn::Linear::new(var(&[d, d], DType::BF16)?, None);
+        let plain = candle_nn::Linear::new(rand(&[d, d], DType::BF16)?, None);
+        let ours = lora::Linear::new(plain, config(r), adapter(DType::BF16))?;
+        let full = vec![("full fine-tuning", step(&full, &x)?)];
+        all.push(case(format!("BF16 Linear {m}x{d} r {r} step"), step(&ours, &x)?, full));
+    }
+    Ok(all)
+}

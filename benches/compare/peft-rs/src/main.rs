@@ -1,0 +1,53 @@
+//! `cargo run --release` in this folder: a linear layer of loralib beside one of peft-rs with the same
+//! factors, run in turn.
+
+#[allow(dead_code)] // the cases of the other benches
+#[path = "../../../cases/mod.rs"]
+mod cases;
+#[path = "../../../ratios/table.rs"]
+mod table;
+#[path = "../../../ratios/timing.rs"]
+mod timing;
+
+use candle_core::{DType, Error, Module, Result, Tensor};
+use cases::{adapter, case, config, forward, rand, step, var, Case};
+use peft_rs::model::LinearWithLora;
+use peft_rs::{LoraConfig, LoraLayer};
+use std::sync::Arc;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> Result<()> {
+    table::print(|_| {
+        let sizes = [(2048, 1024, 16), (256, 4096, 16), (512, 768, 8)];
+        let all = sizes.into_iter().map(|(m, d, r)| linear(m, d, r)).collect::<Result<Vec<_>>>()?;
+        Ok(all.into_iter().flatten().collect())
+    })
+}
+
+fn linear(m: usize, d: usize, r: usize) -> Result<Vec<Case>> {
+    let x = var(&[m, d], DType::F32)?;
+    let data = x.detach();
+    let base = candle_nn::Linear::new(rand(&[d, d], DType::F32)?, None);
+    let ours = loralib::Linear::new(base.clone(), config(r), adapter(DType::F32))?;
+    let cfg = LoraConfig { r, alpha: 2 * r, ..Default::default() };
+    let (a, b) = (var(&[r, d], DType::F32)?, var(&[d, r], DType::F32)?);
+    let theirs = LoraLayer::from_weights(a, b, cfg).map_err(Error::wrap)?;
+    let theirs = LinearWithLora::from_parts("fc", base, theirs).map_err(Error::wrap)?;
+    let theirs = Peft(Arc::new(theirs));
+    let name = |what: &str| format!("Linear {m}x{d} r {r} {what}");
+    Ok(vec![
+        case(name("forward"), forward(&ours, &data), vec![("peft-rs", forward(&theirs, &data))]),
+        case(name("step"), step(&ours, &x)?, vec![("peft-rs", step(&theirs, &x)?)]),
+    ])
+}
+
+#[derive(Clone)]
+struct Peft(Arc<LinearWithLora>);
+
+impl Module for Peft {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.0.forward(x).map_err(Error::wrap)
+    }
+}

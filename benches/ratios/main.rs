@@ -1,0 +1,14 @@
+//! `cargo bench --bench ratios [-- FILTER] [--json]`: this crate's layers beside what a user would
+//! have without it, each pair run in turn, as medians in milliseconds and their ratio.
+
+#[path = "../cases/mod.rs"]
+mod cases;
+mod table;
+mod timing;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> candle_core::Result<()> {
+    table::print(cases::cases)
+}

@@ -1,0 +1,28 @@
+//! Times of two things that are run in turn, so that both meet the same machine.
+
+use crate::cases::Run;
+use candle_core::Result;
+use std::time::Instant;
+
+/// Runs both alternately for about four seconds; the median of each, in milliseconds.
+pub fn alternate(a: &mut Run, b: &mut Run) -> Result<(f64, f64)> {
+    let warm_up = time(a)? + time(b)?;
+    let runs = ((4000. / warm_up) as usize).clamp(7, 301);
+    let (mut of_a, mut of_b) = (vec![], vec![]);
+    for _ in 0..runs {
+        of_a.push(time(a)?);
+        of_b.push(time(b)?);
+    }
+    Ok((median(of_a), median(of_b)))
+}
+
+fn time(run: &mut Run) -> Result<f64> {
+    let start = Instant::now();
+    run()?;
+    Ok(start.elapsed().as_secs_f64() * 1e3)
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
