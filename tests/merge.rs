@@ -105,7 +105,7 @@ fn what_does_not_fit_the_base_is_an_error_by_name() {
     assert!(refused(&adapter, LoraConfig { r: 0, ..cfg() }.into()).contains("r = 0"));
     assert!(refused(&adapter, LoraConfig { r: 1, ..cfg() }.into()).contains("a.weight"));
     assert!(refused(&adapter, plain().with("b", Kind::Embedding)).contains("b.lora_A"));
-    assert!(refused(&adapter, plain().with("a", Kind::Conv2d)).contains("Conv2d"));
+    assert!(refused(&adapter, plain().with("a", Kind::Conv2d { groups: 1 })).contains("Conv2d"));
 }
 
 fn write(path: &Path, tensors: &[(&str, &Tensor)]) {

@@ -174,10 +174,10 @@ fn sample(rslora: bool) -> lora::Result<Sample> {
         .with("qkv", Kind::MergedLinear(vec![true, false, true]))
         .with("gqa", Kind::Splits(vec![(4, true), (2, false), (2, true)]))
         .with("wte", Kind::Embedding)
-        .with("c1", Kind::Conv1d)
-        .with("c2", Kind::Conv2d)
-        .with("c3", Kind::Conv3d)
-        .with("one", Kind::Conv2d);
+        .with("c1", Kind::Conv1d { groups: 1 })
+        .with("c2", Kind::Conv2d { groups: 1 })
+        .with("c3", Kind::Conv3d { groups: 1 })
+        .with("one", Kind::Conv2d { groups: 1 });
     let (mut base, mut adapter) = (StateDict::new(), StateDict::new());
     for (i, (path, weight, a, b)) in shapes.into_iter().enumerate() {
         let a = if path == "c1" { [6, 4 * 3] } else { a };

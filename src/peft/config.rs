@@ -1,7 +1,7 @@
 //! What an adapter's tensors do not tell: its options, and which kind of layer each pair adapts.
 
 use crate::utils::join;
-use crate::{Bias, Error, LoraConfig, Result};
+use crate::{Bias, Error, LoraConfig, Result, Trainable};
 use std::collections::BTreeMap;
 
 /// The options of an adapter, and the layers that differ from a [`Linear`](crate::Linear) with them.
@@ -51,22 +51,30 @@ pub enum Kind {
     Splits(Vec<(usize, bool)>),
     /// [`Embedding`](crate::Embedding).
     Embedding,
-    /// [`Conv1d`](crate::Conv1d) with one group, as of the other convolutions: loralib's update of
-    /// several groups has no form in PEFT, and its tensors do not tell how many there are.
-    Conv1d,
+    /// [`Conv1d`](crate::Conv1d).
+    Conv1d {
+        /// Its groups, which its tensors do not tell: 1 for a plain convolution.
+        groups: usize,
+    },
     /// [`Conv2d`](crate::Conv2d).
-    Conv2d,
+    Conv2d {
+        /// Its groups.
+        groups: usize,
+    },
     /// [`Conv3d`](crate::Conv3d).
-    Conv3d,
+    Conv3d {
+        /// Its groups.
+        groups: usize,
+    },
 }
 
 impl Kind {
-    /// The number of spatial dimensions of a convolution.
-    pub(crate) fn spatial(&self) -> Option<usize> {
-        match self {
-            Self::Conv1d => Some(1),
-            Self::Conv2d => Some(2),
-            Self::Conv3d => Some(3),
+    /// A convolution's spatial dimensions and groups.
+    pub(crate) fn spatial(&self) -> Option<(usize, usize)> {
+        match *self {
+            Self::Conv1d { groups } => Some((1, groups)),
+            Self::Conv2d { groups } => Some((2, groups)),
+            Self::Conv3d { groups } => Some((3, groups)),
             _ => None,
         }
     }
@@ -122,6 +130,19 @@ impl PeftConfig {
     /// Says what the layers are whose path is `module` or ends in it after a dot.
     pub fn with(mut self, module: impl Into<String>, kind: Kind) -> Self {
         self.layers.entry(module.into()).or_default().kind = kind;
+        self
+    }
+
+    /// Takes the biases and modules of a selection, which are trained and saved with the adapter.
+    ///
+    /// ```
+    /// use loralib::{peft::PeftConfig, Bias, LoraConfig};
+    /// let cfg = LoraConfig { r: 8, lora_alpha: 16., ..Default::default() };
+    /// let config = PeftConfig::from(cfg).trains(Bias::All.and("classifier"));
+    /// assert_eq!((config.bias, config.modules_to_save), (Bias::All, vec!["classifier".into()]));
+    /// ```
+    pub fn trains(mut self, what: impl Into<Trainable>) -> Self {
+        (self.bias, self.modules_to_save) = what.into().into_parts();
         self
     }
 

@@ -1,11 +1,7 @@
 //! loralib's factors as PEFT's, and back, with the same product.
-//!
-//! With n spatial dimensions a kernel (out, in, k..) is, row by row, the matrix (out·u, in·kⁿ/u)
-//! with u = k^⌊n/2⌋, and that is loralib's `B·A`: `A` (r·k, in·kⁿ/u), `B` (out·u, r·k). PEFT's is
-//! `B` (out, ranks) times `A` (ranks, in·kⁿ). So each of the u rows of an output becomes ranks of
-//! its own: A u times along a diagonal, and B as it is, read as (out, u·r·k).
 
 use super::config::{Kind, Total};
+use super::conv;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 /// The factors of a layer and its rank.
@@ -17,9 +13,14 @@ pub(super) struct Factors {
 }
 
 /// loralib's factors of rank `r` as PEFT's.
-pub(super) fn to_peft(kind: &Kind, Factors { a, b, r }: Factors) -> Result<Factors> {
-    let ((rows, columns), (outs, ranks)) = (a.dims2()?, b.dims2()?);
-    let misfit = |kind: &dyn std::fmt::Debug| -> Result<Factors> {
+pub(super) fn to_peft(kind: &Kind, factors: Factors) -> Result<Factors> {
+    let converted = match (kind.spatial(), kind) {
+        (Some((n, groups)), _) => conv::to_peft(n, groups, &factors)?,
+        (None, Kind::Linear | Kind::Embedding) => plain(&factors)?,
+        (None, _) => merged_to_peft(kind, &factors)?,
+    };
+    let Factors { a, b, r } = factors;
+    let Some(converted) = converted else {
         bail!(
             "lora_A {:?} and lora_B {:?} of rank {r} do not make a {kind:?}: say in the \
              configuration what this layer is",
@@ -27,31 +28,21 @@ pub(super) fn to_peft(kind: &Kind, Factors { a, b, r }: Factors) -> Result<Facto
             b.dims()
         )
     };
-    if let Some(n) = kind.spatial() {
-        let Some(k) = rows.checked_div(r).filter(|k| *k > 0 && k * r == rows) else {
-            return misfit(kind);
-        };
-        let (u, width) = (k.pow(n as u32 / 2), k.pow(n.div_ceil(2) as u32));
-        if ranks != rows || outs % u != 0 || columns % width != 0 {
-            return misfit(kind);
-        }
-        let kernel = [&[u * rows, columns / width][..], &[k; 3][..n]].concat();
-        let b_shape = [&[outs / u, u * rows][..], &[1; 3][..n]].concat();
-        let blocks: Result<Vec<_>> =
-            (0..u).map(|i| a.pad_with_zeros(1, i * columns, (u - 1 - i) * columns)).collect();
-        let a = Tensor::cat(&blocks?, 0)?.reshape(kernel)?;
-        return Ok(Factors { a, b: b.reshape(b_shape)?, r: u * rows });
-    }
-    if matches!(kind, Kind::Linear | Kind::Embedding) {
-        return match rows == r && ranks == r {
-            true => Ok(Factors { a, b, r }),
-            false => misfit(kind),
-        };
-    }
-    let Some(splits) = kind.splits(Total::Enabled(outs)) else { return misfit(kind) };
+    Ok(converted)
+}
+
+fn plain(Factors { a, b, r }: &Factors) -> Result<Option<Factors>> {
+    let fits = a.dims2()?.0 == *r && b.dims2()?.1 == *r;
+    Ok(fits.then(|| Factors { a: a.clone(), b: b.clone(), r: *r }))
+}
+
+/// The parts' outputs lie one after another, and each has ranks of its own.
+fn merged_to_peft(kind: &Kind, Factors { a, b, r }: &Factors) -> Result<Option<Factors>> {
+    let ((rows, _), (outs, ranks)) = (a.dims2()?, b.dims2()?);
+    let Some(splits) = kind.splits(Total::Enabled(outs)) else { return Ok(None) };
     let parts = splits.iter().filter(|(_, on)| *on).count();
-    if ranks != r || rows != r * parts {
-        return misfit(kind);
+    if ranks != *r || rows != r * parts {
+        return Ok(None);
     }
     let (mut blocks, mut row, mut part) = (vec![], 0, 0);
     for (size, on) in splits {
@@ -65,56 +56,30 @@ pub(super) fn to_peft(kind: &Kind, Factors { a, b, r }: Factors) -> Result<Facto
             }
         });
     }
-    Ok(Factors { a, b: Tensor::cat(&blocks, 0)?, r: rows })
+    Ok(Some(Factors { a: a.clone(), b: Tensor::cat(&blocks, 0)?, r: rows }))
 }
 
 /// PEFT's factors as loralib's. What [`to_peft`] made comes back as it was.
 pub(super) fn from_peft(kind: &Kind, a: Tensor, b: Tensor) -> Result<Factors> {
-    let fits = |n: usize| {
+    let (n, groups) = kind.spatial().unwrap_or((0, 1));
+    let fits = || {
         let (a, b) = (a.dims(), b.dims());
         let kernel = a.len() == n + 2 && b.len() == n + 2 && a[2..].iter().all(|k| *k == a[2]);
-        kernel && a[0] == b[1] && a[0] > 0 && b[2..].iter().all(|one| *one == 1)
+        let ranks = kernel && a[0] > 0 && Some(a[0]) == b[1].checked_mul(groups);
+        ranks && b[2..].iter().all(|one| *one == 1)
     };
-    if !fits(kind.spatial().unwrap_or(0)) {
+    if !fits() {
         bail!(
-            "lora_A {:?} and lora_B {:?} are not the factors of a {kind:?} in one group, with a \
-             kernel of one size",
+            "lora_A {:?} and lora_B {:?} are not the factors of a {kind:?} with a kernel of one size",
             a.dims(),
             b.dims()
         )
     }
     match kind {
         Kind::Linear | Kind::Embedding => Ok(Factors { r: a.dim(0)?, a, b }),
-        Kind::Conv1d | Kind::Conv2d | Kind::Conv3d => conv_from_peft(a, b),
         Kind::MergedLinear(_) | Kind::Splits(_) => merged_from_peft(kind, a, b),
+        _ => conv::from_peft(groups, a, b),
     }
-}
-
-fn conv_from_peft(a: Tensor, b: Tensor) -> Result<Factors> {
-    let (ranks, n, k, out) = (a.dim(0)?, a.rank() - 2, a.dims()[2], b.dim(0)?);
-    if k == 0 {
-        bail!("a kernel without elements")
-    }
-    let u = k.pow(n as u32 / 2);
-    let columns = a.elem_count() / ranks / u;
-    let (a, b) = (a.reshape((ranks, u, columns))?, b.reshape((out, ranks))?);
-    if ranks % (u * k) == 0 {
-        let own = ranks / u;
-        let first = a.narrow(0, 0, own)?.narrow(1, 0, 1)?.reshape((own, columns))?;
-        let blocks: Result<Vec<_>> =
-            (0..u).map(|i| first.pad_with_zeros(1, i * columns, (u - 1 - i) * columns)).collect();
-        let repeated = Tensor::cat(&blocks?, 0)?.reshape(a.shape())?;
-        if is_zero(&(repeated - &a)?)? {
-            return Ok(Factors { a: first, b: b.reshape((out * u, own))?, r: own / k });
-        }
-    }
-    let r = (u * ranks).div_ceil(k);
-    let spare = r * k - u * ranks;
-    let a = a.transpose(0, 1)?.reshape((u * ranks, columns))?.pad_with_zeros(0, 0, spare)?;
-    let blocks: Result<Vec<_>> =
-        (0..u).map(|i| b.pad_with_zeros(1, i * ranks, (u - 1 - i) * ranks)).collect();
-    let b = Tensor::stack(&blocks?, 1)?.reshape((out * u, u * ranks))?;
-    Ok(Factors { a, b: b.pad_with_zeros(1, 0, spare)?, r })
 }
 
 fn merged_from_peft(kind: &Kind, a: Tensor, b: Tensor) -> Result<Factors> {
@@ -159,7 +124,7 @@ pub(super) fn same_scaling(alpha: f64, from: usize, to: usize, rslora: bool) -> 
 }
 
 /// Whether every value is zero.
-fn is_zero(t: &Tensor) -> Result<bool> {
+pub(super) fn is_zero(t: &Tensor) -> Result<bool> {
     let t = t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
     Ok(t.elem_count() == 0 || t.abs()?.max(0)?.to_scalar::<f64>()? == 0.)
 }

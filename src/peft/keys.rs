@@ -1,6 +1,7 @@
 //! The names of tensors in a PEFT file.
 
 use crate::utils::{is_within, split};
+use crate::{Error, Result};
 
 const PREFIX: &str = "base_model.model.";
 
@@ -48,6 +49,20 @@ pub(super) fn plain(name: &str, adapted: bool) -> String {
     match adapted {
         true => format!("{PREFIX}{path}.base_layer.{last}"),
         false => format!("{PREFIX}{name}"),
+    }
+}
+
+/// An error if one of these names is a factor's in PEFT's format, which the functions for loralib's
+/// do not read.
+pub(crate) fn refuse_names<'a>(names: impl IntoIterator<Item = &'a String>) -> Result<()> {
+    let factor = |name: &&String| matches!(parse(name), Some(Key::A(..) | Key::B(..)));
+    match names.into_iter().find(factor) {
+        None => Ok(()),
+        Some(name) => Err(Error::tensor(
+            name,
+            "it is named as in PEFT's format: give its folder to `peft::load_checkpoint` or \
+             `peft::load_pretrained`",
+        )),
     }
 }
 

@@ -1,16 +1,16 @@
 //! Reading PEFT's folder.
 
+use super::common::settle;
 use super::convert::{from_peft, same_scaling};
-use super::json::{common_or_most, from_json, Json};
-use super::keys::{self, Key};
+use super::pairs::sort;
 use super::pattern::Pattern;
-use super::{malformed, Kind, Layer, PeftConfig, BIN, CONFIG, SAFETENSORS};
-use crate::utils::{join, read_state_dict, StateDict};
+use super::read_config::{read_config, Json};
+use super::{keys, malformed, Kind, PeftConfig, BIN, CONFIG, SAFETENSORS};
+use crate::utils::{join, read, StateDict};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 /// Reads an adapter that PEFT or [`save_pretrained`](super::save_pretrained) wrote, in loralib's
 /// names and shapes.
@@ -49,27 +49,41 @@ pub fn load_pretrained_as<S: AsRef<str>>(
     device: &Device,
 ) -> Result<(PeftConfig, StateDict)> {
     let dir = dir.as_ref();
-    let path = dir.join(CONFIG);
-    let json = fs::read(&path).map_err(Error::from).and_then(|text| from_json(&text));
-    let mut json = json.map_err(|e| e.at(&path))?;
+    if dir.is_file() {
+        let reason = "PEFT's format is a folder; `load_checkpoint` reads loralib's files";
+        return Err(malformed(reason).at(dir));
+    }
+    let (text, path, tensors) = read_both(dir, device)?;
+    let mut json = read_config(&text).map_err(|e| e.at(&dir.join(CONFIG)))?;
     for (module, kind) in kinds {
         json.config = json.config.with(module.as_ref(), kind.clone());
     }
-    let safetensors = dir.join(SAFETENSORS);
-    let path = match dir.join(BIN) {
-        bin if bin.exists() && !safetensors.exists() => bin,
-        _ => safetensors,
-    };
-    let tensors = read_state_dict(&path, device)?.tensors;
     convert(json, tensors).map_err(|e| e.at(&path))
 }
 
-/// The factors of a layer as the file has them.
-#[derive(Default)]
-struct Pair {
-    a: Option<Tensor>,
-    b: Option<Tensor>,
-    embedding: bool,
+/// The configuration, and the tensors with their path. A writer may be at work in the folder, or may
+/// have been stopped: the tensors carry the configuration that they were saved with, for the time
+/// when it is not there.
+fn read_both(dir: &Path, device: &Device) -> Result<(Vec<u8>, PathBuf, StateDict)> {
+    let path = dir.join(CONFIG);
+    let config = || match fs::read(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        text => text.map(Some).map_err(|e| Error::from(e).at(&path)),
+    };
+    loop {
+        let before = config()?;
+        let safetensors = dir.join(SAFETENSORS);
+        let file = match dir.join(BIN) {
+            bin if bin.exists() && !safetensors.exists() => bin,
+            _ => safetensors,
+        };
+        let (tensors, mut metadata) = read(&file, device).map_err(|e| e.at(&file))?;
+        if config()? == before {
+            let own = metadata.remove(CONFIG).map(String::into_bytes);
+            let missing = || Error::from(io::Error::from(io::ErrorKind::NotFound)).at(&path);
+            return Ok((before.or(own).ok_or_else(missing)?, file, tensors));
+        }
+    }
 }
 
 fn convert(json: Json, tensors: StateDict) -> Result<(PeftConfig, StateDict)> {
@@ -95,7 +109,7 @@ fn convert(json: Json, tensors: StateDict) -> Result<(PeftConfig, StateDict)> {
             let reason = format!("its shape is {:?}, the configuration's rank {r}", a.dims());
             return Err(Error::tensor(a_key, reason));
         }
-        let kind = kind(&a, pair.embedding, json.config.kind(&path))
+        let kind = kind([&a, &b], pair.embedding, json.config.kind(&path))
             .map_err(|reason| Error::tensor(&a_key, reason))?;
         let factors = from_peft(&kind, a, b).map_err(|e| Error::tensor(&a_key, e))?;
         let alpha = same_scaling(alpha, r, factors.r, given.rslora);
@@ -104,61 +118,6 @@ fn convert(json: Json, tensors: StateDict) -> Result<(PeftConfig, StateDict)> {
         layers.push((path, kind, factors.r, alpha));
     }
     Ok((settle(json.config, layers), loaded))
-}
-
-/// The pairs by path, and everything else by its name.
-fn sort(config: &PeftConfig, tensors: StateDict) -> Result<(BTreeMap<String, Pair>, StateDict)> {
-    let (mut pairs, mut others) = (BTreeMap::<String, Pair>::new(), vec![]);
-    for (key, tensor) in tensors {
-        let unknown = || Error::tensor(&key, "it is no part of a LoRA adapter in PEFT's format");
-        let (path, embedding) = match keys::parse(&key).ok_or_else(unknown)? {
-            Key::A(path, embedding) | Key::B(path, embedding) if !path.is_empty() => {
-                (path, embedding)
-            }
-            Key::A(..) | Key::B(..) => return Err(unknown()),
-            Key::Base(path, last) => {
-                others.push((join(path, last), Some(path.to_owned()), key.clone(), tensor));
-                continue;
-            }
-            Key::Plain(name) => {
-                others.push((name.to_owned(), None, key.clone(), tensor));
-                continue;
-            }
-        };
-        let pair = pairs.entry(path.to_owned()).or_default();
-        if (pair.a.is_some() || pair.b.is_some()) && pair.embedding != embedding {
-            return Err(Error::tensor(
-                &key,
-                "its layer has factors of an embedding and of another",
-            ));
-        }
-        pair.embedding = embedding;
-        match keys::parse(&key) {
-            Some(Key::A(..)) => pair.a = Some(tensor),
-            _ => pair.b = Some(tensor),
-        }
-    }
-    if pairs.is_empty() {
-        return Err(malformed("no lora_A and lora_B in it"));
-    }
-    let mut named = StateDict::new();
-    for (name, base_of, key, tensor) in others {
-        let fits = match base_of {
-            Some(path) => {
-                pairs.contains_key(&path)
-                    && (name.ends_with(".weight") || keys::is_carried(&name, config))
-            }
-            None => keys::is_carried(&name, config),
-        };
-        if !fits {
-            let reason = "neither modules_to_save nor bias of the configuration accounts for it";
-            return Err(Error::tensor(key, reason));
-        }
-        if named.insert(name, tensor).is_some() {
-            return Err(Error::tensor(key, "the file has it under two names"));
-        }
-    }
-    Ok((pairs, named))
 }
 
 /// The value of the patterns that match a path. PEFT takes the first of them in the order of the
@@ -172,13 +131,23 @@ fn own<T: Copy + PartialEq>(patterns: &[(Pattern, T)], path: &str) -> Result<Opt
     }
 }
 
-fn kind(a: &Tensor, embedding: bool, given: Option<&Kind>) -> std::result::Result<Kind, String> {
+/// What the factors are, where it does not contradict what is `given`.
+fn kind(
+    [a, b]: [&Tensor; 2],
+    embedding: bool,
+    given: Option<&Kind>,
+) -> std::result::Result<Kind, String> {
+    // A sees all inputs, B the ranks of one group.
+    let groups = match (a.dims(), b.dims()) {
+        (&[ranks, ..], &[_, own, ..]) if ranks.checked_rem(own) == Some(0) => ranks / own,
+        _ => 1,
+    };
     let found = match (a.rank(), embedding) {
         (2, true) => Kind::Embedding,
         (2, false) => Kind::Linear,
-        (3, false) => Kind::Conv1d,
-        (4, false) => Kind::Conv2d,
-        (5, false) => Kind::Conv3d,
+        (3, false) => Kind::Conv1d { groups },
+        (4, false) => Kind::Conv2d { groups },
+        (5, false) => Kind::Conv3d { groups },
         _ => return Err(format!("its shape is {:?}", a.dims())),
     };
     match given {
@@ -190,29 +159,4 @@ fn kind(a: &Tensor, embedding: bool, given: Option<&Kind>) -> std::result::Resul
         }
         _ => Ok(found),
     }
-}
-
-/// The configuration with the layers that differ from the common options.
-fn settle(mut config: PeftConfig, layers: Vec<(String, Kind, usize, f64)>) -> PeftConfig {
-    let common = (config.lora.r, config.lora.lora_alpha);
-    let values = layers.iter().map(|&(_, _, r, alpha)| (r, alpha));
-    let (r, alpha) = common_or_most(common, values).unwrap_or(common);
-    (config.lora.r, config.lora.lora_alpha) = (r, alpha);
-    let layers: BTreeMap<_, _> = layers
-        .into_iter()
-        .map(|(path, kind, own_r, own_alpha)| {
-            let r = (own_r != r).then_some(own_r);
-            (path, Layer { kind, r, lora_alpha: (own_alpha != alpha).then_some(own_alpha) })
-        })
-        .collect();
-    let (plain, own): (BTreeMap<_, _>, _) =
-        layers.into_iter().partition(|(_, layer)| *layer == Layer::default());
-    config.layers = own;
-    for (path, layer) in plain {
-        // The end of its path may be another layer's whole path.
-        if config.layer(&path).is_some() {
-            config.layers.insert(path, layer);
-        }
-    }
-    config
 }

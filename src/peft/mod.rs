@@ -4,9 +4,11 @@
 //! Tensors are in loralib's names and shapes on this side, in PEFT's on the disk, and each
 //! conversion keeps the update: a [`MergedLinear`](crate::MergedLinear) with e enabled parts is one
 //! PEFT Linear of rank r·e, whose B is block-diagonal; a convolution is one of rank r·k² (2d),
-//! r·k² (3d) or r·k (1d), whose A is block-diagonal. What was saved so is recognized when it is
-//! loaded, and comes back as it was. PEFT's own convolutions come as loralib's of rank r (1d: r/k,
-//! rounded up).
+//! r·k² (3d) or r·k (1d), whose A is block-diagonal; one of g groups has g² times that rank, and A is
+//! mostly zeros: merge those of many groups into their base instead. What was saved so is recognized
+//! when it is loaded, and comes back as it was. PEFT's own convolutions come as loralib's of rank r
+//! (1d: r/k, rounded up), but for those of several groups, whose update mixes the inputs of all
+//! groups: no kernel of the base's shape does that, and they are an error.
 //!
 //! ```no_run
 //! # fn main() -> loralib::Result<()> {
@@ -25,16 +27,23 @@
 //! # let _ = (layer, tensors); Ok(()) }
 //! ```
 
+mod checkpoint;
+mod common;
 mod config;
+mod conv;
 mod convert;
-mod json;
 mod keys;
 mod load;
+mod pairs;
 mod pattern;
+mod read_config;
 mod save;
+mod write_config;
 
+pub use checkpoint::load_checkpoint;
 pub(crate) use config::Total;
 pub use config::{Kind, Layer, PeftConfig};
+pub(crate) use keys::refuse_names;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use save::save_pretrained;
 

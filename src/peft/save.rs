@@ -1,7 +1,7 @@
 //! Writing PEFT's folder.
 
 use super::convert::{same_scaling, to_peft, Factors};
-use super::json::to_json;
+use super::write_config::write_config;
 use super::{keys, Kind, PeftConfig, BIN, CONFIG, SAFETENSORS};
 use crate::utils::{file::Staged, is_lora, join, serialize, split, StateDict};
 use crate::{Error, Result};
@@ -14,10 +14,15 @@ use std::path::Path;
 ///
 /// When all layers have one rank and one alpha, as vLLM needs it, there is no pattern in the file;
 /// `one_rank` makes it so.
-/// Each of the two files appears complete or not at all, the configuration last. Where an adapter is
-/// replaced whose configuration differs, that is removed just before the tensors take their place:
-/// no reader ever meets the tensors of one with the options of the other, and a crash between the
-/// two steps leaves a folder that loads with an error.
+///
+/// Each of the two files appears complete or not at all, and the tensors' also carries the
+/// configuration. Where an adapter is replaced whose configuration differs, that is removed just
+/// before the tensors take their place, and then the new one appears. So [`load_pretrained`] finds
+/// the old adapter or the new one, whenever the writer is stopped. Python's PEFT does not look into
+/// the tensors' metadata: for it a folder without its configuration, as a crash between those steps
+/// leaves it, is an error, and never one adapter's tensors with another's options.
+///
+/// [`load_pretrained`]: super::load_pretrained
 ///
 /// # Errors
 /// When there is no adapter, a factor lacks the other or does not fit what the configuration says of
@@ -31,7 +36,7 @@ pub fn save_pretrained(
 ) -> Result<()> {
     let (dir, config) = (dir.as_ref(), config.into());
     let (converted, json) = convert(tensors, &config).map_err(|e| e.at(dir))?;
-    let bytes = serialize(&converted, None).map_err(|e| e.at(dir))?;
+    let bytes = serialize(&converted, Some((CONFIG, json.clone()))).map_err(|e| e.at(dir))?;
     let write = || {
         fs::create_dir_all(dir)?;
         let path = dir.join(CONFIG);
@@ -106,5 +111,5 @@ fn convert(tensors: &StateDict, config: &PeftConfig) -> Result<(StateDict, Strin
             return Err(Error::tensor(name, "the adapter has it under two names"));
         }
     }
-    Ok((converted, to_json(config, &layers)?))
+    Ok((converted, write_config(config, &layers)?))
 }

@@ -1,16 +1,13 @@
 //! Checkpoints on disk: safetensors files with the adapter's tensors and its configuration.
 
 use super::config_json::{from_json, to_json};
-use super::file;
-use super::state_dict::{check_finite, elements, load_state_dict, LoadReport, StateDict, Strict};
-use super::torch_file;
-use super::trainable::{is_lora, split};
-use crate::{Error, LoraConfig, Result};
-use candle_core::safetensors::Load;
+use super::names::{is_lora, split};
+use super::safetensors::{self, serialize, Metadata};
+use super::state_dict::{load_state_dict, LoadReport, StateDict, Strict};
+use super::{file, torch};
+use crate::{peft, Error, LoraConfig, Result};
 use candle_core::{DType, Device};
 use candle_nn::VarMap;
-use safetensors::tensor::SafeTensors;
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -48,44 +45,6 @@ pub fn save_state_dict(
     save().map_err(|e: Error| e.at(path))
 }
 
-/// A safetensors file's bytes, with `format: pt` and the given entry as metadata.
-pub(crate) fn serialize(tensors: &StateDict, metadata: Option<(&str, String)>) -> Result<Vec<u8>> {
-    if tensors.is_empty() {
-        return Err(Error::Empty { wanted: "an empty state dict".to_owned(), held: 0 });
-    }
-    let mut cpu = StateDict::new();
-    for (name, tensor) in tensors {
-        if name == "__metadata__" {
-            return Err(Error::tensor(name, "safetensors has this name for the metadata"));
-        }
-        check_finite(name, tensor)?;
-        cpu.insert(name.clone(), tensor.to_device(&Device::Cpu)?);
-    }
-    let format = ("format", "pt".to_owned());
-    let metadata: BTreeMap<_, _> = [Some(format), metadata].into_iter().flatten().collect();
-    with_metadata(safetensors::serialize(&cpu, None).map_err(malformed)?, &metadata)
-}
-
-/// Puts metadata at the head of a file that has none. safetensors itself writes several entries in
-/// a random order, and so other bytes at each save.
-fn with_metadata(file: Vec<u8>, metadata: &BTreeMap<&str, String>) -> Result<Vec<u8>> {
-    let file = file.split_first_chunk::<8>().and_then(|(len, rest)| {
-        let (header, data) = rest.split_at_checked(u64::from_le_bytes(*len).try_into().ok()?)?;
-        Some((header.trim_ascii_end().strip_prefix(b"{")?, data))
-    });
-    let Some((tensors, data)) = file else { return Err(malformed("a header without a start")) };
-    let metadata = serde_json::to_string(metadata).map_err(malformed)?;
-    let mut header = format!("{{\"__metadata__\":{metadata},").into_bytes();
-    header.extend_from_slice(tensors);
-    // The data is aligned to 8 bytes.
-    header.resize(header.len().next_multiple_of(8), b' ');
-    Ok([&(header.len() as u64).to_le_bytes()[..], &header, data].concat())
-}
-
-fn malformed(reason: impl ToString) -> Error {
-    Error::Format { format: "safetensors", reason: reason.to_string() }
-}
-
 /// Reads a safetensors file, ours or another's, or a state dict that `torch.save` wrote (`.pt`,
 /// `.pth`, `.bin`). The content tells which it is, not the name; nothing in the file is run.
 ///
@@ -94,35 +53,33 @@ fn malformed(reason: impl ToString) -> Error {
 /// candle cannot represent, or a value that is not finite. The error names the file and the entry.
 pub fn read_state_dict(path: impl AsRef<Path>, device: &Device) -> Result<Checkpoint> {
     let path = path.as_ref();
-    let read = || {
-        // Read, not mapped: a mapped file that another process truncates ends this one.
-        parse(&fs::read(path)?, device)
+    let load = || {
+        let (tensors, metadata) = read(path, device)?;
+        let config = metadata.get(CONFIG).map(|text| from_json(text)).transpose()?;
+        Ok(Checkpoint { tensors, config })
     };
-    read().map_err(|e: Error| e.at(path))
+    load().map_err(|e: Error| e.at(path))
 }
 
-fn parse(bytes: &[u8], device: &Device) -> Result<Checkpoint> {
-    if torch_file::is_torch(bytes) {
-        return Ok(Checkpoint { tensors: torch_file::parse(bytes, device)?, config: None });
+/// The tensors and the metadata of a file in either format; torch's has none.
+pub(crate) fn read(path: &Path, device: &Device) -> Result<(StateDict, Metadata)> {
+    if path.is_dir() {
+        let reason = "a folder; one in PEFT's format is for `peft::load_checkpoint` or \
+                      `peft::load_pretrained`"
+            .to_owned();
+        return Err(Error::Format { format: "checkpoint", reason });
     }
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(malformed)?;
-    let config = header.metadata().as_ref().and_then(|metadata| metadata.get(CONFIG));
-    let config = config.map(|text| from_json(text)).transpose()?;
-    let mut tensors = StateDict::new();
-    for (name, view) in SafeTensors::deserialize(bytes).map_err(malformed)?.iter() {
-        if elements(view.shape()).is_none() {
-            return Err(Error::tensor(name, format!("its shape is {:?}", view.shape())));
-        }
-        let tensor = view.load(device).map_err(|e| Error::tensor(name, e))?;
-        check_finite(name, &tensor)?;
-        tensors.insert(name.to_owned(), tensor);
+    // Read, not mapped: a mapped file that another process truncates ends this one.
+    let bytes = fs::read(path)?;
+    match torch::is_torch(&bytes) {
+        true => Ok((torch::parse(&bytes, device)?, Metadata::new())),
+        false => safetensors::parse(&bytes, device),
     }
-    Ok(Checkpoint { tensors, config })
 }
 
 /// Reads a checkpoint into the variables of `vars`, all of it or, on an error, nothing. A model that
-/// is merged runs on as it was until `eval()` is called again. Adapters in PEFT's format are read by
-/// [`peft::load_pretrained`](crate::peft::load_pretrained).
+/// is merged runs on as it was until `eval()` is called again. Adapters in PEFT's format are for
+/// [`peft::load_checkpoint`].
 ///
 /// # Errors
 /// As [`read_state_dict`] and [`load_state_dict`]; and when the file carries a configuration whose
@@ -153,6 +110,7 @@ fn check_config(tensors: &StateDict, cfg: &LoraConfig) -> Result<()> {
     cfg.validate(DType::F32)?;
     let is_factor = |name: &String| is_lora(split(name).1);
     if cfg.r > 0 && !tensors.is_empty() && !tensors.keys().any(is_factor) {
+        peft::refuse_names(tensors.keys())?;
         let wanted = "lora_A or lora_B, which r > 0 stands for".to_owned();
         return Err(Error::Empty { wanted, held: tensors.len() });
     }

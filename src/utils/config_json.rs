@@ -26,6 +26,10 @@ pub(super) fn from_json(text: &str) -> Result<LoraConfig> {
     let bad = |reason: String| Error::Format { format: "loralib checkpoint", reason };
     let map: Map<String, Value> =
         serde_json::from_str(text).map_err(|e| bad(format!("its configuration: {e}")))?;
+    // The scaling must not come from a default.
+    if let Some(required) = ["r", "lora_alpha"].iter().find(|key| !map.contains_key(**key)) {
+        return Err(bad(format!("its configuration has no {required:?}")));
+    }
     let mut cfg = LoraConfig::default();
     for (key, value) in &map {
         let wrong = || bad(format!("its configuration has {key} = {value}"));
@@ -68,8 +72,13 @@ mod tests {
         };
         assert_eq!(from_json(&to_json(&cfg))?, cfg);
         assert_eq!(from_json(&to_json(&LoraConfig::default()))?, LoraConfig::default());
-        assert!(from_json(r#"{"r": -1}"#).is_err());
-        assert!(from_json(r#"{"unknown": 1}"#).is_err());
+        assert_eq!(from_json(r#"{"r": 2, "lora_alpha": 3}"#)?.scaling(), 1.5);
+        for bad in ["{}", r#"{"r": 2}"#, r#"{"lora_alpha": 3}"#] {
+            assert!(from_json(bad).is_err(), "{bad}");
+        }
+        for bad in [r#""r": -1"#, r#""unknown": 1"#, r#""rslora": 1"#, r#""lora_dtype": "F3""#] {
+            assert!(from_json(&format!(r#"{{"r": 2, "lora_alpha": 3, {bad}}}"#)).is_err(), "{bad}");
+        }
         Ok(())
     }
 }

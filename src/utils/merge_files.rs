@@ -1,14 +1,14 @@
 //! A merge from file to file, tensor by tensor: no more of the base is in memory than one weight.
 
-use super::merge_into::Plan;
-use super::{elements, file, serialize, Shards, StateDict};
+use super::merge_plan::Plan;
+use super::safetensors::malformed;
+use super::shard::Shard;
+use super::{file, serialize, Shards, StateDict};
 use crate::peft::PeftConfig;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::{Metadata, View};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::Read;
 use std::path::Path;
 
 /// How many bytes of the base have been merged or copied, and of how many.
@@ -88,7 +88,7 @@ fn is_torch(paths: &[std::path::PathBuf]) -> Result<bool> {
         let mut start = vec![];
         let read = File::open(path).and_then(|file| file.take(8).read_to_end(&mut start));
         read.map_err(|e| Error::from(e).at(path))?;
-        if super::torch_file::is_torch(&start) {
+        if super::torch::is_torch(&start) {
             if paths.len() > 1 {
                 return Err(malformed("one shard of several, and not").at(path));
             }
@@ -96,93 +96,4 @@ fn is_torch(paths: &[std::path::PathBuf]) -> Result<bool> {
         }
     }
     Ok(false)
-}
-
-fn malformed(reason: impl ToString) -> Error {
-    Error::Format { format: "safetensors", reason: reason.to_string() }
-}
-
-/// An open safetensors file.
-struct Shard {
-    file: File,
-    /// The header as it stands in the file, with its length before it.
-    start: Vec<u8>,
-    header: Metadata,
-    /// The length of the data behind the header.
-    data: u64,
-}
-
-impl Shard {
-    fn open(path: &Path) -> Result<Self> {
-        let mut file = File::open(path)?;
-        let length = file.metadata()?.len();
-        let mut start = vec![0; 8];
-        file.read_exact(&mut start).map_err(|_| malformed("no header"))?;
-        let size = start.iter().rev().fold(0u64, |n, &b| (n << 8) | u64::from(b));
-        let Some(data) = length.checked_sub(8).and_then(|rest| rest.checked_sub(size)) else {
-            return Err(malformed(format!("a header of {size} bytes in a file of {length}")));
-        };
-        (&mut file).take(size).read_to_end(&mut start)?;
-        let header: Metadata = start
-            .get(8..)
-            .and_then(|json| serde_json::from_slice(json).ok())
-            .ok_or_else(|| malformed("its header is not that of a safetensors file"))?;
-        let shard = Self { file, start, header, data };
-        let mut end = 0;
-        for name in shard.header.offset_keys() {
-            let (from, to) = shard.range(&name)?;
-            if from != end || to < from {
-                return Err(Error::tensor(name, format!("it lies at {from}..{to}, not at {end}")));
-            }
-            end = to;
-        }
-        match end == data {
-            true => Ok(shard),
-            false => Err(malformed(format!("{data} bytes of data for tensors of {end}"))),
-        }
-    }
-
-    fn range(&self, name: &str) -> Result<(u64, u64)> {
-        let info = self.header.info(name).ok_or_else(|| Error::tensor(name, "it is not there"))?;
-        Ok((info.data_offsets.0 as u64, info.data_offsets.1 as u64))
-    }
-
-    /// Writes this file with the changes of the plan.
-    fn merge(&mut self, plan: &Plan, out: &mut File, advance: &mut dyn FnMut(u64)) -> Result<()> {
-        out.write_all(&self.start)?;
-        self.file.seek(SeekFrom::Start(self.start.len() as u64))?;
-        for name in self.header.offset_keys() {
-            let (from, to) = self.range(&name)?;
-            match plan.changes(&name) {
-                false => {
-                    let copied = io::copy(&mut (&mut self.file).take(to - from), out)?;
-                    if copied != to - from {
-                        return Err(Error::tensor(name, "the file became shorter"));
-                    }
-                }
-                true => {
-                    let changed = plan.apply(&name, &self.read(&name, (to - from) as usize)?)?;
-                    let Some(changed) = changed else { continue };
-                    out.write_all(&View::data(&changed))?;
-                }
-            }
-            advance(to - from);
-        }
-        Ok(())
-    }
-
-    /// The tensor at which the file stands.
-    fn read(&mut self, name: &str, size: usize) -> Result<Tensor> {
-        let info = self.header.info(name).ok_or_else(|| Error::tensor(name, "it is not there"))?;
-        let mut bytes = vec![0; size];
-        self.file.read_exact(&mut bytes)?;
-        let dtype = DType::try_from(info.dtype).map_err(|e| Error::tensor(name, e))?;
-        let count = elements(&info.shape).and_then(|n| n.checked_mul(dtype.size_in_bytes()));
-        if count != Some(size) {
-            let reason = format!("{size} bytes for {:?} of {dtype:?}", info.shape);
-            return Err(Error::tensor(name, reason));
-        }
-        Tensor::from_raw_buffer(&bytes, dtype, &info.shape, &Device::Cpu)
-            .map_err(|e| Error::tensor(name, e))
-    }
 }

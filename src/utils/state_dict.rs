@@ -1,8 +1,9 @@
 //! Named tensors, taken from a model's variables and put back.
 
-use super::trainable::{expected, join, split, variables, Trainable};
+use super::names::{join, split};
+use super::trainable::{expected, variables, Trainable};
 use crate::ops::is_finite;
-use crate::{Error, Result};
+use crate::{peft, Error, Result};
 use candle_core::{Tensor, Var};
 use candle_nn::VarMap;
 use std::collections::BTreeMap;
@@ -75,6 +76,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
         .collect();
     let fits = missing.is_empty() && unexpected.is_empty();
     if staged.is_empty() || (strict == Strict::Yes && !fits) {
+        peft::refuse_names(&unexpected)?;
         return Err(Error::Names { missing, unexpected });
     }
     let loaded = staged.keys().map(|name| name.to_string()).collect();

@@ -3,60 +3,14 @@
 //! It decides by the last component of a name (`lora_A`, `lora_B`, `bias`), where loralib looks for
 //! the words anywhere in it.
 
+use super::names::{is_lora, is_within, join, split};
+use super::Bias;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
 use candle_nn::VarMap;
 use std::collections::BTreeMap;
-use std::str::FromStr;
 use std::sync::PoisonError;
-
-/// Which biases are trained and saved beside the adapters; loralib's `bias` argument.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Bias {
-    /// No bias (`"none"`).
-    #[default]
-    None,
-    /// Every bias of the model (`"all"`).
-    All,
-    /// The biases of the adapted layers (`"lora_only"`).
-    LoraOnly,
-}
-
-impl FromStr for Bias {
-    type Err = Error;
-
-    fn from_str(word: &str) -> Result<Self> {
-        match word {
-            "none" => Ok(Self::None),
-            "all" => Ok(Self::All),
-            "lora_only" => Ok(Self::LoraOnly),
-            _ => Err(Error::UnknownBias(word.to_owned())),
-        }
-    }
-}
-
-impl std::fmt::Display for Bias {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::None => "none",
-            Self::All => "all",
-            Self::LoraOnly => "lora_only",
-        })
-    }
-}
-
-impl Bias {
-    /// Also trains and saves a whole module, such as a new head.
-    ///
-    /// ```
-    /// use loralib::Bias;
-    /// let what = Bias::None.and("classifier");
-    /// ```
-    pub fn and(self, module: impl Into<String>) -> Trainable {
-        Trainable::from(self).and(module)
-    }
-}
 
 /// What is trained and saved: the adapters, some biases, and perhaps whole modules.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -78,6 +32,10 @@ impl Trainable {
     pub fn and(mut self, module: impl Into<String>) -> Self {
         self.modules.push(module.into());
         self
+    }
+
+    pub(crate) fn into_parts(self) -> (Bias, Vec<String>) {
+        (self.bias, self.modules)
     }
 
     /// Whether `name` is selected, in a model in which `exists` tells which names there are.
@@ -163,26 +121,6 @@ pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
         .filter(|name| vars.get(*name).is_some_and(|var| grads.get(var).is_none()))
         .map(str::to_owned)
         .collect()
-}
-
-/// The layer and the last component of a name.
-pub(crate) fn split(name: &str) -> (&str, &str) {
-    name.rsplit_once('.').unwrap_or(("", name))
-}
-
-pub(crate) fn join(layer: &str, last: &str) -> String {
-    match layer {
-        "" => last.to_owned(),
-        layer => format!("{layer}.{last}"),
-    }
-}
-
-pub(crate) fn is_lora(last: &str) -> bool {
-    matches!(last, "lora_A" | "lora_B")
-}
-
-pub(crate) fn is_within(name: &str, module: &str) -> bool {
-    !module.is_empty() && format!(".{name}.").contains(&format!(".{module}."))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! A `VarBuilder` over a frozen base and a trainable adapter.
 
-use super::trainable::{is_lora, split, variables, Trainable};
+use super::names::{is_lora, split};
+use super::trainable::{variables, Trainable};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::{Init, VarMap};

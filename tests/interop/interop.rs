@@ -51,7 +51,7 @@ fn declared(cfg: LoraConfig) -> PeftConfig {
     PeftConfig::from(cfg)
         .with("embed", Kind::Embedding)
         .with("qkv", Kind::MergedLinear(vec![true, false, true]))
-        .with("conv", Kind::Conv2d)
+        .with("conv", Kind::Conv2d { groups: 1 })
 }
 
 /// The logits of the base with an adapter.

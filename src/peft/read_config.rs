@@ -1,9 +1,9 @@
-//! `adapter_config.json`.
+//! Reading `adapter_config.json`: what is not understood and might change the update is an error.
 
 use super::pattern::Pattern;
 use super::{malformed, PeftConfig};
 use crate::{Bias, LoraConfig, Result};
-use serde_json::{json, Map, Value};
+use serde_json::{Map, Value};
 
 /// What the file says.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ const DATA: [&str; 14] = [
 /// Initial values of A and B that leave the base as it is.
 const HARMLESS_STARTS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
-pub(super) fn from_json(text: &[u8]) -> Result<Json> {
+pub(super) fn read_config(text: &[u8]) -> Result<Json> {
     let map: Map<String, Value> = serde_json::from_slice(text).map_err(malformed)?;
     let mut config = PeftConfig::default();
     let (mut ranks, mut alphas) = (vec![], vec![]);
@@ -116,86 +116,4 @@ fn patterns<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Patterns<T>
             Ok((Pattern::new(pattern)?, read))
         })
         .collect()
-}
-
-/// The file for layers of the given ranks and alphas, by path. Its keys are known to every version
-/// of PEFT since 0.9.
-pub(super) fn to_json(config: &PeftConfig, layers: &[(&str, usize, f64)]) -> Result<String> {
-    let common = (config.lora.r, config.lora.lora_alpha);
-    let (r, alpha) = common_or_most(common, layers.iter().map(|&(_, r, alpha)| (r, alpha)))
-        .ok_or_else(|| malformed("an adapter without layers"))?;
-    let own = |differs: &dyn Fn(usize, f64) -> Option<Value>| -> Result<Map<String, Value>> {
-        let mut map = Map::new();
-        for &(path, r, alpha) in layers {
-            if let Some(value) = differs(r, alpha) {
-                map.insert(pattern_for(path, layers)?, value);
-            }
-        }
-        Ok(map)
-    };
-    let targets: Vec<&str> = layers.iter().map(|(path, ..)| *path).collect();
-    let json = json!({
-        "alpha_pattern": own(&|_, own| (own != alpha).then(|| number(own)))?,
-        "auto_mapping": null,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "bias": config.bias.to_string(),
-        "fan_in_fan_out": config.lora.fan_in_fan_out,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "layers_pattern": null,
-        "layers_to_transform": null,
-        "lora_alpha": number(alpha),
-        // By its shortest decimal form: 0.05, not the nearest f64 of the nearest f32.
-        "lora_dropout": config.lora.lora_dropout.to_string().parse::<f64>().unwrap_or_default(),
-        "modules_to_save": (!config.modules_to_save.is_empty()).then_some(&config.modules_to_save),
-        "peft_type": "LORA",
-        "r": r,
-        "rank_pattern": own(&|own, _| (own != r).then(|| own.into()))?,
-        "revision": null,
-        "target_modules": targets,
-        "task_type": config.task_type,
-        "use_dora": false,
-        "use_rslora": config.lora.rslora,
-    });
-    Ok(serde_json::to_string_pretty(&json).map_err(malformed)? + "\n")
-}
-
-/// A whole number as such: PEFT's `lora_alpha` is an int.
-fn number(value: f64) -> Value {
-    match value.fract() == 0. && value.abs() < 1e15 {
-        true => (value as i64).into(),
-        false => value.into(),
-    }
-}
-
-/// A pattern that is this path alone. All versions of PEFT compare a path as it is; an anchored
-/// one only those since 0.14.
-fn pattern_for(path: &str, layers: &[(&str, usize, f64)]) -> Result<String> {
-    let only = |pattern: &str| -> Result<bool> {
-        let pattern = Pattern::new(pattern).map_err(malformed)?;
-        Ok(layers.iter().all(|(other, ..)| pattern.matches(other) == (*other == path)))
-    };
-    match only(path)? {
-        true => Ok(path.to_owned()),
-        false => Ok(format!("^{}", path.replace('.', r"\."))),
-    }
-}
-
-/// The common rank and alpha where a layer has them, else those met most; `None` without layers.
-pub(super) fn common_or_most(
-    common: (usize, f64),
-    values: impl Iterator<Item = (usize, f64)>,
-) -> Option<(usize, f64)> {
-    let mut counts: Vec<((usize, f64), usize)> = vec![];
-    for value in values {
-        match counts.iter_mut().find(|(seen, _)| *seen == value) {
-            Some((_, count)) => *count += 1,
-            None => counts.push((value, 1)),
-        }
-    }
-    if counts.iter().any(|(value, _)| *value == common) {
-        return Some(common);
-    }
-    let most = counts.iter().map(|(_, count)| *count).max()?;
-    counts.into_iter().find(|(_, count)| *count == most).map(|(value, _)| value)
 }

@@ -5,28 +5,9 @@
 //! candle's own reader copies what is shared, allocates what a damaged length asks for, and passes
 //! over what it does not know.
 
+use super::bytes::{array, line, long, take, utf8};
+use super::object::{Id, Object};
 use std::collections::HashMap;
-
-/// The place of an object in its pickle.
-pub(super) type Id = usize;
-
-#[derive(Debug, PartialEq)]
-pub(super) enum Object<'a> {
-    None,
-    Bool,
-    Float,
-    Int(i64),
-    Text(&'a str),
-    /// A module and a name in it.
-    Class(&'a str, &'a str),
-    Tuple(Vec<Id>),
-    List,
-    Dict(Vec<(Id, Id)>),
-    /// What a class or a function would make of its arguments.
-    Call(Id, Id),
-    /// What is stored outside the pickle.
-    Persistent(Id),
-}
 
 #[derive(Debug, Default)]
 pub(super) struct Pickle<'a> {
@@ -108,7 +89,11 @@ impl<'a> Pickle<'a> {
             }
             b'u' => {
                 let items = self.marked()?;
-                let pairs = items.chunks_exact(2).map(|pair| (pair[0], pair[1]));
+                let pairs = items.chunks_exact(2);
+                if !pairs.remainder().is_empty() {
+                    return Err("a key without a value".to_owned());
+                }
+                let pairs = pairs.map(|pair| (pair[0], pair[1]));
                 self.dict()?.extend(pairs);
             }
             b'R' | 0x81 => {
@@ -169,36 +154,4 @@ impl<'a> Pickle<'a> {
         self.stack.push(id);
         Ok(())
     }
-}
-
-fn take<'a>(rest: &mut &'a [u8], n: usize) -> Result<&'a [u8]> {
-    let (taken, after) = rest.split_at_checked(n).ok_or("it ends too early")?;
-    *rest = after;
-    Ok(taken)
-}
-
-fn array<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N]> {
-    let (taken, after) = rest.split_first_chunk().ok_or("it ends too early")?;
-    *rest = after;
-    Ok(*taken)
-}
-
-fn line<'a>(rest: &mut &'a [u8]) -> Result<&'a str> {
-    let end = rest.iter().position(|b| *b == b'\n').ok_or("it ends too early")?;
-    let line = take(rest, end)?;
-    take(rest, 1)?;
-    utf8(line)
-}
-
-fn utf8(bytes: &[u8]) -> Result<&str> {
-    std::str::from_utf8(bytes).map_err(|e| e.to_string())
-}
-
-/// A little-endian integer of up to 8 bytes.
-fn long(bytes: &[u8]) -> Result<i64> {
-    let negative = bytes.last().is_some_and(|top| top & 0x80 != 0);
-    let mut all = [if negative { 0xff } else { 0 }; 8];
-    let used = all.get_mut(..bytes.len()).ok_or("an integer of more than 8 bytes")?;
-    used.copy_from_slice(bytes);
-    Ok(i64::from_le_bytes(all))
 }

@@ -1,0 +1,100 @@
+//! The factors of a convolution in loralib's form and in PEFT's.
+//!
+//! With n spatial dimensions and g groups, and u = k^⌊n/2⌋, loralib's `B·A` is the kernel (out, in/g,
+//! k..) read as (out/g·u, in·kⁿ/u): an output has u pieces one after another, a row has g. PEFT's `A`
+//! (ranks, in, k..) sees the inputs of all groups, and the outputs of group j have the j-th part of
+//! the ranks. So each piece of an output (u) at each place in a row (g) gets ranks of its own, in
+//! each group: `A`'s columns of that place along a diagonal, and `B`'s rows, or zero where the piece
+//! lies at another place. That makes g²·u·r·k ranks; with one group u·r·k, where `B` stays as it is.
+//!
+//! Back, any `A` will do for one group. For several it must be zero outside of its group's inputs,
+//! as PEFT's own never is: an update from all inputs to all outputs has no grouped kernel.
+
+use super::convert::{is_zero, Factors};
+use candle_core::{bail, Result, Tensor};
+
+/// A factor with more values is not made: 4 GiB of F32. Many groups need many zeros.
+const MOST_VALUES: usize = 1 << 30;
+
+/// loralib's factors as PEFT's, for n spatial dimensions; `None` where they do not fit together.
+pub(super) fn to_peft(n: usize, groups: usize, factors: &Factors) -> Result<Option<Factors>> {
+    let Factors { a, b, r } = factors;
+    let ((rows, columns), (outs, ranks)) = (a.dims2()?, b.dims2()?);
+    let k = rows.checked_div(*r).unwrap_or(0);
+    let (u, width) = (k.saturating_pow(n as u32 / 2), k.saturating_pow(n.div_ceil(2) as u32));
+    let fits = k > 0 && k * r == rows && ranks == rows && outs.checked_rem(u) == Some(0);
+    let per_group = columns.checked_div(groups.saturating_mul(width)).unwrap_or(0);
+    if !fits || per_group * groups * width != columns {
+        return Ok(None);
+    }
+    let own = groups.saturating_mul(u).saturating_mul(rows);
+    let all = own.saturating_mul(groups);
+    if all.saturating_mul(columns).saturating_mul(u) > MOST_VALUES {
+        bail!(
+            "its update of {groups} groups has {all} ranks in PEFT's format, too many to write: \
+             merge it into the base instead"
+        )
+    }
+    let piece = per_group * width;
+    let a = a.reshape((rows, groups, piece))?.transpose(0, 1)?.reshape((groups * rows, piece))?;
+    let kernel = [&[own, per_group][..], &[k; 3][..n]].concat();
+    let a = diagonal(&diagonal(&a, u, 0)?.reshape(kernel)?, groups, 0)?;
+    let b_shape = [&[outs / u * groups, own][..], &[1; 3][..n]].concat();
+    let b = diagonal(&b.unsqueeze(1)?, groups, 1)?.reshape(b_shape)?;
+    Ok(Some(Factors { a, b, r: all }))
+}
+
+/// PEFT's factors (ranks, in, k..) and (out, ranks/groups, 1..) as loralib's. What [`to_peft`] made
+/// comes back as it was.
+pub(super) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Factors> {
+    let (inputs, n, k) = (a.dim(1)?, a.rank() - 2, a.dims()[2]);
+    let (out, own) = (b.dim(0)?, b.dim(1)?);
+    if k == 0 || inputs % groups != 0 || out % groups != 0 {
+        bail!(
+            "{groups} groups and a kernel of {k} do not go with {:?} and {:?}",
+            a.dims(),
+            b.dims()
+        )
+    }
+    let u = k.saturating_pow(n as u32 / 2);
+    let columns = a.elem_count() / a.dim(0)? / u;
+    let rows = own / u / groups;
+    if rows > 0 && rows % k == 0 && rows * u * groups == own {
+        let (piece, outs) = (columns / groups, out / groups * u);
+        let first = a.narrow(0, 0, groups * rows)?.narrow(1, 0, inputs / groups)?;
+        let first = first.reshape((groups, rows, u * piece))?.narrow(2, 0, piece)?;
+        let found = Factors {
+            a: first.transpose(0, 1)?.reshape((rows, columns))?,
+            b: b.reshape((outs, groups, groups * rows))?
+                .narrow(1, 0, 1)?
+                .narrow(2, 0, rows)?
+                .reshape((outs, rows))?,
+            r: rows / k,
+        };
+        if let Some(again) = to_peft(n, groups, &found)? {
+            if is_zero(&(again.a - &a)?)? && is_zero(&(again.b - &b)?)? {
+                return Ok(found);
+            }
+        }
+    }
+    if groups > 1 {
+        bail!(
+            "in a convolution of {groups} groups an output sees its own group's inputs alone, and \
+             this lora_A {:?} updates it from those of all: that is no update of its kernel",
+            a.dims()
+        )
+    }
+    // Each piece of an output with all of the ranks, and so each factor along a diagonal of B.
+    let r = (u * own).div_ceil(k);
+    let spare = r * k - u * own;
+    let a = a.reshape((own, u, columns))?.transpose(0, 1)?.reshape((u * own, columns))?;
+    let b = diagonal(&b.reshape((out, 1, own))?, u, 1)?.reshape((out * u, u * own))?;
+    Ok(Factors { a: a.pad_with_zeros(0, 0, spare)?, b: b.pad_with_zeros(1, 0, spare)?, r })
+}
+
+/// `t` several times along the diagonal of the dimensions `d` and `d + 1`.
+fn diagonal(t: &Tensor, times: usize, d: usize) -> Result<Tensor> {
+    let size = t.dim(d + 1)?;
+    let block = |i| t.pad_with_zeros(d + 1, i * size, (times - 1 - i) * size);
+    Tensor::cat(&(0..times).map(block).collect::<Result<Vec<_>>>()?, d)
+}

@@ -1,0 +1,64 @@
+//! Checkpoints that `torch.save` wrote: a zip archive of a pickle and of the tensors' storages.
+
+mod archive;
+mod bytes;
+mod object;
+mod pickle;
+mod tensor;
+
+use super::state_dict::{check_finite, StateDict};
+use crate::{Error, Result};
+use archive::Archive;
+use candle_core::Device;
+use object::Object;
+use pickle::Pickle;
+use std::collections::HashMap;
+use tensor::View;
+
+/// Whether these are the first bytes of a file in one of torch's two formats.
+pub(super) fn is_torch(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"PK\x03\x04") || is_legacy(bytes)
+}
+
+/// What torch wrote before version 1.6: several pickles, the first of them a magic number.
+fn is_legacy(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"\x80\x02\x8a\x0a")
+}
+
+/// The tensors of a state dict. They share memory as they did when they were saved.
+pub(super) fn parse(bytes: &[u8], device: &Device) -> Result<StateDict> {
+    if is_legacy(bytes) {
+        return Err(malformed("the format of torch before 1.6: load and save it with a newer one"));
+    }
+    let mut archive = Archive::open(bytes)?;
+    let data = archive.read("data.pkl")?;
+    let (pickle, root) = Pickle::read(&data).map_err(malformed)?;
+    let Object::Dict(items) = pickle.get(root) else {
+        return Err(malformed(format!("it holds {}, not a state dict", pickle.get(root).kind())));
+    };
+    let (mut storages, mut tensors) = (HashMap::new(), StateDict::new());
+    for &(key, value) in items {
+        let Object::Text(name) = *pickle.get(key) else {
+            return Err(malformed(format!("an entry named by {}", pickle.get(key).kind())));
+        };
+        let mut read = || {
+            let view = View::read(&pickle, value)?;
+            if !storages.contains_key(view.storage) {
+                let storage = archive.storage(&view, device)?;
+                storages.insert(view.storage.to_owned(), storage);
+            }
+            let Some(storage) = storages.get(view.storage) else { return Err("lost".to_owned()) };
+            view.tensor(storage)
+        };
+        let tensor = read().map_err(|reason| Error::tensor(name, reason))?;
+        check_finite(name, &tensor)?;
+        if tensors.insert(name.to_owned(), tensor).is_some() {
+            return Err(Error::tensor(name, "the file has it twice"));
+        }
+    }
+    Ok(tensors)
+}
+
+fn malformed(reason: impl ToString) -> Error {
+    Error::Format { format: "torch", reason: reason.to_string() }
+}

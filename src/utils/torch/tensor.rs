@@ -1,0 +1,124 @@
+//! A tensor of a torch file: a view of a storage.
+
+use super::object::{Id, Object};
+use super::pickle::Pickle;
+use crate::utils::elements;
+use candle_core::{DType, Tensor};
+
+type Result<T> = std::result::Result<T, String>;
+
+/// Where a tensor lies in its storage.
+#[derive(Debug)]
+pub(super) struct View<'a> {
+    pub storage: &'a str,
+    pub dtype: DType,
+    /// The number of values in the storage.
+    pub stored: usize,
+    offset: usize,
+    dims: Vec<usize>,
+    strides: Vec<usize>,
+}
+
+impl<'a> View<'a> {
+    /// Reads `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`, also as a
+    /// parameter's data.
+    pub fn read(pickle: &Pickle<'a>, id: Id) -> Result<Self> {
+        let (mut call, mut args) = call(pickle, id)?;
+        if let (("torch._utils", "_rebuild_parameter"), [data, ..]) = (call, args) {
+            (call, args) = self::call(pickle, *data)?;
+        }
+        let ("torch._utils", "_rebuild_tensor_v2") = call else {
+            return Err(format!("an object of {}.{}, not a tensor", call.0, call.1));
+        };
+        let [storage, offset, size, stride, _, _] = args else {
+            return Err(format!("a tensor of {} arguments instead of 6", args.len()));
+        };
+        let number = |id: &Id| match *pickle.get(*id) {
+            Object::Int(n) => usize::try_from(n).map_err(|_| format!("a size of {n}")),
+            ref other => Err(format!("{} for a size", other.kind())),
+        };
+        let numbers = |id: &Id| match pickle.get(*id) {
+            Object::Tuple(ids) => ids.iter().map(number).collect::<Result<Vec<_>>>(),
+            other => Err(format!("{} for a shape", other.kind())),
+        };
+        let storage = match pickle.get(*storage) {
+            Object::Persistent(key) => pickle.get(*key),
+            other => other,
+        };
+        let Object::Tuple(parts) = storage else { return Err("a tensor without a storage".into()) };
+        let [_, class, key, _, stored] = parts[..] else {
+            return Err("a storage like none".into());
+        };
+        let (&Object::Class(_, class), &Object::Text(key)) = (pickle.get(class), pickle.get(key))
+        else {
+            return Err("a storage without a type or a key".into());
+        };
+        let dtype = match class {
+            "DoubleStorage" => DType::F64,
+            "FloatStorage" => DType::F32,
+            "HalfStorage" => DType::F16,
+            "BFloat16Storage" => DType::BF16,
+            "LongStorage" => DType::I64,
+            "IntStorage" => DType::I32,
+            "ShortStorage" => DType::I16,
+            "ByteStorage" => DType::U8,
+            _ => return Err(format!("values of torch.{class}, which candle has no type for")),
+        };
+        Ok(Self {
+            storage: key,
+            dtype,
+            stored: number(&stored)?,
+            offset: number(offset)?,
+            dims: numbers(size)?,
+            strides: numbers(stride)?,
+        })
+    }
+
+    /// The tensor, in any order of its dimensions; one with gaps between its values is an error.
+    pub fn tensor(&self, storage: &Tensor) -> Result<Tensor> {
+        let Self { dims, strides, offset, stored, dtype, .. } = self;
+        let fits = || {
+            if dims.len() != strides.len() || storage.dtype() != *dtype {
+                return None;
+            }
+            let count = elements(dims)?;
+            (offset.checked_add(count)? <= storage.elem_count()).then_some(count)
+        };
+        let Some(count) = fits() else {
+            return Err(format!(
+                "a shape {dims:?}, strides {strides:?} and offset {offset} in a storage of \
+                 {stored} {dtype:?}"
+            ));
+        };
+        let mut order: Vec<usize> = (0..dims.len()).collect();
+        order.sort_by_key(|&d| (std::cmp::Reverse(strides[d]), dims[d] != 1));
+        let mut dense = 1;
+        for &d in order.iter().rev() {
+            if dims[d] > 1 && strides[d] != dense && count > 0 {
+                return Err(format!(
+                    "gaps between its values: shape {dims:?}, strides {strides:?}"
+                ));
+            }
+            dense *= dims[d].max(1);
+        }
+        let read = || {
+            let ordered: Vec<usize> = order.iter().map(|&d| dims[d]).collect();
+            let mut places = vec![0; order.len()];
+            order.iter().enumerate().for_each(|(place, &d)| places[d] = place);
+            storage.narrow(0, *offset, count)?.reshape(ordered)?.permute(places)
+        };
+        read().map_err(|e| e.to_string())
+    }
+}
+
+type Call<'a, 'p> = ((&'a str, &'a str), &'p [Id]);
+
+fn call<'a, 'p>(pickle: &'p Pickle<'a>, id: Id) -> Result<Call<'a, 'p>> {
+    let Object::Call(class, args) = pickle.get(id) else {
+        return Err(format!("{}, not a tensor", pickle.get(id).kind()));
+    };
+    match (pickle.get(*class), pickle.get(*args)) {
+        (&Object::Class(module, name), Object::Tuple(args)) => Ok(((module, name), args)),
+        _ => Err("a call of what is no class".to_owned()),
+    }
+}
