@@ -103,7 +103,11 @@ fn what_does_not_fit_the_base_is_an_error_by_name() {
     assert!(refused(&with("a.lora_A", nan), plain()).contains("a.weight"));
     assert!(refused(&StateDict::new(), plain()).contains("empty"));
     assert!(refused(&adapter, LoraConfig { r: 0, ..cfg() }.into()).contains("r = 0"));
-    assert!(refused(&adapter, LoraConfig { r: 1, ..cfg() }.into()).contains("a.weight"));
+    for r in [1, 4] {
+        let error = refused(&adapter, LoraConfig { r, ..cfg() }.into());
+        let words = format!("rank is 2, the configuration has r = {r}");
+        assert!(error.contains("a.weight") && error.contains(&words), "{error}");
+    }
     assert!(refused(&adapter, plain().with("b", Kind::Embedding)).contains("b.lora_A"));
     assert!(refused(&adapter, plain().with("a", Kind::Conv2d { groups: 1 })).contains("Conv2d"));
 }

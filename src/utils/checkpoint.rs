@@ -25,6 +25,10 @@ pub struct Checkpoint {
 
 /// Writes a safetensors file with the tensors and, in its metadata, the configuration.
 ///
+/// It holds no optimizer's state, which candle's optimizers do not give out: a run that is resumed
+/// from it starts AdamW's moments at zero. With an optimizer that has no state, as `SGD`, it goes on
+/// bit for bit.
+///
 /// The file appears at once, complete and on the disk, or not at all; equal contents give equal
 /// bytes. It has the mode of the file that it replaces, or that of any new file.
 ///
@@ -77,8 +81,8 @@ pub(crate) fn read(path: &Path, device: &Device) -> Result<(StateDict, Metadata)
     }
 }
 
-/// Reads a checkpoint into the variables of `vars`, all of it or, on an error, nothing. A model that
-/// is merged runs on as it was until `eval()` is called again. Adapters in PEFT's format are for
+/// Reads a checkpoint into the variables of `vars`, all of it or, on an error, nothing, to serve it or
+/// to train on; the step count and moments of an optimizer are not in it. A model that is merged runs on as it was until `eval()` is called again. Adapters in PEFT's format are for
 /// [`peft::load_checkpoint`].
 ///
 /// # Errors

@@ -20,7 +20,7 @@ pub struct Progress {
     pub total: u64,
 }
 
-/// [`merge_into`](crate::merge_into) from file to file. `base` is a checkpoint, the index of a
+/// Writes what [`merge_into`](crate::merge_into) gives, from file to file. `base` is a checkpoint, the index of a
 /// sharded one (`model.safetensors.index.json`), or a folder with either; `out` is a file for the
 /// first and a folder for the second, whose shards and index have the base's names. A folder as `out`
 /// for a single file gets one of its name.

@@ -48,16 +48,33 @@ impl From<&str> for Base {
     }
 }
 
-/// Every tensor of the base, with ΔW added to the adapted ones, rounded once, and the biases and
+/// Gives every tensor of the base, with ΔW added to the adapted ones, rounded once, and the biases and
 /// modules that the adapter carries in place of the base's. Names, shapes and dtypes are the base's.
 ///
-/// `cfg` is a [`LoraConfig`](crate::LoraConfig), or a [`PeftConfig`] for a model with merged linear layers or with
-/// layers of their own rank or alpha. What a layer is tells the shape of its weight, and whether it
-/// lies transposed; for a square one `fan_in_fan_out` does, and a square embedding must be declared.
+/// `cfg` is a [`LoraConfig`](crate::LoraConfig), or a [`PeftConfig`] for a model with merged linear
+/// layers or with layers of their own rank or alpha. What a layer is tells the shape of its weight,
+/// and whether it lies transposed; for a square one `fan_in_fan_out` does, and a square embedding
+/// must be declared.
+///
+/// The result is a plain model, with no configuration to save beside it:
+/// [`merge_files`](crate::merge_files) writes it without holding it in memory, and
+/// [`candle_core::safetensors::save`] takes what is here.
+///
+/// ```no_run
+/// # fn main() -> loralib::Result<()> {
+/// # let (adapter, cfg) = (loralib::StateDict::new(), loralib::LoraConfig::default());
+/// # use std::collections::HashMap;
+/// let merged: HashMap<_, _> =
+///     loralib::merge_into("model.safetensors", &adapter, cfg)?.into_iter().collect();
+/// candle_core::safetensors::save(&merged, "merged.safetensors")?;
+/// // Or from file to file:
+/// loralib::merge_files("model.safetensors", &adapter, cfg, "merged.safetensors", |_| {})?;
+/// # Ok(()) }
+/// ```
 ///
 /// # Errors
-/// When a tensor of the adapter has no counterpart in the base, a shape does not fit, a merged value
-/// is not finite, or the base cannot be read. The error names the tensor.
+/// When a tensor of the adapter has no counterpart in the base, its rank is not the configuration's, a
+/// shape does not fit, a merged value is not finite, or the base cannot be read. The error names the tensor.
 pub fn merge_into(
     base: impl Into<Base>,
     adapter: &StateDict,

@@ -1,0 +1,152 @@
+//! What a load sets, and that an error sets nothing.
+
+use crate::common::{bits, rnd, values, CFG};
+use crate::{adapter, fails, names, randomize, snapshot, Model, CPU};
+use candle_core::{DType, Result, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use lora::{Bias, LoraConfig, LoraModule, StateDict, Strict};
+use loralib as lora;
+use std::collections::HashMap;
+
+#[test]
+fn a_checkpoint_comes_back_in_a_fresh_model_bit_for_bit() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("adapter.safetensors");
+    let x = rnd(1, &[2, 4], DType::F32)?.to_device(&CPU)?;
+    let (mut model, vars) = adapter(Bias::LoraOnly)?;
+    randomize(&vars, 5)?;
+    model.eval()?;
+    // Saved in evaluation, loaded in training: what is saved is never merged.
+    lora::save_state_dict(&lora::lora_state_dict(&vars, Bias::LoraOnly)?, &CFG, &path)?;
+    let (mut fresh, other) = adapter(Bias::LoraOnly)?;
+    let report = lora::load_checkpoint(&path, &other, &CFG, Strict::Yes)?;
+    assert_eq!(report.loaded, ["q.bias", "q.lora_A", "q.lora_B"]);
+    assert!(report.missing.is_empty() && report.unexpected.is_empty());
+    fresh.eval()?;
+    assert_eq!(bits(&fresh.forward(&x)?)?, bits(&model.forward(&x)?)?);
+    assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(CFG));
+
+    // Into one map for all too.
+    let all = VarMap::new();
+    Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
+    let report = lora::load_checkpoint(&path, &all, &CFG, Strict::Yes)?;
+    assert_eq!(report.loaded.len(), 3);
+
+    // A state dict is a copy: it does not follow the variables.
+    let saved = lora::lora_state_dict(&vars, Bias::None)?;
+    let before = bits(&saved["q.lora_A"])?;
+    randomize(&vars, 77)?;
+    assert_eq!(bits(&saved["q.lora_A"])?, before);
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("a.safetensors");
+    let (_, vars) = adapter(Bias::LoraOnly)?;
+    randomize(&vars, 5)?;
+    let good = lora::lora_state_dict(&vars, Bias::LoraOnly)?;
+    lora::save_state_dict(&good, &CFG, &path)?;
+    randomize(&vars, 50)?;
+    let before = snapshot(&vars);
+    for (cfg, words) in [
+        (LoraConfig { r: 3, ..CFG }, ["r = 2", "has 3"]),
+        (LoraConfig { r: 0, ..CFG }, ["r = 2", "has 0"]),
+        (LoraConfig { lora_alpha: 4., ..CFG }, ["lora_alpha = 3", "has 4"]),
+        (LoraConfig { rslora: true, ..CFG }, ["rslora = false", "has true"]),
+    ] {
+        let result = lora::load_checkpoint(&path, &vars, &cfg, Strict::No);
+        fails(result, &[words[0], words[1], "a.safetensors"]);
+    }
+    let load = |change: &dyn Fn(&mut StateDict), strict| {
+        let mut state = good.clone();
+        change(&mut state);
+        lora::load_state_dict(&vars, &state, strict)
+    };
+    let put = |name: &'static str, t: Tensor| {
+        move |s: &mut StateDict| {
+            s.insert(name.to_owned(), t.clone());
+        }
+    };
+    for strict in [Strict::Yes, Strict::No] {
+        let wrong = put("q.lora_B", Tensor::zeros((2, 4), DType::F32, &CPU)?);
+        fails(load(&wrong, strict), &["q.lora_B", "[2, 4]", "[4, 2]"]);
+        let ints = put("q.lora_B", Tensor::zeros((4, 2), DType::U32, &CPU)?);
+        fails(load(&ints, strict), &["q.lora_B", "U32"]);
+        let nan = put("q.lora_B", (Tensor::zeros((4, 2), DType::F32, &CPU)? / 0.)?);
+        fails(load(&nan, strict), &["q.lora_B", "finite"]);
+        let large = put("q.lora_B", (Tensor::ones((4, 2), DType::F64, &CPU)? * 1e300)?);
+        fails(load(&large, strict), &["q.lora_B", "finite"]);
+        fails(load(&|s| s.clear(), strict), &["missing", "q.lora_A"]);
+    }
+    fails(load(&|s| drop(s.remove("q.lora_A")), Strict::Yes), &["missing [\"q.lora_A\"]"]);
+    let extra = put("q.lora_C", Tensor::zeros(1, DType::F32, &CPU)?);
+    fails(load(&extra, Strict::Yes), &["unexpected [\"q.lora_C\"]"]);
+    let twice = put("q.conv.bias", Tensor::zeros(4, DType::F32, &CPU)?);
+    fails(load(&twice, Strict::Yes), &["q.bias", "two names"]);
+    assert_eq!(snapshot(&vars), before, "an error sets nothing");
+
+    let report = load(&extra, Strict::No)?;
+    assert_eq!(report.unexpected, ["q.lora_C"]);
+    let report = load(&|s| drop(s.remove("q.lora_A")), Strict::No)?;
+    assert_eq!((report.missing.len(), report.loaded.len()), (1, 2));
+    Ok(())
+}
+
+#[test]
+fn a_convolution_s_second_names_are_understood() -> Result<()> {
+    let weight = rnd(1, &[4, 3, 3, 3], DType::F32)?.to_device(&CPU)?;
+    let bias = rnd(2, &[4], DType::F32)?.to_device(&CPU)?;
+    let base = HashMap::from([
+        ("c.conv.weight".to_owned(), weight.clone()),
+        ("c.conv.bias".to_owned(), bias.clone()),
+    ]);
+    let base = VarBuilder::from_tensors(base, DType::F32, &CPU);
+    let vars = VarMap::new();
+    let vb = lora::var_builder(base, &vars, Bias::LoraOnly);
+    let layer = lora::conv2d(3, 4, 3, Default::default(), CFG, vb.pp("c"))?;
+    assert_eq!(bits(layer.weight())?, bits(&weight)?);
+    assert_eq!(names(&vars), ["c.conv.bias", "c.lora_A", "c.lora_B"]);
+
+    let vars = VarMap::new();
+    let own = HashMap::from([("c.weight".to_owned(), weight), ("c.bias".to_owned(), bias.clone())]);
+    let vb = lora::var_builder(VarBuilder::from_tensors(own, DType::F32, &CPU), &vars, Bias::All);
+    lora::conv2d(3, 4, 3, Default::default(), CFG, vb.pp("c"))?;
+    let mut state = lora::lora_state_dict(&vars, Bias::All)?;
+    state.remove("c.bias");
+    state.insert("c.conv.bias".to_owned(), bias.ones_like()?);
+    let report = lora::load_state_dict(&vars, &state, Strict::Yes)?;
+    assert_eq!(report.loaded, ["c.bias", "c.lora_A", "c.lora_B"]);
+    Ok(())
+}
+
+#[test]
+fn a_newly_loaded_adapter_takes_effect_at_the_next_eval() -> Result<()> {
+    let x = rnd(1, &[2, 4], DType::F32)?.to_device(&CPU)?;
+    let (mut model, vars) = adapter(Bias::None)?;
+    randomize(&vars, 5)?;
+    model.eval()?;
+    let one = bits(&model.forward(&x)?)?;
+    let saved = lora::lora_state_dict(&vars, Bias::None)?;
+    randomize(&vars, 6)?;
+    model.eval()?;
+    assert_ne!(bits(&model.forward(&x)?)?, one);
+    let report = lora::load_state_dict(&vars, &saved, Strict::Yes)?;
+    assert_eq!(report.loaded.len(), 2);
+    model.eval()?;
+    assert_eq!(bits(&model.forward(&x)?)?, one);
+    Ok(())
+}
+
+#[test]
+fn variables_in_other_float_types_are_cast() -> Result<()> {
+    let vars = VarMap::new();
+    let a = Var::from_tensor(&Tensor::zeros(2, DType::BF16, &CPU)?)?;
+    vars.data().lock().unwrap().insert("x.lora_A".to_owned(), a.clone());
+    let state = StateDict::from([("x.lora_A".to_owned(), Tensor::new(&[1f64, 2.], &CPU)?)]);
+    let report = lora::load_state_dict(&vars, &state, Strict::Yes)?;
+    assert_eq!(report.loaded, ["x.lora_A"]);
+    assert_eq!(values(&a)?, [1., 2.]);
+    Ok(())
+}

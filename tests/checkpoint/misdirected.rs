@@ -1,0 +1,34 @@
+//! A file given to the function for the other format: the error names the right one.
+
+use crate::common::CFG;
+use crate::{adapter, fails, CPU};
+use lora::{peft, Bias, Strict};
+use loralib as lora;
+
+#[test]
+fn the_error_says_which_function_reads_the_format() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (file, folder) = (dir.path().join("adapter.safetensors"), dir.path().join("peft"));
+    let (_, vars) = adapter(Bias::None)?;
+    let state = lora::lora_state_dict(&vars, Bias::None)?;
+    lora::save_state_dict(&state, &CFG, &file)?;
+    peft::save_pretrained(&folder, &state, CFG)?;
+
+    let right = ["`peft::load_checkpoint`", "`peft::load_pretrained`"];
+    fails(lora::read_state_dict(&folder, &CPU), &right);
+    fails(lora::load_checkpoint(&folder, &vars, &CFG, Strict::No), &right);
+    let inside = folder.join("adapter_model.safetensors");
+    let named = [right[0], right[1], "base_model.model.q.lora_A.weight"];
+    fails(lora::load_checkpoint(&inside, &vars, &CFG, Strict::No), &named);
+    let raw = lora::read_state_dict(&inside, &CPU)?.tensors;
+    for strict in [Strict::Yes, Strict::No] {
+        fails(lora::load_state_dict(&vars, &raw, strict), &named);
+    }
+
+    fails(peft::load_pretrained(&file, &CPU), &["adapter.safetensors", "`load_checkpoint`"]);
+    std::fs::copy(&file, &inside)?;
+    fails(peft::load_pretrained(&folder, &CPU), &["q.lora_A", "`load_checkpoint`"]);
+    let nowhere = dir.path().join("nowhere");
+    fails(peft::load_pretrained(&nowhere, &CPU), &["nowhere", "No such file"]);
+    Ok(())
+}

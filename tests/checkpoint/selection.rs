@@ -1,0 +1,104 @@
+//! What is trained, and where it starts.
+
+use crate::common::{bits, rnd, CFG};
+use crate::{adapter, base, fails, names, randomize, Model, CPU};
+use candle_core::{DType, Result};
+use candle_nn::{VarBuilder, VarMap};
+use lora::Bias;
+use loralib as lora;
+
+#[test]
+fn an_adapter_map_holds_what_is_trained_and_nothing_else() -> Result<()> {
+    let lora = ["q.lora_A", "q.lora_B"];
+    let cases: [(lora::Trainable, &[&str]); 4] = [
+        (Bias::None.into(), &[]),
+        (Bias::LoraOnly.into(), &["q.bias"]),
+        (Bias::All.into(), &["classifier.bias", "k.bias", "q.bias"]),
+        (Bias::None.and("classifier"), &["classifier.bias", "classifier.weight"]),
+    ];
+    for (what, others) in cases {
+        let (_, vars) = adapter(what.clone())?;
+        let mut expected: Vec<String> = lora.iter().chain(others).map(|s| s.to_string()).collect();
+        expected.sort();
+        assert_eq!(names(&vars), expected, "{what:?}");
+        let saved = lora::lora_state_dict(&vars, what.clone())?;
+        assert_eq!(saved.keys().cloned().collect::<Vec<_>>(), expected);
+        let trained = lora::mark_only_lora_as_trainable(&vars, what.clone())?;
+        for (var, (name, tensor)) in trained.iter().zip(&saved) {
+            assert_eq!(bits(var)?, bits(tensor)?, "{name}");
+        }
+        // The same selection out of one map for all.
+        let all = VarMap::new();
+        Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
+        let saved = lora::lora_state_dict(&all, what)?;
+        assert_eq!(saved.keys().cloned().collect::<Vec<_>>(), expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn trained_biases_start_at_the_base_s_value_and_do_not_change_it() -> Result<()> {
+    let base = base(true)?;
+    let adapter = VarMap::new();
+    Model::new(lora::var_builder(base.clone(), &adapter, Bias::All))?;
+    let own = base.get(4, "q.bias")?;
+    let before = bits(&own)?;
+    let var = adapter.data().lock().unwrap()["q.bias"].clone();
+    assert_eq!(bits(&var)?, before);
+    var.set(&(own.ones_like()? * 7.)?)?;
+    assert_eq!(bits(&base.get(4, "q.bias")?)?, before);
+    Ok(())
+}
+
+#[test]
+fn a_wrapped_layer_trains_the_bias_that_the_selection_names() -> Result<()> {
+    for (what, trained) in [(Bias::None, false), (Bias::LoraOnly, true), (Bias::All, true)] {
+        let adapter = VarMap::new();
+        let vb = lora::var_builder(base(true)?, &adapter, what).pp("q");
+        let layer = lora::Linear::new(candle_nn::linear(4, 4, vb.clone())?, CFG, vb)?;
+        assert_eq!(names(&adapter).contains(&"q.bias".to_owned()), trained, "{what}");
+        assert_eq!(layer.bias().unwrap().is_variable(), trained, "{what}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_base_that_is_cut_out_of_a_var_map_does_not_follow_it() -> Result<()> {
+    let vars = VarMap::new();
+    Model::new(VarBuilder::from_varmap(&vars, DType::F32, &CPU))?;
+    let adapter = VarMap::new();
+    let base = VarBuilder::from_varmap(&vars, DType::F32, &CPU);
+    let model = Model::new(lora::var_builder(base, &adapter, Bias::None))?;
+    assert_eq!(names(&adapter), ["q.lora_A", "q.lora_B"]);
+    let x = rnd(1, &[2, 4], DType::F32)?.to_device(&CPU)?;
+    let before = bits(&model.forward(&x)?)?;
+    randomize(&vars, 3)?;
+    assert_eq!(bits(&model.forward(&x)?)?, before);
+    Ok(())
+}
+
+#[test]
+fn a_missing_base_tensor_is_an_error_and_a_new_head_is_not() -> Result<()> {
+    let vars = VarMap::new();
+    let empty = VarBuilder::from_varmap(&vars, DType::F32, &CPU);
+    let error = Model::new(lora::var_builder(empty, &VarMap::new(), Bias::All)).err().unwrap();
+    assert!(error.to_string().contains("\"q.weight\""), "{error}");
+    assert!(names(&vars).is_empty(), "asking creates no variable in the base");
+    let new =
+        |what: lora::Trainable| Model::new(lora::var_builder(base(false)?, &VarMap::new(), what));
+    assert!(new(Bias::None.into()).is_err());
+    assert!(new(Bias::None.and("classifier")).is_ok());
+    Ok(())
+}
+
+#[test]
+fn an_empty_selection_is_an_error() -> Result<()> {
+    let vars = VarMap::new();
+    fails(lora::mark_only_lora_as_trainable(&vars, Bias::All), &["0 variables", "all"]);
+    fails(lora::lora_state_dict(&vars, Bias::None), &["nothing"]);
+    let (_, vars) = adapter(Bias::None)?;
+    fails(lora::lora_state_dict(&vars, Bias::None.and("head")), &["\"head\""]);
+    fails("some".parse::<Bias>(), &["\"some\"", "lora_only"]);
+    assert_eq!("lora_only".parse::<Bias>()?, Bias::LoraOnly);
+    Ok(())
+}

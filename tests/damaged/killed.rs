@@ -1,0 +1,99 @@
+//! A writer that is killed at any moment leaves the old file or the new one, and a folder in PEFT's
+//! format as a whole; and so a reader finds one or the other while a writer is at work.
+
+use crate::{alone, Random, CPU};
+use candle_core::Tensor;
+use lora::peft;
+use lora::{LoraConfig, StateDict};
+use loralib as lora;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+const FOLDER: &str = "LORALIB_TEST_WRITER_FOLDER";
+const ROUND: &str = "LORALIB_TEST_WRITER_ROUND";
+
+fn adapter(value: f32) -> StateDict {
+    let full = |dims: [usize; 2]| Tensor::full(value, &dims[..], &CPU).unwrap();
+    [("q.lora_A".to_owned(), full([2, 20_000])), ("q.lora_B".to_owned(), full([20_000, 2]))].into()
+}
+
+/// Not a test of its own: what the next one starts, and kills.
+#[test]
+fn writer() {
+    let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else { return };
+    let round: usize = std::env::var(ROUND).unwrap().parse().unwrap();
+    for i in round * 1000 + 1.. {
+        // Some saves change the configuration, others only the tensors.
+        let cfg = LoraConfig { r: 2, lora_alpha: i as f64, ..Default::default() };
+        let adapter = adapter(i as f32);
+        match round % 3 {
+            0 => lora::save_state_dict(&adapter, &cfg, folder.join("adapter.safetensors")).unwrap(),
+            1 => peft::save_pretrained(folder.join("peft"), &adapter, cfg).unwrap(),
+            _ => {
+                let cfg = LoraConfig { lora_alpha: 0., ..cfg };
+                peft::save_pretrained(folder.join("same"), &adapter, cfg).unwrap();
+            }
+        }
+    }
+}
+
+/// The number of the save that everything in the files agrees on.
+fn saved(folder: &Path) -> lora::Result<[f64; 3]> {
+    let file = lora::read_state_dict(folder.join("adapter.safetensors"), &CPU)?;
+    let (config, peft) = peft::load_pretrained(folder.join("peft"), &CPU)?;
+    let (_, same) = peft::load_pretrained(folder.join("same"), &CPU)?;
+    let all = |tensors: &StateDict| {
+        let mut ends = vec![];
+        for t in tensors.values() {
+            let t = t.flatten_all()?;
+            ends.extend([t.min(0)?.to_scalar::<f32>()?, t.max(0)?.to_scalar()?].map(f64::from));
+        }
+        assert!(ends.iter().all(|end| *end == ends[0]), "tensors of several saves: {ends:?}");
+        Ok::<_, lora::Error>(ends[0])
+    };
+    let saved = [all(&file.tensors)?, all(&peft)?, all(&same)?];
+    assert_eq!(
+        saved[0],
+        file.config.unwrap().lora_alpha,
+        "the tensors of one, the options of another"
+    );
+    assert_eq!(saved[1], config.lora.lora_alpha, "the tensors of one, the options of another");
+    Ok(saved)
+}
+
+#[test]
+fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() -> lora::Result<()> {
+    let _alone = alone();
+    let dir = tempfile::tempdir()?;
+    let cfg = LoraConfig { r: 2, lora_alpha: 0., ..Default::default() };
+    lora::save_state_dict(&adapter(0.), &cfg, dir.path().join("adapter.safetensors"))?;
+    for folder in ["peft", "same"] {
+        peft::save_pretrained(dir.path().join(folder), &adapter(0.), cfg)?;
+    }
+    let (mut r, mut finished, mut between) = (Random(7), BTreeSet::new(), 0);
+    for round in 0..300 {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["killed::writer", "--exact", "--test-threads=1"])
+            .env(FOLDER, dir.path())
+            .env(ROUND, round.to_string())
+            .stdout(Stdio::null())
+            .spawn()?;
+        std::thread::sleep(Duration::from_micros(2_000 + r.below(40_000) as u64));
+        saved(dir.path())?;
+        child.kill()?;
+        child.wait()?;
+        finished.extend(saved(dir.path())?.map(|number| number as usize / 1000));
+        between += usize::from(!dir.path().join("peft/adapter_config.json").exists());
+    }
+    let left = fs::read_dir(dir.path())?.count() - 3;
+    println!(
+        "300 kills: {} writers got to the end of a save, {left} temporary files left by the others, \
+         {between} folders that had only their tensors",
+        finished.len()
+    );
+    assert!(finished.len() > 30, "{}", finished.len());
+    Ok(())
+}

@@ -1,0 +1,65 @@
+//! Files that are not what they should be: an error that names the file, never a panic, never
+//! memory beyond a small multiple of the file; and a writer that is killed at any moment.
+
+mod hostile;
+mod killed;
+mod mutants;
+mod reasons;
+
+use candle_core::Device;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
+
+const CPU: Device = Device::Cpu;
+
+/// Remembers the largest single allocation.
+struct Largest;
+static LARGEST: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator as it is.
+unsafe impl GlobalAlloc for Largest {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
+        System.alloc(layout)
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
+        System.alloc_zeroed(layout)
+    }
+    unsafe fn realloc(&self, p: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        LARGEST.fetch_max(size, Ordering::Relaxed);
+        System.realloc(p, layout, size)
+    }
+    unsafe fn dealloc(&self, p: *mut u8, layout: Layout) {
+        System.dealloc(p, layout);
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Largest = Largest;
+
+/// The tests measure what the process allocates: one at a time, and errors without a backtrace,
+/// which takes megabytes.
+fn alone() -> impl Sized {
+    static ONE: Mutex<()> = Mutex::new(());
+    let alone = ONE.lock();
+    std::env::set_var("RUST_LIB_BACKTRACE", "0");
+    alone
+}
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 20) as usize % n.max(1)
+    }
+}

@@ -1,0 +1,161 @@
+//! Convolutions of several groups: loralib's update has a form in PEFT, whose own has none here.
+
+use crate::common::{bits, difference, rnd};
+use crate::{folder, model, CPU};
+use candle_core::{DType, Module, Tensor};
+use candle_nn::{Conv2dConfig, VarBuilder};
+use lora::peft::{self, Kind, PeftConfig};
+use lora::{LoraConfig, StateDict};
+use loralib as lora;
+use std::collections::HashMap;
+
+const CFG: LoraConfig = LoraConfig {
+    r: 2,
+    lora_alpha: 3.,
+    lora_dropout: 0.,
+    merge_weights: true,
+    fan_in_fan_out: false,
+    rslora: false,
+    lora_dtype: None,
+};
+
+fn kind(n: usize, groups: usize) -> Kind {
+    match n {
+        1 => Kind::Conv1d { groups },
+        2 => Kind::Conv2d { groups },
+        _ => Kind::Conv3d { groups },
+    }
+}
+
+/// A kernel (out, in/groups, k..) as (out, in, k..): zero for the inputs of other groups.
+fn widened(kernel: &Tensor, groups: usize) -> lora::Result<Tensor> {
+    let (outs, inputs) = (kernel.dim(0)? / groups, kernel.dim(1)?);
+    let part = |j| {
+        kernel.narrow(0, j * outs, outs)?.pad_with_zeros(1, j * inputs, (groups - 1 - j) * inputs)
+    };
+    let parts: candle_core::Result<Vec<_>> = (0..groups).map(part).collect();
+    Ok(Tensor::cat(&parts?, 0)?)
+}
+
+/// What PEFT adds to (out, in, k..) by its own formula: B's ranks and outputs in groups, A's inputs not.
+fn delta(a: &Tensor, b: &Tensor, groups: usize, scaling: f64) -> lora::Result<Tensor> {
+    let (a, b) = (a.flatten_from(1)?, b.flatten_from(1)?);
+    let (outs, own) = (b.dim(0)? / groups, b.dim(1)?);
+    let part = |j| b.narrow(0, j * outs, outs)?.matmul(&a.narrow(0, j * own, own)?);
+    let parts: candle_core::Result<Vec<_>> = (0..groups).map(part).collect();
+    Ok((Tensor::cat(&parts?, 0)? * scaling)?)
+}
+
+#[test]
+fn every_grouped_convolution_keeps_its_update_and_comes_back() -> lora::Result<()> {
+    for (n, groups, k) in (1..=3usize).flat_map(|n| [(n, 2, 3), (n, 3, 3), (n, 4, 2), (n, 6, 1)]) {
+        let (inputs, out) = (12, 24);
+        let (u, width) = (usize::pow(k, n as u32 / 2), usize::pow(k, n.div_ceil(2) as u32));
+        let weight = [&[out, inputs / groups][..], &[k; 3][..n]].concat();
+        let adapter = StateDict::from([
+            ("c.lora_A".into(), rnd(1, &[2 * k, inputs * width], DType::F64)?.to_device(&CPU)?),
+            ("c.lora_B".into(), rnd(2, &[out / groups * u, 2 * k], DType::F64)?.to_device(&CPU)?),
+        ]);
+        let base = StateDict::from([("c.weight".into(), Tensor::zeros(weight, DType::F64, &CPU)?)]);
+        let config = PeftConfig::from(CFG).with("c", kind(n, groups));
+        let dir = tempfile::tempdir()?;
+        peft::save_pretrained(dir.path(), &adapter, &config)?;
+
+        let file = dir.path().join("adapter_model.safetensors");
+        let file = lora::read_state_dict(file, &CPU)?.tensors;
+        let factor = |last| &file[&format!("base_model.model.c.{last}.weight")];
+        let merged = lora::merge_into(&base, &adapter, &config)?;
+        let expected = widened(&merged["c.weight"], groups)?.flatten_from(1)?;
+        let theirs = delta(factor("lora_A"), factor("lora_B"), groups, CFG.scaling())?;
+        assert!(difference(&theirs, &expected)? < 1e-14, "{n} {groups} {k}");
+
+        let (loaded, tensors) = peft::load_pretrained(dir.path(), &CPU)?;
+        assert_eq!(loaded.layers["c"].kind, kind(n, groups));
+        assert_eq!(loaded.lora_config("c").scaling(), CFG.scaling());
+        assert!(tensors.keys().eq(adapter.keys()));
+        for (name, tensor) in &tensors {
+            assert_eq!(tensor.dims(), adapter[name].dims(), "{name}");
+            assert_eq!(bits(tensor)?, bits(&adapter[name])?, "{name}");
+        }
+        let other = PeftConfig::from(CFG).with("c", kind(n, 1));
+        let error = lora::merge_into(&base, &adapter, &other).unwrap_err().to_string();
+        assert!(error.contains(&format!("of {groups} groups")), "{error}");
+    }
+    Ok(())
+}
+
+/// The fixture is an independent conversion, which PEFT ran.
+#[test]
+fn a_grouped_convolution_computes_what_peft_computes_with_its_factors() -> lora::Result<()> {
+    let all = lora::read_state_dict(folder("groups").join("model.safetensors"), &CPU)?.tensors;
+    let [base, _, x, y] = model("groups")?;
+    let (config, adapter) = peft::load_pretrained(folder("groups"), &CPU)?;
+    for (name, tensor) in &adapter {
+        assert_eq!(bits(tensor)?, bits(&all[&format!("lora.{name}")])?, "{name}");
+    }
+    let tensors = base.into_iter().chain(adapter.clone()).collect();
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+    let options = Conv2dConfig { groups: 2, ..Default::default() };
+    let layer = lora::conv2d_no_bias(4, 6, 3, options, config.lora_config("conv"), vb.pp("conv"))?;
+    assert!(difference(&layer.forward(&x["conv"])?, &y["conv"])? < 2e-6);
+
+    let dir = tempfile::tempdir()?;
+    peft::save_pretrained(dir.path(), &adapter, &config)?;
+    let file =
+        |dir: &std::path::Path| lora::read_state_dict(dir.join("adapter_model.safetensors"), &CPU);
+    let (ours, theirs) = (file(dir.path())?.tensors, file(&folder("groups"))?.tensors);
+    assert!(ours.keys().eq(theirs.keys()));
+    for (name, tensor) in &ours {
+        assert_eq!(bits(tensor)?, bits(&theirs[name])?, "{name}");
+    }
+    Ok(())
+}
+
+/// Ranks alone do not tell which factors are in loralib's form: here they would go with it.
+#[test]
+fn dense_factors_of_a_rank_like_ours_keep_their_update_or_are_refused() -> lora::Result<()> {
+    let groups_of = |groups: usize| -> lora::Result<_> {
+        let dir = tempfile::tempdir()?;
+        let zeros = |dims: [usize; 2]| Tensor::zeros(&dims[..], DType::F32, &CPU);
+        let adapter = StateDict::from([
+            ("c.lora_A".into(), zeros([2 * 3, 4 * 3])?),
+            ("c.lora_B".into(), zeros([6 / groups * 3, 2 * 3])?),
+        ]);
+        let config = PeftConfig::from(CFG).with("c", Kind::Conv2d { groups });
+        peft::save_pretrained(dir.path(), &adapter, config)?;
+        let file = dir.path().join("adapter_model.safetensors");
+        let mut dense = HashMap::new();
+        for (i, (name, t)) in lora::read_state_dict(&file, &CPU)?.tensors.into_iter().enumerate() {
+            dense.insert(name, rnd(i as u64, t.dims(), DType::F32)?.to_device(&CPU)?);
+        }
+        candle_core::safetensors::save(&dense, &file)?;
+        Ok((peft::load_pretrained(dir.path(), &CPU), dense))
+    };
+    let (loaded, file) = groups_of(1)?;
+    let (config, adapter) = loaded?;
+    let base =
+        StateDict::from([("c.weight".into(), Tensor::zeros((6, 4, 3, 3), DType::F32, &CPU)?)]);
+    let merged = lora::merge_into(&base, &adapter, config)?["c.weight"].flatten_from(1)?;
+    let factor = |last| &file[&format!("base_model.model.c.{last}.weight")];
+    let theirs = delta(factor("lora_A"), factor("lora_B"), 1, CFG.scaling())?;
+    assert!(difference(&merged, &theirs)? < 1e-6);
+    let error = groups_of(2)?.0.unwrap_err().to_string();
+    assert!(error.contains("c.lora_A") && error.contains("2 groups"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn what_no_grouped_kernel_can_hold_is_refused() -> lora::Result<()> {
+    let error = peft::load_pretrained(folder("groups_dense"), &CPU).unwrap_err().to_string();
+    assert!(error.contains("conv.lora_A") && error.contains("2 groups"), "{error}");
+    let ones = |dims: [usize; 2]| Tensor::ones(&dims[..], DType::F32, &CPU);
+    let adapter = StateDict::from([
+        ("c.lora_A".into(), ones([6, 512 * 3])?),
+        ("c.lora_B".into(), ones([3, 6])?),
+    ]);
+    let config = PeftConfig::from(CFG).with("c", Kind::Conv2d { groups: 512 });
+    let dir = tempfile::tempdir()?;
+    let error = peft::save_pretrained(dir.path(), &adapter, config).unwrap_err().to_string();
+    assert!(error.contains("c.lora_A") && error.contains("512 groups"), "{error}");
+    Ok(())
+}

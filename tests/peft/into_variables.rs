@@ -1,0 +1,47 @@
+//! A folder into a model's variables: ranks and scalings are compared.
+
+use crate::common::bits;
+use crate::kinds::{sample, Sample};
+use candle_core::Var;
+use candle_nn::VarMap;
+use lora::peft::{self, PeftConfig};
+use lora::Strict;
+use loralib as lora;
+
+#[test]
+fn an_adapter_is_loaded_where_ranks_and_scalings_agree() -> lora::Result<()> {
+    for rslora in [false, true] {
+        let Sample { adapter, config, .. } = sample(rslora)?;
+        let dir = tempfile::tempdir()?;
+        peft::save_pretrained(dir.path(), &adapter, &config)?;
+        let vars = VarMap::new();
+        for (name, tensor) in &adapter {
+            let zeros = Var::from_tensor(&tensor.zeros_like()?)?;
+            vars.data().lock().unwrap().insert(name.clone(), zeros);
+        }
+        let load = |config: &PeftConfig| {
+            peft::load_checkpoint(dir.path(), &vars, config, Strict::Yes)
+                .map(|report| report.loaded)
+        };
+        let refused = |change: &dyn Fn(&mut PeftConfig), words: &[&str]| {
+            let mut other = config.clone();
+            change(&mut other);
+            let error = load(&other).unwrap_err().to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        };
+        refused(&|c| c.lora.r = 3, &["lora_A", "its rank is 2", "r = 3"]);
+        refused(&|c| c.lora.lora_alpha = 4., &["lora_A", "its scaling is"]);
+        refused(&|c| c.lora.rslora = !rslora, &["its scaling is"]);
+        refused(&|c| c.layers.get_mut("c2").unwrap().lora_alpha = Some(9.), &["c2.lora_A"]);
+        refused(&|c| drop(c.layers.remove("qkv")), &["h.qkv.lora_A", "its rank is 4"]);
+        refused(&|c| *c = c.clone().with("nowhere", peft::Kind::Linear), &["nowhere"]);
+        for var in vars.all_vars() {
+            assert!(bits(&var)?.iter().all(|bits| *bits == 0), "an error sets nothing");
+        }
+        assert!(load(&config)?.iter().eq(adapter.keys()));
+        for (name, var) in vars.data().lock().unwrap().iter() {
+            assert_eq!(bits(var)?, bits(&adapter[name])?, "{name}");
+        }
+    }
+    Ok(())
+}

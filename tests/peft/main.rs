@@ -1,0 +1,31 @@
+//! PEFT's format: adapters that PEFT saved (`fixtures/checkpoints.py`), and all kinds of layers to
+//! PEFT's factors and back.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod groups;
+mod into_variables;
+mod kinds;
+mod refused;
+mod saved_by_peft;
+
+use candle_core::{Device, Tensor};
+use lora::StateDict;
+use loralib as lora;
+use std::path::PathBuf;
+
+const CPU: Device = Device::Cpu;
+
+fn folder(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft").join(case)
+}
+
+/// The base, what PEFT merges to, and the inputs and outputs.
+fn model(case: &str) -> lora::Result<[StateDict; 4]> {
+    let all = lora::read_state_dict(folder(case).join("model.safetensors"), &CPU)?.tensors;
+    Ok(["base.", "merged.", "x.", "y."].map(|prefix| {
+        let own =
+            |(name, t): (&String, &Tensor)| Some((name.strip_prefix(prefix)?.into(), t.clone()));
+        all.iter().filter_map(own).collect()
+    }))
+}

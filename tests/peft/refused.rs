@@ -1,0 +1,107 @@
+//! What cannot be loaded or saved is refused by name.
+
+use crate::kinds::{sample, Sample};
+use crate::{folder, CPU};
+use candle_core::{DType, Tensor};
+use lora::peft::{self, Kind, PeftConfig};
+use lora::StateDict;
+use loralib as lora;
+use std::collections::HashMap;
+
+fn refused(change: impl Fn(&mut serde_json::Value), tensors: impl Fn(&mut StateDict)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let source = folder("linear");
+    let json = std::fs::read(source.join("adapter_config.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    change(&mut json);
+    std::fs::write(dir.path().join("adapter_config.json"), json.to_string()).unwrap();
+    let file = source.join("adapter_model.safetensors");
+    let mut all = lora::read_state_dict(file, &CPU).unwrap().tensors;
+    tensors(&mut all);
+    let path = dir.path().join("adapter_model.safetensors");
+    candle_core::safetensors::save(&all.into_iter().collect::<HashMap<_, _>>(), path).unwrap();
+    match peft::load_pretrained(dir.path(), &CPU) {
+        Ok(_) => "loaded".to_owned(),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn what_changes_the_mathematics_is_refused_by_name() {
+    let options = [
+        ("use_dora", serde_json::json!(true)),
+        ("init_lora_weights", "pissa".into()),
+        ("init_lora_weights", "olora".into()),
+        ("use_qalora", true.into()),
+        ("layer_replication", serde_json::json!([[0, 2]])),
+        ("trainable_token_indices", serde_json::json!([1])),
+        ("lora_bias", true.into()),
+        ("not_known_yet", 1.into()),
+        ("peft_type", "LOHA".into()),
+        ("rank_pattern", serde_json::json!({"q|o": 3})),
+        ("r", 0.into()),
+        ("lora_dropout", 1.into()),
+    ];
+    for (key, value) in options {
+        let error = refused(|json| json[key] = value.clone(), |_| {});
+        assert!(error.contains(key) && error.contains("adapter_config.json"), "{key}: {error}");
+    }
+    for value in [serde_json::json!(null), false.into(), "".into(), serde_json::json!({})] {
+        assert_eq!(refused(|json| json["not_known_yet"] = value.clone(), |_| {}), "loaded");
+    }
+}
+
+#[test]
+fn a_tensor_that_does_not_fit_is_refused_by_name() {
+    let a = "base_model.model.layers.0.q.lora_A.weight";
+    let b = "base_model.model.layers.0.q.lora_B.weight";
+    let error = |change: &dyn Fn(&mut StateDict)| refused(|_| {}, change);
+    assert_eq!(error(&|_| {}), "loaded");
+    let renamed = |to: &'static str| {
+        error(&move |all| {
+            let tensor = all.remove(a).unwrap();
+            all.insert(to.to_owned(), tensor);
+        })
+    };
+    assert!(error(&|all| drop(all.remove(a))).contains(a));
+    assert!(error(&|all| drop(all.remove(b))).contains(b));
+    for to in ["x", "model.layers.0.q.lora_A.weight", "base_model.model.layers.0.q.lora_A.x.weight"]
+    {
+        assert!(renamed(to).contains(to), "{}", renamed(to));
+    }
+    let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &CPU).unwrap();
+    for dims in [&[2, 6][..], &[3], &[3, 6, 1]] {
+        let error = error(&|all| drop(all.insert(a.to_owned(), zeros(dims))));
+        assert!(error.contains("layers.0.q.lora_A"), "{error}");
+    }
+    let wrong = error(&|all| drop(all.insert(b.to_owned(), zeros(&[8, 2]))));
+    assert!(wrong.contains("layers.0.q.lora_A") && wrong.contains("[8, 2]"), "{wrong}");
+    let extra = "base_model.model.layers.0.q.lora_magnitude_vector";
+    assert!(error(&|all| drop(all.insert(extra.to_owned(), zeros(&[8])))).contains(extra));
+    assert!(error(&|all| all.clear()).contains("adapter_model.safetensors"));
+    let bias = "base_model.model.head.bias";
+    assert!(error(&|all| drop(all.insert(bias.to_owned(), zeros(&[3])))).contains(bias));
+}
+
+#[test]
+fn what_cannot_be_saved_is_refused_by_name() -> lora::Result<()> {
+    let Sample { adapter, config, .. } = sample(false)?;
+    let dir = tempfile::tempdir()?;
+    let refused = |adapter: &StateDict, config: &PeftConfig| {
+        peft::save_pretrained(dir.path(), adapter, config).unwrap_err().to_string()
+    };
+    let mut alone = adapter.clone();
+    alone.remove("h.q.lora_B");
+    assert!(refused(&alone, &config).contains("h.q.lora_B"));
+    let unused = config.clone().with("nowhere", Kind::Linear);
+    assert!(refused(&adapter, &unused).contains("nowhere"));
+    let mut undeclared = config.clone();
+    undeclared.layers.remove("qkv");
+    assert!(refused(&adapter, &undeclared).contains("h.qkv.lora_A"));
+    let mut head = adapter.clone();
+    head.insert("head.weight".into(), Tensor::zeros(2, DType::F32, &CPU)?);
+    assert!(refused(&head, &config).contains("head.weight"));
+    assert!(refused(&StateDict::new(), &PeftConfig::default()).contains("without layers"));
+    assert!(dir.path().read_dir()?.next().is_none());
+    Ok(())
+}

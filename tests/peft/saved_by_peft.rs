@@ -1,0 +1,148 @@
+//! What PEFT saved: it merges to what PEFT merges to, computes what PEFT computes, and is saved again.
+
+use crate::common::{bits, difference};
+use crate::{folder, model, CPU};
+use candle_core::{DType, Module};
+use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
+use lora::peft::{self, Kind};
+use lora::{Bias, LoraConfig};
+use loralib as lora;
+use std::collections::HashMap;
+
+const CASES: [&str; 10] = [
+    "linear",
+    "bin",
+    "rslora",
+    "pattern",
+    "embedding",
+    "conv",
+    "modules",
+    "bias",
+    "bias_lora_only",
+    "gpt2",
+];
+
+#[test]
+fn what_peft_saved_merges_to_what_peft_merges_to() -> lora::Result<()> {
+    for case in CASES {
+        let [base, merged, ..] = model(case)?;
+        let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
+        let ours = lora::merge_into(&base, &adapter, &config)?;
+        assert!(ours.keys().eq(merged.keys()), "{case}");
+        let (mut apart, mut changed) = (0f64, 0);
+        for (name, tensor) in &ours {
+            apart = apart.max(difference(tensor, &merged[name])?);
+            changed += usize::from(difference(tensor, &base[name])? > 1e-3);
+        }
+        println!("{case}: {changed} tensors changed, apart {apart:.1e}");
+        assert!(apart < 1e-6, "{case}: {apart}");
+        assert!(changed >= 2, "{case}: {changed}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_layer_with_a_loaded_adapter_computes_what_peft_computes() -> lora::Result<()> {
+    for case in CASES {
+        let [base, _, x, y] = model(case)?;
+        let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
+        let mut tensors: HashMap<_, _> = base.into_iter().collect();
+        tensors.extend(adapter);
+        let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+        let mut apart = 0f64;
+        for (path, x) in &x {
+            let cfg = LoraConfig { lora_dropout: 0., ..config.lora_config(path) };
+            let (vb, y) = (vb.pp(path), &y[path]);
+            let w = vb.get_unchecked("weight")?;
+            let d = w.dims();
+            let bias = vb.contains_tensor("bias");
+            let ours = match (config.layers.get(path).map(|layer| &layer.kind), w.rank()) {
+                (Some(Kind::Embedding), _) => lora::embedding(d[0], d[1], cfg, vb)?.forward(x)?,
+                (_, 2) if cfg.fan_in_fan_out => lora::linear(d[0], d[1], cfg, vb)?.forward(x)?,
+                (_, 2) => lora::linear_b(d[1], d[0], bias, cfg, vb)?.forward(x)?,
+                (_, 3) => {
+                    let options = Conv1dConfig::default();
+                    lora::conv1d(d[1], d[0], d[2], options, cfg, vb)?.forward(x)?
+                }
+                (_, 4) => {
+                    let options = Conv2dConfig::default();
+                    lora::conv2d_no_bias(d[1], d[0], d[2], options, cfg, vb)?.forward(x)?
+                }
+                _ => {
+                    let options = lora::Conv3dConfig::default();
+                    lora::conv3d(d[1], d[0], d[2], options, cfg, vb)?.forward(x)?
+                }
+            };
+            apart = apart.max(difference(&ours, y)?);
+        }
+        println!("{case}: outputs apart {apart:.1e}");
+        assert!(apart < 2e-6, "{case}: {apart}");
+    }
+    Ok(())
+}
+
+#[test]
+fn options_and_ranks_of_a_layer_are_read() -> lora::Result<()> {
+    let (config, _) = peft::load_pretrained(folder("pattern"), &CPU)?;
+    let own = |path: &str| (config.lora_config(path).r, config.lora_config(path).lora_alpha);
+    assert_eq!(own("layers.0.q"), (5, 7.));
+    assert_eq!(own("layers.1.q"), (3, 7.));
+    assert_eq!(own("layers.0.o"), (3, 4.5));
+    assert_eq!(own("layers.1.o"), (2, 4.5));
+    let (config, _) = peft::load_pretrained(folder("rslora"), &CPU)?;
+    assert!(config.lora.rslora);
+    assert_eq!(config.lora_config("layers.0.q").scaling(), 7. / 3f64.sqrt());
+    let (config, tensors) = peft::load_pretrained(folder("modules"), &CPU)?;
+    assert_eq!(config.modules_to_save, ["head"]);
+    assert_eq!(tensors["head.weight"].dims(), [3, 6]);
+    let (config, tensors) = peft::load_pretrained(folder("bias"), &CPU)?;
+    assert_eq!(config.bias, Bias::All);
+    assert!(tensors.contains_key("layers.0.q.bias") && tensors.contains_key("conv1.bias"));
+    let (config, _) = peft::load_pretrained(folder("gpt2"), &CPU)?;
+    assert_eq!(config.task_type.as_deref(), Some("CAUSAL_LM"));
+    assert!(config.lora_config("transformer.h.0.attn.c_attn").fan_in_fan_out);
+    assert!(!config.lora_config("transformer.wte").fan_in_fan_out);
+    Ok(())
+}
+
+/// What PEFT saved, saved again: PEFT's keys and values, and a configuration that says the same.
+#[test]
+fn what_peft_saved_is_saved_as_it_was() -> lora::Result<()> {
+    for case in CASES {
+        let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
+        let dir = tempfile::tempdir()?;
+        peft::save_pretrained(dir.path(), &adapter, &config)?;
+        let again = peft::load_pretrained(dir.path(), &CPU)?;
+        let [base, merged, ..] = model(case)?;
+        for (name, tensor) in lora::merge_into(&base, &again.1, &again.0)? {
+            assert!(difference(&tensor, &merged[&name])? < 1e-6, "{case} {name}");
+        }
+        if case != "conv" && case != "bin" {
+            let file = "adapter_model.safetensors";
+            let ours = lora::read_state_dict(dir.path().join(file), &CPU)?.tensors;
+            let theirs = lora::read_state_dict(folder(case).join(file), &CPU)?.tensors;
+            assert!(ours.keys().eq(theirs.keys()), "{case}");
+            for (name, tensor) in &ours {
+                assert_eq!(bits(tensor)?, bits(&theirs[name])?, "{case} {name}");
+            }
+            assert_eq!(again.0, config, "{case}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_dense_update_fits_a_merged_layer_with_every_part_enabled() -> lora::Result<()> {
+    let [base, merged, ..] = model("gpt2")?;
+    let kind = Kind::MergedLinear(vec![true; 3]);
+    let (config, adapter) =
+        peft::load_pretrained_as(folder("gpt2"), &[("c_attn", kind.clone())], &CPU)?;
+    assert_eq!(adapter["transformer.h.0.attn.c_attn.lora_A"].dims(), [6, 8]);
+    for (name, tensor) in lora::merge_into(&base, &adapter, &config)? {
+        assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");
+    }
+    let kind = Kind::MergedLinear(vec![true, false, true]);
+    let error = peft::load_pretrained_as(folder("gpt2"), &[("c_attn", kind)], &CPU).unwrap_err();
+    assert!(error.to_string().contains("c_attn.lora_A"), "{error}");
+    Ok(())
+}
