@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const FOLDER: &str = "LORALIB_TEST_WRITER_FOLDER";
 const ROUND: &str = "LORALIB_TEST_WRITER_ROUND";
@@ -81,8 +81,10 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() -> lora::Result<()>
             .env(ROUND, round.to_string())
             .stdout(Stdio::null())
             .spawn()?;
-        std::thread::sleep(Duration::from_micros(2_000 + r.below(40_000) as u64));
-        saved(dir.path())?;
+        let end = Instant::now() + Duration::from_micros(2_000 + r.below(40_000) as u64);
+        while Instant::now() < end {
+            saved(dir.path())?;
+        }
         child.kill()?;
         child.wait()?;
         finished.extend(saved(dir.path())?.map(|number| number as usize / 1000));
@@ -95,5 +97,35 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() -> lora::Result<()>
         finished.len()
     );
     assert!(finished.len() > 30, "{}", finished.len());
+    Ok(())
+}
+
+/// A pipe in the place of the configuration holds the reader there until the writer is done.
+#[cfg(unix)]
+#[test]
+fn a_reader_between_the_two_files_of_a_save_reads_again() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let [folder, new] = ["folder", "new"].map(|name| dir.path().join(name));
+    let cfg = |lora_alpha| LoraConfig { r: 2, lora_alpha, ..Default::default() };
+    peft::save_pretrained(&folder, &adapter(1.), cfg(1.))?;
+    peft::save_pretrained(&new, &adapter(2.), cfg(2.))?;
+    let config = "adapter_config.json";
+    let old = fs::read(folder.join(config))?;
+    fs::remove_file(folder.join(config))?;
+    assert!(Command::new("mkfifo").arg(folder.join(config)).status()?.success());
+    let writer = std::thread::spawn({
+        let (folder, new) = (folder.clone(), new.clone());
+        move || -> std::io::Result<()> {
+            let mut pipe = fs::OpenOptions::new().write(true).open(folder.join(config))?;
+            for file in ["adapter_model.safetensors", config] {
+                fs::rename(new.join(file), folder.join(file))?;
+            }
+            std::io::Write::write_all(&mut pipe, &old)
+        }
+    });
+    let (config, tensors) = peft::load_pretrained(&folder, &CPU)?;
+    writer.join().unwrap()?;
+    assert_eq!(config.lora.lora_alpha, 2.);
+    assert_eq!(tensors["q.lora_A"].get(0)?.get(0)?.to_scalar::<f32>()?, 2.);
     Ok(())
 }

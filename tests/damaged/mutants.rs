@@ -2,14 +2,19 @@
 
 use crate::Random;
 
-/// Every truncation, then random damage: bits, bytes, words of 0xff, pieces that are removed, doubled
+/// Every truncation, two bits of each byte of the header, then random damage: bits, bytes, words of 0xff, pieces that are removed, doubled
 /// or put elsewhere.
-pub fn mutants(good: &[u8], random: usize, mut try_one: impl FnMut(&[u8])) -> usize {
+pub fn mutants(good: &[u8], random: usize, mut try_one: impl FnMut(&[u8])) {
     let step = good.len().div_ceil(5000);
-    let mut count = 0;
     for end in (0..good.len()).step_by(step) {
         try_one(&good[..end]);
-        count += 1;
+    }
+    for at in 0..good.len().min(800) {
+        for bit in [0, at % 8] {
+            let mut bad = good.to_vec();
+            bad[at] ^= 1 << bit;
+            try_one(&bad);
+        }
     }
     let mut r = Random(0x5EED);
     for _ in 0..random {
@@ -40,7 +45,5 @@ pub fn mutants(good: &[u8], random: usize, mut try_one: impl FnMut(&[u8])) -> us
             }
         }
         try_one(&bad);
-        count += 1;
     }
-    count
 }

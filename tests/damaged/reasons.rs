@@ -124,7 +124,7 @@ fn a_damaged_checkpoint_loads_with_the_model_s_names_shapes_and_scaling_or_not_a
     lora::save_state_dict(&tensors, &cfg, &bad).unwrap();
     let good_file = fs::read(&bad).unwrap();
     let read = || lora::read_state_dict(&bad, &CPU);
-    let ends = judged(&bad, 6000, read, |good: &Checkpoint, loaded, mutant| {
+    let ends = judged(&bad, 3000, read, |good: &Checkpoint, loaded, mutant| {
         let vars = variables(&good.tensors);
         match lora::load_checkpoint(&bad, &vars, &cfg, Strict::Yes) {
             Err(error) => {
