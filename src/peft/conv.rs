@@ -59,7 +59,7 @@ pub(super) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Factors> 
     let u = k.saturating_pow(n as u32 / 2);
     let columns = a.elem_count() / a.dim(0)? / u;
     let rows = own / u / groups;
-    if rows > 0 && rows % k == 0 && rows * u * groups == own {
+    if rows > 0 && rows.is_multiple_of(k) && rows * u * groups == own {
         let (piece, outs) = (columns / groups, out / groups * u);
         let first = a.narrow(0, 0, groups * rows)?.narrow(1, 0, inputs / groups)?;
         let first = first.reshape((groups, rows, u * piece))?.narrow(2, 0, piece)?;

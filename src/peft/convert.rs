@@ -1,7 +1,6 @@
 //! loralib's factors as PEFT's, and back, with the same product.
 
-use super::config::{Kind, Total};
-use super::conv;
+use super::{conv, Kind, Total};
 use candle_core::{bail, DType, Device, Result, Tensor};
 
 /// The factors of a layer and its rank.

@@ -80,7 +80,7 @@ fn read_both(dir: &Path, device: &Device) -> Result<(Vec<u8>, PathBuf, StateDict
         let (tensors, mut metadata) = read(&file, device).map_err(|e| e.at(&file))?;
         if config()? == before {
             let own = metadata.remove(CONFIG).map(String::into_bytes);
-            let missing = || Error::from(io::Error::from(io::ErrorKind::NotFound)).at(&path);
+            let missing = || malformed("there is none, nor do the tensors carry it").at(&path);
             return Ok((before.or(own).ok_or_else(missing)?, file, tensors));
         }
     }

@@ -24,7 +24,11 @@
 //!
 //! let (config, tensors) = peft::load_pretrained("adapter", &candle_core::Device::Cpu)?;
 //! let layer = config.lora_config("transformer.h.0.attn.c_attn"); // its own rank and alpha
-//! # let _ = (layer, tensors); Ok(()) }
+//!
+//! // Into a model that is there already, where ranks and scalings are compared.
+//! let vars = candle_nn::VarMap::new();
+//! let report = peft::load_checkpoint("adapter", &vars, &config, loralib::Strict::Yes)?;
+//! # let _ = (layer, tensors, report); Ok(()) }
 //! ```
 
 mod checkpoint;
@@ -33,6 +37,7 @@ mod config;
 mod conv;
 mod convert;
 mod keys;
+mod kind;
 mod load;
 mod pairs;
 mod pattern;
@@ -41,9 +46,10 @@ mod save;
 mod write_config;
 
 pub use checkpoint::load_checkpoint;
-pub(crate) use config::Total;
-pub use config::{Kind, Layer, PeftConfig};
+pub use config::{Layer, PeftConfig};
 pub(crate) use keys::refuse_names;
+pub use kind::Kind;
+pub(crate) use kind::Total;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use save::save_pretrained;
 

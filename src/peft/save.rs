@@ -19,8 +19,8 @@ use std::path::Path;
 /// configuration. Where an adapter is replaced whose configuration differs, that is removed just
 /// before the tensors take their place, and then the new one appears. So [`load_pretrained`] finds
 /// the old adapter or the new one, whenever the writer is stopped. Python's PEFT does not look into
-/// the tensors' metadata: for it a folder without its configuration, as a crash between those steps
-/// leaves it, is an error, and never one adapter's tensors with another's options.
+/// the tensors, nor are there options in those that it wrote: there, a crash between the steps leaves
+/// an error, and never one adapter's tensors with another's options.
 ///
 /// [`load_pretrained`]: super::load_pretrained
 ///

@@ -2,6 +2,7 @@
 //! memory beyond a small multiple of the file; and a writer that is killed at any moment.
 
 mod hostile;
+mod judge;
 mod killed;
 mod mutants;
 mod reasons;

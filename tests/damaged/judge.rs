@@ -1,0 +1,80 @@
+//! What becomes of damaged files: an error that names the file, or a reason why it loads.
+
+use crate::mutants::mutants;
+use crate::LARGEST;
+use candle_core::{DType, Tensor};
+use lora::StateDict;
+use loralib as lora;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+/// How many mutants ended how.
+pub type Ends = BTreeMap<&'static str, usize>;
+
+/// Reads each mutant of `bad`; `judge` gives the reason why one that loads may.
+pub fn judged<T>(
+    bad: &Path,
+    random: usize,
+    read: impl Fn() -> lora::Result<T>,
+    judge: impl Fn(&T, T, &[u8]) -> &'static str,
+) -> Ends {
+    let good = fs::read(bad).unwrap();
+    let (expected, name) = (read().unwrap(), bad.file_name().unwrap().to_str().unwrap());
+    let (mut ends, mut largest) = (Ends::new(), 0);
+    mutants(&good, random, |mutant| {
+        // A new file: some file systems flush one that is written over.
+        fs::remove_file(bad).unwrap();
+        fs::write(bad, mutant).unwrap();
+        LARGEST.store(0, Ordering::Relaxed);
+        let result = read();
+        largest = largest.max(LARGEST.load(Ordering::Relaxed));
+        let end = match result {
+            Ok(_) if mutant == good => "the file is as it was",
+            Ok(loaded) => judge(&expected, loaded, mutant),
+            Err(error) => {
+                let error = error.to_string();
+                assert!(error.contains(name) || error.contains("adapter_"), "{error}");
+                "error"
+            }
+        };
+        *ends.entry(end).or_default() += 1;
+    });
+    println!("{}: {ends:?}, {largest} bytes at once", bad.display());
+    // zip has a table of 64 KiB for the end of an archive.
+    assert!(largest < 8 * good.len() + (1 << 18), "{largest} bytes for a file of {}", good.len());
+    ends
+}
+
+/// Whether names, shapes and dtypes are the same.
+pub fn same_form(a: &StateDict, b: &StateDict) -> bool {
+    let form = |t: &Tensor| (t.dims().to_vec(), t.dtype());
+    a.keys().eq(b.keys()) && a.values().map(form).eq(b.values().map(form))
+}
+
+pub fn same_values(a: &StateDict, b: &StateDict) -> bool {
+    let bits = |t: &Tensor| -> Vec<u64> {
+        let t = t.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
+        t.to_vec1::<f64>().unwrap().into_iter().map(f64::to_bits).collect()
+    };
+    a.values().map(bits).eq(b.values().map(bits))
+}
+
+/// The reason for which tensors load from a damaged safetensors file: they are those of the good one,
+/// or others where its data, with which it ends, is damaged.
+pub fn values_or_nothing(tensors: [&StateDict; 2], [good, bad]: [&[u8]; 2]) -> &'static str {
+    if same_values(tensors[0], tensors[1]) {
+        return "nothing is lost";
+    }
+    let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+    assert!(!bad.ends_with(&good[header..]), "values that changed places");
+    "other values"
+}
+
+pub fn all_are_known(ends: &Ends, allowed: &[&str]) {
+    assert!(ends["error"] > 1000, "{ends:?}");
+    for end in ends.keys().filter(|end| !["error", "the file is as it was"].contains(*end)) {
+        assert!(allowed.contains(end), "{ends:?}");
+    }
+}
