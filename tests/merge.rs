@@ -94,6 +94,8 @@ fn what_does_not_fit_the_base_is_an_error_by_name() {
     let plain = || PeftConfig::from(cfg());
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &CPU).unwrap();
     assert!(refused(&with("head.weight", zeros(&[2])), plain()).contains("head.weight"));
+    let pefts = "base_model.model.a.lora_A.weight";
+    assert!(refused(&with(pefts, zeros(&[2, 4])), plain()).contains("`peft::load_pretrained`"));
     assert!(refused(&with("x.lora_A", zeros(&[2, 4])), plain()).contains("x.lora_A"));
     assert!(refused(&with("a.bias", zeros(&[2])), plain()).contains("a.bias"));
     assert!(refused(&with("a.lora_A", zeros(&[2, 3])), plain()).contains("a.weight"));

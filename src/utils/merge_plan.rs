@@ -2,7 +2,7 @@
 
 use super::merged_weight::merged_weight;
 use super::{join, split, StateDict};
-use crate::peft::PeftConfig;
+use crate::peft::{refuse_names, PeftConfig};
 use crate::{Error, Result};
 use candle_core::{bail, Tensor};
 use std::collections::BTreeMap;
@@ -27,6 +27,7 @@ impl Plan {
         if adapter.is_empty() {
             return Err(Error::Empty { wanted: "an empty adapter".to_owned(), held: 0 });
         }
+        refuse_names(adapter.keys())?;
         let missing = |name: &str| Error::tensor(name, "the base has no such tensor to change");
         // A convolution's tensors may stand under loralib's second name.
         let find = |path: &str, last: &str| {

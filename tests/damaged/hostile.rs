@@ -17,8 +17,9 @@ fn a_hostile_file_is_an_error() {
     let calls: &[u8] = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.";
     let endless: &[u8] = b"\x80\x02X\xff\xff\xff\xffabc";
     let few = b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n)Rs.";
+    let odd: &[u8] = b"\x80\x02}(X\x01\x00\x00\x00au.";
     for pickle in
-        [&nested[..], &doubled, calls, endless, few, b"\x80\x02", b".", b"u.", b"s.", b"R."]
+        [&nested[..], &doubled, calls, endless, few, odd, b"\x80\x02", b".", b"u.", b"s.", b"R."]
     {
         fs::write(&path, stored_zip("a/data.pkl", pickle)).unwrap();
         LARGEST.store(0, Ordering::Relaxed);
