@@ -1,11 +1,12 @@
-"""Times this crate beside Python loralib on torch, in turn on the same machine (A B A B ...).
+"""Times this crate beside Python loralib on torch, in turn on the same machine (A B A B ...), and
+beside peft-rs.
 
-    python3 benches/compare/compare.py [--rounds 3] [--threads N]
+    python3 benches/compare/compare.py [--rounds 3] [--threads N] [--device cuda] [--bench PROGRAM]
 
-Installs torch and loralib into a folder of its own (target/compare), builds the crate's bench, runs
-both alternately, and prints one table: the median of each over all rounds, and their ratio. A
-training step is a forward and a backward from a given gradient, with a gradient for the input, as
-inside a model. F32.
+Installs torch and loralib into a folder of its own (target/compare) where this Python lacks them, builds the crate's bench (or
+takes PROGRAM, built elsewhere by `cargo bench --no-run --bench ratios`), runs both alternately, and
+prints one table: the median of each over all rounds, and their ratio. A training step is a forward
+and a backward from a given gradient, with a gradient for the input, as inside a model. F32.
 """
 
 import argparse
@@ -17,27 +18,38 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 FOLDER = ROOT / "target" / "compare"
+PACKAGES = ["torch", "loralib", "numpy"]
 KINDS = ["Linear", "Embedding", "Conv2d"]
 
 
 def python():
-    """The interpreter of a folder that holds torch and loralib."""
+    """An interpreter with torch and loralib: this one, or that of a folder of its own."""
+    test = f"import {', '.join(PACKAGES)}"
+    if subprocess.run([sys.executable, "-c", test], capture_output=True).returncode == 0:
+        return sys.executable
     interpreter = FOLDER / "bin" / "python"
     if not interpreter.exists():
         venv.create(FOLDER, with_pip=True)
-    has = subprocess.run([interpreter, "-c", "import torch, loralib"], capture_output=True)
-    if has.returncode != 0:
-        subprocess.run([interpreter, "-m", "pip", "install", "-q", "torch", "loralib", "numpy"], check=True)
+    if subprocess.run([interpreter, "-c", test], capture_output=True).returncode != 0:
+        subprocess.run([interpreter, "-m", "pip", "install", "-q", *PACKAGES], check=True)
     return interpreter
 
 
-def ours(env):
+def bench(args):
+    if args.bench:
+        return [str(Path(args.bench).resolve())]
+    features = ["--features", "cuda"] if args.device == "cuda" else []
+    return ["cargo", "bench", *features, "--bench", "ratios", "--"]
+
+
+def ours(args, env):
     """Group name -> milliseconds."""
     found = {}
     for kind in KINDS:
-        command = ["cargo", "bench", "--bench", "ratios", "--", kind, "--json"]
+        command = [*bench(args), kind, "--json"]
         out = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
         for line in out.stdout.splitlines():
             if line.startswith("{"):
@@ -46,15 +58,14 @@ def ours(env):
     return {group: statistics.median(times) for group, times in found.items()}
 
 
-def theirs(interpreter, env):
-    out = subprocess.run(
-        [interpreter, __file__, "--measure"], env=env, check=True, capture_output=True, text=True
-    )
+def theirs(interpreter, args, env):
+    command = [interpreter, __file__, "--measure", "--device", args.device]
+    out = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     return json.loads(out.stdout)
 
 
-def measure():
-    """Runs in the folder's interpreter: the same groups in Python loralib."""
+def measure(device):
+    """Runs in torch's interpreter: the same groups in Python loralib."""
     import time
 
     import loralib as lora
@@ -63,19 +74,20 @@ def measure():
     torch.set_num_threads(int(os.environ["RAYON_NUM_THREADS"]))
     found = {}
 
-    def median(run):
-        run()
+    def timed(run):
         start = time.perf_counter()
         run()
-        runs = min(max(int(2.0 / (time.perf_counter() - start)), 7), 301)
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def median(run):
+        timed(run)
+        runs = min(max(int(2.0 / timed(run)), 7), 301)
+        return statistics.median(timed(run) * 1e3 for _ in range(runs))
 
     def layer(group, module, x, merged=False):
+        module, x = module.to(device), x.to(device)
         for name, parameter in module.named_parameters():
             parameter.requires_grad = "lora_" in name
         if x.is_floating_point():
@@ -97,7 +109,8 @@ def measure():
             module.eval()
             found[f"{group} forward, merged"] = median(forward)
 
-    for m, d, r in [(2048, 1024, 16), (256, 4096, 16), (512, 768, 8)]:
+    cpu = [(2048, 1024, 16), (256, 4096, 16), (512, 768, 8)]
+    for m, d, r in cpu if device == "cpu" else [(8192, 4096, 16), (8192, 2048, 16)]:
         options = dict(r=r, lora_alpha=2 * r, bias=False)
         layer(f"Linear {m}x{d} r {r}", lora.Linear(d, d, **options), torch.randn(m, d), True)
         merged = lora.MergedLinear(d, 3 * d, enable_lora=[True, False, True], **options)
@@ -114,24 +127,29 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bench", help="the bench `ratios`, built elsewhere")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        return measure()
+        return measure(args.device)
     interpreter = python()
     env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads))
     a, b = [], []
     for i in range(args.rounds):
         print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-        a.append(ours(env))
-        b.append(theirs(interpreter, env))
-    print(f"{args.rounds} rounds, {args.threads} threads; milliseconds")
-    print(f"{'':<40}{'loralib (Rust)':>16}{'loralib (torch)':>17}{'ratio':>8}")
+        a.append(ours(args, env))
+        b.append(theirs(interpreter, args, env))
+    print(f"{args.rounds} rounds, {args.device}, {args.threads} threads; milliseconds")
+    print(f"{'':<40}{'this crate':>12}{'loralib':>12}{'ratio':>8}")
     for group in b[0]:
         if group in a[0]:
             mine = statistics.median(r[group] for r in a)
             other = statistics.median(r[group] for r in b)
-            print(f"{group:<40}{mine:>16.3f}{other:>17.3f}{mine / other:>8.3f}")
+            print(f"{group:<40}{mine:>12.3f}{other:>12.3f}{mine / other:>8.3f}")
+    if args.device == "cpu" and not args.bench:
+        print(flush=True)
+        subprocess.run(["cargo", "run", "-q", "--release"], cwd=HERE / "peft-rs", env=env, check=True)
 
 
 if __name__ == "__main__":
