@@ -10,7 +10,7 @@ pub mod naive;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Module, Result, Shape, Tensor, Var,
+    CpuStorage, CudaStorage, CustomOp1, DType, Layout, Module, Result, Shape, Tensor, Var,
 };
 use candle_nn::{VarBuilder, VarMap};
 use loralib::LoraConfig;

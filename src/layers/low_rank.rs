@@ -116,9 +116,9 @@ impl LowRank {
         Self { a: self.a.detach(), b: self.b.detach(), dropout: 0., ..self.clone() }
     }
 
-    /// A in the dtype of low-rank products beside a base of dtype `base`.
+    /// A in the dtype of low-rank products beside a base of dtype `base`, contiguous.
     pub fn wide_a(&self, base: DType) -> Result<Tensor> {
-        self.a.to_dtype(wide(base))
+        self.a.to_dtype(wide(base))?.contiguous()
     }
 
     /// Each part's `scaling · B` and `A`, in the dtype of low-rank products.

@@ -135,3 +135,41 @@ pub(crate) fn wide(dtype: DType) -> DType {
         _ => DType::F32,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// The CPU's own way and the one that other devices take, on values up to about 30: apart by
+    /// roundings.
+    #[test]
+    fn in_place_and_by_passes_agree() -> Result<()> {
+        let (m, n, cpu) = (7, 10, &Device::Cpu);
+        for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-4), (DType::BF16, 0.5)] {
+            let rand =
+                |dims: (usize, usize), dtype| Tensor::randn(0f64, 1., dims, cpu)?.to_dtype(dtype);
+            let y = rand((m, n), dtype)?;
+            let bias = rand((1, n), dtype)?.flatten_all()?;
+            let mut terms = vec![];
+            for (rows, cols, k) in [(0..m, 0..n, 3), (2..5, 0..n, 40), (0..m, 4..9, 1)] {
+                let u = rand((rows.len(), k), wide(dtype))?;
+                let v = rand((cols.len(), k), wide(dtype))?.t()?;
+                terms.push(Term { u, v, rows, cols });
+            }
+            let sum = |by_passes| {
+                let (storage, _) = y.storage_and_layout();
+                let y = CpuStorage::of(&storage)?.clone();
+                let sum = match by_passes {
+                    true => plus_by_passes(y, (m, n), Some(&bias), &terms)?,
+                    false => y.plus((m, n), Some(&bias), &terms)?,
+                };
+                f64::cpu_storage_data(sum.to_dtype(&Layout::contiguous((m, n)), DType::F64)?)
+            };
+            let apart =
+                sum(true)?.iter().zip(&sum(false)?).fold(0f64, |m, (a, b)| m.max((a - b).abs()));
+            assert!(apart < tolerance, "{apart} in {dtype:?}");
+        }
+        Ok(())
+    }
+}

@@ -7,7 +7,8 @@
 //! composed of candle's operations on other devices.
 
 use super::convolve::Convolve;
-use super::{linear, times_frozen};
+use super::gather::gather;
+use super::linear;
 use crate::layers::checked;
 use candle_core::{bail, DType, Device, Result, Tensor};
 
@@ -122,32 +123,17 @@ pub(crate) fn conv(x: &Tensor, w: &Tensor, geometry: Geometry) -> Result<Tensor>
     y.reshape(sizes.output_dims(w.rank() - 2))
 }
 
-/// The same of candle's operations: the input's values gathered into columns, and a product.
+/// The same of candle's operations: a product with the input's columns.
 fn composed(x: &Tensor, w: &Tensor, s: &Sizes) -> Result<Tensor> {
     let (groups, n) = (s.geometry.groups, s.positions());
-    let (mut ids, mut inside) = (vec![], vec![]);
-    let [k0, k1, k2] = s.geometry.kernel;
-    let [o0, o1, o2] = s.output;
-    // (positions, k): the columns lie as the rows of a linear layer's input.
-    for (i, j, l) in product3(o0, o1, o2) {
-        for (a, b, c) in product3(k0, k1, k2) {
-            let id = match (s.meets(0, a, i), s.meets(1, b, j), s.meets(2, c, l)) {
-                (Some(i), Some(j), Some(l)) => Some((i * s.input[1] + j) * s.input[2] + l),
-                _ => None,
-            };
-            // Padding reads the first value, times zero.
-            ids.push(id.unwrap_or(0) as u32);
-            inside.push(if id.is_some() { 1f32 } else { 0. });
-        }
+    if x.elem_count() == 0 {
+        // Devices refuse to gather nothing.
+        return Tensor::zeros((s.batch, s.c_out, n), x.dtype(), x.device());
     }
-    let k = k0 * k1 * k2;
-    let ids = Tensor::from_vec(ids, n * k, x.device())?;
-    let inside = Tensor::from_vec(inside, n * k, x.device())?.to_dtype(x.dtype())?;
-    let x = x.reshape((s.batch, s.c_in, s.input_len()))?.contiguous()?;
-    let columns = times_frozen(&x.index_select(&ids, 2)?, &inside)?;
-    // (batch, groups, positions, in/g, k)
-    let columns = columns
-        .reshape((s.batch, groups, s.c_in / groups, n, k))?
+    // From (batch, in, positions·k) to (batch, groups, positions, in/g·k), the rows of a linear
+    // layer's input.
+    let columns = gather(x, s)?
+        .reshape((s.batch, groups, s.c_in / groups, n, ()))?
         .transpose(2, 3)?
         .reshape((s.batch, groups, n, s.reach()))?;
     let w = w.reshape((groups, s.c_out / groups, s.reach()))?;

@@ -5,7 +5,7 @@ use super::backend::{wide, Backend, Term};
 use super::in_place::columns as columns_of;
 use super::op::{if_tracked, Custom, Op};
 use crate::layers::LowRank;
-use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor, WithDType};
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
 /// (r, num) and B (dim, r).
@@ -16,9 +16,13 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
     }
     let mut dims = ids.dims().to_vec();
     dims.push(dim);
+    if ids.elem_count() == 0 {
+        // Some backends refuse to look up nothing.
+        return Tensor::zeros(dims, w.dtype(), w.device());
+    }
     // candle reads the largest value of an index type as padding, so that id 255 of a u8 or an
     // id of u32::MAX would give zeros without an error: in i64 they are ordinary ids.
-    let ids = ids.flatten_all()?.to_dtype(DType::I64)?.contiguous()?;
+    let ids = in_i64(&ids.flatten_all()?)?;
     let known = checked(&ids, num)?;
     let out = match update {
         None => w.contiguous()?.index_select(&ids, 0),
@@ -34,6 +38,14 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
         }
     };
     out?.reshape(dims)
+}
+
+/// Devices cannot convert i16 and i32: these go by way of the CPU, which waits for the device.
+fn in_i64(ids: &Tensor) -> Result<Tensor> {
+    match (ids.device(), ids.dtype()) {
+        (Device::Cpu, _) | (_, DType::U8 | DType::U32 | DType::I64) => ids.to_dtype(DType::I64),
+        (device, _) => ids.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.to_device(device),
+    }
 }
 
 /// The ids, where looking at them need not wait for a device; there, an id out of range is left to

@@ -4,11 +4,18 @@
 use super::backend::Backend;
 use super::op::{Custom, Op};
 use candle_core::op::{Add, Mul};
-use candle_core::{Layout, Result, Shape, Tensor};
+use candle_core::{bail, Layout, Result, Shape, Tensor};
 
 /// `x + c`, with `c` of any shape that broadcasts to `x`'s, and gradients for those of the two that
 /// are tracked.
 pub(crate) fn plus(x: &Tensor, c: &Tensor) -> Result<Tensor> {
+    if !c.device().same_device(x.device()) {
+        bail!("a sum of tensors on {:?} and {:?}", x.device().location(), c.device().location())
+    }
+    if x.elem_count() == 0 {
+        // Devices refuse to add nothing.
+        return Ok(x.clone());
+    }
     let c = c.broadcast_as(x.shape())?;
     match (x.track_op(), c.track_op()) {
         (true, true) => x + c,

@@ -28,15 +28,18 @@ pub(crate) fn linear(
     if x.dtype() != w.dtype() {
         bail!("linear: the input is {:?} and the weight {:?}", x.dtype(), w.dtype())
     }
-    if let Some(b) = bias.filter(|b| b.dims() != [n] || b.dtype() != w.dtype()) {
-        bail!("linear: the bias is {b:?}, expected {n} of {:?}", w.dtype())
+    let fits = |b: &Tensor| {
+        b.dims() == [n] && b.dtype() == w.dtype() && b.device().same_device(w.device())
+    };
+    if let Some(b) = bias.filter(|b| !fits(b)) {
+        bail!("linear: the bias is {b:?}, expected {n} values beside {w:?}")
     }
     let m: usize = leading.iter().product();
     if m == 0 || k == 0 {
         // Some backends refuse empty products.
         return Tensor::zeros([leading, &[n]].concat(), x.dtype(), x.device());
     }
-    let x = x.contiguous()?;
+    let (x, w) = (x.contiguous()?, &packed(w.clone())?);
     let (tracked, frozen) = match bias {
         Some(b) if b.track_op() => (Some(b), None),
         b => (None, b),
@@ -148,7 +151,7 @@ impl Op<3> for Adapted {
         let g = grad.to_dtype(wide(grad.dtype()))?.reshape((m, n))?;
         let (mut h, mut gb) = (vec![], vec![]);
         for f in self.update.factors(x.dtype())? {
-            let g = columns(&g, &f.out)?;
+            let g = packed(g.narrow(1, f.out.start, f.out.len())?)?;
             h.push(g.matmul(&f.b)?);
             let u = self.u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
             // The scaling is applied to the product's small result.
@@ -176,13 +179,12 @@ impl Op<3> for Adapted {
     }
 }
 
-fn columns(x: &Tensor, cols: &std::ops::Range<usize>) -> Result<Tensor> {
-    let part = x.narrow(1, cols.start, cols.len())?;
-    // The CPU's product takes any strides, the others' does not.
-    if x.device().is_cpu() {
-        Ok(part)
-    } else {
-        part.contiguous()
+/// A matrix as the products take it: the CPU's with any strides, the others' without gaps, also
+/// transposed.
+fn packed(x: Tensor) -> Result<Tensor> {
+    match x.device().is_cpu() || x.is_contiguous() || x.t()?.is_contiguous() {
+        true => Ok(x),
+        false => x.contiguous(),
     }
 }
 

@@ -1,9 +1,9 @@
-//! `W + ΔW`, computed in F32 (F64 beside F64) and rounded once, with ΔW added block by block and
-//! never built.
+//! `W + ΔW`, computed in F32 (F64 beside F64) and rounded once, on the CPU with ΔW added block by
+//! block and never built.
 
 use super::backend::{wide, Backend, Term};
 use super::op::{Custom, Op};
-use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor, WithDType};
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 use rayon::prelude::*;
 
 /// The contiguous `w`, seen as a matrix of shape `matrix`, plus the terms. Errors if a value of the
@@ -49,6 +49,9 @@ pub(crate) fn is_finite(t: &Tensor) -> Result<bool> {
     fn all<T: WithDType>(t: &[T]) -> bool {
         t.par_chunks(1 << 16).all(|t| t.iter().all(|v| v.to_f64().is_finite()))
     }
+    if t.elem_count() == 0 {
+        return Ok(true);
+    }
     let t = t.contiguous()?;
     let (storage, layout) = t.storage_and_layout();
     let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
@@ -59,8 +62,11 @@ pub(crate) fn is_finite(t: &Tensor) -> Result<bool> {
         Storage::Cpu(CpuStorage::F16(v)) => all(&v[range]),
         _ => {
             drop(storage);
-            let sum = (&t * 0.)?.to_dtype(candle_core::DType::F32)?.sum_all()?;
-            sum.to_scalar::<f32>()? == 0.
+            // Zeros, or NaN; row by row first, since one block of a device's threads sums a whole
+            // tensor.
+            let rows = t.dims().first().map_or(1, |n| *n);
+            let sum = (&t * 0.)?.reshape((rows, ()))?.sum(1)?.sum_all()?;
+            sum.to_dtype(DType::F32)?.to_scalar::<f32>()? == 0.
         }
     })
 }

@@ -7,6 +7,7 @@ mod convolve;
 mod dropout;
 mod embedding;
 mod frozen;
+mod gather;
 mod in_place;
 mod linear;
 mod merge;
