@@ -16,16 +16,16 @@ pub const CFG: LoraConfig = LoraConfig {
     lora_dtype: None,
 };
 
-/// The device under test: the first GPU when built with `cuda` and there is one, else the CPU.
+/// The device under test: the first GPU when built with `cuda` and there is one, else the CPU, which
+/// is an error where `LORALIB_DEVICE` is `cuda`.
 pub fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
     DEVICE
         .get_or_init(|| {
-            if !cfg!(feature = "cuda") {
-                return Device::Cpu;
-            }
+            let wanted = std::env::var("LORALIB_DEVICE").is_ok_and(|name| name == "cuda");
             Device::new_cuda(0).unwrap_or_else(|e| {
-                println!("skipped on CUDA, run on the CPU: {e}");
+                assert!(!wanted, "no GPU to test on: {e}");
+                println!("run on the CPU, skipped on a GPU: {e}");
                 Device::Cpu
             })
         })

@@ -1,16 +1,14 @@
-//! The crate against Microsoft's loralib: `fixtures/golden.py` took the values from it.
+//! The crate against Microsoft's loralib: `../fixtures/golden.py` took the values from it.
 
 mod case;
-#[path = "../common/mod.rs"]
-mod common;
 mod names;
 
+use crate::common::device;
 use candle_core::{Module, Result, Tensor, Var};
 use candle_nn::{
     AdamW, Conv1dConfig, Conv2dConfig, Optimizer, ParamsAdamW, VarBuilder, VarMap, SGD,
 };
 use case::{cases, Case, Tensors};
-use common::device;
 use lora::{Adapted, Conv3dConfig, LoraConfig, LoraModule};
 use loralib as lora;
 use std::collections::BTreeSet;
@@ -57,6 +55,10 @@ where
     compare("merged", &layer.merged_weight()?)?;
     compare("weight", layer.weight())?;
 
+    if case.is_half() {
+        // Steps of variables in half precision are the optimizer's roundings.
+        return Ok(());
+    }
     let adamw = ParamsAdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
     let (layer, vars) = make()?;
     train(&layer, &x, SGD::new(lora::mark_only_lora_as_trainable(&vars, case.what())?, 0.02)?)?;

@@ -1,8 +1,8 @@
 //! The names that are trained and saved, against loralib's.
 
-use crate::case::{golden, strings, Tensors};
+use super::case::{golden, strings, Tensors};
+use super::{names, var_map};
 use crate::common::device;
-use crate::{names, var_map};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use lora::{Bias, LoraConfig};

@@ -1,0 +1,11 @@
+//! What every layer promises, on the device under test: the first GPU of a build with `cuda`, else the
+//! CPU. One program, since with `cuda` each links 16 MB of kernels.
+//!
+//! `tests/cuda.sh` runs it on a GPU.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod contract;
+mod golden;
+mod gradients;
+mod transfers;
