@@ -15,7 +15,12 @@ fn sizes() -> &'static [(usize, usize, usize)] {
 }
 
 pub fn linear() -> Result<Vec<Case>> {
-    of_sizes(linear_of)
+    of_sizes(|m, d, r| linear_of(m, d, r, DType::F32))
+}
+
+/// BF16 bases; their adapters are F32.
+pub fn half() -> Result<Vec<Case>> {
+    of_sizes(|m, d, r| linear_of(m, d, r, DType::BF16))
 }
 
 /// From `d` features to 3·`d`, with an update of the first and the last third.
@@ -28,18 +33,18 @@ fn of_sizes(make: fn(usize, usize, usize) -> Result<Vec<Case>>) -> Result<Vec<Ca
     Ok(all.into_iter().flatten().collect())
 }
 
-fn linear_of(m: usize, d: usize, r: usize) -> Result<Vec<Case>> {
+fn linear_of(m: usize, d: usize, r: usize, dtype: DType) -> Result<Vec<Case>> {
     // Inside a model the input has a gradient.
-    let x = var(&[m, d], DType::F32)?;
+    let x = var(&[m, d], dtype)?;
     let data = x.detach();
-    let plain = candle_nn::Linear::new(rand(&[d, d], DType::F32)?, None);
-    let full = candle_nn::Linear::new(var(&[d, d], DType::F32)?, None);
-    let naive =
-        Naive { base: plain.clone(), a: var(&[r, d], DType::F32)?, b: var(&[d, r], DType::F32)? };
-    let ours = lora::Linear::new(plain.clone(), config(r), adapter(DType::F32))?;
+    let plain = candle_nn::Linear::new(rand(&[d, d], dtype)?, None);
+    let full = candle_nn::Linear::new(var(&[d, d], dtype)?, None);
+    let naive = Naive { base: plain.clone(), a: var(&[r, d], dtype)?, b: var(&[d, r], dtype)? };
+    let ours = lora::Linear::new(plain.clone(), config(r), adapter(dtype))?;
     let mut merged = ours.clone();
     merged.eval()?;
-    let name = |what: &str| format!("Linear {m}x{d} r {r} {what}");
+    let half = if dtype == DType::F32 { "" } else { "BF16 " };
+    let name = |what: &str| format!("{half}Linear {m}x{d} r {r} {what}");
     let plain = || ("candle_nn::Linear", forward(&plain, &data));
     Ok(vec![
         case(
@@ -72,18 +77,4 @@ fn merged_linear_of(m: usize, d: usize, r: usize) -> Result<Vec<Case>> {
         case(name("forward, merged"), forward(&merged, &data), plain()),
         case(name("step"), step(&ours, &x)?, vec![("full fine-tuning", step(&full, &x)?)]),
     ])
-}
-
-/// BF16 bases; their adapters are F32.
-pub fn half() -> Result<Vec<Case>> {
-    let mut all = vec![];
-    for &(m, d, r) in sizes() {
-        let x = var(&[m, d], DType::BF16)?;
-        let full = candle_nn::Linear::new(var(&[d, d], DType::BF16)?, None);
-        let plain = candle_nn::Linear::new(rand(&[d, d], DType::BF16)?, None);
-        let ours = lora::Linear::new(plain, config(r), adapter(DType::BF16))?;
-        let full = vec![("full fine-tuning", step(&full, &x)?)];
-        all.push(case(format!("BF16 Linear {m}x{d} r {r} step"), step(&ours, &x)?, full));
-    }
-    Ok(all)
 }

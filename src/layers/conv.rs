@@ -239,9 +239,10 @@ impl<C: ConvConfig> Module for Adapted<C> {
                 }
             }
         };
-        let Some(bias) = bias else { return Ok(y) };
-        let bias = bias.reshape([&[1, bias.elem_count()][..], &[1; 3][..C::N]].concat())?;
-        ops::plus(&y, &bias)
+        match bias {
+            None => Ok(y),
+            Some(bias) => ops::biased(&y, &bias, 1),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 
 use super::backend::{wide, Backend, Term};
 use super::op::{if_tracked, Custom, Op};
-use super::{dropout_mask, plus};
+use super::{biased, dropout_mask};
 use crate::layers::LowRank;
 use candle_core::{bail, Layout, Result, Shape, Tensor, D};
 
@@ -57,7 +57,7 @@ pub(crate) fn linear(
     };
     match tracked {
         None => Ok(y),
-        Some(bias) => plus(&y, bias),
+        Some(bias) => biased(&y, bias, y.rank() - 1),
     }
 }
 

@@ -18,6 +18,6 @@ pub(crate) use backend::{wide, Term};
 pub(crate) use conv::{conv, Geometry};
 pub(crate) use dropout::dropout_mask;
 pub(crate) use embedding::embedding;
-pub(crate) use frozen::{plus, times_frozen};
+pub(crate) use frozen::{biased, plus, times_frozen};
 pub(crate) use linear::linear;
 pub(crate) use merge::{is_finite, merge};
