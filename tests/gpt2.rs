@@ -1,11 +1,18 @@
 //! The example's GPT-2 gives Hugging Face's logits, and trains what it should and nothing else.
 
 mod common;
+#[path = "../examples/common/computed.rs"]
+#[allow(dead_code)]
+mod computed;
 #[allow(dead_code)]
 #[path = "../examples/finetune/gpt2.rs"]
 mod gpt2;
-#[path = "../examples/finetune/ops.rs"]
+#[path = "../examples/common/norm.rs"]
+mod norm;
+#[path = "../examples/common/ops.rs"]
 mod ops;
+#[path = "../examples/common/rows.rs"]
+mod rows;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};

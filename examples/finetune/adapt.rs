@@ -2,9 +2,10 @@
 
 use crate::args::Args;
 use crate::base::Base;
-use crate::data::Example;
+use crate::data::{batches, Example};
+use crate::evaluate::batch_loss;
 use crate::gpt2::Gpt2;
-use crate::train::{epochs, train, Plan};
+use crate::train::{train, Plan};
 use crate::Result;
 use candle_core::Device;
 use candle_nn::VarMap;
@@ -27,16 +28,22 @@ pub fn adapt(args: &Args, base: &Base, examples: &[Example], device: &Device) ->
     let mut model = base.adapted(cfg, &vars, args.bias)?;
     let trained = lora::mark_only_lora_as_trainable(&vars, args.bias)?;
     let trainable = trained.iter().map(|var| var.elem_count()).sum();
-    let default_epochs = epochs(examples.len(), if args.quick { 300 } else { 3000 });
+    let shown: usize = if args.quick { 300 } else { 3000 };
     let plan = Plan {
         what: "adapting",
-        epochs: args.epochs.map_or(default_epochs, |n| n as usize),
-        batch: args.batch as usize,
+        epochs: args.epochs.map_or(shown.div_ceil(examples.len()), |n| n as usize),
         lr: args.lr.unwrap_or(if base.config.n_embd < 768 { 5e-3 } else { 2e-4 }),
         seed: args.seed,
     };
     model.train()?;
-    train(&model, &vars, trained, examples, &plan, device)?;
+    let size = args.batch as usize;
+    train(
+        &vars,
+        trained,
+        &plan,
+        |rng| batches(examples, size, Some(rng), device),
+        |batch| batch_loss(&model, batch),
+    )?;
     let path = args.out.join("adapter.safetensors");
     lora::save_state_dict(&lora::lora_state_dict(&vars, args.bias)?, &cfg, &path)?;
     Ok(Adapter { vars, model, trainable, path })

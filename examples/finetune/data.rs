@@ -1,10 +1,11 @@
 //! Lines of `field : value | ..||sentence`, and batches of them.
 
+use crate::buckets::buckets;
+use crate::lines::lines;
 use crate::rng::Rng;
 use crate::tokenizer::Tokenizer;
 use crate::Result;
 use candle_core::{Device, Tensor};
-use std::fs;
 use std::path::Path;
 
 /// A description and the sentence for it.
@@ -18,19 +19,7 @@ pub struct Line {
 
 /// The lines of a file; empty ones are skipped. An error names the file and the line.
 pub fn read(path: &Path) -> Result<Vec<Line>> {
-    let text = fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
-    let mut lines = vec![];
-    for (i, line) in text.split(|&byte| byte == b'\n').enumerate() {
-        let at = format!("{}:{}", path.display(), i + 1);
-        let line = std::str::from_utf8(line).map_err(|e| format!("{at}: {e}"))?;
-        if !line.trim().is_empty() {
-            lines.push(parse(at, line.trim())?);
-        }
-    }
-    match lines.is_empty() {
-        true => Err(format!("{}: no lines", path.display()).into()),
-        false => Ok(lines),
-    }
+    lines(path)?.into_iter().map(|(at, line)| parse(at, &line)).collect()
 }
 
 fn parse(at: String, line: &str) -> Result<Line> {
@@ -129,15 +118,6 @@ pub fn batches(
     rng: Option<&mut Rng>,
     device: &Device,
 ) -> Result<Vec<Batch>> {
-    let mut sorted: Vec<_> = examples.iter().collect();
-    let mut rng = rng;
-    if let Some(rng) = &mut rng {
-        rng.shuffle(&mut sorted);
-    }
-    sorted.sort_by_key(|e| e.ids.len());
-    let mut groups: Vec<_> = sorted.chunks(size).collect();
-    if let Some(rng) = &mut rng {
-        rng.shuffle(&mut groups);
-    }
-    groups.into_iter().map(|group| Batch::new(group, device)).collect()
+    let groups = buckets(examples, size, |e| e.ids.len(), rng);
+    groups.into_iter().map(|group| Batch::new(&group, device)).collect()
 }

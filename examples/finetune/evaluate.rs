@@ -2,16 +2,21 @@
 
 use crate::data::Batch;
 use crate::gpt2::Gpt2;
-use crate::train;
 use crate::Result;
 use candle_core::{IndexOp, Tensor};
 use std::time::{Duration, Instant};
+
+/// The mean loss over the tokens that a batch predicts.
+pub fn batch_loss(model: &Gpt2, batch: &Batch) -> candle_core::Result<Tensor> {
+    let hidden = model.hidden(&batch.ids)?.flatten(0, 1)?.index_select(&batch.rows, 0)?;
+    candle_nn::loss::cross_entropy(&model.head(&hidden)?, &batch.targets)
+}
 
 /// The mean loss over all tokens that are predicted.
 pub fn loss(model: &Gpt2, batches: &[Batch]) -> Result<f64> {
     let (mut sum, mut tokens) = (0., 0);
     for batch in batches {
-        let loss = f64::from(train::loss(model, batch)?.to_scalar::<f32>()?);
+        let loss = f64::from(batch_loss(model, batch)?.to_scalar::<f32>()?);
         sum += loss * batch.predicted() as f64;
         tokens += batch.predicted();
     }

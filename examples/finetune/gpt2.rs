@@ -2,12 +2,13 @@
 //!
 //! The same code is pretrained (r = 0 over a `VarMap`), adapted (frozen base and adapter) and
 //! evaluated. candle's fused `softmax_last_dim` and `LayerNorm` would cut the graph without an error;
-//! `ops.rs` has them with a backward.
+//! `ops.rs` and `norm.rs` have them with a backward.
 
-use crate::ops::{gelu, normalized, scaled, shifted, softmax};
+use crate::norm::Norm;
+use crate::ops::{gelu, shifted, softmax};
 use candle_core::{bail, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder};
-use lora::{LoraConfig, LoraModule, Mode};
+use lora::LoraConfig;
 use loralib as lora;
 
 /// The sizes, with the names they have in `config.json`.
@@ -44,7 +45,7 @@ impl Gpt2 {
         Ok(Self {
             wpe: table(cfg.n_positions, "wpe")?,
             h: (0..cfg.n_layer).map(block).collect::<Result<_>>()?,
-            ln_f: Norm::new(cfg, vb.pp("ln_f"))?,
+            ln_f: norm(cfg, vb.pp("ln_f"))?,
             // The head is the table itself, as a layer that costs a frozen table no gradient.
             head: lora::Linear::new(
                 candle_nn::Linear::new(wte.clone(), None),
@@ -92,9 +93,9 @@ lora::lora_module!(Block { ln_1, attn, ln_2, mlp });
 impl Block {
     fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
-            ln_1: Norm::new(cfg, vb.pp("ln_1"))?,
+            ln_1: norm(cfg, vb.pp("ln_1"))?,
             attn: Attention::new(cfg, lora, vb.pp("attn"))?,
-            ln_2: Norm::new(cfg, vb.pp("ln_2"))?,
+            ln_2: norm(cfg, vb.pp("ln_2"))?,
             mlp: Mlp::new(cfg, vb.pp("mlp"))?,
         })
     }
@@ -104,6 +105,10 @@ impl Block {
         let x = shifted(&self.attn.forward(&self.ln_1.forward(x)?, mask)?, x)?;
         &x + self.mlp.forward(&self.ln_2.forward(&x)?)?
     }
+}
+
+fn norm(cfg: &Config, vb: VarBuilder) -> Result<Norm> {
+    Norm::new(cfg.n_embd, cfg.layer_norm_epsilon, vb)
 }
 
 /// A projection stored (in, out), without an adapter: no gradient where it is frozen.
@@ -165,36 +170,5 @@ impl Mlp {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.c_proj.forward(&gelu(&self.c_fc.forward(x)?)?)
-    }
-}
-
-struct Norm {
-    weight: Tensor,
-    bias: Tensor,
-    eps: f64,
-    mode: Mode,
-}
-
-impl Norm {
-    fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get_with_hints(cfg.n_embd, "weight", Init::Const(1.))?;
-        let bias = vb.get_with_hints(cfg.n_embd, "bias", Init::Const(0.))?;
-        Ok(Self { weight, bias, eps: cfg.layer_norm_epsilon, mode: Mode::Train })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = normalized(x, self.eps)?;
-        match self.mode {
-            Mode::Train => shifted(&scaled(&x, &self.weight)?, &self.bias),
-            // Trained norms record no graph in evaluation.
-            Mode::Eval => shifted(&scaled(&x, &self.weight.detach())?, &self.bias.detach()),
-        }
-    }
-}
-
-impl LoraModule for Norm {
-    fn set_mode(&mut self, mode: Mode) -> Result<()> {
-        self.mode = mode;
-        Ok(())
     }
 }

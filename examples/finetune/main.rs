@@ -14,12 +14,26 @@ mod data;
 mod evaluate;
 mod generate;
 mod gpt2;
-mod ops;
 mod pretrain;
 mod report;
-mod rng;
 mod text;
 mod tokenizer;
+
+#[path = "../common/buckets.rs"]
+mod buckets;
+#[path = "../common/computed.rs"]
+mod computed;
+#[path = "../common/lines.rs"]
+mod lines;
+#[path = "../common/norm.rs"]
+mod norm;
+#[path = "../common/ops.rs"]
+mod ops;
+#[path = "../common/rng.rs"]
+mod rng;
+#[path = "../common/rows.rs"]
+mod rows;
+#[path = "../common/train.rs"]
 mod train;
 
 use args::{Args, Place};

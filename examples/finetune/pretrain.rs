@@ -2,11 +2,12 @@
 
 use crate::args::Args;
 use crate::base::Base;
-use crate::data::encode;
+use crate::data::{batches, encode};
+use crate::evaluate::batch_loss;
 use crate::gpt2::{Config, Gpt2};
 use crate::text::Text;
 use crate::tokenizer::Tokenizer;
-use crate::train::{epochs, train, Plan};
+use crate::train::{train, Plan};
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::{VarBuilder, VarMap};
@@ -30,14 +31,20 @@ pub fn pretrain(args: &Args, text: &Text, device: &Device) -> Result<Base> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
     let model = Gpt2::new(&config, LoraConfig::default(), vb)?;
+    let shown: usize = if args.quick { 400 } else { 5000 };
     let plan = Plan {
         what: "pretraining",
-        epochs: epochs(text.pretrain.len(), if args.quick { 400 } else { 5000 }),
-        batch: 8,
+        epochs: shown.div_ceil(text.pretrain.len()),
         lr: 3e-3,
         seed: args.seed,
     };
     let examples = encode(&text.pretrain, &tokenizer, config.n_positions)?;
-    train(&model, &vars, vars.all_vars(), &examples, &plan, device)?;
+    train(
+        &vars,
+        vars.all_vars(),
+        &plan,
+        |rng| batches(&examples, 8, Some(rng), device),
+        |batch| batch_loss(&model, batch),
+    )?;
     Base::read(&Base::save(&vars, &config, &tokenizer, &args.out)?, device)
 }

@@ -17,15 +17,28 @@ use std::sync::PoisonError;
 pub struct Trainable {
     bias: Bias,
     modules: Vec<String>,
+    everything: bool,
 }
 
 impl From<Bias> for Trainable {
     fn from(bias: Bias) -> Self {
-        Self { bias, modules: vec![] }
+        Self { bias, modules: vec![], everything: false }
     }
 }
 
 impl Trainable {
+    /// Every variable: full fine-tuning with the same model code, its layers at r = 0. All of it
+    /// starts from the base's values; a tensor that the base lacks is still an error, unless a
+    /// module of [`and`](Self::and) has it.
+    ///
+    /// ```
+    /// use loralib::Trainable;
+    /// let what = Trainable::everything().and("classifier");
+    /// ```
+    pub fn everything() -> Self {
+        Self { everything: true, ..Self::default() }
+    }
+
     /// Adds a module: every variable with these components somewhere on its path, so that
     /// `"classifier"` selects `classifier.weight` and `bert.classifier.bias`. Where the base has the
     /// module it starts from the base's values: a head of another size needs another name.
@@ -41,7 +54,7 @@ impl Trainable {
     /// Whether `name` is selected, in a model in which `exists` tells which names there are.
     pub(crate) fn selects(&self, name: &str, exists: impl Fn(&str) -> bool) -> bool {
         let (layer, last) = split(name);
-        if is_lora(last) || self.modules.iter().any(|module| is_within(name, module)) {
+        if self.everything || is_lora(last) || self.is_new(name) {
             return true;
         }
         last == "bias"
@@ -77,7 +90,10 @@ impl Trainable {
             }
         }
         if selected.is_empty() {
-            return Err(empty(format!("lora_A, lora_B or bias ({})", self.bias)));
+            return Err(empty(match self.everything {
+                true => "everything".to_owned(),
+                false => format!("lora_A, lora_B or bias ({})", self.bias),
+            }));
         }
         Ok(selected)
     }
@@ -149,5 +165,6 @@ mod tests {
         assert!(selects(none().and("head"), "bert.head.weight"));
         assert!(selects(none().and("bert.head"), "bert.head.weight"));
         assert!(!selects(none().and("head"), "overhead.weight"));
+        assert!(selects(Trainable::everything(), "k.weight"));
     }
 }

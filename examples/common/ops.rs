@@ -4,11 +4,8 @@
 //! its backward computes and keeps a gradient of every operand, so that frozen gains and biases and
 //! the mask would cost as much memory again as the activations.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{
-    bail, CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Result, Shape, Storage, Tensor,
-    D,
-};
+use crate::computed::computed;
+use candle_core::{Result, Tensor, D};
 
 /// `x·c`, with `c` (n) along the last dimension.
 pub fn scaled(x: &Tensor, c: &Tensor) -> Result<Tensor> {
@@ -17,7 +14,7 @@ pub fn scaled(x: &Tensor, c: &Tensor) -> Result<Tensor> {
         return if x.track_op() { x * c } else { scaled(&c, x) };
     }
     let c = c.clone();
-    with_backward(x, x.detach().broadcast_mul(&c)?, move |grad| grad.broadcast_mul(&c))
+    computed(x, x.detach().broadcast_mul(&c)?, move |grad| grad.broadcast_mul(&c))
 }
 
 /// `x + c`, with a constant `c` of any shape that broadcasts, or a trained one (n) or like `x`.
@@ -26,7 +23,7 @@ pub fn shifted(x: &Tensor, c: &Tensor) -> Result<Tensor> {
         let c = spread(c, x)?;
         return if x.track_op() { x + c } else { shifted(&c, x) };
     }
-    with_backward(x, x.detach().broadcast_add(c)?, |grad| Ok(grad.clone()))
+    computed(x, x.detach().broadcast_add(c)?, |grad| Ok(grad.clone()))
 }
 
 /// `c` (n) repeated to the shape of `x`. Its gradient is a sum over rows, which as a product is many
@@ -36,7 +33,7 @@ fn spread(c: &Tensor, x: &Tensor) -> Result<Tensor> {
         return Ok(c.clone());
     }
     let n = c.elem_count();
-    with_backward(c, c.detach().broadcast_as(x.shape())?.contiguous()?, move |grad| {
+    computed(c, c.detach().broadcast_as(x.shape())?.contiguous()?, move |grad| {
         let rows = grad.elem_count() / n;
         let ones = Tensor::ones((1, rows), grad.dtype(), grad.device())?;
         ones.matmul(&grad.reshape((rows, n))?)?.reshape(n)
@@ -49,7 +46,7 @@ pub fn normalized(x: &Tensor, eps: f64) -> Result<Tensor> {
     let centred = x.detach().broadcast_sub(&mean(&x.detach())?)?;
     let scale = (mean(&centred.sqr()?)? + eps)?.sqrt()?.recip()?;
     let y = centred.broadcast_mul(&scale)?;
-    with_backward(x, y.clone(), move |grad| {
+    computed(x, y.clone(), move |grad| {
         let along = y.broadcast_mul(&mean(&(grad * &y)?)?)?;
         (grad - along)?.broadcast_sub(&mean(grad)?)?.broadcast_mul(&scale)
     })
@@ -58,7 +55,7 @@ pub fn normalized(x: &Tensor, eps: f64) -> Result<Tensor> {
 /// The softmax over the last dimension.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     let y = candle_nn::ops::softmax_last_dim(&x.detach())?;
-    with_backward(x, y.clone(), move |grad| {
+    computed(x, y.clone(), move |grad| {
         let g = (grad * &y)?;
         &g - y.broadcast_mul(&g.sum_keepdim(D::Minus1)?)?
     })
@@ -71,54 +68,8 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     let square = x_.sqr()?;
     let tanh = (&x_ * square.affine(c * cubic, c)?)?.tanh()?;
     let y = (&x_ * tanh.affine(0.5, 0.5)?)?;
-    with_backward(x, y, move |grad| {
+    computed(x, y, move |grad| {
         let slope = (tanh.sqr()?.affine(-0.5, 0.5)? * square.affine(3. * c * cubic, c)?)?;
         grad * ((&x_ * slope)? + tanh.affine(0.5, 0.5)?)?
     })
-}
-
-/// `y`, computed from `x` without a graph, as a node whose gradient towards `x` is `backward` of
-/// its own.
-fn with_backward(
-    x: &Tensor,
-    y: Tensor,
-    backward: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
-) -> Result<Tensor> {
-    match x.track_op() {
-        true => x.apply_op1(Computed { y, backward }),
-        false => Ok(y),
-    }
-}
-
-struct Computed<F> {
-    y: Tensor,
-    backward: F,
-}
-
-impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp1 for Computed<F> {
-    fn name(&self) -> &'static str {
-        "computed"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (y, layout) = self.y.storage_and_layout();
-        let Storage::Cpu(y) = &*y else { bail!("{}: not on the CPU", self.name()) };
-        Ok((y.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (y, layout) = self.y.storage_and_layout();
-        let Storage::Cuda(y) = &*y else { bail!("{}: not on CUDA", self.name()) };
-        Ok((y.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        let (y, layout) = self.y.storage_and_layout();
-        let Storage::Metal(y) = &*y else { bail!("{}: not on Metal", self.name()) };
-        Ok((y.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some((self.backward)(grad)?))
-    }
 }

@@ -1,65 +1,62 @@
-//! The training loop, the same for the base and for the adapter.
+//! The training loop: AdamW, a rate that rises and falls, and a progress bar.
 
-use crate::data::{batches, Batch, Example};
-use crate::gpt2::Gpt2;
 use crate::rng::Rng;
 use crate::Result;
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
+use std::time::{Duration, Instant};
 
 pub struct Plan {
     pub what: &'static str,
     pub epochs: usize,
-    pub batch: usize,
     pub lr: f64,
     pub seed: u64,
 }
 
-/// The mean loss over the tokens that a batch predicts.
-pub fn loss(model: &Gpt2, batch: &Batch) -> candle_core::Result<Tensor> {
-    let hidden = model.hidden(&batch.ids)?.flatten(0, 1)?.index_select(&batch.rows, 0)?;
-    candle_nn::loss::cross_entropy(&model.head(&hidden)?, &batch.targets)
-}
-
-/// Trains `vars`, which are those of `held` that the model should learn.
-pub fn train(
-    model: &Gpt2,
+/// Trains `vars`, which are those of `held` that a model should learn, on the `batches` of each
+/// epoch. Gives each step's time.
+pub fn train<B>(
     held: &VarMap,
     vars: Vec<Var>,
-    examples: &[Example],
     plan: &Plan,
-    device: &Device,
-) -> Result<()> {
-    let steps = plan.epochs * examples.len().div_ceil(plan.batch);
-    let bar = ProgressBar::new(steps as u64).with_prefix(plan.what);
+    mut batches: impl FnMut(&mut Rng) -> Result<Vec<B>>,
+    loss: impl Fn(&B) -> candle_core::Result<Tensor>,
+) -> Result<Vec<Duration>> {
+    let bar = ProgressBar::no_length().with_prefix(plan.what);
     bar.set_style(ProgressStyle::with_template(
         "{prefix:>12} {bar:30} step {pos}/{len}, loss {msg}, {eta} left",
     )?);
     let mut opt = AdamW::new(vars, ParamsAdamW { lr: plan.lr, ..Default::default() })?;
     let mut rng = Rng::new(plan.seed);
-    let (mut step, mut mean) = (0, None);
+    let (mut times, mut mean) = (vec![], None);
     for _ in 0..plan.epochs {
-        for batch in batches(examples, plan.batch, Some(&mut rng), device)? {
+        let batches = batches(&mut rng)?;
+        let steps = plan.epochs * batches.len();
+        bar.set_length(steps as u64);
+        for batch in &batches {
+            let (step, start) = (times.len(), Instant::now());
             opt.set_learning_rate(plan.lr * schedule(step, steps));
-            let loss = loss(model, &batch)?;
+            let loss = loss(batch)?;
             let grads = loss.backward()?;
             if step == 0 {
                 check_grads(loralib::missing_grads(held, &grads))?;
             }
             opt.step(&grads)?;
+            // Reading the loss waits for the device.
             let loss = f64::from(loss.to_scalar::<f32>()?);
+            times.push(start.elapsed());
             if !loss.is_finite() {
                 return Err(format!("step {step}: the loss is {loss}: try a smaller --lr").into());
             }
             let smooth = 0.95 * mean.unwrap_or(loss) + 0.05 * loss;
-            (mean, step) = (Some(smooth), step + 1);
+            mean = Some(smooth);
             bar.set_message(format!("{smooth:.3}"));
             bar.inc(1);
         }
     }
     bar.finish();
-    Ok(())
+    Ok(times)
 }
 
 /// A fused operation that cuts the graph makes no error: what lies before it is just not trained.
@@ -75,9 +72,4 @@ fn schedule(step: usize, steps: usize) -> f64 {
     let (step, steps) = (step as f64, steps as f64);
     let rise = (steps / 20.).max(1.);
     ((step + 1.) / rise).min((steps - step) / (steps - rise).max(1.)).min(1.)
-}
-
-/// As many passes as show at least `seen` lines.
-pub fn epochs(lines: usize, seen: usize) -> usize {
-    seen.div_ceil(lines)
 }

@@ -1,0 +1,116 @@
+//! Values computed without a graph, as nodes whose backward is written out.
+//!
+//! candle's backward fills a gradient with zeros for every operand of every operation and adds to
+//! it; a node that stands for several operations spares that, and frozen operands get none.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    bail, CpuStorage, CudaStorage, CustomOp1, CustomOp3, Layout, MetalStorage, Result, Shape,
+    Storage, Tensor,
+};
+
+/// `y`, computed from `x`, as a node whose gradient towards `x` is `backward` of its own.
+pub fn computed(
+    x: &Tensor,
+    y: Tensor,
+    backward: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    match x.track_op() {
+        true => x.apply_op1(Computed { y, backward }),
+        false => Ok(y),
+    }
+}
+
+/// As [`computed`], from three operands.
+pub fn computed3(
+    [a, b, c]: [&Tensor; 3],
+    y: Tensor,
+    backward: impl Fn(&Tensor) -> Result<[Tensor; 3]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    match a.track_op() || b.track_op() || c.track_op() {
+        true => a.apply_op3(b, c, Computed { y, backward }),
+        false => Ok(y),
+    }
+}
+
+struct Computed<F> {
+    y: Tensor,
+    backward: F,
+}
+
+const NAME: &str = "computed";
+
+impl<F> Computed<F> {
+    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+        let (y, layout) = self.y.storage_and_layout();
+        let Storage::Cpu(y) = &*y else { bail!("{NAME}: not on the CPU") };
+        Ok((y.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+        let (y, layout) = self.y.storage_and_layout();
+        let Storage::Cuda(y) = &*y else { bail!("{NAME}: not on CUDA") };
+        Ok((y.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    fn metal(&self) -> Result<(MetalStorage, Shape)> {
+        let (y, layout) = self.y.storage_and_layout();
+        let Storage::Metal(y) = &*y else { bail!("{NAME}: not on Metal") };
+        Ok((y.try_clone(layout)?, layout.shape().clone()))
+    }
+}
+
+impl<F: Fn(&Tensor) -> Result<Tensor>> CustomOp1 for Computed<F> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some((self.backward)(grad)?))
+    }
+}
+
+#[rustfmt::skip] // a line each for what takes three operands and uses none
+impl<F: Fn(&Tensor) -> Result<[Tensor; 3]>> CustomOp3 for Computed<F> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu()
+    }
+
+    fn cuda_fwd(
+        &self, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.cuda()
+    }
+
+    fn metal_fwd(
+        &self, _: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.metal()
+    }
+
+    fn bwd(
+        &self, a: &Tensor, b: &Tensor, c: &Tensor, _: &Tensor, grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [ga, gb, gc] = (self.backward)(grad)?;
+        let wanted = |x: &Tensor, gx| x.track_op().then_some(gx);
+        Ok((wanted(a, ga), wanted(b, gb), wanted(c, gc)))
+    }
+}

@@ -1,0 +1,63 @@
+//! `gelu(x) = x·Φ(x)`, with Φ the normal distribution: BERT's, exact to a rounding of F32.
+
+use crate::computed::computed;
+use crate::rows::by_rows;
+use candle_core::{Result, Tensor};
+
+/// gelu of each value.
+pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
+    let x_ = x.detach();
+    let y = match by_rows([&x_], |[x], y| {
+        y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * normal(x).0);
+    })? {
+        Some(y) => y,
+        None => x_.gelu_erf()?,
+    };
+    computed(x, y, move |grad| {
+        let fused = by_rows([&x_, grad], |[x, grad], y| {
+            y.iter_mut().zip(x).zip(grad).for_each(|((y, &x), g)| {
+                let (cdf, density) = normal(x);
+                *y = g * (cdf + x * density);
+            });
+        })?;
+        match fused {
+            Some(gx) => Ok(gx),
+            None => {
+                let cdf = (&x_ * std::f64::consts::FRAC_1_SQRT_2)?.erf()?.affine(0.5, 0.5)?;
+                let density = ((x_.sqr()? * -0.5)?.exp()? * f64::from(DENSITY_AT_0))?;
+                grad * (cdf + (&x_ * density)?)?
+            }
+        }
+    })
+}
+
+/// 1/√(2π)
+const DENSITY_AT_0: f32 = 0.398_942_3;
+
+/// The normal distribution's Φ(x), to 1e-7 (Abramowitz and Stegun 7.1.26), and density.
+#[inline(always)]
+fn normal(x: f32) -> (f32, f32) {
+    let e = exp_negative(-0.5 * x * x);
+    let t = 1. / (1. + 0.327_591_1 * std::f32::consts::FRAC_1_SQRT_2 * x.abs());
+    let series = t
+        * (0.254_829_592
+            + t * (-0.284_496_736
+                + t * (1.421_413_741 + t * (-1.453_152_027 + t * 1.061_405_429))));
+    let tail = 0.5 * series * e;
+    (if x < 0. { tail } else { 1. - tail }, DENSITY_AT_0 * e)
+}
+
+/// `eˣ` for x ≤ 0, without a branch: `2ⁿ·eʳ` with |r| ≤ ln 2 / 2.
+#[inline(always)]
+fn exp_negative(x: f32) -> f32 {
+    let x = x.max(-87.);
+    // Adding 1.5·2²³ rounds to a whole number and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    // ln 2 in two parts: n times the first is exact.
+    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let series = 1.
+        + r * (1. + r * (0.5 + r * (1. / 6. + r * (1. / 24. + r * (1. / 120. + r * (1. / 720.))))));
+    series * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23)
+}

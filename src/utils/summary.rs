@@ -1,0 +1,148 @@
+//! What is trained, as a table: the adapted layers, what is trained beside them, and the totals.
+
+use super::names::{join, split};
+use super::Trainable;
+use crate::Result;
+use candle_nn::VarMap;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// What [`summary`] found. Printed, it is a table with a row for each adapted layer and for each
+/// other tensor that is trained; its last line is that of PEFT's `print_trainable_parameters`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    /// The adapted layers, sorted by name.
+    pub adapted: Vec<AdaptedLayer>,
+    /// The names and shapes of what is trained beside the factors: biases, a new head.
+    pub others: BTreeMap<String, Vec<usize>>,
+    /// How many parameters the whole model has, frozen ones too, where that was said.
+    pub total: Option<usize>,
+}
+
+/// A layer with both factors of an update.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdaptedLayer {
+    /// The layer's path.
+    pub name: String,
+    /// The shape of `lora_A`.
+    pub a: Vec<usize>,
+    /// The shape of `lora_B`.
+    pub b: Vec<usize>,
+}
+
+impl AdaptedLayer {
+    /// The rank of the update: r, that of one part in a `MergedLinear`, r·k in a convolution.
+    pub fn rank(&self) -> usize {
+        self.b.last().copied().unwrap_or(0)
+    }
+
+    /// The elements of both factors.
+    pub fn parameters(&self) -> usize {
+        elements(&self.a) + elements(&self.b)
+    }
+}
+
+/// Which layers of a model are adapted, and what is trained in all.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use loralib as lora;
+///
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let cfg = lora::LoraConfig { r: 4, ..Default::default() };
+/// let _fc = lora::linear(6, 5, cfg, vb.pp("fc"))?;
+/// let summary = lora::summary(&vars, lora::Bias::None)?.of(5 * 6 + 5 + 44);
+/// assert_eq!(
+///     summary.to_string(),
+///     "\
+/// layer   lora_A  lora_B  rank  parameters
+/// fc      (4, 6)  (5, 4)     4          44
+/// trained 44 of 79 parameters (55.70 %)"
+/// );
+/// # Ok::<(), lora::Error>(())
+/// ```
+///
+/// # Errors
+/// When nothing is trained, or nothing in a module that was named.
+pub fn summary(vars: &VarMap, what: impl Into<Trainable>) -> Result<Summary> {
+    let trained = what.into().select(vars)?;
+    let mut others: BTreeMap<_, _> =
+        trained.iter().map(|(name, var)| (name.clone(), var.dims().to_vec())).collect();
+    let mut adapted = vec![];
+    for name in trained.keys() {
+        let (layer, "lora_A") = split(name) else { continue };
+        // A factor without its other one is no adapted layer, but it is trained.
+        if let Some(b) = others.remove(&join(layer, "lora_B")) {
+            let a = others.remove(name).unwrap_or_default();
+            adapted.push(AdaptedLayer { name: layer.to_owned(), a, b });
+        }
+    }
+    Ok(Summary { adapted, others, total: None })
+}
+
+impl Summary {
+    /// With the number of parameters of the whole model, for the share that is trained.
+    pub fn of(self, total: usize) -> Self {
+        Self { total: Some(total), ..self }
+    }
+
+    /// How many parameters are trained.
+    pub fn trainable(&self) -> usize {
+        let adapted = self.adapted.iter().map(AdaptedLayer::parameters);
+        adapted.chain(self.others.values().map(|dims| elements(dims))).sum()
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rows = vec![];
+        if !self.adapted.is_empty() {
+            rows.push(["layer", "lora_A", "lora_B", "rank", "parameters"].map(str::to_owned));
+        }
+        for layer in &self.adapted {
+            let [a, b] = [&layer.a, &layer.b].map(|dims| shape(dims));
+            let (rank, parameters) = (layer.rank().to_string(), grouped(layer.parameters()));
+            rows.push([layer.name.clone(), a, b, rank, parameters]);
+        }
+        if !self.others.is_empty() {
+            let head = if rows.is_empty() { "trained" } else { "also trained" };
+            rows.push([head, "shape", "", "", "parameters"].map(str::to_owned));
+        }
+        for (name, dims) in &self.others {
+            let empty = String::new;
+            rows.push([name.clone(), shape(dims), empty(), empty(), grouped(elements(dims))]);
+        }
+        let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0);
+        // As wide as the last line's first word.
+        let [w0, w1, w2, w3, w4] = [width(0).max(6), width(1), width(2), width(3), width(4)];
+        for [name, a, b, rank, parameters] in &rows {
+            writeln!(f, "{name:<w0$}  {a:<w1$}  {b:<w2$}  {rank:>w3$}  {parameters:>w4$}")?;
+        }
+        write!(f, "trained {}", grouped(self.trainable()))?;
+        match self.total {
+            None => write!(f, " parameters"),
+            Some(total) => {
+                let share = 100. * self.trainable() as f64 / total as f64;
+                write!(f, " of {} parameters ({share:.2} %)", grouped(total))
+            }
+        }
+    }
+}
+
+fn elements(dims: &[usize]) -> usize {
+    dims.iter().product()
+}
+
+fn shape(dims: &[usize]) -> String {
+    let dims: Vec<_> = dims.iter().map(usize::to_string).collect();
+    format!("({})", dims.join(", "))
+}
+
+/// 1234567 as 1,234,567.
+fn grouped(n: usize) -> String {
+    let digits = n.to_string();
+    let groups = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy);
+    groups.collect::<Vec<_>>().join(",")
+}
