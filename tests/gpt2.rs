@@ -1,9 +1,12 @@
 //! The example's GPT-2 gives Hugging Face's logits, and trains what it should and nothing else.
 
+#[path = "../examples/common/attention.rs"]
+mod attention;
 mod common;
 #[path = "../examples/common/computed.rs"]
-#[allow(dead_code)]
 mod computed;
+#[path = "../examples/finetune/gelu.rs"]
+mod gelu;
 #[allow(dead_code)]
 #[path = "../examples/finetune/gpt2.rs"]
 mod gpt2;

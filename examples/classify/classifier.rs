@@ -1,6 +1,7 @@
 //! A sentence classifier: BERT, a vector for each sentence, and a new head.
 
 use crate::bert::{Adapt, Bert};
+use crate::computed::computed;
 use crate::config::Config;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -53,7 +54,8 @@ impl Classifier {
             (Pooling::Mean, None) => hidden.mean(1),
             (Pooling::Mean, Some(real)) => {
                 let weights = real.broadcast_div(&real.sum_keepdim(1)?)?.unsqueeze(1)?;
-                weights.matmul(&hidden)?.squeeze(1)
+                let mean = weights.matmul(&hidden.detach())?;
+                computed(&hidden, mean, move |grad| weights.t()?.matmul(grad))?.squeeze(1)
             }
         }
     }

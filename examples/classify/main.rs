@@ -13,6 +13,8 @@ mod config;
 mod data;
 mod evaluate;
 mod fit;
+mod gelu;
+mod names;
 mod quick;
 mod report;
 mod reuse;
@@ -24,8 +26,6 @@ mod attention;
 mod buckets;
 #[path = "../common/computed.rs"]
 mod computed;
-#[path = "../common/gelu.rs"]
-mod gelu;
 #[path = "../common/lines.rs"]
 mod lines;
 #[path = "../common/norm.rs"]

@@ -46,10 +46,14 @@ fn joined(x: &Tensor) -> Result<Tensor> {
 
 /// The gradient towards the argument of a softmax, from its value and the gradient there.
 pub fn softmax_grad(p: &Tensor, grad: &Tensor) -> Result<Tensor> {
-    let fused = by_rows([p, grad], |[p, g], y| {
-        let along = sum(p.len(), |i| p[i] * g[i]);
-        y.iter_mut().zip(p).zip(g).for_each(|((y, p), g)| *y = p * (g - along));
-    })?;
+    let fused = by_rows(
+        [p, grad],
+        #[inline(always)]
+        |[p, g], y| {
+            let along = sum(p, g, |p, g| p * g);
+            y.iter_mut().zip(p).zip(g).for_each(|((y, p), g)| *y = p * (g - along));
+        },
+    )?;
     match fused {
         Some(grad) => Ok(grad),
         None => {

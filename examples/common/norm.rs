@@ -36,17 +36,21 @@ impl Norm {
 
 /// The gradient towards `x`, from that towards `(x - mean) / √(variance + eps)`.
 fn grad_of(x: &Tensor, grad: &Tensor, eps: f32) -> Result<Tensor> {
-    let fused = by_rows([x, grad], |[x, g], y| {
-        let n = x.len();
-        let mean = sum(n, |i| x[i]) / n as f32;
-        let variance = sum(n, |i| (x[i] - mean) * (x[i] - mean)) / n as f32;
-        let scale = 1. / (variance + eps).sqrt();
-        let g_mean = sum(n, |i| g[i]) / n as f32;
-        let along = sum(n, |i| g[i] * (x[i] - mean)) * scale * scale / n as f32;
-        for ((y, g), x) in y.iter_mut().zip(g).zip(x) {
-            *y = (g - g_mean - along * (x - mean)) * scale;
-        }
-    })?;
+    let fused = by_rows(
+        [x, grad],
+        #[inline(always)]
+        |[x, g], y| {
+            let share = 1. / x.len() as f32;
+            let mean = sum(x, g, |x, _| x) * share;
+            let variance = sum(x, g, |x, _| (x - mean) * (x - mean)) * share;
+            let scale = 1. / (variance + eps).sqrt();
+            let g_mean = sum(x, g, |_, g| g) * share;
+            let along = sum(x, g, |x, g| g * (x - mean)) * scale * scale * share;
+            for ((y, g), x) in y.iter_mut().zip(g).zip(x) {
+                *y = (g - g_mean - along * (x - mean)) * scale;
+            }
+        },
+    )?;
     match fused {
         Some(grad) => Ok(grad),
         None => {

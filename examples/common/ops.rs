@@ -1,8 +1,7 @@
-//! Operations whose value is computed without a graph and whose backward is written out.
+//! What norms and residuals are made of, with gradients for what is trained alone.
 //!
-//! candle's softmax, norm and gelu either cut the graph (the fused ones) or take many passes; and
-//! its backward computes and keeps a gradient of every operand, so that frozen gains and biases and
-//! the mask would cost as much memory again as the activations.
+//! candle's backward computes and keeps a gradient of every operand, so that frozen gains and biases
+//! would cost as much memory again as the activations.
 
 use crate::computed::computed;
 use candle_core::{Result, Tensor, D};
@@ -49,27 +48,5 @@ pub fn normalized(x: &Tensor, eps: f64) -> Result<Tensor> {
     computed(x, y.clone(), move |grad| {
         let along = y.broadcast_mul(&mean(&(grad * &y)?)?)?;
         (grad - along)?.broadcast_sub(&mean(grad)?)?.broadcast_mul(&scale)
-    })
-}
-
-/// The softmax over the last dimension.
-pub fn softmax(x: &Tensor) -> Result<Tensor> {
-    let y = candle_nn::ops::softmax_last_dim(&x.detach())?;
-    computed(x, y.clone(), move |grad| {
-        let g = (grad * &y)?;
-        &g - y.broadcast_mul(&g.sum_keepdim(D::Minus1)?)?
-    })
-}
-
-/// GPT-2's `gelu_new`: `x/2·(1 + tanh z)` with `z = √(2/π)·(x + 0.044715·x³)`.
-pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    let (c, cubic) = ((2. / std::f64::consts::PI).sqrt(), 0.044715);
-    let x_ = x.detach();
-    let square = x_.sqr()?;
-    let tanh = (&x_ * square.affine(c * cubic, c)?)?.tanh()?;
-    let y = (&x_ * tanh.affine(0.5, 0.5)?)?;
-    computed(x, y, move |grad| {
-        let slope = (tanh.sqr()?.affine(-0.5, 0.5)? * square.affine(3. * c * cubic, c)?)?;
-        grad * ((&x_ * slope)? + tanh.affine(0.5, 0.5)?)?
     })
 }

@@ -2,10 +2,12 @@
 //!
 //! The same code is pretrained (r = 0 over a `VarMap`), adapted (frozen base and adapter) and
 //! evaluated. candle's fused `softmax_last_dim` and `LayerNorm` would cut the graph without an error;
-//! `ops.rs` and `norm.rs` have them with a backward.
+//! `examples/common` has them with a backward.
 
+use crate::attention::attention;
+use crate::gelu::gelu;
 use crate::norm::Norm;
-use crate::ops::{gelu, shifted, softmax};
+use crate::ops::shifted;
 use candle_core::{bail, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 use lora::LoraConfig;
@@ -137,18 +139,10 @@ impl Attention {
     }
 
     fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        let (batch, tokens, n) = x.dims3()?;
-        let size = n / self.heads;
-        let qkv = self.c_attn.forward(x)?;
-        // (batch, heads, tokens, size)
-        let part = |i: usize| {
-            let x = qkv.narrow(D::Minus1, i * n, n)?;
-            x.reshape((batch, tokens, self.heads, size))?.transpose(1, 2)?.contiguous()
-        };
-        let q = (part(0)? * (1. / (size as f64).sqrt()))?;
-        let scores = shifted(&q.matmul(&part(1)?.t()?)?, mask)?;
-        let y = softmax(&scores)?.matmul(&part(2)?)?;
-        self.c_proj.forward(&y.transpose(1, 2)?.reshape((batch, tokens, n))?)
+        let (n, qkv) = (x.dim(D::Minus1)?, self.c_attn.forward(x)?);
+        let part = |i: usize| qkv.narrow(D::Minus1, i * n, n);
+        let (q, k, v) = (part(0)?, part(1)?, part(2)?);
+        self.c_proj.forward(&attention(&q, &k, &v, Some(mask), self.heads)?)
     }
 }
 

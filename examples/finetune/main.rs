@@ -12,6 +12,7 @@ mod compare;
 mod corpus;
 mod data;
 mod evaluate;
+mod gelu;
 mod generate;
 mod gpt2;
 mod pretrain;
@@ -19,6 +20,8 @@ mod report;
 mod text;
 mod tokenizer;
 
+#[path = "../common/attention.rs"]
+mod attention;
 #[path = "../common/buckets.rs"]
 mod buckets;
 #[path = "../common/computed.rs"]

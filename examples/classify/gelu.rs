@@ -7,19 +7,27 @@ use candle_core::{Result, Tensor};
 /// gelu of each value.
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
     let x_ = x.detach();
-    let y = match by_rows([&x_], |[x], y| {
-        y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * normal(x).0);
-    })? {
+    let y = match by_rows(
+        [&x_],
+        #[inline(always)]
+        |[x], y| {
+            y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * normal(x).0);
+        },
+    )? {
         Some(y) => y,
         None => x_.gelu_erf()?,
     };
     computed(x, y, move |grad| {
-        let fused = by_rows([&x_, grad], |[x, grad], y| {
-            y.iter_mut().zip(x).zip(grad).for_each(|((y, &x), g)| {
-                let (cdf, density) = normal(x);
-                *y = g * (cdf + x * density);
-            });
-        })?;
+        let fused = by_rows(
+            [&x_, grad],
+            #[inline(always)]
+            |[x, grad], y| {
+                y.iter_mut().zip(x).zip(grad).for_each(|((y, &x), g)| {
+                    let (cdf, density) = normal(x);
+                    *y = g * (cdf + x * density);
+                });
+            },
+        )?;
         match fused {
             Some(gx) => Ok(gx),
             None => {

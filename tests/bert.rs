@@ -1,0 +1,194 @@
+//! The example's BERT gives the hidden states of transformers, and trains what it should and nothing
+//! else.
+
+#[path = "../examples/common/attention.rs"]
+mod attention;
+#[path = "../examples/classify/bert.rs"]
+mod bert;
+#[path = "../examples/classify/classifier.rs"]
+mod classifier;
+mod common;
+#[path = "../examples/common/computed.rs"]
+mod computed;
+#[allow(dead_code)]
+#[path = "../examples/classify/config.rs"]
+mod config;
+#[path = "../examples/classify/gelu.rs"]
+mod gelu;
+#[path = "../examples/classify/names.rs"]
+mod names;
+#[path = "../examples/common/norm.rs"]
+mod norm;
+#[path = "../examples/common/ops.rs"]
+mod ops;
+#[path = "../examples/common/rows.rs"]
+mod rows;
+
+use bert::{Adapt, Bert};
+use candle_core::{DType, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use classifier::{Classifier, Pooling};
+use common::{device, difference, rnd};
+use config::Config;
+use lora::{Bias, LoraConfig, LoraModule, StateDict, Trainable};
+use loralib as lora;
+use std::collections::HashSet;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+const LABELS: usize = 3;
+
+struct Fixture {
+    config: Config,
+    tensors: StateDict,
+    ids: Tensor,
+    real: Tensor,
+    hidden: Tensor,
+}
+
+impl Fixture {
+    fn read(name: &str) -> Result<Self> {
+        let folder = format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
+        let read = |file| lora::read_state_dict(format!("{folder}/{file}"), &device());
+        let mut expected = read("expected.safetensors")?.tensors;
+        let mut part = |name| expected.remove(name).unwrap();
+        let config = Config::from_json(&std::fs::read_to_string(format!("{folder}/config.json"))?)?;
+        let (ids, real, hidden) = (part("ids"), part("real"), part("hidden"));
+        let tensors = names::own_names(read("model.safetensors")?.tensors, &config)?;
+        Ok(Self { config, tensors, ids, real, hidden })
+    }
+
+    fn base(&self) -> VarBuilder<'static> {
+        let tensors = self.tensors.clone().into_iter().collect();
+        VarBuilder::from_tensors(tensors, DType::F32, &device())
+    }
+
+    fn classifier(&self, targets: &str, vars: &VarMap, what: Trainable) -> Result<Classifier> {
+        let vb = lora::var_builder(self.base(), vars, what);
+        Ok(Classifier::new(&self.config, &adapt(targets), LABELS, Pooling::Mean, vb)?)
+    }
+
+    /// By how much the hidden states of real tokens differ from those of transformers.
+    fn error(&self, model: &Bert) -> Result<f64> {
+        let hidden = model.forward(&self.ids, Some(&self.real))?;
+        let real = self.real.unsqueeze(2)?;
+        Ok(difference(&hidden.broadcast_mul(&real)?, &self.hidden.broadcast_mul(&real)?)?)
+    }
+}
+
+fn adapt(targets: &str) -> Adapt {
+    let lora = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+    Adapt { lora, targets: targets.split(',').map(str::to_owned).collect() }
+}
+
+#[test]
+fn hidden_states_are_those_of_transformers() -> Result<()> {
+    for name in ["bert", "roberta"] {
+        let fixture = Fixture::read(name)?;
+        let vars = VarMap::new();
+        for (how, adapt, vb) in [
+            ("plain", Adapt::default(), fixture.base()),
+            (
+                "adapted",
+                adapt("query,key,value,dense"),
+                lora::var_builder(fixture.base(), &vars, Bias::None),
+            ),
+            (
+                "trained",
+                Adapt::default(),
+                lora::var_builder(fixture.base(), &VarMap::new(), Trainable::everything()),
+            ),
+        ] {
+            let mut model = Bert::new(&fixture.config, &adapt, vb)?;
+            let d = fixture.error(&model)?;
+            assert!(d < 1e-5, "{name}, {how}: {d}");
+            model.eval()?;
+            let d = fixture.error(&model)?;
+            assert!(d < 1e-5, "{name}, {how}, in evaluation: {d}");
+        }
+        // Six linear layers each.
+        assert_eq!(vars.all_vars().len(), fixture.config.num_hidden_layers * 12);
+    }
+    Ok(())
+}
+
+#[test]
+fn names_are_told_with_and_without_a_prefix_and_strangers_are_an_error() -> Result<()> {
+    let Fixture { config, tensors, .. } = Fixture::read("bert")?;
+    let named = |rename: &dyn Fn(&str) -> String| {
+        let renamed = tensors.iter().map(|(name, t)| (rename(name), t.clone())).collect();
+        names::own_names(renamed, &config).map(|own| own.into_keys().collect::<Vec<_>>())
+    };
+    let own: Vec<_> = tensors.keys().cloned().collect();
+    assert_eq!(named(&|name| name.to_owned())?, own);
+    assert_eq!(named(&|name| format!("bert.{name}"))?, own);
+    let older = |name: &str| {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta")
+    };
+    assert_eq!(named(&older)?, own);
+    let error = named(&|name| name.replace("layer.1", "layer.7")).unwrap_err().to_string();
+    assert!(error.contains("encoder.layer.7"), "{error}");
+    Ok(())
+}
+
+/// The names without a gradient, and how many gradients there are of what is no variable.
+fn trained(fixture: &Fixture, model: &Classifier, vars: &VarMap) -> Result<(Vec<String>, usize)> {
+    let logits = model.forward(&fixture.ids, Some(&fixture.real))?;
+    let targets = Tensor::new(&[0u32, 2], &device())?;
+    let grads = candle_nn::loss::cross_entropy(&logits, &targets)?.backward()?;
+    let ids: HashSet<_> = vars.all_vars().iter().map(|var| var.id()).collect();
+    let others = grads.get_ids().filter(|id| !ids.contains(id)).count();
+    Ok((lora::missing_grads(vars, &grads), others))
+}
+
+#[test]
+fn each_method_makes_gradients_for_what_it_trains_and_for_nothing_else() -> Result<()> {
+    let fixture = Fixture::read("bert")?;
+    let everything = Trainable::everything().and("classifier");
+    for (targets, what, expected) in [
+        ("", Bias::None.and("classifier"), 2),
+        ("query,value", Bias::None.and("classifier"), 2 + 8),
+        ("query,value", Bias::LoraOnly.and("classifier"), 2 + 8 + 4),
+        ("", everything, 2 + fixture.tensors.len()),
+    ] {
+        let vars = VarMap::new();
+        let model = fixture.classifier(targets, &vars, what)?;
+        assert_eq!(vars.all_vars().len(), expected, "{targets}");
+        assert_eq!(trained(&fixture, &model, &vars)?, (vec![], 0), "{targets}, {expected}");
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() -> Result<()> {
+    let (x, g) = (rnd(1, &[2, 5, 6], DType::F32)?, rnd(2, &[2, 5, 6], DType::F32)?);
+    let (y, z) = (rnd(3, &[2, 5, 6], DType::F32)?, rnd(4, &[2, 5, 6], DType::F32)?);
+    let vb = VarBuilder::zeros(DType::F32, &device());
+    let weight = rnd(5, &[6], DType::F32)?;
+    let frozen = [("weight".to_owned(), weight.clone()), ("bias".to_owned(), weight)];
+    let frozen = VarBuilder::from_tensors(frozen.into(), vb.dtype(), &device());
+    let norm = norm::Norm::new(6, 1e-5, frozen)?;
+    let mask = Tensor::new(&[[[[0f32, 0., 0., 0., -1e9]]]], &device())?;
+    let mask = Some(&mask);
+    type Op<'a> = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor> + 'a>;
+    let ops: [(&str, Op); 5] = [
+        ("gelu", Box::new(|x| gelu::gelu_erf(&(x * 4.)?))),
+        ("norm", Box::new(|x| norm.forward(x))),
+        ("query", Box::new(|x| attention::attention(x, &y, &z, mask, 2))),
+        ("key", Box::new(|x| attention::attention(&y, x, &z, mask, 2))),
+        ("value", Box::new(|x| attention::attention(&y, &z, x, mask, 2))),
+    ];
+    for (name, op) in ops {
+        let value = |x: &Tensor| (op(x)? * &g)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>();
+        let var = candle_core::Var::from_tensor(&x)?;
+        let loss = (op(var.as_tensor())? * &g)?.sum_all()?;
+        let grad = loss.backward()?.remove(var.as_tensor()).unwrap();
+        let along = rnd(6, &[2, 5, 6], DType::F32)?;
+        let step = 1e-2;
+        let slope =
+            (value(&(&x + (&along * step)?)?)? - value(&(&x - (&along * step)?)?)?) / (2. * step);
+        let expected = (grad * along)?.sum_all()?.to_scalar::<f32>()?;
+        assert!((slope - f64::from(expected)).abs() < 1e-2, "{name}: {expected}, but {slope}");
+    }
+    Ok(())
+}
