@@ -76,7 +76,7 @@ pub struct Args {
     #[arg(long, value_name = "TEXT")]
     pub predict: Option<String>,
     /// A few seconds with a tiny random model and text, which it writes to --out
-    #[arg(long, conflicts_with_all = ["model", "train", "valid"])]
+    #[arg(long, conflicts_with_all = ["model", "train", "valid", "evaluate", "predict"])]
     pub quick: bool,
 }
 

@@ -1,0 +1,63 @@
+//! What `summary` tells of a model, and what `Trainable::everything` trains.
+
+mod common;
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use common::{device, CFG};
+use lora::{Bias, Trainable};
+use loralib as lora;
+
+#[test]
+fn a_summary_has_a_row_for_each_layer_and_each_other_tensor() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
+    let _qkv = lora::merged_linear(6, 12, &[true, false, true], CFG, vb.pp("attn.qkv"))?;
+    let _conv = lora::conv2d(2, 4, 3, Default::default(), CFG, vb.pp("conv"))?;
+    let _head = candle_nn::linear(6, 3, vb.pp("head"))?;
+    let _frozen = candle_nn::linear(6, 3, vb.pp("frozen"))?;
+
+    let summary = lora::summary(&vars, Bias::LoraOnly.and("head"))?;
+    let trained = lora::mark_only_lora_as_trainable(&vars, Bias::LoraOnly.and("head"))?;
+    assert_eq!(summary.trainable(), trained.iter().map(|var| var.elem_count()).sum::<usize>());
+    let expected = "\
+layer           lora_A   lora_B  rank  parameters
+attn.qkv        (4, 6)   (8, 2)     2          40
+conv            (6, 6)  (12, 6)     6         108
+also trained     shape           parameters";
+    let expected = expected.split_whitespace().collect::<Vec<_>>();
+    let printed = summary.to_string();
+    let words: Vec<_> = printed.split_whitespace().collect();
+    assert_eq!(words[..expected.len()], expected);
+    for row in ["attn.qkv.bias", "conv.bias", "head.bias", "head.weight"] {
+        assert!(printed.contains(&format!("\n{row} ")), "{row}\n{printed}");
+    }
+    assert!(printed.ends_with("\ntrained 185 parameters"), "{printed}");
+    let share = summary.of(1850).to_string();
+    assert!(share.ends_with("\ntrained 185 of 1,850 parameters (10.00 %)"), "{share}");
+    Ok(())
+}
+
+#[test]
+fn everything_starts_from_the_base_and_only_a_named_module_may_be_new() -> Result<()> {
+    let weight = Tensor::ones((3, 6), DType::F32, &device())?;
+    let base = || {
+        let tensors = [("fc.weight".to_owned(), weight.clone())].into();
+        VarBuilder::from_tensors(tensors, DType::F32, &device())
+    };
+    let vars = VarMap::new();
+    let what = Trainable::everything().and("head");
+    let vb = lora::var_builder(base(), &vars, what.clone());
+    let fc = lora::linear_no_bias(6, 3, Default::default(), vb.pp("fc"))?;
+    assert!(fc.weight().is_variable());
+    assert_eq!(fc.weight().to_vec2::<f32>()?, weight.to_vec2::<f32>()?);
+    let error = lora::linear(6, 3, Default::default(), vb.pp("fc")).unwrap_err().to_string();
+    assert!(error.contains("no tensor \"fc.bias\""), "{error}");
+    let _head = lora::linear(3, 2, Default::default(), vb.pp("head"))?;
+
+    let saved = lora::lora_state_dict(&vars, what)?;
+    assert_eq!(saved.keys().collect::<Vec<_>>(), ["fc.weight", "head.bias", "head.weight"]);
+    let error = lora::summary(&VarMap::new(), Trainable::everything()).unwrap_err().to_string();
+    assert!(error.contains("none matches everything"), "{error}");
+    Ok(())
+}
