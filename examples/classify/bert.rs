@@ -1,8 +1,7 @@
 //! BERT and RoBERTa with Hugging Face's parameter names.
 //!
-//! What differs from a plain candle BERT: linear layers are `lora::Linear`, with an update where
-//! [`Adapt`] asks for one; each struct has its `lora_module!` line; and attention, GELU and norm come
-//! from `examples/common`, because candle's fused ones would cut the graph without an error.
+//! What differs from a plain candle BERT: `lora::Linear`, with an update where [`Adapt`] asks for one;
+//! a `lora_module!` line a struct; and attention, GELU and norm that do not cut the graph.
 
 use crate::attention::attention;
 use crate::config::Config;
@@ -88,7 +87,6 @@ impl Embeddings {
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         let (first, (_, tokens)) = (self.first_position as u32, ids.dims2()?);
         let positions = Tensor::arange(first, first + tokens as u32, ids.device())?;
-        // A sentence alone is all of type 0.
         let types = positions.zeros_like()?;
         let place = (self.position.forward(&positions)? + self.token_type.forward(&types)?)?;
         self.norm.forward(&self.word.forward(ids)?.broadcast_add(&place)?)
@@ -100,7 +98,6 @@ struct Layer {
     key: lora::Linear,
     value: lora::Linear,
     heads: usize,
-    /// Of the attention.
     output: Output,
     intermediate: lora::Linear,
     feed_forward: Output,
