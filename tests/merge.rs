@@ -161,6 +161,10 @@ fn a_sharded_base_is_merged_shard_by_shard_under_its_names() -> lora::Result<()>
     for (name, t) in lora::merge_into(from.as_path(), &adapter, cfg())? {
         assert_eq!(bits(&t)?, bits(&expected[&name])?, "{name}");
     }
+    let before = fs::read(from.join("model-0.safetensors"))?;
+    let own = lora::merge_files(&from, &adapter, cfg(), &from, |_| {}).unwrap_err().to_string();
+    assert!(own.contains("own folder"), "{own}");
+    assert_eq!(fs::read(from.join("model-0.safetensors"))?, before);
     let bad = index.with_file_name("bad.index.json");
     fs::write(&bad, r#"{"weight_map": {"a.weight": "../secret.safetensors"}}"#)?;
     let error = lora::merge_into(bad.as_path(), &adapter, cfg()).unwrap_err().to_string();

@@ -10,7 +10,7 @@ use loralib as lora;
 fn sizes() -> &'static [(usize, usize, usize)] {
     match device().is_cpu() {
         true => &[(2048, 1024, 16), (256, 4096, 16), (512, 768, 8)],
-        false => &[(8192, 4096, 16), (8192, 2048, 16)],
+        false => &[(4096, 4096, 16), (8192, 2048, 16)],
     }
 }
 

@@ -67,25 +67,30 @@ def measure(args):
     trained = [p for p in [*encoder.parameters(), *head.parameters()] if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATES[args.method])
 
-    def logits(batch):
+    def tensors(batch):
         padded = tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt")
+        return padded, torch.tensor([y for _, y in batch])
+
+    def logits(padded, targets):
         hidden = encoder(**padded).last_hidden_state
         real = padded["attention_mask"].unsqueeze(2).float()
-        return head((hidden * real).sum(1) / real.sum(1)), torch.tensor([y for _, y in batch])
+        return head((hidden * real).sum(1) / real.sum(1)), targets
+
+    train, valid = ([tensors(batch) for batch in batches] for batches in (train, valid))
 
     times, rise = [], max(len(train) / 20, 1)
     for i, batch in enumerate(train):
         start = time.perf_counter()
         rate = min((i + 1) / rise, (len(train) - i) / max(len(train) - rise, 1), 1)
         optimizer.param_groups[0]["lr"] = RATES[args.method] * rate
-        torch.nn.functional.cross_entropy(*logits(batch)).backward()
+        torch.nn.functional.cross_entropy(*logits(*batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
         times.append((time.perf_counter() - start) * 1e3)
     encoder.eval()
     with torch.no_grad():
-        right = [(x.argmax(1) == y).sum().item() for x, y in map(logits, valid)]
-    print(json.dumps([statistics.median(times), 100 * sum(right) / sum(map(len, valid))]))
+        right = [(x.argmax(1) == y).sum().item() for x, y in (logits(*batch) for batch in valid)]
+    print(json.dumps([statistics.median(times), 100 * sum(right) / sum(len(y) for _, y in valid)]))
 
 
 def main():

@@ -1,12 +1,14 @@
 """Times this crate beside Python loralib on torch, in turn on the same machine (A B A B ...), and
 beside peft-rs.
 
-    python3 benches/compare/compare.py [--rounds 3] [--threads N] [--device cuda] [--bench PROGRAM]
+    python3 benches/compare/compare.py [--rounds 3] [--threads N] [--features avx512]
+                                         [--device cuda] [--bench PROGRAM]
 
-Installs torch and loralib into a folder of its own (target/compare) where this Python lacks them, builds the crate's bench (or
-takes PROGRAM, built elsewhere by `cargo bench --no-run --bench ratios`), runs both alternately, and
-prints one table: the median of each over all rounds, and their ratio. A training step is a forward
-and a backward from a given gradient, with a gradient for the input, as inside a model. F32.
+Installs torch and loralib into a folder of its own (target/compare) where this Python lacks them,
+builds the crate's bench (or takes PROGRAM, built elsewhere by `cargo bench --no-run --bench ratios`),
+runs both alternately, and prints one table: the median of each over all rounds, and their ratio. A
+training step is a forward and a backward from a given gradient, with a gradient for the input, as
+inside a model. F32.
 """
 
 import argparse
@@ -41,8 +43,8 @@ def python():
 def bench(args):
     if args.bench:
         return [str(Path(args.bench).resolve())]
-    features = ["--features", "cuda"] if args.device == "cuda" else []
-    return ["cargo", "bench", *features, "--bench", "ratios", "--"]
+    features = ",".join([*args.features, *(["cuda"] if args.device == "cuda" else [])])
+    return ["cargo", "bench", "--features", features, "--bench", "ratios", "--"]
 
 
 def ours(args, env):
@@ -72,6 +74,7 @@ def measure(device):
     import torch
 
     torch.set_num_threads(int(os.environ["RAYON_NUM_THREADS"]))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = {}
 
     def timed(run):
@@ -110,7 +113,7 @@ def measure(device):
             found[f"{group} forward, merged"] = median(forward)
 
     cpu = [(2048, 1024, 16), (256, 4096, 16), (512, 768, 8)]
-    for m, d, r in cpu if device == "cpu" else [(8192, 4096, 16), (8192, 2048, 16)]:
+    for m, d, r in cpu if device == "cpu" else [(4096, 4096, 16), (8192, 2048, 16)]:
         options = dict(r=r, lora_alpha=2 * r, bias=False)
         layer(f"Linear {m}x{d} r {r}", lora.Linear(d, d, **options), torch.randn(m, d), True)
         merged = lora.MergedLinear(d, 3 * d, enable_lora=[True, False, True], **options)
@@ -128,6 +131,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--features", action="append", default=[], help="of this crate")
     parser.add_argument("--bench", help="the bench `ratios`, built elsewhere")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -147,7 +151,7 @@ def main():
             mine = statistics.median(r[group] for r in a)
             other = statistics.median(r[group] for r in b)
             print(f"{group:<40}{mine:>12.3f}{other:>12.3f}{mine / other:>8.3f}")
-    if args.device == "cpu" and not args.bench:
+    if args.device == "cpu" and not args.bench and not args.features:
         print(flush=True)
         subprocess.run(["cargo", "run", "-q", "--release"], cwd=HERE / "peft-rs", env=env, check=True)
 

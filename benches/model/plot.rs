@@ -10,8 +10,8 @@ type Sweep = (&'static str, &'static [usize], fn(usize) -> Size);
 
 const SWEEPS: [Sweep; 3] = [
     ("rank", &[4, 8, 16, 32, 64, 128, 256], |rank| Size { rank, ..usual() }),
-    ("layers", &[1, 2, 4, 8, 12, 16, 24], |layers| Size { layers, ..usual() }),
-    ("batch × length", &[32, 64, 128, 256, 512, 1024], |rows| Size { rows, ..usual() }),
+    ("layers", &[1, 2, 4, 8, 12, 16], |layers| Size { layers, ..usual() }),
+    ("batch × length", &[64, 128, 256, 512, 1024], |rows| Size { rows, ..usual() }),
 ];
 
 type Figure = (&'static str, fn(&Figures) -> f64);
@@ -41,7 +41,9 @@ pub fn growth(file: &str) -> Result<(), Box<dyn Error>> {
         for (row, (label, figure)) in FIGURES.iter().enumerate() {
             let lines = (0..METHODS.len())
                 .map(|i| values.iter().zip(&found).map(|(x, f)| (*x, figure(&f[i]))).collect());
-            draw(&areas[row * SWEEPS.len() + column], what, label, lines.collect())?;
+            let area = &areas[row * SWEEPS.len() + column];
+            // Where the lines leave room for it.
+            draw(area, what, label, lines.collect(), *what == "layers")?;
         }
     }
     Ok(root.present()?)
@@ -54,6 +56,7 @@ fn draw(
     what: &str,
     label: &str,
     lines: Vec<Line>,
+    legend: bool,
 ) -> Result<(), Box<dyn Error>> {
     let points = || lines.iter().flatten();
     let highest = points().map(|(_, y)| *y).fold(0., f64::max);
@@ -75,7 +78,9 @@ fn draw(
             .label(method.name())
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
     }
-    let mut legend = chart.configure_series_labels();
-    legend.position(SeriesLabelPosition::UpperLeft).background_style(WHITE.mix(0.8)).draw()?;
+    if legend {
+        let mut labels = chart.configure_series_labels();
+        labels.position(SeriesLabelPosition::UpperLeft).background_style(WHITE.mix(0.8)).draw()?;
+    }
     Ok(())
 }

@@ -10,7 +10,7 @@ use lora::{Bias, LoraConfig};
 use loralib as lora;
 use std::time::Instant;
 
-const STEPS: usize = 9;
+const STEPS: usize = 5;
 
 #[derive(Debug, Clone, Copy)]
 pub enum Method {

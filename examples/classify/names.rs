@@ -28,7 +28,9 @@ pub fn own_names(tensors: StateDict, config: &Config) -> Result<StateDict> {
         if !known {
             return Err(format!("no place in this model for {name:?} {:?}", tensor.dims()).into());
         }
-        own.insert(short, tensor.to_dtype(DType::F32)?);
+        if own.insert(short, tensor.to_dtype(DType::F32)?).is_some() {
+            return Err(format!("{name:?} is there with and without a prefix").into());
+        }
     }
     Ok(own)
 }

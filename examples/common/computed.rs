@@ -8,6 +8,7 @@ use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp1, CustomOp3, Layout, MetalStorage, Result, Shape,
     Storage, Tensor,
 };
+use std::sync::{Mutex, PoisonError};
 
 /// `y`, computed from `x`, as a node whose gradient towards `x` is `backward` of its own.
 pub fn computed(
@@ -16,7 +17,7 @@ pub fn computed(
     backward: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     match x.track_op() {
-        true => x.apply_op1(Computed { y, backward }),
+        true => x.apply_op1(Computed::new(y, backward)?),
         false => Ok(y),
     }
 }
@@ -28,33 +29,53 @@ pub fn computed3(
     backward: impl Fn(&Tensor) -> Result<[Tensor; 3]> + Send + Sync + 'static,
 ) -> Result<Tensor> {
     match a.track_op() || b.track_op() || c.track_op() {
-        true => a.apply_op3(b, c, Computed { y, backward }),
+        true => a.apply_op3(b, c, Computed::new(y, backward)?),
         false => Ok(y),
     }
 }
 
 struct Computed<F> {
-    y: Tensor,
+    /// Until the node is made, which takes a copy.
+    y: Mutex<Option<Tensor>>,
     backward: F,
 }
 
 const NAME: &str = "computed";
 
 impl<F> Computed<F> {
+    fn new(y: Tensor, backward: F) -> Result<Self> {
+        // A storage is copied whole, whatever part of it a tensor is.
+        let y = if y.is_contiguous() { y } else { y.contiguous()? };
+        if y.layout().start_offset() != 0 {
+            bail!("{NAME}: a part of a larger tensor")
+        }
+        Ok(Self { y: Mutex::new(Some(y)), backward })
+    }
+
+    fn take(&self) -> Result<Tensor> {
+        match self.y.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(y) => Ok(y),
+            None => bail!("{NAME}: made twice"),
+        }
+    }
+
     fn cpu(&self) -> Result<(CpuStorage, Shape)> {
-        let (y, layout) = self.y.storage_and_layout();
+        let y = self.take()?;
+        let (y, layout) = y.storage_and_layout();
         let Storage::Cpu(y) = &*y else { bail!("{NAME}: not on the CPU") };
         Ok((y.try_clone(layout)?, layout.shape().clone()))
     }
 
     fn cuda(&self) -> Result<(CudaStorage, Shape)> {
-        let (y, layout) = self.y.storage_and_layout();
+        let y = self.take()?;
+        let (y, layout) = y.storage_and_layout();
         let Storage::Cuda(y) = &*y else { bail!("{NAME}: not on CUDA") };
         Ok((y.try_clone(layout)?, layout.shape().clone()))
     }
 
     fn metal(&self) -> Result<(MetalStorage, Shape)> {
-        let (y, layout) = self.y.storage_and_layout();
+        let y = self.take()?;
+        let (y, layout) = y.storage_and_layout();
         let Storage::Metal(y) = &*y else { bail!("{NAME}: not on Metal") };
         Ok((y.try_clone(layout)?, layout.shape().clone()))
     }

@@ -22,8 +22,11 @@ fn sources(s: &Sizes) -> Result<Vec<u32>> {
     let [k0, k1, k2] = s.geometry.kernel;
     let [o0, o1, o2] = s.output;
     let k = k0 * k1 * k2;
-    if [s.positions(), s.input_len()].iter().any(|n| n.saturating_mul(k) >= PADDING as usize) {
-        bail!("a convolution of {:?} to {:?} is too large for a device", s.input, s.output)
+    // The devices' kernels count values in 32 bits, and beyond that never end.
+    let values = |n: usize| [s.batch, s.c_in, k].into_iter().fold(n, usize::saturating_mul);
+    if values(s.positions().max(s.input_len())) >= PADDING as usize {
+        let (batch, input) = (s.batch, s.input);
+        bail!("convolution: {batch} inputs of {input:?} are too many for a device: split the batch")
     }
     let mut from = Vec::with_capacity(s.positions() * k);
     for (i, j, l) in product3(o0, o1, o2) {

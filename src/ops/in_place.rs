@@ -1,5 +1,5 @@
 //! Thin products added to a matrix in place on the CPU, in blocks of rows that stay in a core's
-//! cache: the sum costs no pass over memory, and no buffer.
+//! cache: one pass over memory for all terms and the bias, and no buffer of the matrix's size.
 
 use super::backend::{Backend, Term};
 use candle_core::backend::BackendStorage;
@@ -127,6 +127,7 @@ fn in_blocks<T: Element>(
 /// A term, with its factors as slices where it is thin.
 struct Block<'a, W> {
     term: &'a Term,
+    u: Tensor,
     thin: Option<(Vec<W>, Vec<W>)>,
 }
 
@@ -137,7 +138,9 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
             true => Some((values(&term.u)?, values(&term.v)?)),
             false => None,
         };
-        Ok(Self { term, thin })
+        // Not every backend's product takes rows of a transposed matrix.
+        let u = term.u.contiguous()?;
+        Ok(Self { term, u, thin })
     }
 
     /// Adds the term to the rows `block` of a matrix of `n` columns.
@@ -155,7 +158,7 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
                 pulp::Arch::new().dispatch(Thin { y, n, cols, u, v, rank });
             }
             None => {
-                let ((u, ul), (v, vl)) = (term.u.storage_and_layout(), term.v.storage_and_layout());
+                let ((u, ul), (v, vl)) = (self.u.storage_and_layout(), term.v.storage_and_layout());
                 let ul = ul.narrow(0, at, to - from)?;
                 let sum = CpuStorage::of(&u)?.matmul(
                     CpuStorage::of(&v)?,

@@ -37,7 +37,8 @@ pub(crate) fn linear(
     let m: usize = leading.iter().product();
     if m == 0 || k == 0 {
         // Some backends refuse empty products.
-        return Tensor::zeros([leading, &[n]].concat(), x.dtype(), x.device());
+        let y = Tensor::zeros([leading, &[n]].concat(), x.dtype(), x.device())?;
+        return bias.map_or(Ok(y.clone()), |bias| biased(&y, bias, y.rank() - 1));
     }
     let (x, w) = (x.contiguous()?, &packed(w.clone())?);
     let (tracked, frozen) = match bias {
@@ -179,10 +180,11 @@ impl Op<3> for Adapted {
     }
 }
 
-/// A matrix as the products take it: the CPU's with any strides, the others' without gaps, also
-/// transposed.
+/// A matrix as the products take it: candle's own on the CPU with any strides, the others without
+/// gaps, also transposed.
 fn packed(x: Tensor) -> Result<Tensor> {
-    match x.device().is_cpu() || x.is_contiguous() || x.t()?.is_contiguous() {
+    let any = x.device().is_cpu() && !cfg!(any(feature = "mkl", feature = "accelerate"));
+    match any || x.is_contiguous() || x.t()?.is_contiguous() {
         true => Ok(x),
         false => x.contiguous(),
     }

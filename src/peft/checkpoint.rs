@@ -35,7 +35,8 @@ pub fn load_checkpoint(
             }
             let (saved, model) = (saved.scaling(), model.scaling());
             // A conversion to another rank and back rounds lora_alpha.
-            if (saved - model).abs() > 1e-12 * saved.abs() {
+            let same = (saved - model).abs() <= 1e-12 * saved.abs();
+            if !same {
                 let reason = format!("its scaling is {saved}, the configuration's {model}");
                 return Err(Error::tensor(name, reason));
             }

@@ -77,13 +77,20 @@ impl PeftConfig {
     /// use loralib::{peft::PeftConfig, Bias, LoraConfig, Trainable};
     /// let cfg = LoraConfig { r: 8, lora_alpha: 16., ..Default::default() };
     /// let what = Bias::All.and("classifier");
-    /// let config = PeftConfig::from(cfg).trains(what.clone());
+    /// let config = PeftConfig::from(cfg).trains(what.clone())?;
     /// assert_eq!(config.modules_to_save, ["classifier"]);
     /// assert_eq!(Trainable::from(&config), what);
+    /// # Ok::<(), loralib::Error>(())
     /// ```
-    pub fn trains(mut self, what: impl Into<Trainable>) -> Self {
-        (self.bias, self.modules_to_save) = what.into().into_parts();
-        self
+    ///
+    /// # Errors
+    /// When it is [`Trainable::everything`], for which PEFT has no form.
+    pub fn trains(mut self, what: impl Into<Trainable>) -> Result<Self> {
+        let parts = what.into().into_parts();
+        (self.bias, self.modules_to_save) = parts.ok_or_else(|| {
+            super::malformed("full fine-tuning is no adapter: PEFT has no form for it")
+        })?;
+        Ok(self)
     }
 
     /// The options of one layer: the common ones with its own rank and `lora_alpha`, and without

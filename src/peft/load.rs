@@ -70,7 +70,7 @@ fn read_both(dir: &Path, device: &Device) -> Result<(Vec<u8>, PathBuf, StateDict
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         text => text.map(Some).map_err(|e| Error::from(e).at(&path)),
     };
-    loop {
+    for _ in 0..TRIES {
         let before = config()?;
         let safetensors = dir.join(SAFETENSORS);
         let file = match dir.join(BIN) {
@@ -84,7 +84,11 @@ fn read_both(dir: &Path, device: &Device) -> Result<(Vec<u8>, PathBuf, StateDict
             return Ok((before.or(own).ok_or_else(missing)?, file, tensors));
         }
     }
+    Err(malformed(format!("it was replaced {TRIES} times while the tensors were read")).at(&path))
 }
+
+/// How often a reader begins anew because a writer came between.
+const TRIES: usize = 100;
 
 fn convert(json: Json, tensors: StateDict) -> Result<(PeftConfig, StateDict)> {
     let (pairs, mut loaded) = sort(&json.config, tensors)?;

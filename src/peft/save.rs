@@ -77,6 +77,7 @@ fn convert(tensors: &StateDict, config: &PeftConfig) -> Result<(StateDict, Strin
         }
         let kind = config.kind(path).unwrap_or(&Kind::Linear);
         let cfg = config.lora_config(path);
+        cfg.validate(a.dtype()).map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
         let factors = to_peft(kind, Factors { a, b, r: cfg.r })
             .map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
         pairs.push((path, keys::pair(path, *kind == Kind::Embedding), factors, cfg));

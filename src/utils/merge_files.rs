@@ -20,18 +20,19 @@ pub struct Progress {
     pub total: u64,
 }
 
-/// Writes what [`merge_into`](crate::merge_into) gives, from file to file. `base` is a checkpoint, the index of a
-/// sharded one (`model.safetensors.index.json`), or a folder with either; `out` is a file for the
-/// first and a folder for the second, whose shards and index have the base's names. A folder as `out`
-/// for a single file gets one of its name.
+/// Writes what [`merge_into`](crate::merge_into) gives, from file to file. `base` is a checkpoint, the
+/// index of a sharded one (`model.safetensors.index.json`), or a folder with either; `out` is a file
+/// for the first and another folder for the second, whose shards and index have the base's names. A
+/// folder as `out` for a single file gets one of its name.
 ///
 /// A safetensors base is merged tensor by tensor, and what is not adapted is copied byte for byte,
 /// the header with its metadata too. Each file appears complete or not at all, an index last. A base
 /// that `torch.save` wrote is read whole, and becomes safetensors.
 ///
 /// # Errors
-/// As [`merge_into`](crate::merge_into), before anything is written where a name is at fault; and
-/// when a file is malformed or the file system refuses. The error names the file and the tensor.
+/// As [`merge_into`](crate::merge_into), before anything is written where a name is at fault; when
+/// `out` is a sharded base's own folder, which a failure would leave half merged; and when a file is
+/// malformed or the file system refuses. The error names the file and the tensor.
 pub fn merge_files(
     base: impl AsRef<Path>,
     adapter: &StateDict,
@@ -43,8 +44,14 @@ pub fn merge_files(
     let paths = shards.paths();
     if let (Shards::One(path), true) = (&shards, is_torch(&paths)?) {
         let tensors = super::merge_into(path.as_path(), adapter, cfg)?;
-        let write = || Ok(file::replace(out, &serialize(&tensors, None)?)?);
-        return write().map_err(|e: Error| e.at(out));
+        let bytes = serialize(&tensors, None).map_err(|e| e.at(out))?;
+        let target = match path.file_name() {
+            Some(name) if out.is_dir() => out.join(name).with_extension("safetensors"),
+            _ => out.to_owned(),
+        };
+        file::replace(&target, &bytes).map_err(|e| Error::from(e).at(&target))?;
+        progress(Progress { done: bytes.len() as u64, total: bytes.len() as u64 });
+        return Ok(());
     }
     let (mut names, mut total) = (BTreeSet::new(), 0);
     for path in &paths {
@@ -63,8 +70,14 @@ pub fn merge_files(
         progress(Progress { done, total });
     };
     let many = matches!(shards, Shards::Many { .. });
-    if many {
-        fs::create_dir_all(out).map_err(|e| Error::from(e).at(out))?;
+    if let Shards::Many { folder, .. } = &shards {
+        let same = || {
+            fs::create_dir_all(out)?;
+            Ok(out.canonicalize()? == folder.canonicalize()?)
+        };
+        if same().map_err(|e: std::io::Error| Error::from(e).at(out))? {
+            return Err(malformed("it is the base's own folder: merge into another").at(out));
+        }
     }
     for path in &paths {
         let target = match path.file_name() {

@@ -4,7 +4,7 @@
 use super::merge_plan::Plan;
 use super::{read_state_dict, Shards, StateDict};
 use crate::peft::PeftConfig;
-use crate::Result;
+use crate::{Error, Result};
 use candle_core::Device;
 use std::path::{Path, PathBuf};
 
@@ -74,7 +74,8 @@ impl From<&str> for Base {
 ///
 /// # Errors
 /// When a tensor of the adapter has no counterpart in the base, its rank is not the configuration's, a
-/// shape does not fit, a merged value is not finite, or the base cannot be read. The error names the tensor.
+/// shape does not fit, a merged value is not finite, or the base cannot be read. The error names the
+/// tensor.
 pub fn merge_into(
     base: impl Into<Base>,
     adapter: &StateDict,
@@ -85,7 +86,11 @@ pub fn merge_into(
         Base::Path(path) => {
             let mut tensors = StateDict::new();
             for shard in Shards::find(&path)?.paths() {
-                tensors.extend(read_state_dict(shard, &Device::Cpu)?.tensors);
+                for (name, tensor) in read_state_dict(&shard, &Device::Cpu)?.tensors {
+                    if tensors.insert(name.clone(), tensor).is_some() {
+                        return Err(Error::tensor(name, "another shard has it too").at(&shard));
+                    }
+                }
             }
             tensors
         }

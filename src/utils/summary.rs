@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 /// What [`summary`] found. Printed, it is a table with a row for each adapted layer and for each
-/// other tensor that is trained; its last line is that of PEFT's `print_trainable_parameters`.
+/// other tensor that is trained; its last line says what PEFT's
+/// `print_trainable_parameters` does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
     /// The adapted layers, sorted by name.

@@ -47,8 +47,9 @@ impl Trainable {
         self
     }
 
-    pub(crate) fn into_parts(self) -> (Bias, Vec<String>) {
-        (self.bias, self.modules)
+    /// The biases and modules, unless everything is selected.
+    pub(crate) fn into_parts(self) -> Option<(Bias, Vec<String>)> {
+        (!self.everything).then_some((self.bias, self.modules))
     }
 
     /// Whether `name` is selected, in a model in which `exists` tells which names there are.
@@ -89,6 +90,13 @@ impl Trainable {
                 return Err(empty(format!("the module {module:?}")));
             }
         }
+        for (layer, _) in selected.keys().map(|name| split(name)).filter(|n| n.1 == "lora_A") {
+            for weight in ["weight", "conv.weight"].map(|weight| join(layer, weight)) {
+                if selected.contains_key(&weight) {
+                    return Err(Error::tensor(weight, FROZEN));
+                }
+            }
+        }
         if selected.is_empty() {
             return Err(empty(match self.everything {
                 true => "everything".to_owned(),
@@ -98,6 +106,10 @@ impl Trainable {
         Ok(selected)
     }
 }
+
+/// A layer never trains the weight under its update, so that to select it would be without effect.
+const FROZEN: &str =
+    "it lies under an adapter, which keeps it frozen: train the layer whole with r = 0";
 
 /// All variables of a map, by name.
 pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
@@ -119,7 +131,8 @@ pub(crate) fn expected(vars: &BTreeMap<String, Var>) -> Vec<&str> {
 /// The variables to train, sorted by name.
 ///
 /// # Errors
-/// When there are none, or none in a module that was named.
+/// When there are none, or none in a module that was named, or a weight is selected that lies under an
+/// adapter and so stays frozen.
 pub fn mark_only_lora_as_trainable(vars: &VarMap, what: impl Into<Trainable>) -> Result<Vec<Var>> {
     Ok(what.into().select(vars)?.into_values().collect())
 }
@@ -128,8 +141,8 @@ pub fn mark_only_lora_as_trainable(vars: &VarMap, what: impl Into<Trainable>) ->
 ///
 /// Some of candle's fused operations (`softmax_last_dim`, `RmsNorm`, `LayerNorm` with a bias,
 /// `rope`) cut the graph without an error, so that what lies before them is never trained; and a model
-/// in evaluation gets no gradients at all. Check once, after the first backward. Where `vars` holds the frozen base too, only `lora_A` and
-/// `lora_B` are looked at.
+/// in evaluation gets no gradients at all. Check once, after the first backward. Where `vars` holds the
+/// frozen base too, only `lora_A` and `lora_B` are looked at.
 pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
     let vars = variables(vars);
     expected(&vars)

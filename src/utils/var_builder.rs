@@ -9,14 +9,15 @@ use std::sync::PoisonError;
 
 /// A `VarBuilder` that takes frozen tensors from `base`, and makes what is trained a variable of
 /// `adapter`: `lora_A` and `lora_B` with their initial values, a bias of the selection with the
-/// base's value, a module of the selection with the base's value where it has one.
+/// base's value, a module of the selection with the base's value where it has one; with
+/// [`Trainable::everything`] the whole base.
 ///
 /// What is already in `adapter` is used as it is. dtype and device are the base's. Give
 /// `mark_only_lora_as_trainable` and `lora_state_dict` the same selection.
 ///
 /// # Errors
-/// A frozen tensor or a bias that `base` lacks is an error when it is asked for, never a random
-/// value.
+/// A tensor that `base` lacks is an error when it is asked for, never a random value; but for the
+/// factors and the modules of the selection, which may be new.
 pub fn var_builder<'a>(
     base: VarBuilder<'a>,
     adapter: &VarMap,

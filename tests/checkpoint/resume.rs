@@ -77,7 +77,7 @@ fn a_loaded_checkpoint_trains_on_bit_for_bit() -> lora::Result<()> {
 #[test]
 fn a_loaded_peft_adapter_trains_on_bit_for_bit() -> lora::Result<()> {
     let folder = tempfile::tempdir()?;
-    let config = PeftConfig::from(CFG).trains(what());
+    let config = PeftConfig::from(CFG).trains(what())?;
     let save = |vars: &VarMap| {
         peft::save_pretrained(folder.path(), &lora::lora_state_dict(vars, what())?, &config)
     };

@@ -102,3 +102,14 @@ fn an_empty_selection_is_an_error() -> Result<()> {
     assert_eq!("lora_only".parse::<Bias>()?, Bias::LoraOnly);
     Ok(())
 }
+
+#[test]
+fn a_weight_under_an_adapter_cannot_be_selected() -> Result<()> {
+    for what in [lora::Trainable::everything(), Bias::None.and("q")] {
+        let (_, vars) = adapter(what.clone())?;
+        let message = ["\"q.weight\"", "frozen"];
+        fails(lora::mark_only_lora_as_trainable(&vars, what.clone()), &message);
+        fails(lora::lora_state_dict(&vars, what), &message);
+    }
+    Ok(())
+}

@@ -3,6 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use loralib::LoraConfig;
+use std::io::Write;
 use std::sync::OnceLock;
 
 /// An adapter's options, with alpha ≠ r.
@@ -25,7 +26,8 @@ pub fn device() -> Device {
             let wanted = std::env::var("LORALIB_DEVICE").is_ok_and(|name| name == "cuda");
             Device::new_cuda(0).unwrap_or_else(|e| {
                 assert!(!wanted, "no GPU to test on: {e}");
-                println!("run on the CPU, skipped on a GPU: {e}");
+                // Not println!, which a test that passes does not show.
+                let _ = writeln!(std::io::stderr(), "run on the CPU, skipped on a GPU: {e}");
                 Device::Cpu
             })
         })

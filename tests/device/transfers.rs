@@ -8,6 +8,7 @@ use candle_core::{DType, Module, Result};
 use candle_nn::{AdamW, Conv2dConfig, Optimizer, VarBuilder, VarMap};
 use lora::{LoraConfig, LoraModule};
 use loralib as lora;
+use std::io::Write;
 
 /// Each base weight has 2 MiB or more.
 const DIM: usize = 1024;
@@ -15,7 +16,7 @@ const DIM: usize = 1024;
 #[test]
 fn steps_and_merges_leave_the_base_on_the_device() -> Result<()> {
     if device().is_cpu() {
-        println!("skipped: no GPU");
+        let _ = writeln!(std::io::stderr(), "{}: skipped, no GPU", module_path!());
         return Ok(());
     }
     for dtype in [DType::F32, DType::BF16, DType::F16] {

@@ -102,6 +102,14 @@ fn what_cannot_be_saved_is_refused_by_name() -> lora::Result<()> {
     head.insert("head.weight".into(), Tensor::zeros(2, DType::F32, &CPU)?);
     assert!(refused(&head, &config).contains("head.weight"));
     assert!(refused(&StateDict::new(), &PeftConfig::default()).contains("without layers"));
+    for lora in [
+        lora::LoraConfig { lora_alpha: f64::NAN, ..config.lora },
+        lora::LoraConfig { lora_dropout: 1., ..config.lora },
+    ] {
+        let refused = refused(&adapter, &PeftConfig { lora, ..config.clone() });
+        assert!(refused.contains("lora_A"), "{refused}");
+    }
+    assert!(PeftConfig::default().trains(lora::Trainable::everything()).is_err());
     assert!(dir.path().read_dir()?.next().is_none());
     Ok(())
 }

@@ -10,7 +10,8 @@ mod table;
 mod timing;
 
 use candle_core::{DType, Error, Module, Result, Tensor};
-use cases::{adapter, case, config, forward, rand, step, var, Case};
+use candle_nn::VarBuilder;
+use cases::{case, config, device, forward, rand, step, var, Case};
 use peft_rs::model::LinearWithLora;
 use peft_rs::{LoraConfig, LoraLayer};
 use std::sync::Arc;
@@ -30,12 +31,18 @@ fn linear(m: usize, d: usize, r: usize) -> Result<Vec<Case>> {
     let x = var(&[m, d], DType::F32)?;
     let data = x.detach();
     let base = candle_nn::Linear::new(rand(&[d, d], DType::F32)?, None);
-    let ours = loralib::Linear::new(base.clone(), config(r), adapter(DType::F32))?;
     let cfg = LoraConfig { r, alpha: 2 * r, ..Default::default() };
     let (a, b) = (var(&[r, d], DType::F32)?, var(&[d, r], DType::F32)?);
+    let factors = [("lora_A".to_owned(), a.clone()), ("lora_B".to_owned(), b.clone())];
+    let factors = VarBuilder::from_tensors(factors.into(), DType::F32, device());
+    let ours = loralib::Linear::new(base.clone(), config(r), factors)?;
     let theirs = LoraLayer::from_weights(a, b, cfg).map_err(Error::wrap)?;
     let theirs = LinearWithLora::from_parts("fc", base, theirs).map_err(Error::wrap)?;
     let theirs = Peft(Arc::new(theirs));
+    let apart = (ours.forward(&data)? - theirs.forward(&data)?)?.abs()?.max_all()?;
+    if apart.to_scalar::<f32>()? > 1e-4 {
+        candle_core::bail!("the layers differ by {apart}")
+    }
     let name = |what: &str| format!("Linear {m}x{d} r {r} {what}");
     Ok(vec![
         case(name("forward"), forward(&ours, &data), vec![("peft-rs", forward(&theirs, &data))]),
