@@ -1,23 +1,13 @@
 //! Convolutions of several groups: loralib's update has a form in PEFT, whose own has none here.
 
-use crate::common::{bits, difference, rnd};
+use crate::common::{bits, difference, rnd, CFG};
 use crate::{folder, model, CPU};
 use candle_core::{DType, Module, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder};
 use lora::peft::{self, Kind, PeftConfig};
-use lora::{LoraConfig, StateDict};
+use lora::StateDict;
 use loralib as lora;
 use std::collections::HashMap;
-
-const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    lora_dtype: None,
-};
 
 fn kind(n: usize, groups: usize) -> Kind {
     match n {
