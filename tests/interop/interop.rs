@@ -1,22 +1,17 @@
 //! The Rust side of `interop.py`, which says what is compared: `write DIR` and `read DIR`.
 
+#[path = "../common/mod.rs"]
+mod common;
+
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
+use common::CFG;
 use lora::peft::{self, Kind, PeftConfig};
 use lora::{Bias, LoraConfig, StateDict, Strict};
 use loralib as lora;
 use std::path::Path;
 
 const CPU: Device = Device::Cpu;
-const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    lora_dtype: None,
-};
 
 struct Toy {
     embed: lora::Embedding,
