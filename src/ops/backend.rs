@@ -2,10 +2,12 @@
 //! by the backend's own operations elsewhere.
 
 use super::in_place;
+use super::product::product;
 use candle_core::backend::BackendStorage;
 use candle_core::op::Add;
 use candle_core::{
-    bail, CpuStorage, CudaStorage, DType, Layout, MetalStorage, Result, Storage, Tensor, WithDType,
+    bail, CpuStorage, CudaStorage, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor,
+    WithDType,
 };
 use std::ops::Range;
 
@@ -23,15 +25,25 @@ impl Term {
     pub fn rank(&self) -> usize {
         self.u.layout().dims()[1]
     }
-
-    pub fn bmnk(&self, rows: usize) -> (usize, usize, usize, usize) {
-        (1, rows, self.cols.len(), self.rank())
-    }
 }
 
 pub(crate) trait Backend: BackendStorage {
     /// This backend's view of a tensor's storage.
     fn of(storage: &Storage) -> Result<&Self>;
+
+    /// `self·rhs`, two matrices. Where a backend computes in a wider dtype, the product stays in it
+    /// until it is [`Backend::rounded`].
+    fn product(&self, l: &Layout, rhs: &Self, rl: &Layout) -> Result<Self> {
+        product_of_candle(self, l, rhs, rl)
+    }
+
+    /// `self`, a contiguous tensor, in `dtype`.
+    fn rounded(self, shape: &Shape, dtype: DType) -> Result<Self> {
+        match self.dtype() == dtype {
+            true => Ok(self),
+            false => self.to_dtype(&Layout::contiguous(shape), dtype),
+        }
+    }
 
     /// Rows of `self`, a contiguous (num, dim) table, by i64 ids that are known to be in range, plus
     /// the term.
@@ -52,6 +64,22 @@ impl Backend for CpuStorage {
         match storage {
             Storage::Cpu(s) => Ok(s),
             s => bail!("a tensor is on {:?} and its operand on the CPU", s.device().location()),
+        }
+    }
+
+    fn product(&self, l: &Layout, rhs: &Self, rl: &Layout) -> Result<Self> {
+        match product((self, l), (rhs, rl)) {
+            Some(y) => Ok(y),
+            None => product_of_candle(self, l, rhs, rl),
+        }
+    }
+
+    fn rounded(self, shape: &Shape, dtype: DType) -> Result<Self> {
+        match (&self, dtype) {
+            (CpuStorage::F32(y), DType::BF16) => Ok(CpuStorage::BF16(in_place::rounded(y))),
+            (CpuStorage::F32(y), DType::F16) => Ok(CpuStorage::F16(in_place::rounded(y))),
+            (y, _) if y.dtype() == dtype => Ok(self),
+            (y, _) => y.to_dtype(&Layout::contiguous(shape), dtype),
         }
     }
 
@@ -98,6 +126,11 @@ impl Backend for MetalStorage {
     }
 }
 
+fn product_of_candle<S: Backend>(x: &S, l: &Layout, rhs: &S, rl: &Layout) -> Result<S> {
+    let ((m, k), n) = (l.shape().dims2()?, rl.dims()[1]);
+    x.matmul(rhs, (1, m, n, k), l, rl)
+}
+
 fn plus_by_passes<S: Backend>(
     mut y: S,
     (m, n): (usize, usize),
@@ -109,10 +142,7 @@ fn plus_by_passes<S: Backend>(
         let ((u, ul), (v, vl)) = (term.u.storage_and_layout(), term.v.storage_and_layout());
         let (rows, cols) = (term.rows.len(), term.cols.len());
         let block = Layout::contiguous((rows, cols));
-        let mut add = S::of(&u)?.matmul(S::of(&v)?, term.bmnk(rows), ul, vl)?;
-        if add.dtype() != y.dtype() {
-            add = add.to_dtype(&block, y.dtype())?;
-        }
+        let add = S::of(&u)?.product(ul, S::of(&v)?, vl)?.rounded(block.shape(), y.dtype())?;
         let place = layout.narrow(0, term.rows.start, rows)?.narrow(1, term.cols.start, cols)?;
         let sum = y.binary_impl::<Add>(&add, &place, &block)?;
         if (rows, cols) == (m, n) {

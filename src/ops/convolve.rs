@@ -1,6 +1,7 @@
 //! Convolution on the CPU: a sample at a time, unfolded into columns and multiplied by candle's own
 //! matrix product, with the samples spread over the threads.
 
+use super::backend::Backend;
 use super::conv::Sizes;
 use super::op::if_tracked;
 use super::unfold::{fold, unfold};
@@ -100,9 +101,7 @@ fn product<T: WithDType>(
     (a, al): (&CpuStorage, Layout),
     (b, bl): (&CpuStorage, Layout),
 ) -> Result<Vec<T>> {
-    let (m, k) = al.shape().dims2()?;
-    let n = bl.dims()[1];
-    T::cpu_storage_data(a.matmul(b, (1, m, n, k), &al, &bl)?)
+    T::cpu_storage_data(a.product(&al, b, &bl)?)
 }
 
 /// One group's columns of one sample, (reach, positions), in a buffer that a thread keeps.

@@ -3,6 +3,7 @@
 
 use super::backend::{wide, Backend, Term};
 use super::in_place::columns as columns_of;
+use super::matmul::matmul;
 use super::op::{if_tracked, Custom, Op};
 use crate::layers::LowRank;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor, WithDType};
@@ -94,13 +95,13 @@ impl Op<2> for Lookup {
     fn backward(&self, [a, b]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
         let g = grad.to_dtype(wide(grad.dtype()))?.contiguous()?;
         let ga = if_tracked(a, || {
-            let h = g.matmul(&self.term.v.t()?)?.t()?.contiguous()?;
+            let h = matmul(&g, &self.term.v.t()?)?.t()?.contiguous()?;
             Tensor::zeros(a.shape(), h.dtype(), h.device())?
                 .index_add(&self.ids, &h, 1)?
                 .to_dtype(a.dtype())
         })?;
         let gb =
-            if_tracked(b, || (g.t()?.matmul(&self.term.u)? * self.scaling)?.to_dtype(b.dtype()))?;
+            if_tracked(b, || (matmul(&g.t()?, &self.term.u)? * self.scaling)?.to_dtype(b.dtype()))?;
         Ok([ga, gb])
     }
 }

@@ -2,7 +2,6 @@
 //! cache: one pass over memory for all terms and the bias, and no buffer of the matrix's size.
 
 use super::backend::{Backend, Term};
-use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
@@ -78,6 +77,17 @@ pub(super) fn columns<T: Copy>(a: &[T], ids: &[i64], num: usize) -> Vec<T> {
     for id in ids {
         y.extend(a.chunks_exact(num).map(|row| row[*id as usize]));
     }
+    y
+}
+
+/// `wide` in half precision.
+pub(super) fn rounded<T: Copy + Default + Send>(wide: &[f32]) -> Vec<T>
+where
+    [T]: HalfFloatSliceExt,
+{
+    let mut y = vec![T::default(); wide.len()];
+    let blocks = y.par_chunks_mut(BLOCK).zip(wide.par_chunks(BLOCK));
+    blocks.for_each(|(y, wide)| y.convert_from_f32_slice(wide));
     y
 }
 
@@ -160,12 +170,7 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
             None => {
                 let ((u, ul), (v, vl)) = (self.u.storage_and_layout(), term.v.storage_and_layout());
                 let ul = ul.narrow(0, at, to - from)?;
-                let sum = CpuStorage::of(&u)?.matmul(
-                    CpuStorage::of(&v)?,
-                    term.bmnk(to - from),
-                    &ul,
-                    vl,
-                )?;
+                let sum = CpuStorage::of(&u)?.product(&ul, CpuStorage::of(&v)?, vl)?;
                 let sum = W::cpu_storage_as_slice(&sum)?;
                 let lines = y.chunks_exact_mut(n).map(|y| &mut y[cols.clone()]);
                 let lines = lines.zip(sum.chunks_exact(cols.len()));

@@ -3,6 +3,7 @@
 //! `x`, `A` and `B` alone.
 
 use super::backend::{wide, Backend, Term};
+use super::matmul::matmul;
 use super::op::{if_tracked, Custom, Op};
 use super::{biased, dropout_mask};
 use crate::layers::LowRank;
@@ -51,7 +52,7 @@ pub(crate) fn linear(
         Some(update) => {
             let mask = dropout_mask(&x, update.dropout(), wide(x.dtype()))?;
             let frozen = update.frozen();
-            let u = dropped(&x, m, mask.as_ref())?.matmul(&frozen.wide_a(x.dtype())?.t()?)?;
+            let u = matmul(&dropped(&x, m, mask.as_ref())?, &frozen.wide_a(x.dtype())?.t()?)?;
             let op = Adapted { w: w.detach(), product, update: frozen, u, mask };
             x.apply_op3(update.a(), update.b(), Custom(op.with_terms()?))?
         }
@@ -83,11 +84,13 @@ impl Product {
     fn of<S: Backend>(&self, (x, xl): (&S, &Layout), (w, wl): (&S, &Layout)) -> Result<(S, Shape)> {
         let (k, n) = wl.shape().dims2()?;
         let rows = Layout::contiguous_with_offset((self.m, k), xl.start_offset());
-        let y = x.matmul(w, (1, self.m, n, k), &rows, wl)?;
+        let y = x.product(&rows, w, wl)?;
+        let y = y.plus((self.m, n), self.bias.as_ref(), &self.terms)?;
         let mut dims = xl.dims().to_vec();
         dims.pop();
         dims.push(n);
-        Ok((y.plus((self.m, n), self.bias.as_ref(), &self.terms)?, dims.into()))
+        let shape = dims.into();
+        Ok((y.rounded(&shape, x.dtype())?, shape))
     }
 }
 
@@ -153,14 +156,14 @@ impl Op<3> for Adapted {
         let (mut h, mut gb) = (vec![], vec![]);
         for f in self.update.factors(x.dtype())? {
             let g = packed(g.narrow(1, f.out.start, f.out.len())?)?;
-            h.push(g.matmul(&f.b)?);
+            h.push(matmul(&g, &f.b)?);
             let u = self.u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
             // The scaling is applied to the product's small result.
-            gb.push((g.t()?.matmul(&u)? * self.update.scaling())?);
+            gb.push((matmul(&g.t()?, &u)? * self.update.scaling())?);
         }
         let (h, gb) = (joined(h, 1)?, joined(gb, 0)?);
         let ga = if_tracked(a, || {
-            h.t()?.matmul(&dropped(x, m, self.mask.as_ref())?)?.to_dtype(a.dtype())
+            matmul(&h.t()?, &dropped(x, m, self.mask.as_ref())?)?.to_dtype(a.dtype())
         })?;
         let gb = if_tracked(b, || gb.to_dtype(b.dtype()))?;
         let gx = if_tracked(x, || {
@@ -171,7 +174,7 @@ impl Op<3> for Adapted {
                     product(&grad, &wt, m, vec![term])
                 }
                 Some(mask) => {
-                    let through = (h.matmul(&wide_a)?.reshape(x.shape())? * mask)?;
+                    let through = (matmul(&h, &wide_a)?.reshape(x.shape())? * mask)?;
                     product(&grad, &wt, m, vec![])? + through.to_dtype(x.dtype())?
                 }
             }

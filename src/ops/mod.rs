@@ -10,8 +10,30 @@ mod frozen;
 mod gather;
 mod in_place;
 mod linear;
+mod matmul;
 mod merge;
 mod op;
+#[cfg(all(
+    feature = "faer",
+    target_arch = "x86_64",
+    not(any(feature = "mkl", feature = "accelerate"))
+))]
+mod product;
+#[cfg(not(all(
+    feature = "faer",
+    target_arch = "x86_64",
+    not(any(feature = "mkl", feature = "accelerate"))
+)))]
+mod product {
+    //! candle's own, always.
+    use candle_core::{CpuStorage, Layout};
+
+    type Operand<'a> = (&'a CpuStorage, &'a Layout);
+
+    pub(super) fn product(_: Operand, _: Operand) -> Option<CpuStorage> {
+        None
+    }
+}
 mod unfold;
 
 pub(crate) use backend::{wide, Term};

@@ -467,13 +467,16 @@ fn a_merged_layer_does_not_follow_later_changes_of_its_variables() -> Result<()>
     let mut layer = lora::linear(6, 5, CFG, vb)?;
     let x = rnd(1, &[2, 6], DType::F32)?;
     layer.eval()?;
-    let (before, plain) = (bits(&layer.forward(&x)?)?, layer.clone().into_merged()?);
+    let (before, plain) = (layer.forward(&x)?, layer.clone().into_merged()?);
     for var in vars.data().lock().unwrap().values() {
         var.set(&rnd(9, var.dims(), DType::F32)?)?;
     }
-    assert_eq!(bits(&layer.forward(&x)?)?, before);
-    assert_eq!(bits(&plain.forward(&x)?)?, before);
+    assert_eq!(bits(&layer.forward(&x)?)?, bits(&before)?);
+    assert!(
+        difference(&plain.forward(&x)?, &before)? < 1e-6,
+        "another product: apart by roundings"
+    );
     layer.eval()?;
-    assert_ne!(bits(&layer.forward(&x)?)?, before);
+    assert!(difference(&layer.forward(&x)?, &before)? > 1e-2);
     Ok(())
 }

@@ -1,0 +1,211 @@
+//! The product of two matrices on the CPU by faer's kernels, which choose AVX-512 or AVX2 at run
+//! time, in one thread each; candle's own takes AVX2 unless it was built for more.
+
+use candle_core::{CpuStorage, Layout};
+use faer::linalg::matmul::matmul;
+use faer::traits::ComplexField;
+use faer::{Accum, MatMut, MatRef, Par};
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+/// Multiplications below which one thread is faster than two.
+const ALONE: usize = 1 << 20;
+
+/// Values in half precision that are widened at a time, and those that are worth a thread.
+const WIDENED: usize = if cfg!(test) { 1 << 11 } else { 1 << 22 };
+const SHARE: usize = 1 << 14;
+
+/// `a·b`, of operands in half precision in F32. `None` for other dtypes, and for layouts in which
+/// neither rows nor columns are contiguous.
+pub(super) fn product(
+    (a, al): (&CpuStorage, &Layout),
+    (b, bl): (&CpuStorage, &Layout),
+) -> Option<CpuStorage> {
+    use CpuStorage::{BF16, F16, F32, F64};
+    Some(match (a, b) {
+        (F32(a), F32(b)) => F32(of_wide(Lines::new(a, al)?, Lines::new(b, bl)?)),
+        (F64(a), F64(b)) => F64(of_wide(Lines::new(a, al)?, Lines::new(b, bl)?)),
+        (F16(a), F16(b)) => F32(of_half(Lines::new(a, al)?, Lines::new(b, bl)?)),
+        (BF16(a), BF16(b)) => F32(of_half(Lines::new(a, al)?, Lines::new(b, bl)?)),
+        _ => return None,
+    })
+}
+
+fn of_wide<T: ComplexField + Copy>(a: Lines<T>, b: Lines<T>) -> Vec<T> {
+    let (a, b) = (a.matrix(), b.matrix());
+    let mut y = vec![T::zero_impl(); a.nrows() * b.ncols()];
+    let out = MatMut::from_row_major_slice_mut(&mut y, a.nrows(), b.ncols());
+    multiply(out, Accum::Replace, a, b, rayon::current_num_threads());
+    y
+}
+
+/// Of `b`, the frozen weight, only a part is widened at a time.
+fn of_half<T: Copy + Sync>(a: Lines<T>, b: Lines<T>) -> Vec<f32>
+where
+    [T]: HalfFloatSliceExt,
+{
+    let threads = rayon::current_num_threads();
+    let (mut wide_a, mut wide_b) = (vec![], vec![]);
+    let a = a.widened(&mut wide_a).matrix();
+    let (m, n) = (a.nrows(), if b.columns { b.count } else { b.len });
+    let mut y = vec![0.; m * n];
+    let mut out = MatMut::from_row_major_slice_mut(&mut y, m, n);
+    let step = (WIDENED / b.len.max(1)).max(1);
+    for from in (0..b.count).step_by(step) {
+        let width = step.min(b.count - from);
+        let part = b.part(from, width).widened(&mut wide_b).matrix();
+        if b.columns {
+            let out = out.as_mut().subcols_mut(from, width);
+            multiply(out, Accum::Replace, a, part, threads);
+        } else {
+            let accum = if from == 0 { Accum::Replace } else { Accum::Add };
+            multiply(out.as_mut(), accum, a.subcols(from, width), part, threads);
+        }
+    }
+    y
+}
+
+/// `y = a·b`, or `y += a·b`, with the longer side of `y` halved until each thread has a part.
+fn multiply<T: ComplexField + Copy>(
+    y: MatMut<T>,
+    accum: Accum,
+    a: MatRef<T>,
+    b: MatRef<T>,
+    threads: usize,
+) {
+    let (m, n) = y.shape();
+    if threads < 2 || m.saturating_mul(n).saturating_mul(a.ncols()) < ALONE {
+        return matmul(y, accum, a, b, T::one_impl(), Par::Seq);
+    }
+    let first = threads / 2;
+    let part = |len: usize| (len * first / threads).next_multiple_of(16).min(len);
+    if m < n {
+        let ((y1, y2), (b1, b2)) = (y.split_at_col_mut(part(n)), b.split_at_col(part(n)));
+        rayon::join(
+            || multiply(y1, accum, a, b1, first),
+            || multiply(y2, accum, a, b2, threads - first),
+        );
+    } else {
+        let ((y1, y2), (a1, a2)) = (y.split_at_row_mut(part(m)), a.split_at_row(part(m)));
+        rayon::join(
+            || multiply(y1, accum, a1, b, first),
+            || multiply(y2, accum, a2, b, threads - first),
+        );
+    }
+}
+
+/// A matrix as lines of contiguous values: its rows, or its columns.
+#[derive(Clone, Copy)]
+struct Lines<'a, T> {
+    values: &'a [T],
+    count: usize,
+    len: usize,
+    stride: usize,
+    columns: bool,
+}
+
+impl<'a, T: Copy> Lines<'a, T> {
+    fn new(values: &'a [T], layout: &Layout) -> Option<Self> {
+        let (rows, cols) = layout.shape().dims2().ok()?;
+        let values = values.get(layout.start_offset()..)?;
+        let lines = |count, len, stride, columns| Self { values, count, len, stride, columns };
+        match *layout.stride() {
+            [stride, 1] if stride >= cols => Some(lines(rows, cols, stride, false)),
+            [1, stride] if stride >= rows => Some(lines(cols, rows, stride, true)),
+            _ => None,
+        }
+    }
+
+    fn part(self, from: usize, count: usize) -> Self {
+        Self { values: &self.values[from * self.stride..], count, ..self }
+    }
+
+    fn matrix(self) -> MatRef<'a, T> {
+        let Self { values, count, len, stride, columns } = self;
+        let m = MatRef::from_row_major_slice_with_stride(values, count, len, stride);
+        if columns {
+            m.transpose()
+        } else {
+            m
+        }
+    }
+
+    /// The same in F32, in `buffer`.
+    fn widened(self, buffer: &mut Vec<f32>) -> Lines<'_, f32>
+    where
+        T: Sync,
+        [T]: HalfFloatSliceExt,
+    {
+        let Self { values, count, len, stride, columns } = self;
+        buffer.resize(count * len, 0.);
+        buffer
+            .par_chunks_mut(len.max(1))
+            .zip(values.par_chunks(stride.max(1)))
+            .with_min_len(SHARE / len.max(1) + 1)
+            .for_each(|(wide, line)| line[..len].convert_to_f32_slice(wide));
+        Lines { values: buffer, count, len, stride: len, columns }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device, Result, Storage, Tensor};
+
+    fn of(a: &Tensor, b: &Tensor) -> Option<CpuStorage> {
+        let ((a, al), (b, bl)) = (a.storage_and_layout(), b.storage_and_layout());
+        match (&*a, &*b) {
+            (Storage::Cpu(a), Storage::Cpu(b)) => product((a, al), (b, bl)),
+            _ => None,
+        }
+    }
+
+    /// Whole numbers, whose sums are exact in any order.
+    fn whole(rows: usize, cols: usize) -> Result<Tensor> {
+        Tensor::rand(-4f32, 4., (rows, cols), &Device::Cpu)?.round()
+    }
+
+    /// The same matrix with its rows contiguous, its columns, and either with gaps between.
+    fn layouts(m: &Tensor) -> Result<Vec<Tensor>> {
+        let (rows, cols) = m.dims2()?;
+        let gaps = m.pad_with_zeros(0, 2, 3)?.pad_with_zeros(1, 1, 5)?;
+        let by_columns = |m: &Tensor| m.t()?.contiguous()?.t();
+        let part = |m: Tensor| m.narrow(0, 2, rows)?.narrow(1, 1, cols);
+        Ok(vec![m.clone(), by_columns(m)?, part(by_columns(&gaps)?)?, part(gaps)?])
+    }
+
+    #[test]
+    fn every_layout_and_dtype_gives_candle_s_product() -> Result<()> {
+        // One row, one column, thin, and split between threads by rows and by columns; those in half
+        // precision are also widened in parts.
+        let sizes = [(1, 7, 5), (9, 3, 1), (40, 200, 8), (150, 90, 130), (90, 130, 150)];
+        for (m, k, n) in sizes {
+            let (a, b) = (whole(m, k)?, whole(k, n)?);
+            let expected = a.to_dtype(DType::F64)?.matmul(&b.to_dtype(DType::F64)?)?;
+            for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+                for a in layouts(&a.to_dtype(dtype)?)? {
+                    for b in layouts(&b.to_dtype(dtype)?)? {
+                        let y = match of(&a, &b) {
+                            Some(CpuStorage::F64(y)) => Tensor::new(y, &Device::Cpu)?,
+                            Some(CpuStorage::F32(y)) => Tensor::new(y, &Device::Cpu)?,
+                            y => panic!("{y:?}"),
+                        };
+                        let y = y.to_dtype(DType::F64)?.reshape((m, n))?;
+                        let apart = (y - &expected)?.abs()?.max_all()?.to_scalar::<f64>()?;
+                        assert_eq!(apart, 0., "{dtype:?} {:?} {:?}", a.layout(), b.layout());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_not_made_of_lines_is_left_to_candle() -> Result<()> {
+        let (a, b) = (whole(4, 6)?, whole(6, 8)?);
+        assert!(of(&a, &b.narrow(0, 0, 1)?.broadcast_as((6, 8))?).is_none());
+        assert!(of(&a.to_dtype(DType::U8)?, &b.to_dtype(DType::U8)?).is_none());
+        assert!(of(&a, &b.to_dtype(DType::F64)?).is_none());
+        Ok(())
+    }
+}
