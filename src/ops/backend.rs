@@ -127,7 +127,7 @@ impl Backend for MetalStorage {
 }
 
 fn product_of_candle<S: Backend>(x: &S, l: &Layout, rhs: &S, rl: &Layout) -> Result<S> {
-    let ((m, k), n) = (l.shape().dims2()?, rl.dims()[1]);
+    let ((m, k), (_, n)) = (l.shape().dims2()?, rl.shape().dims2()?);
     x.matmul(rhs, (1, m, n, k), l, rl)
 }
 
@@ -152,6 +152,7 @@ fn plus_by_passes<S: Backend>(
         }
     }
     if let Some(bias) = bias {
+        let bias = bias.to_dtype(y.dtype())?;
         let (b, bl) = bias.storage_and_layout();
         y = y.binary_impl::<Add>(S::of(&b)?, &layout, &bl.broadcast_as((m, n))?)?;
     }
@@ -180,7 +181,9 @@ mod tests {
             let rand =
                 |dims: (usize, usize), dtype| Tensor::randn(0f64, 1., dims, cpu)?.to_dtype(dtype);
             let y = rand((m, n), dtype)?;
-            let bias = rand((1, n), dtype)?.flatten_all()?;
+            // Of half-precision operands the CPU's product is in F32.
+            let bias = rand((1, n), if dtype == DType::F32 { DType::BF16 } else { dtype })?;
+            let bias = bias.flatten_all()?;
             let mut terms = vec![];
             for (rows, cols, k) in [(0..m, 0..n, 3), (2..5, 0..n, 40), (0..m, 4..9, 1)] {
                 let u = rand((rows.len(), k), wide(dtype))?;

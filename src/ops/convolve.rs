@@ -1,5 +1,5 @@
-//! Convolution on the CPU: a sample at a time, unfolded into columns and multiplied by candle's own
-//! matrix product, with the samples spread over the threads.
+//! Convolution on the CPU: a sample at a time, unfolded into columns and multiplied, with the samples
+//! spread over the threads.
 
 use super::backend::Backend;
 use super::conv::Sizes;

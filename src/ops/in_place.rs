@@ -47,7 +47,7 @@ half! { f16 bf16 }
 const BLOCK: usize = 1 << 15;
 
 /// Up to this rank a thin product is bound by loads and stores, and the loop below, which spares
-/// those of the sum, is faster than candle's product and an addition.
+/// those of the sum, is faster than a product and an addition.
 const THIN: usize = 32;
 
 /// Values of `v` that a core's first cache holds beside a part of a row of `y`.

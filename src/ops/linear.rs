@@ -105,6 +105,7 @@ impl Op<2> for Product {
         let (k, n) = w.dims2()?;
         let grad = grad.contiguous()?;
         let gx = if_tracked(x, || product(&grad, &w.detach().t()?, self.m, vec![]))?;
+        // By candle, which is the faster where both operands are long in the direction of the sum.
         let gw = if_tracked(w, || {
             x.detach().reshape((self.m, k))?.t()?.matmul(&grad.reshape((self.m, n))?)
         })?;
@@ -183,8 +184,8 @@ impl Op<3> for Adapted {
     }
 }
 
-/// A matrix as the products take it: candle's own on the CPU with any strides, the others without
-/// gaps, also transposed.
+/// A matrix as the products take it: the CPU's with any strides, the others without gaps, also
+/// transposed.
 fn packed(x: Tensor) -> Result<Tensor> {
     let any = x.device().is_cpu() && !cfg!(any(feature = "mkl", feature = "accelerate"));
     match any || x.is_contiguous() || x.t()?.is_contiguous() {

@@ -15,7 +15,11 @@ impl Op<2> for Matmul {
     const NAME: &'static str = "product";
 
     fn forward<S: Backend>(&self, [(a, al), (b, bl)]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
-        let shape = Shape::from((al.dims()[0], bl.dims()[1]));
+        let ((m, k), (rows, n)) = (al.shape().dims2()?, bl.shape().dims2()?);
+        if k != rows {
+            bail!("product: of {:?} and {:?}", al.dims(), bl.dims())
+        }
+        let shape = Shape::from((m, n));
         Ok((a.product(al, b, bl)?.rounded(&shape, a.dtype())?, shape))
     }
 

@@ -1,5 +1,5 @@
-//! The product of two matrices on the CPU by faer's kernels, which choose AVX-512 or AVX2 at run
-//! time, in one thread each; candle's own takes AVX2 unless it was built for more.
+//! The product of two matrices on the CPU by faer. Its kernels for large products take AVX-512 where
+//! the machine has it; candle's do only if they were built for it.
 
 use candle_core::{CpuStorage, Layout};
 use faer::linalg::matmul::matmul;
@@ -9,14 +9,16 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 /// Multiplications below which one thread is faster than two.
-const ALONE: usize = 1 << 20;
+const ALONE: usize = if cfg!(test) { 1 << 10 } else { 1 << 20 };
 
-/// Values in half precision that are widened at a time, and those that are worth a thread.
+/// Values in half precision that are widened at a time.
 const WIDENED: usize = if cfg!(test) { 1 << 11 } else { 1 << 22 };
+
+/// Values whose widening is worth a thread.
 const SHARE: usize = 1 << 14;
 
-/// `a·b`, of operands in half precision in F32. `None` for other dtypes, and for layouts in which
-/// neither rows nor columns are contiguous.
+/// `a·b`; in F32 if the operands are in half precision. `None` for other dtypes, and for layouts in
+/// which neither rows nor columns are contiguous.
 pub(super) fn product(
     (a, al): (&CpuStorage, &Layout),
     (b, bl): (&CpuStorage, &Layout),
@@ -39,7 +41,7 @@ fn of_wide<T: ComplexField + Copy>(a: Lines<T>, b: Lines<T>) -> Vec<T> {
     y
 }
 
-/// Of `b`, the frozen weight, only a part is widened at a time.
+/// Of `b`, the weight, only a part is widened at a time.
 fn of_half<T: Copy + Sync>(a: Lines<T>, b: Lines<T>) -> Vec<f32>
 where
     [T]: HalfFloatSliceExt,
@@ -74,11 +76,15 @@ fn multiply<T: ComplexField + Copy>(
     threads: usize,
 ) {
     let (m, n) = y.shape();
-    if threads < 2 || m.saturating_mul(n).saturating_mul(a.ncols()) < ALONE {
+    if threads < 2 || m.max(n) < 2 || m.saturating_mul(n).saturating_mul(a.ncols()) < ALONE {
         return matmul(y, accum, a, b, T::one_impl(), Par::Seq);
     }
     let first = threads / 2;
-    let part = |len: usize| (len * first / threads).next_multiple_of(16).min(len);
+    // In whole vectors where there are enough.
+    let part = |len: usize| match len * first / threads {
+        part if part < 16 => part.max(1),
+        part => part / 16 * 16,
+    };
     if m < n {
         let ((y1, y2), (b1, b2)) = (y.split_at_col_mut(part(n)), b.split_at_col(part(n)));
         rayon::join(
@@ -171,13 +177,21 @@ mod tests {
         let gaps = m.pad_with_zeros(0, 2, 3)?.pad_with_zeros(1, 1, 5)?;
         let by_columns = |m: &Tensor| m.t()?.contiguous()?.t();
         let part = |m: Tensor| m.narrow(0, 2, rows)?.narrow(1, 1, cols);
-        Ok(vec![m.clone(), by_columns(m)?, part(by_columns(&gaps)?)?, part(gaps)?])
+        // The last line of these ends where the storage does.
+        let last = m.pad_with_zeros(0, 2, 0)?.pad_with_zeros(1, 1, 0)?;
+        Ok(vec![
+            m.clone(),
+            by_columns(m)?,
+            part(by_columns(&gaps)?)?,
+            part(gaps)?,
+            part(by_columns(&last)?)?,
+            part(last)?,
+        ])
     }
 
     #[test]
     fn every_layout_and_dtype_gives_candle_s_product() -> Result<()> {
-        // One row, one column, thin, and split between threads by rows and by columns; those in half
-        // precision are also widened in parts.
+        // One row, one column, thin, and more than one part to widen.
         let sizes = [(1, 7, 5), (9, 3, 1), (40, 200, 8), (150, 90, 130), (90, 130, 150)];
         for (m, k, n) in sizes {
             let (a, b) = (whole(m, k)?, whole(k, n)?);
@@ -194,6 +208,26 @@ mod tests {
                         let apart = (y - &expected)?.abs()?.max_all()?.to_scalar::<f64>()?;
                         assert_eq!(apart, 0., "{dtype:?} {:?} {:?}", a.layout(), b.layout());
                     }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn any_number_of_threads_gives_the_same_sums() -> Result<()> {
+        for (m, k, n) in [(1, 300, 40), (40, 300, 1), (1, 2000, 1), (17, 50, 33), (1100, 600, 90)] {
+            let (a, b) = (whole(m, k)?, whole(k, n)?);
+            let expected = a.matmul(&b)?.flatten_all()?.to_vec1::<f32>()?;
+            let (a, b) = (a.flatten_all()?.to_vec1()?, b.flatten_all()?.to_vec1()?);
+            let (a, b) =
+                (MatRef::from_row_major_slice(&a, m, k), MatRef::from_row_major_slice(&b, k, n));
+            for threads in [1, 2, 3, 8, 64] {
+                let mut y = vec![f32::NAN; m * n];
+                for (accum, times) in [(Accum::Replace, 1.), (Accum::Add, 2.)] {
+                    multiply(MatMut::from_row_major_slice_mut(&mut y, m, n), accum, a, b, threads);
+                    let right = y.iter().zip(&expected).all(|(y, once)| *y == times * once);
+                    assert!(right, "{m} x {k} x {n} in {threads} threads, {accum:?}");
                 }
             }
         }
