@@ -34,15 +34,12 @@ pub(crate) trait Backend: BackendStorage {
     /// `self·rhs`, two matrices. Where a backend computes in a wider dtype, the product stays in it
     /// until it is [`Backend::rounded`].
     fn product(&self, l: &Layout, rhs: &Self, rl: &Layout) -> Result<Self> {
-        product_of_candle(self, l, rhs, rl)
+        product_by_candle(self, l, rhs, rl)
     }
 
     /// `self`, a contiguous tensor, in `dtype`.
     fn rounded(self, shape: &Shape, dtype: DType) -> Result<Self> {
-        match self.dtype() == dtype {
-            true => Ok(self),
-            false => self.to_dtype(&Layout::contiguous(shape), dtype),
-        }
+        rounded_by_candle(self, shape, dtype)
     }
 
     /// Rows of `self`, a contiguous (num, dim) table, by i64 ids that are known to be in range, plus
@@ -70,7 +67,7 @@ impl Backend for CpuStorage {
     fn product(&self, l: &Layout, rhs: &Self, rl: &Layout) -> Result<Self> {
         match product((self, l), (rhs, rl)) {
             Some(y) => Ok(y),
-            None => product_of_candle(self, l, rhs, rl),
+            None => product_by_candle(self, l, rhs, rl),
         }
     }
 
@@ -78,8 +75,7 @@ impl Backend for CpuStorage {
         match (&self, dtype) {
             (CpuStorage::F32(y), DType::BF16) => Ok(CpuStorage::BF16(in_place::rounded(y))),
             (CpuStorage::F32(y), DType::F16) => Ok(CpuStorage::F16(in_place::rounded(y))),
-            (y, _) if y.dtype() == dtype => Ok(self),
-            (y, _) => y.to_dtype(&Layout::contiguous(shape), dtype),
+            _ => rounded_by_candle(self, shape, dtype),
         }
     }
 
@@ -126,9 +122,16 @@ impl Backend for MetalStorage {
     }
 }
 
-fn product_of_candle<S: Backend>(x: &S, l: &Layout, rhs: &S, rl: &Layout) -> Result<S> {
+fn product_by_candle<S: Backend>(x: &S, l: &Layout, rhs: &S, rl: &Layout) -> Result<S> {
     let ((m, k), (_, n)) = (l.shape().dims2()?, rl.shape().dims2()?);
     x.matmul(rhs, (1, m, n, k), l, rl)
+}
+
+fn rounded_by_candle<S: Backend>(y: S, shape: &Shape, dtype: DType) -> Result<S> {
+    match y.dtype() == dtype {
+        true => Ok(y),
+        false => y.to_dtype(&Layout::contiguous(shape), dtype),
+    }
 }
 
 fn plus_by_passes<S: Backend>(
