@@ -1,15 +1,11 @@
 //! The example's BERT gives the hidden states of transformers, and trains what it should and nothing
 //! else.
 
-#[path = "../examples/common/attention.rs"]
-mod attention;
 #[path = "../examples/classify/bert.rs"]
 mod bert;
 #[path = "../examples/classify/classifier.rs"]
 mod classifier;
 mod common;
-#[path = "../examples/common/computed.rs"]
-mod computed;
 #[allow(dead_code)]
 #[path = "../examples/classify/config.rs"]
 mod config;
@@ -17,12 +13,8 @@ mod config;
 mod gelu;
 #[path = "../examples/classify/names.rs"]
 mod names;
-#[path = "../examples/common/norm.rs"]
-mod norm;
-#[path = "../examples/common/ops.rs"]
-mod ops;
-#[path = "../examples/common/rows.rs"]
-mod rows;
+#[path = "../examples/common/nn/mod.rs"]
+mod nn;
 
 use bert::{Adapt, Bert};
 use candle_core::{DType, Tensor};
@@ -170,16 +162,16 @@ fn gradients_are_those_of_finite_differences() -> Result<()> {
     let weight = rnd(5, &[N], DType::F32)?;
     let frozen = [("weight".to_owned(), weight.clone()), ("bias".to_owned(), weight)];
     let frozen = VarBuilder::from_tensors(frozen.into(), vb.dtype(), &device());
-    let norm = norm::Norm::new(N, 1e-5, frozen)?;
+    let norm = nn::norm::Norm::new(N, 1e-5, frozen)?;
     let mask = Tensor::new(&[[[[0f32, 0., 0., 0., -1e9]]]], &device())?;
     let mask = Some(&mask);
     type Op<'a> = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor> + 'a>;
     let ops: [(&str, Op); 5] = [
         ("gelu", Box::new(|x| gelu::gelu_erf(&(x * 4.)?))),
         ("norm", Box::new(|x| norm.forward(x))),
-        ("query", Box::new(|x| attention::attention(x, &y, &z, mask, 2))),
-        ("key", Box::new(|x| attention::attention(&y, x, &z, mask, 2))),
-        ("value", Box::new(|x| attention::attention(&y, &z, x, mask, 2))),
+        ("query", Box::new(|x| nn::attention::attention(x, &y, &z, mask, 2))),
+        ("key", Box::new(|x| nn::attention::attention(&y, x, &z, mask, 2))),
+        ("value", Box::new(|x| nn::attention::attention(&y, &z, x, mask, 2))),
     ];
     for (name, op) in ops {
         let value = |x: &Tensor| (op(x)? * &g)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>();
@@ -193,6 +185,66 @@ fn gradients_are_those_of_finite_differences() -> Result<()> {
         let expected = (grad * along)?.sum_all()?.to_scalar::<f32>()?;
         let (expected, size) = (f64::from(expected), f64::from(expected).abs().max(1.));
         assert!((slope - expected).abs() < 1e-2 * size, "{name}: {expected}, but {slope}");
+    }
+    Ok(())
+}
+
+/// F32 on the CPU has kernels of its own; F64 is composed of candle's operations.
+#[test]
+fn the_kernels_and_candle_s_operations_agree() -> Result<()> {
+    type Op = fn(DType, &Tensor) -> candle_core::Result<Tensor>;
+    /// Heads of 21 values, and more tokens than a vector has lanes.
+    const DIMS: [usize; 3] = [3, 19, N];
+    fn masked(dtype: DType, q: &Tensor, mask: Option<Tensor>) -> candle_core::Result<Tensor> {
+        let (k, v) = (rnd(3, &DIMS, dtype)?, rnd(4, &DIMS, dtype)?);
+        let mask = mask.map(|mask| mask.to_dtype(dtype)).transpose()?;
+        // Each operand depends on the variable.
+        nn::attention::attention(q, &(&k + q)?, &(&v - q)?, mask.as_ref(), 2)
+    }
+    let ops: [(&str, Op); 6] = [
+        ("gelu", |_, x| gelu::gelu_erf(&(x * 4.)?)),
+        ("norm", |dtype, x| {
+            let (weight, bias) = (rnd(5, &[N], dtype)?, rnd(6, &[N], dtype)?);
+            // candle's fused one has no F64: as if it were trained, it is composed.
+            let weight = match dtype {
+                DType::F64 => candle_core::Var::from_tensor(&weight)?.into_inner(),
+                _ => weight,
+            };
+            let tensors = [("weight".to_owned(), weight), ("bias".to_owned(), bias)];
+            let vb = VarBuilder::from_tensors(tensors.into(), dtype, &device());
+            nn::norm::Norm::new(N, 1e-5, vb)?.forward(x)
+        }),
+        ("attention", |dtype, x| masked(dtype, x, None)),
+        ("attention with padding", |dtype, x| {
+            let last = |i| if i < 15 { 0f32 } else { -1e9 };
+            let row = |sentence| (0..19).map(move |i| if sentence == 1 { last(i) } else { 0. });
+            let mask = Tensor::from_iter((0..3).flat_map(row), &device())?;
+            masked(dtype, x, Some(mask.reshape((3, 1, 1, 19))?))
+        }),
+        ("causal attention", |dtype, x| {
+            let seen = |i, j| if j <= i { 0. } else { f32::NEG_INFINITY };
+            let mask = (0..19).flat_map(|i| (0..19).map(move |j| seen(i, j)));
+            masked(dtype, x, Some(Tensor::from_iter(mask, &device())?.reshape((19, 19))?))
+        }),
+        ("attention of parts", |dtype, x| {
+            let all = Tensor::cat(&[x, &rnd(3, &DIMS, dtype)?, &rnd(4, &DIMS, dtype)?], 2)?;
+            let part = |i| all.narrow(2, i * N, N);
+            nn::attention::attention(&part(0)?, &part(1)?, &part(2)?, None, 2)
+        }),
+    ];
+    for (name, op) in ops {
+        let [fast, slow] = [DType::F32, DType::F64].map(|dtype| {
+            let x = candle_core::Var::from_tensor(&rnd(1, &DIMS, dtype)?)?;
+            let y = op(dtype, x.as_tensor())?;
+            let grads = (&y * rnd(2, &DIMS, dtype)?)?.sum_all()?.backward()?;
+            Ok::<_, candle_core::Error>((y, grads.get(x.as_tensor()).cloned()))
+        });
+        let ((y, gx), (expected, expected_gx)) = (fast?, slow?);
+        let (gx, expected_gx) = (gx.ok_or("no gradient")?, expected_gx.ok_or("no gradient")?);
+        for (what, a, b) in [("value", y, expected), ("gradient", gx, expected_gx)] {
+            let d = difference(&a.to_dtype(DType::F64)?, &b)?;
+            assert!(d < 2e-5, "{name}: the {what}s are {d} apart");
+        }
     }
     Ok(())
 }

@@ -1,21 +1,13 @@
 //! The example's GPT-2 gives Hugging Face's logits, and trains what it should and nothing else.
 
-#[path = "../examples/common/attention.rs"]
-mod attention;
 mod common;
-#[path = "../examples/common/computed.rs"]
-mod computed;
 #[path = "../examples/finetune/gelu.rs"]
 mod gelu;
 #[allow(dead_code)]
 #[path = "../examples/finetune/gpt2.rs"]
 mod gpt2;
-#[path = "../examples/common/norm.rs"]
-mod norm;
-#[path = "../examples/common/ops.rs"]
-mod ops;
-#[path = "../examples/common/rows.rs"]
-mod rows;
+#[path = "../examples/common/nn/mod.rs"]
+mod nn;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
@@ -126,5 +118,21 @@ fn adapting_makes_gradients_for_what_is_trained_and_for_nothing_else() -> Result
         let (others, without) = trained(&model, &vars)?;
         assert_eq!((others, without), (0, vec![]), "{bias}");
     }
+    Ok(())
+}
+
+/// F32 on the CPU has kernels of its own; F64 is composed of candle's operations.
+#[test]
+fn gelu_and_its_gradient_are_those_of_candle_s_operations() -> Result<()> {
+    let [fast, slow] = [DType::F32, DType::F64].map(|dtype| {
+        let x = (common::rnd(1, &[7, 51], dtype)? * 6.)?;
+        let x = candle_core::Var::from_tensor(&x)?;
+        let y = gelu::gelu(x.as_tensor())?;
+        let grad = (&y * common::rnd(2, &[7, 51], dtype)?)?.sum_all()?.backward()?;
+        let grad = grad.get(x.as_tensor()).cloned();
+        Tensor::cat(&[y, grad.unwrap()], 0)?.to_dtype(DType::F32)
+    });
+    let d = difference(&fast?, &slow?)?;
+    assert!(d < 2e-6, "{d}");
     Ok(())
 }

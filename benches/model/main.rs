@@ -30,7 +30,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         ["--one", method, layers, dim, rows, rank, dtype, ..] => {
             let (layers, dim, rows) = (layers.parse()?, dim.parse()?, rows.parse()?);
             let size = Size { layers, dim, rows, rank: rank.parse()?, dtype: dtype.parse()? };
-            let Figures { step, gradients, peak } = training::run(Method::named(method)?, size)?;
+            let method = Method::named(method)?;
+            // As a thread of rayon's, which the layers' products then need not wake.
+            let figures = rayon::scope(|_| training::run(method, size))?;
+            let Figures { step, gradients, peak } = figures;
             println!("{step} {gradients} {peak}");
             Ok(())
         }

@@ -3,11 +3,11 @@
 //! What differs from a plain candle BERT: `lora::Linear`, with an update where [`Adapt`] asks for one;
 //! a `lora_module!` line a struct; and attention, GELU and norm that do not cut the graph.
 
-use crate::attention::attention;
 use crate::config::Config;
 use crate::gelu::gelu_erf;
-use crate::norm::Norm;
-use crate::ops::shifted;
+use crate::nn::attention::attention;
+use crate::nn::norm::Norm;
+use crate::nn::ops::shifted;
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use lora::LoraConfig;

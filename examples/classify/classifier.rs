@@ -1,8 +1,8 @@
 //! A sentence classifier: BERT, a vector for each sentence, and a new head.
 
 use crate::bert::{Adapt, Bert};
-use crate::computed::computed;
 use crate::config::Config;
+use crate::nn::computed::computed;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use lora::LoraConfig;

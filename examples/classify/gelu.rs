@@ -1,7 +1,8 @@
 //! `gelu(x) = x·Φ(x)`, with Φ the normal distribution: BERT's, to 2e-7.
 
-use crate::computed::computed;
-use crate::rows::by_rows;
+use crate::nn::computed::computed;
+use crate::nn::exp::exp_negative;
+use crate::nn::rows::by_rows;
 use candle_core::{Result, Tensor};
 
 /// gelu of each value.
@@ -15,7 +16,7 @@ pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
         },
     )? {
         Some(y) => y,
-        None => x_.gelu_erf()?,
+        None => x_.gelu_erf()?.into(),
     };
     computed(x, y, move |grad| {
         let fused = by_rows(
@@ -29,7 +30,7 @@ pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
             },
         )?;
         match fused {
-            Some(gx) => Ok(gx),
+            Some(gx) => gx.tensor(),
             None => {
                 let cdf = (&x_ * std::f64::consts::FRAC_1_SQRT_2)?.erf()?.affine(0.5, 0.5)?;
                 let density = ((x_.sqr()? * -0.5)?.exp()? * f64::from(DENSITY_AT_0))?;
@@ -52,19 +53,4 @@ fn normal(x: f32) -> (f32, f32) {
             + t * (-0.284_496_74 + t * (1.421_413_7 + t * (-1.453_152 + t * 1.061_405_4))));
     let tail = 0.5 * series * e;
     (if x < 0. { tail } else { 1. - tail }, DENSITY_AT_0 * e)
-}
-
-/// `eˣ` for x ≤ 0, without a branch: `2ⁿ·eʳ` with |r| ≤ ln 2 / 2.
-#[inline(always)]
-fn exp_negative(x: f32) -> f32 {
-    let x = x.max(-87.);
-    // Adding 1.5·2²³ rounds to a whole number and leaves it in the low bits.
-    const ROUND: f32 = 12_582_912.;
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    // ln 2 in two parts: n times the first is exact.
-    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
-    let series = 1.
-        + r * (1. + r * (0.5 + r * (1. / 6. + r * (1. / 24. + r * (1. / 120. + r * (1. / 720.))))));
-    series * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23)
 }

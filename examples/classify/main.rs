@@ -20,24 +20,16 @@ mod report;
 mod reuse;
 mod task;
 
-#[path = "../common/attention.rs"]
-mod attention;
 #[path = "../common/buckets.rs"]
 mod buckets;
-#[path = "../common/computed.rs"]
-mod computed;
 #[path = "../common/lines.rs"]
 mod lines;
-#[path = "../common/norm.rs"]
-mod norm;
-#[path = "../common/ops.rs"]
-mod ops;
+#[path = "../common/nn/mod.rs"]
+mod nn;
 #[path = "../common/peak.rs"]
 mod peak;
 #[path = "../common/rng.rs"]
 mod rng;
-#[path = "../common/rows.rs"]
-mod rows;
 #[path = "../common/train.rs"]
 mod train;
 
@@ -60,7 +52,8 @@ type Result<T> = std::result::Result<T, Error>;
 fn main() -> ExitCode {
     // The backtrace that candle's errors carry says nothing to whoever mistyped a path.
     std::env::set_var("RUST_LIB_BACKTRACE", "0");
-    match run(Args::parse()) {
+    // As a thread of rayon's, which the layers' products then need not wake.
+    match rayon::scope(|_| run(Args::parse())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

@@ -4,10 +4,10 @@
 //! evaluated. candle's fused `softmax_last_dim` and `LayerNorm` would cut the graph without an error;
 //! `examples/common` has them with a backward.
 
-use crate::attention::attention;
 use crate::gelu::gelu;
-use crate::norm::Norm;
-use crate::ops::shifted;
+use crate::nn::attention::attention;
+use crate::nn::norm::Norm;
+use crate::nn::ops::shifted;
 use candle_core::{bail, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder};
 use lora::LoraConfig;

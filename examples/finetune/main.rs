@@ -20,22 +20,14 @@ mod report;
 mod text;
 mod tokenizer;
 
-#[path = "../common/attention.rs"]
-mod attention;
 #[path = "../common/buckets.rs"]
 mod buckets;
-#[path = "../common/computed.rs"]
-mod computed;
 #[path = "../common/lines.rs"]
 mod lines;
-#[path = "../common/norm.rs"]
-mod norm;
-#[path = "../common/ops.rs"]
-mod ops;
+#[path = "../common/nn/mod.rs"]
+mod nn;
 #[path = "../common/rng.rs"]
 mod rng;
-#[path = "../common/rows.rs"]
-mod rows;
 #[path = "../common/train.rs"]
 mod train;
 
@@ -55,7 +47,8 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 fn main() -> ExitCode {
     // The backtrace that candle's errors carry says nothing to whoever mistyped a path.
     std::env::set_var("RUST_LIB_BACKTRACE", "0");
-    match run(&Args::parse()) {
+    // As a thread of rayon's, which the layers' products then need not wake.
+    match rayon::scope(|_| run(&Args::parse())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

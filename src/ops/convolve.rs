@@ -2,6 +2,7 @@
 //! spread over the threads.
 
 use super::backend::Backend;
+use super::buffer::filled;
 use super::conv::Sizes;
 use super::op::if_tracked;
 use super::unfold::{fold, unfold};
@@ -136,7 +137,7 @@ fn output<T: WithDType>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
     let (groups, n) = (s.geometry.groups, s.positions());
     let (x_len, outs) = per_group(s);
     let x = x.values::<T>(s.batch * groups * x_len)?;
-    let mut y = vec![T::zero(); s.batch * s.c_out * n];
+    let mut y = filled(T::zero(), s.batch * s.c_out * n);
     let samples = y.par_chunks_mut((s.c_out * n).max(1)).zip(x.par_chunks((groups * x_len).max(1)));
     samples.try_for_each_init(
         || Columns::new(s),
@@ -155,7 +156,7 @@ fn output<T: WithDType>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
 fn input<T: WithDType + AddAssign>(s: &Sizes, grad: Operand, w: Operand) -> Result<Vec<T>> {
     let groups = s.geometry.groups;
     let (x_len, outs) = per_group(s);
-    let mut gx = vec![T::zero(); s.batch * groups * x_len];
+    let mut gx = filled(T::zero(), s.batch * groups * x_len);
     gx.par_chunks_mut((groups * x_len).max(1)).enumerate().try_for_each(|(i, gx)| {
         for (g, gx) in gx.chunks_mut(x_len.max(1)).enumerate() {
             let (w, wl) = w.matrix(g, outs, s.reach());

@@ -2,6 +2,7 @@
 //! cache: one pass over memory for all terms and the bias, and no buffer of the matrix's size.
 
 use super::backend::{Backend, Term};
+use super::buffer::filled;
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
@@ -61,7 +62,7 @@ pub(super) fn rows<T: Element>(
     dim: usize,
     term: &Term,
 ) -> Result<Vec<T>> {
-    let mut y = vec![T::zero(); ids.len() * dim];
+    let mut y = filled(T::zero(), ids.len() * dim);
     in_blocks(&mut y, dim, None, std::slice::from_ref(term), |y, block| {
         for (y, id) in y.chunks_exact_mut(dim).zip(&ids[block]) {
             y.copy_from_slice(&table[*id as usize * dim..][..dim]);
@@ -85,7 +86,7 @@ pub(super) fn rounded<T: Copy + Default + Send>(wide: &[f32]) -> Vec<T>
 where
     [T]: HalfFloatSliceExt,
 {
-    let mut y = vec![T::default(); wide.len()];
+    let mut y = filled(T::default(), wide.len());
     let blocks = y.par_chunks_mut(BLOCK).zip(wide.par_chunks(BLOCK));
     blocks.for_each(|(y, wide)| y.convert_from_f32_slice(wide));
     y

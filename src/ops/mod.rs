@@ -2,6 +2,7 @@
 //! convolutions in 1, 2 and 3 dimensions whose gradients are right.
 
 mod backend;
+mod buffer;
 mod conv;
 mod convolve;
 mod dropout;

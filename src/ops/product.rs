@@ -1,6 +1,7 @@
 //! The product of two matrices on the CPU by faer. Its kernels for large products take AVX-512 where
 //! the machine has it; candle's do only if they were built for it.
 
+use super::buffer::filled;
 use candle_core::{CpuStorage, Layout};
 use faer::linalg::matmul::matmul;
 use faer::traits::ComplexField;
@@ -10,6 +11,12 @@ use rayon::prelude::*;
 
 /// Multiplications below which one thread is faster than two.
 const ALONE: usize = if cfg!(test) { 1 << 10 } else { 1 << 20 };
+
+/// Columns that faer's kernels, which take 96, 48, 24 or 12 at a time, compute without a rest.
+const STRIP: usize = if cfg!(test) { 24 } else { 192 };
+
+/// Products summed at a time: of more, faer 0.24 takes fewer columns at a time than its kernels can.
+const DEPTH: usize = if cfg!(test) { 48 } else { 384 };
 
 /// Values in half precision that are widened at a time.
 const WIDENED: usize = if cfg!(test) { 1 << 11 } else { 1 << 22 };
@@ -35,7 +42,7 @@ pub(super) fn product(
 
 fn of_wide<T: ComplexField + Copy>(a: Lines<T>, b: Lines<T>) -> Vec<T> {
     let (a, b) = (a.matrix(), b.matrix());
-    let mut y = vec![T::zero_impl(); a.nrows() * b.ncols()];
+    let mut y = filled(T::zero_impl(), a.nrows() * b.ncols());
     let out = MatMut::from_row_major_slice_mut(&mut y, a.nrows(), b.ncols());
     multiply(out, Accum::Replace, a, b, rayon::current_num_threads());
     y
@@ -50,7 +57,7 @@ where
     let (mut wide_a, mut wide_b) = (vec![], vec![]);
     let a = a.widened(&mut wide_a).matrix();
     let (m, n) = (a.nrows(), if b.columns { b.count } else { b.len });
-    let mut y = vec![0.; m * n];
+    let mut y = filled(0., m * n);
     let mut out = MatMut::from_row_major_slice_mut(&mut y, m, n);
     let step = (WIDENED / b.len.max(1)).max(1);
     for from in (0..b.count).step_by(step) {
@@ -77,7 +84,7 @@ fn multiply<T: ComplexField + Copy>(
 ) {
     let (m, n) = y.shape();
     if threads < 2 || m.max(n) < 2 || m.saturating_mul(n).saturating_mul(a.ncols()) < ALONE {
-        return matmul(y, accum, a, b, T::one_impl(), Par::Seq);
+        return alone(y, accum, a, b);
     }
     let first = threads / 2;
     // In whole vectors where there are enough.
@@ -87,17 +94,36 @@ fn multiply<T: ComplexField + Copy>(
     };
     if m < n {
         let ((y1, y2), (b1, b2)) = (y.split_at_col_mut(part(n)), b.split_at_col(part(n)));
-        rayon::join(
-            || multiply(y1, accum, a, b1, first),
-            || multiply(y2, accum, a, b2, threads - first),
-        );
+        both(|| multiply(y1, accum, a, b1, first), || multiply(y2, accum, a, b2, threads - first));
     } else {
         let ((y1, y2), (a1, a2)) = (y.split_at_row_mut(part(m)), a.split_at_row(part(m)));
-        rayon::join(
-            || multiply(y1, accum, a1, b, first),
-            || multiply(y2, accum, a2, b, threads - first),
-        );
+        both(|| multiply(y1, accum, a1, b, first), || multiply(y2, accum, a2, b, threads - first));
     }
+}
+
+/// In this thread, in parts that faer's kernels are fastest at. A sum of nothing leaves `y` as it is.
+fn alone<T: ComplexField + Copy>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
+    let (n, depth) = (y.ncols(), a.ncols());
+    let step = depth.div_ceil(depth.div_ceil(DEPTH).max(1)).max(1);
+    for from in (0..depth).step_by(step) {
+        let step = step.min(depth - from);
+        let (a, b) = (a.subcols(from, step), b.subrows(from, step));
+        let accum = if from == 0 { accum } else { Accum::Add };
+        for from in (0..n).step_by(STRIP) {
+            let width = STRIP.min(n - from);
+            let (y, b) = (y.as_mut().subcols_mut(from, width), b.subcols(from, width));
+            matmul(y, accum, a, b, T::one_impl(), Par::Seq);
+        }
+    }
+}
+
+/// Both at once, the first in this thread: one outside of rayon's would hand both over and sleep, and
+/// waking a thread costs as much as a small product.
+fn both(here: impl FnOnce() + Send, there: impl FnOnce() + Send) {
+    rayon::in_place_scope(|scope| {
+        scope.spawn(|_| there());
+        here();
+    });
 }
 
 /// A matrix as lines of contiguous values: its rows, or its columns.

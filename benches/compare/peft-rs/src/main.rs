@@ -20,6 +20,11 @@ use std::sync::Arc;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> Result<()> {
+    // As a thread of rayon's, which the layers' products then need not wake.
+    rayon::scope(|_| run())
+}
+
+fn run() -> Result<()> {
     table::print(|_| {
         let sizes = [(2048, 1024, 16), (256, 4096, 16), (512, 768, 8)];
         let all = sizes.into_iter().map(|(m, d, r)| linear(m, d, r)).collect::<Result<Vec<_>>>()?;

@@ -3,7 +3,7 @@
 //! candle's backward computes and keeps a gradient of every operand, so that frozen gains and biases
 //! would cost as much memory again as the activations.
 
-use crate::computed::computed;
+use super::computed::computed;
 use candle_core::{Result, Tensor, D};
 
 /// `x·c`, with `c` (n) along the last dimension.
