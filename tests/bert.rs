@@ -201,7 +201,7 @@ fn the_kernels_and_candle_s_operations_agree() -> Result<()> {
         // Each operand depends on the variable.
         nn::attention::attention(q, &(&k + q)?, &(&v - q)?, mask.as_ref(), 2)
     }
-    let ops: [(&str, Op); 6] = [
+    let ops: [(&str, Op); 9] = [
         ("gelu", |_, x| gelu::gelu_erf(&(x * 4.)?)),
         ("norm", |dtype, x| {
             let (weight, bias) = (rnd(5, &[N], dtype)?, rnd(6, &[N], dtype)?);
@@ -226,6 +226,15 @@ fn the_kernels_and_candle_s_operations_agree() -> Result<()> {
             let mask = (0..19).flat_map(|i| (0..19).map(move |j| seen(i, j)));
             masked(dtype, x, Some(Tensor::from_iter(mask, &device())?.reshape((19, 19))?))
         }),
+        ("a mask of one value a token", |dtype, x| {
+            masked(dtype, x, Some((rnd(7, &[19, 1], dtype)? * 4.)?))
+        }),
+        ("a mask of a head's own", |dtype, x| {
+            masked(dtype, x, Some((rnd(7, &[1, 2, 19, 19], dtype)? * 4.)?))
+        }),
+        ("a mask of a sentence's own", |dtype, x| {
+            masked(dtype, x, Some((rnd(7, &[3, 1, 19, 19], dtype)? * 4.)?))
+        }),
         ("attention of parts", |dtype, x| {
             let all = Tensor::cat(&[x, &rnd(3, &DIMS, dtype)?, &rnd(4, &DIMS, dtype)?], 2)?;
             let part = |i| all.narrow(2, i * N, N);
@@ -245,6 +254,22 @@ fn the_kernels_and_candle_s_operations_agree() -> Result<()> {
             let d = difference(&a.to_dtype(DType::F64)?, &b)?;
             assert!(d < 2e-5, "{name}: the {what}s are {d} apart");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_keeps_what_is_not_finite_and_refuses_what_does_not_fit() -> Result<()> {
+    let x = |dims: &[usize]| rnd(1, dims, DType::F32);
+    let (q, nan) = (x(&[1, 3, 6])?, Tensor::full(f32::NAN, (1, 3, 6), &device())?);
+    for (q, mask) in [(&nan, 0.), (&q, f32::NEG_INFINITY)] {
+        let mask = Tensor::full(mask, (3, 3), &device())?;
+        let y = nn::attention::attention(q, &x(&[1, 3, 6])?, &x(&[1, 3, 6])?, Some(&mask), 2)?;
+        assert!(common::values(&y)?.iter().all(|y| y.is_nan()));
+    }
+    for (k, heads) in [(&[1, 3, 6], 0), (&[1, 3, 6], 4), (&[3, 1, 6], 2), (&[1, 0, 6], 2)] {
+        let error = nn::attention::attention(&q, &x(k)?, &q, None, heads).unwrap_err();
+        assert!(error.to_string().contains("attention: "), "{error}");
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ mod nn;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use common::device;
+use common::{device, difference};
 use gpt2::{Config, Gpt2};
 use lora::{Bias, LoraConfig, LoraModule, StateDict};
 use loralib as lora;
@@ -51,10 +51,6 @@ fn base(tensors: StateDict) -> VarBuilder<'static> {
 
 fn logits(model: &Gpt2, ids: &Tensor) -> Result<Tensor> {
     model.head(&model.hidden(ids)?)
-}
-
-fn difference(a: &Tensor, b: &Tensor) -> Result<f32> {
-    (a - b)?.abs()?.max_all()?.to_scalar()
 }
 
 #[test]

@@ -31,7 +31,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             let (layers, dim, rows) = (layers.parse()?, dim.parse()?, rows.parse()?);
             let size = Size { layers, dim, rows, rank: rank.parse()?, dtype: dtype.parse()? };
             let method = Method::named(method)?;
-            // As a thread of rayon's, which the layers' products then need not wake.
+            // As one of rayon's threads: from any other, each parallel loop hands all its work over and
+            // waits.
             let figures = rayon::scope(|_| training::run(method, size))?;
             let Figures { step, gradients, peak } = figures;
             println!("{step} {gradients} {peak}");

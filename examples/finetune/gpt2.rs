@@ -2,7 +2,7 @@
 //!
 //! The same code is pretrained (r = 0 over a `VarMap`), adapted (frozen base and adapter) and
 //! evaluated. candle's fused `softmax_last_dim` and `LayerNorm` would cut the graph without an error;
-//! `examples/common` has them with a backward.
+//! `examples/common/nn` has them with a backward.
 
 use crate::gelu::gelu;
 use crate::nn::attention::attention;

@@ -47,7 +47,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 fn main() -> ExitCode {
     // The backtrace that candle's errors carry says nothing to whoever mistyped a path.
     std::env::set_var("RUST_LIB_BACKTRACE", "0");
-    // As a thread of rayon's, which the layers' products then need not wake.
+    // As one of rayon's threads: from any other, each parallel loop hands all its work over and waits.
     match rayon::scope(|_| run(&Args::parse())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -14,7 +14,7 @@ pub(super) fn filled<T: Copy + Send>(value: T, len: usize) -> Vec<T> {
         return vec![value; len];
     }
     let lines = repeat_n([value; LINE], len.div_ceil(LINE));
-    let least = SHARED / 2 / size_of::<[T; LINE]>().max(1);
+    let least = SHARED / 2 / size_of::<[T; LINE]>();
     let mut y = lines.with_min_len(least).collect::<Vec<_>>().into_flattened();
     y.truncate(len);
     y

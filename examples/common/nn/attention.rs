@@ -5,7 +5,7 @@ use super::computed::{computed3, Value};
 use super::heads::Heads;
 use candle_core::{Result, Tensor};
 
-/// Multi-head attention of `q`, `k`, `v` (batch, tokens, n). `mask`, which is added to the scores
+/// Multi-head attention of `q`, `k`, `v` (batch, tokens, n), none empty. `mask`, which is added to the scores
 /// (batch, heads, tokens, tokens), broadcasts to them.
 pub fn attention(
     q: &Tensor,
@@ -14,10 +14,8 @@ pub fn attention(
     mask: Option<&Tensor>,
     heads: usize,
 ) -> Result<Tensor> {
-    let values = [q, k, v].map(|x| x.detach().contiguous());
-    let [q_, k_, v_] = values;
-    let values = [q_?, k_?, v_?];
-    let heads = Heads::new(q, heads)?;
+    let heads = Heads::new([q, k, v], heads)?;
+    let values = [q.detach().contiguous()?, k.detach().contiguous()?, v.detach().contiguous()?];
     if let Some((y, p)) = heads.forward(&values, mask)? {
         let y = Value::Fresh(y, q.shape().clone());
         return computed3([q, k, v], y, move |grad| heads.backward(&values, &p, grad));

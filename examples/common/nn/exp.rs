@@ -5,7 +5,8 @@
 #[inline(always)]
 pub fn exp_negative(x: f32) -> f32 {
     const LEAST: f32 = -87.;
-    let bounded = x.max(LEAST);
+    // Not by `max`, which would make a number of NaN.
+    let bounded = if x < LEAST { LEAST } else { x };
     // Adding 1.5·2²³ rounds to a whole number and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.;
     let shifted = bounded * std::f32::consts::LOG2_E + ROUND;

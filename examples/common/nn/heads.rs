@@ -1,8 +1,8 @@
-//! Attention on the CPU in F32, a sentence in one thread: a head's scores stay in its cache, and
-//! nothing is copied to bring a head's values together.
+//! Attention on the CPU in F32, a sentence in one thread: a head's scores stay in its cache, and its
+//! values are multiplied where they lie.
 
 use super::exp::exp_negative;
-use super::rows::{highest, sum, values, vectorized};
+use super::rows::{max, sum, values, vectorized};
 use candle_core::{bail, Device, Result, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -14,13 +14,20 @@ pub struct Heads {
     pub tokens: usize,
     pub n: usize,
     pub count: usize,
-    /// of the scores
+    /// The factor of the scores, `1 / √(n / count)`.
     pub scale: f64,
 }
 
 impl Heads {
-    pub fn new(q: &Tensor, count: usize) -> Result<Self> {
+    /// Of q, k and v, which are of one shape.
+    pub fn new([q, k, v]: [&Tensor; 3], count: usize) -> Result<Self> {
         let (batch, tokens, n) = q.dims3()?;
+        if k.shape() != q.shape() || v.shape() != q.shape() || q.elem_count() == 0 {
+            bail!("attention: of {:?}, {:?} and {:?}", q.dims(), k.dims(), v.dims())
+        }
+        if count == 0 || !n.is_multiple_of(count) {
+            bail!("attention: {n} values do not divide into {count} heads")
+        }
         Ok(Self { batch, tokens, n, count, scale: (count as f64 / n as f64).sqrt() })
     }
 
@@ -31,19 +38,15 @@ impl Heads {
         [q, k, v]: &[Tensor; 3],
         mask: Option<&Tensor>,
     ) -> Result<Option<(Vec<f32>, Vec<f32>)>> {
-        let same = k.shape() == q.shape() && v.shape() == q.shape();
-        if !same || q.elem_count() == 0 {
-            return Ok(None);
-        }
         let Some(mask) = mask else {
             return Ok(values([q, k, v], |qkv| self.output(qkv, |_, _, _| None)));
         };
         let scores = (self.batch, self.count, self.tokens, self.tokens);
         let spread = mask.broadcast_as(scores)?;
-        let [sentence, head, token, 1 | 0] = *spread.stride() else { return Ok(None) };
+        let [sentence, head, token, 1] = *spread.stride() else { return Ok(None) };
         Ok(values([q, k, v, mask], |[q, k, v, mask]| {
-            let row = |i, h, t| mask.get(i * sentence + h * head + t * token..)?.get(..self.tokens);
-            self.output([q, k, v], row)
+            let at = |i, h, t| i * sentence + h * head + t * token;
+            self.output([q, k, v], |i, h, t| Some(&mask[at(i, h, t)..][..self.tokens]))
         }))
     }
 
@@ -144,7 +147,7 @@ fn softmax<'m>(scores: &mut [f32], n: usize, mask: impl Fn(usize) -> Option<&'m 
         if let Some(mask) = mask(t) {
             row.iter_mut().zip(mask).for_each(|(s, m)| *s += m);
         }
-        let top = highest(row);
+        let top = max(row);
         row.iter_mut().for_each(|s| *s -= top);
     }
     // All rows in one loop: a short row has few whole vectors.

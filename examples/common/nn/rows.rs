@@ -2,7 +2,7 @@
 //! where candle's own operations would take several in one thread.
 
 use super::computed::Value;
-use candle_core::{CpuStorage, Result, Storage, Tensor, D};
+use candle_core::{CpuStorage, Result, Storage, Tensor};
 use rayon::prelude::*;
 
 /// Values that a thread works on at a time.
@@ -23,14 +23,15 @@ pub fn values<const N: usize, R>(xs: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -
     }
 }
 
-/// A value like `xs[0]`, each of whose rows `f` fills from theirs. `xs` are of one shape, or a single
-/// row for all; `None` unless they are F32 and contiguous on the CPU. `f` is to be
+/// A value shaped like `xs[0]`: `f` fills each row from the operands' rows. `xs` are of one shape, or a
+/// single row for all; `None` unless they are F32 and contiguous on the CPU. `f` is to be
 /// `#[inline(always)]`: only what is inlined is compiled for the machine's instructions.
 pub fn by_rows<const N: usize>(
     xs: [&Tensor; N],
     f: impl Fn([&[f32]; N], &mut [f32]) + Sync,
 ) -> Result<Option<Value>> {
-    let (shape, n) = (xs[0].shape(), xs[0].dim(D::Minus1)?);
+    let shape = xs[0].shape();
+    let Some(&n) = shape.dims().last() else { return Ok(None) };
     let fits = |x: &&Tensor| x.shape() == shape || x.dims() == [n];
     if n == 0 || !xs.iter().all(fits) {
         return Ok(None);
@@ -38,10 +39,7 @@ pub fn by_rows<const N: usize>(
     let len = shape.elem_count();
     let block = (BLOCK / n).max(1) * n;
     let y = values(xs, |xs| {
-        // In all threads, which the first touch of new memory is worth.
-        let lines = rayon::iter::repeat_n([0f32; 16], len.div_ceil(16)).with_min_len(BLOCK / 16);
-        let mut y = lines.collect::<Vec<_>>().into_flattened();
-        y.truncate(len);
+        let mut y = zeros(len);
         y.par_chunks_mut(block).enumerate().for_each(|(i, y)| {
             let xs = xs.map(|x| if x.len() == len { &x[i * block..][..y.len()] } else { x });
             vectorized(
@@ -58,6 +56,14 @@ pub fn by_rows<const N: usize>(
         y
     });
     Ok(y.map(|y| Value::Fresh(y, shape.clone())))
+}
+
+/// Zeros, written by all threads: the first touch of new memory costs several times a pass over it.
+fn zeros(len: usize) -> Vec<f32> {
+    let lines = rayon::iter::repeat_n([0f32; 16], len.div_ceil(16)).with_min_len(BLOCK / 16);
+    let mut y = lines.collect::<Vec<_>>().into_flattened();
+    y.truncate(len);
+    y
 }
 
 /// Calls `f`, which is to be `#[inline(always)]`, compiled for the machine's widest vector instructions.
@@ -91,9 +97,9 @@ pub fn sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-/// The highest of a row, in the same way.
+/// The max of a row, in the same way.
 #[inline(always)]
-pub fn highest(row: &[f32]) -> f32 {
+pub fn max(row: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
     let chunks = row.chunks_exact(lanes.len());
     let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -20,7 +20,7 @@ use std::sync::Arc;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> Result<()> {
-    // As a thread of rayon's, which the layers' products then need not wake.
+    // As one of rayon's threads: from any other, each parallel loop hands all its work over and waits.
     rayon::scope(|_| run())
 }
 
