@@ -15,8 +15,8 @@ const ALONE: usize = if cfg!(test) { 1 << 10 } else { 1 << 20 };
 /// Columns that faer's kernels, which take 96, 48, 24 or 12 at a time, compute without a remainder.
 const STRIP: usize = if cfg!(test) { 24 } else { 192 };
 
-/// Products summed at a time: of more, faer 0.24 gives its kernels fewer columns than they can take, where
-/// it does not know the caches and assumes 256 KiB.
+/// Products summed at a time: of more, faer 0.24 gives its kernels fewer columns than they can take,
+/// where it does not know the caches and assumes 256 KiB.
 const DEPTH: usize = if cfg!(test) { 48 } else { 384 };
 
 /// Values in half precision that are widened at a time.
@@ -102,7 +102,8 @@ fn multiply<T: ComplexField + Copy>(
     }
 }
 
-/// In this thread, in parts that faer's kernels are fastest at. A sum of nothing leaves `y` as it is.
+/// In this thread, in parts that faer's kernels are fastest at. `y` is to be zeros where there is nothing
+/// to sum.
 fn alone<T: ComplexField + Copy>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
     if y.nrows() == 1 {
         // faer has another way with a single row, which reads `b` once in any case.
@@ -122,8 +123,8 @@ fn alone<T: ComplexField + Copy>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b
     }
 }
 
-/// As `rayon::join`, which hands over both and sleeps where the caller is no thread of rayon's; here the
-/// caller always takes the first.
+/// As `rayon::join`, which hands over both and sleeps where the caller is no thread of rayon's; here
+/// the caller always takes the first.
 fn both(here: impl FnOnce() + Send, there: impl FnOnce() + Send) {
     rayon::in_place_scope(|scope| {
         scope.spawn(|_| there());

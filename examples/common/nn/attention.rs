@@ -5,8 +5,8 @@ use super::computed::{computed3, Value};
 use super::heads::Heads;
 use candle_core::{Result, Tensor};
 
-/// Multi-head attention of `q`, `k`, `v` (batch, tokens, n), none empty. `mask`, which is added to the scores
-/// (batch, heads, tokens, tokens), broadcasts to them.
+/// Multi-head attention of `q`, `k`, `v` (batch, tokens, n), none empty. `mask`, which is added to the
+/// scores (batch, heads, tokens, tokens), broadcasts to them.
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
