@@ -30,7 +30,7 @@ pub fn case(group: String, ours: Run, others: Vec<(&'static str, Run)>) -> Case 
     Case { group, ours, others }
 }
 
-/// The cases of each kind whose name contains `filter`.
+/// The cases whose group starts with `filter`.
 pub fn cases(filter: &str) -> Result<Vec<Case>> {
     type Cases = fn() -> Result<Vec<Case>>;
     let kinds: [(&str, Cases); 8] = [
@@ -43,9 +43,10 @@ pub fn cases(filter: &str) -> Result<Vec<Case>> {
         ("Conv3d", conv::conv3d),
         ("merge", merge::merge),
     ];
-    let chosen = kinds.into_iter().filter(|(name, _)| name.contains(filter));
+    let kind = filter.split(' ').next().unwrap_or_default();
+    let chosen = kinds.into_iter().filter(|(name, _)| name.starts_with(kind));
     let all = chosen.map(|(_, make)| make()).collect::<Result<Vec<_>>>()?;
-    Ok(all.into_iter().flatten().collect())
+    Ok(all.into_iter().flatten().filter(|case| case.group.starts_with(filter)).collect())
 }
 
 pub fn rand(shape: &[usize], dtype: DType) -> Result<Tensor> {

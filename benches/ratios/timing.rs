@@ -1,4 +1,4 @@
-//! Times of two things that are run in turn, so that both meet the same machine.
+//! Times of two things that are run in turn, so that both meet the same machine, or of one.
 
 use crate::cases::Run;
 use candle_core::Result;
@@ -15,6 +15,13 @@ pub fn alternate(a: &mut Run, b: &mut Run) -> Result<(f64, f64)> {
         of_b.push(time(b)?);
     }
     Ok((median(of_a), median(of_b)))
+}
+
+/// Runs it for about a second; the median, in milliseconds.
+pub fn alone(run: &mut Run) -> Result<f64> {
+    let (_, once) = (time(run)?, time(run)?);
+    let runs = ((1000. / once) as usize).clamp(7, 301);
+    Ok(median((0..runs).map(|_| time(run)).collect::<Result<_>>()?))
 }
 
 fn time(run: &mut Run) -> Result<f64> {

@@ -19,6 +19,13 @@ const STRIP: usize = if cfg!(test) { 24 } else { 192 };
 /// where it does not know the caches and assumes 256 KiB.
 const DEPTH: usize = if cfg!(test) { 48 } else { 384 };
 
+/// Rows of `y` up to which a result by columns, and transposing it, costs less than the packing of `b`
+/// that faer needs for one by rows.
+const FEW: usize = 256;
+
+/// Columns of such a result at a time.
+const PART: usize = if cfg!(test) { 24 } else { 512 };
+
 /// Values in half precision that are widened at a time.
 const WIDENED: usize = if cfg!(test) { 1 << 11 } else { 1 << 22 };
 
@@ -102,21 +109,49 @@ fn multiply<T: ComplexField + Copy>(
     }
 }
 
-/// In this thread, in parts that faer's kernels are fastest at. `y` is to be zeros where there is nothing
-/// to sum.
-fn alone<T: ComplexField + Copy>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
-    if y.nrows() == 1 {
+/// In this thread, in the way that suits faer's kernels. `y` is to be zeros where there is nothing to
+/// sum.
+fn alone<T: ComplexField + Copy>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
+    match y.nrows() {
         // faer has another way with a single row, which reads `b` once in any case.
-        return matmul(y, accum, a, b, T::one_impl(), Par::Seq);
+        1 => matmul(y, accum, a, b, T::one_impl(), Par::Seq),
+        rows if b.row_stride() == 1 && rows <= FEW.min(a.ncols() / 4) => few(y, accum, a, b),
+        _ => by_depth(y, accum, a, b, STRIP),
     }
+}
+
+/// Part after part by columns, which are transposed into `y`.
+fn few<T: ComplexField + Copy>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
+    let (rows, n) = y.shape();
+    let mut part = vec![T::zero_impl(); rows * PART.min(n)];
+    for from in (0..n).step_by(PART) {
+        let width = PART.min(n - from);
+        let mut y = y.as_mut().subcols_mut(from, width);
+        let mut part = MatMut::from_column_major_slice_mut(&mut part[..rows * width], rows, width);
+        if let Accum::Add = accum {
+            part.copy_from(&y);
+        }
+        by_depth(part.as_mut(), accum, a, b.subcols(from, width), width);
+        y.copy_from(part);
+    }
+}
+
+/// As many products at a time as suits faer's kernels, for `strip` columns of `y` after the other.
+fn by_depth<T: ComplexField + Copy>(
+    mut y: MatMut<T>,
+    accum: Accum,
+    a: MatRef<T>,
+    b: MatRef<T>,
+    strip: usize,
+) {
     let (n, depth) = (y.ncols(), a.ncols());
     let step = depth.div_ceil(depth.div_ceil(DEPTH).max(1)).max(1);
     for from in (0..depth).step_by(step) {
         let step = step.min(depth - from);
         let (a, b) = (a.subcols(from, step), b.subrows(from, step));
         let accum = if from == 0 { accum } else { Accum::Add };
-        for from in (0..n).step_by(STRIP) {
-            let width = STRIP.min(n - from);
+        for from in (0..n).step_by(strip) {
+            let width = strip.min(n - from);
             let (y, b) = (y.as_mut().subcols_mut(from, width), b.subcols(from, width));
             matmul(y, accum, a, b, T::one_impl(), Par::Seq);
         }
@@ -223,8 +258,9 @@ mod tests {
 
     #[test]
     fn every_layout_and_dtype_gives_candle_s_product() -> Result<()> {
-        // One row, one column, thin, and more than one part to widen.
-        let sizes = [(1, 7, 5), (9, 3, 1), (40, 200, 8), (150, 90, 130), (90, 130, 150)];
+        // One row, one column, thin, few rows, and more than one part to widen.
+        let sizes =
+            [(1, 7, 5), (9, 3, 1), (40, 200, 8), (9, 70, 150), (150, 90, 130), (90, 130, 150)];
         for (m, k, n) in sizes {
             let (a, b) = (whole(m, k)?, whole(k, n)?);
             let expected =
@@ -248,13 +284,24 @@ mod tests {
 
     #[test]
     fn any_number_of_threads_gives_the_same_sums() -> Result<()> {
-        for (m, k, n) in [(1, 300, 40), (40, 300, 1), (1, 2000, 1), (17, 50, 33), (1100, 600, 90)] {
+        let sizes = [
+            (1, 300, 40),
+            (40, 300, 1),
+            (1, 2000, 1),
+            (17, 50, 33),
+            (12, 300, 100),
+            (1100, 600, 90),
+        ];
+        for (m, k, n) in sizes {
             let (a, b) = (whole(m, k)?, whole(k, n)?);
             let expected = a.matmul(&b)?.flatten_all()?.to_vec1::<f32>()?;
-            let (a, b) = (a.flatten_all()?.to_vec1()?, b.flatten_all()?.to_vec1()?);
-            let (a, b) =
-                (MatRef::from_row_major_slice(&a, m, k), MatRef::from_row_major_slice(&b, k, n));
-            for threads in [1, 2, 3, 8, 64] {
+            let values = |m: &Tensor| m.flatten_all()?.to_vec1::<f32>();
+            let (a, rows, columns) = (values(&a)?, values(&b)?, values(&b.t()?)?);
+            let a = MatRef::from_row_major_slice(&a, m, k);
+            let rows = MatRef::from_row_major_slice(&rows, k, n);
+            let columns = MatRef::from_column_major_slice(&columns, k, n);
+            for (b, threads) in [1, 2, 3, 8, 64].into_iter().flat_map(|t| [(rows, t), (columns, t)])
+            {
                 let mut y = vec![f32::NAN; m * n];
                 for (accum, times) in [(Accum::Replace, 1.), (Accum::Add, 2.)] {
                     multiply(MatMut::from_row_major_slice_mut(&mut y, m, n), accum, a, b, threads);
