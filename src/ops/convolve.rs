@@ -5,6 +5,7 @@ use super::backend::Backend;
 use super::buffer::filled;
 use super::conv::Sizes;
 use super::op::if_tracked;
+use super::product::{product_into, Real};
 use super::unfold::{fold, unfold};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor, WithDType};
@@ -27,7 +28,7 @@ impl Convolve {
         x.contiguous()?.apply_op2(&w.contiguous()?, Self::Output(sizes))
     }
 
-    fn run<T: WithDType + AddAssign>(&self, a: Operand, b: Operand) -> Result<(CpuStorage, Shape)> {
+    fn run<T: Float>(&self, a: Operand, b: Operand) -> Result<(CpuStorage, Shape)> {
         let (y, shape): (Vec<T>, Shape) = match self {
             Self::Output(s) => (output(s, a, b)?, (s.batch, s.c_out, s.positions()).into()),
             Self::Input(s) => (input(s, a, b)?, (s.batch, s.c_in, s.input_len()).into()),
@@ -97,12 +98,29 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// `a·b` of two matrices, as values.
-fn product<T: WithDType>(
+trait Float: WithDType + AddAssign + Real {}
+impl<T: WithDType + AddAssign + Real> Float for T {}
+
+/// `y = a·b` of two matrices, or `y += a·b`.
+fn product<T: Float>(
+    y: &mut [T],
+    add: bool,
     (a, al): (&CpuStorage, Layout),
     (b, bl): (&CpuStorage, Layout),
-) -> Result<Vec<T>> {
-    T::cpu_storage_data(a.product(&al, b, &bl)?)
+) -> Result<()> {
+    if product_into(y, add, (a, &al), (b, &bl)) {
+        return Ok(());
+    }
+    let product = T::cpu_storage_data(a.product(&al, b, &bl)?)?;
+    match add {
+        true => sum(y, &product),
+        false => y.copy_from_slice(&product),
+    }
+    Ok(())
+}
+
+fn sum<T: AddAssign + Copy>(y: &mut [T], x: &[T]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
 }
 
 /// One group's columns of one sample, (reach, positions), in a buffer that a thread keeps.
@@ -133,19 +151,23 @@ fn per_group(s: &Sizes) -> (usize, usize) {
     (s.c_in / s.geometry.groups * s.input_len(), s.c_out / s.geometry.groups)
 }
 
-fn output<T: WithDType>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
+/// Samples that a thread takes before it may share them: each share has columns of its own.
+fn share(s: &Sizes) -> usize {
+    (s.batch / rayon::current_num_threads()).max(1)
+}
+
+fn output<T: Float>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
     let (groups, n) = (s.geometry.groups, s.positions());
     let (x_len, outs) = per_group(s);
     let x = x.values::<T>(s.batch * groups * x_len)?;
     let mut y = filled(T::zero(), s.batch * s.c_out * n);
     let samples = y.par_chunks_mut((s.c_out * n).max(1)).zip(x.par_chunks((groups * x_len).max(1)));
-    samples.try_for_each_init(
+    samples.with_min_len(share(s)).try_for_each_init(
         || Columns::new(s),
         |columns, (y, x)| {
             let parts = y.chunks_mut(outs * n).zip(x.chunks(x_len.max(1)));
             for (g, (y, x)) in parts.enumerate() {
-                let out = columns.with(s, x, |c| product(w.matrix(g, outs, s.reach()), c))?;
-                y.copy_from_slice(&out);
+                columns.with(s, x, |c| product(y, false, w.matrix(g, outs, s.reach()), c))?;
             }
             Ok::<_, Error>(())
         },
@@ -153,43 +175,49 @@ fn output<T: WithDType>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
     Ok(y)
 }
 
-fn input<T: WithDType + AddAssign>(s: &Sizes, grad: Operand, w: Operand) -> Result<Vec<T>> {
+fn input<T: Float>(s: &Sizes, grad: Operand, w: Operand) -> Result<Vec<T>> {
     let groups = s.geometry.groups;
     let (x_len, outs) = per_group(s);
     let mut gx = filled(T::zero(), s.batch * groups * x_len);
-    gx.par_chunks_mut((groups * x_len).max(1)).enumerate().try_for_each(|(i, gx)| {
-        for (g, gx) in gx.chunks_mut(x_len.max(1)).enumerate() {
-            let (w, wl) = w.matrix(g, outs, s.reach());
-            let grad = grad.matrix(i * groups + g, outs, s.positions());
-            fold(s, &product((w, wl.transpose(0, 1)?), grad)?, gx);
-        }
-        Ok::<_, Error>(())
-    })?;
+    let samples = gx.par_chunks_mut((groups * x_len).max(1)).enumerate();
+    samples.with_min_len(share(s)).try_for_each_init(
+        || Columns::new(s),
+        |Columns(columns), (i, gx)| {
+            for (g, gx) in gx.chunks_mut(x_len.max(1)).enumerate() {
+                let (w, wl) = w.matrix(g, outs, s.reach());
+                let grad = grad.matrix(i * groups + g, outs, s.positions());
+                product(columns, false, (w, wl.transpose(0, 1)?), grad)?;
+                fold(s, columns, gx);
+            }
+            Ok::<_, Error>(())
+        },
+    )?;
     Ok(gx)
 }
 
-fn kernel<T: WithDType + AddAssign>(s: &Sizes, grad: Operand, x: Operand) -> Result<Vec<T>> {
+fn kernel<T: Float>(s: &Sizes, grad: Operand, x: Operand) -> Result<Vec<T>> {
     let groups = s.geometry.groups;
     let (x_len, outs) = per_group(s);
     let x = x.values::<T>(s.batch * groups * x_len)?;
     let zeros = || vec![T::zero(); s.c_out * s.reach()];
-    let add = |sum: &mut [T], more: &[T]| sum.iter_mut().zip(more).for_each(|(s, m)| *s += *m);
     x.par_chunks((groups * x_len).max(1))
         .enumerate()
+        .with_min_len(share(s))
         .try_fold(
             || (zeros(), Columns::new(s)),
             |(mut gw, mut columns), (i, x)| {
                 let parts = gw.chunks_mut(outs * s.reach()).zip(x.chunks(x_len.max(1)));
                 for (g, (gw, x)) in parts.enumerate() {
                     let grad = grad.matrix(i * groups + g, outs, s.positions());
-                    add(gw, &columns.with(s, x, |(c, l)| product(grad, (c, l.transpose(0, 1)?)))?);
+                    columns
+                        .with(s, x, |(c, l)| product(gw, true, grad, (c, l.transpose(0, 1)?)))?;
                 }
                 Ok::<_, Error>((gw, columns))
             },
         )
         .map(|sum| sum.map(|(gw, _)| gw))
         .try_reduce(zeros, |mut a, b| {
-            add(&mut a, &b);
+            sum(&mut a, &b);
             Ok(a)
         })
 }

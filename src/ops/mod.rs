@@ -31,8 +31,15 @@ mod product {
 
     type Operand<'a> = (&'a CpuStorage, &'a Layout);
 
+    pub(super) trait Real {}
+    impl<T> Real for T {}
+
     pub(super) fn product(_: Operand, _: Operand) -> Option<CpuStorage> {
         None
+    }
+
+    pub(super) fn product_into<T>(_: &mut [T], _: bool, _: Operand, _: Operand) -> bool {
+        false
     }
 }
 mod unfold;

@@ -2,7 +2,7 @@
 //! the machine has it; candle's do only if they were built for it.
 
 use super::buffer::filled;
-use candle_core::{CpuStorage, Layout};
+use candle_core::{CpuStorage, Layout, WithDType};
 use faer::linalg::matmul::matmul;
 use faer::traits::ComplexField;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -32,6 +32,10 @@ const WIDENED: usize = if cfg!(test) { 1 << 11 } else { 1 << 22 };
 /// Values whose widening is worth a thread.
 const SHARE: usize = 1 << 14;
 
+/// What faer multiplies.
+pub(super) trait Real: ComplexField + Copy {}
+impl<T: ComplexField + Copy> Real for T {}
+
 /// `a·b`; in F32 if the operands are in half precision. `None` for other dtypes, and for layouts in
 /// which neither rows nor columns are contiguous.
 pub(super) fn product(
@@ -48,7 +52,29 @@ pub(super) fn product(
     })
 }
 
-fn of_wide<T: ComplexField + Copy>(a: Lines<T>, b: Lines<T>) -> Vec<T> {
+/// `y = a·b`, or `y += a·b`, with all operands of one type. False, and `y` as it was, for other operands
+/// and for layouts in which neither rows nor columns are contiguous.
+pub(super) fn product_into<T: WithDType + Real>(
+    y: &mut [T],
+    add: bool,
+    (a, al): (&CpuStorage, &Layout),
+    (b, bl): (&CpuStorage, &Layout),
+) -> bool {
+    let lines = |s, l| Some(Lines::new(T::cpu_storage_as_slice(s).ok()?, l)?.matrix());
+    let (Some(a), Some(b)) = (lines(a, al), lines(b, bl)) else { return false };
+    if a.ncols() != b.nrows() || y.len() != a.nrows() * b.ncols() {
+        return false;
+    }
+    if !add && a.ncols() == 0 {
+        y.fill(T::zero());
+    }
+    let accum = if add { Accum::Add } else { Accum::Replace };
+    let out = MatMut::from_row_major_slice_mut(y, a.nrows(), b.ncols());
+    multiply(out, accum, a, b, rayon::current_num_threads());
+    true
+}
+
+fn of_wide<T: Real>(a: Lines<T>, b: Lines<T>) -> Vec<T> {
     let (a, b) = (a.matrix(), b.matrix());
     let mut y = filled(T::zero_impl(), a.nrows() * b.ncols());
     let out = MatMut::from_row_major_slice_mut(&mut y, a.nrows(), b.ncols());
@@ -83,13 +109,7 @@ where
 }
 
 /// `y = a·b`, or `y += a·b`, with the longer side of `y` halved until each thread has a part.
-fn multiply<T: ComplexField + Copy>(
-    y: MatMut<T>,
-    accum: Accum,
-    a: MatRef<T>,
-    b: MatRef<T>,
-    threads: usize,
-) {
+fn multiply<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>, threads: usize) {
     let (m, n) = y.shape();
     if threads < 2 || m.max(n) < 2 || m.saturating_mul(n).saturating_mul(a.ncols()) < ALONE {
         return alone(y, accum, a, b);
@@ -111,7 +131,7 @@ fn multiply<T: ComplexField + Copy>(
 
 /// In this thread, in the way that suits faer's kernels. `y` is to be zeros where there is nothing to
 /// sum.
-fn alone<T: ComplexField + Copy>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
+fn alone<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
     match y.nrows() {
         // faer has another way with a single row, which reads `b` once in any case.
         1 => matmul(y, accum, a, b, T::one_impl(), Par::Seq),
@@ -121,7 +141,7 @@ fn alone<T: ComplexField + Copy>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: Ma
 }
 
 /// Part after part by columns, which are transposed into `y`.
-fn few<T: ComplexField + Copy>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
+fn few<T: Real>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
     let (rows, n) = y.shape();
     let mut part = vec![T::zero_impl(); rows * PART.min(n)];
     for from in (0..n).step_by(PART) {
@@ -137,13 +157,7 @@ fn few<T: ComplexField + Copy>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: 
 }
 
 /// As many products at a time as suits faer's kernels, for `strip` columns of `y` after the other.
-fn by_depth<T: ComplexField + Copy>(
-    mut y: MatMut<T>,
-    accum: Accum,
-    a: MatRef<T>,
-    b: MatRef<T>,
-    strip: usize,
-) {
+fn by_depth<T: Real>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>, strip: usize) {
     let (n, depth) = (y.ncols(), a.ncols());
     let step = depth.div_ceil(depth.div_ceil(DEPTH).max(1)).max(1);
     for from in (0..depth).step_by(step) {
@@ -309,6 +323,30 @@ mod tests {
                     assert!(right, "{m} x {k} x {n} in {threads} threads, {accum:?}");
                 }
             }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn into_a_slice_replaces_or_adds() -> Result<()> {
+        for k in [70, 0] {
+            let (a, b) = (whole(9, k)?, whole(k, 4)?);
+            let ((sa, al), (sb, bl)) = (a.storage_and_layout(), b.storage_and_layout());
+            let (Storage::Cpu(sa), Storage::Cpu(sb)) = (&*sa, &*sb) else { panic!() };
+            let once = match k {
+                0 => vec![0.; 36],
+                _ => a.matmul(&b)?.flatten_all()?.to_vec1::<f32>()?,
+            };
+            let mut y = vec![f32::NAN; 36];
+            for (add, times) in [(false, 1.), (true, 2.), (true, 3.), (false, 1.)] {
+                assert!(product_into(&mut y, add, (sa, al), (sb, bl)));
+                let expected: Vec<f32> = once.iter().map(|once| times * once).collect();
+                assert_eq!(y, expected);
+            }
+            // Of another type, or size.
+            assert!(!product_into(&mut [0f64; 36], true, (sa, al), (sb, bl)));
+            assert!(!product_into(&mut y[1..], false, (sa, al), (sb, bl)));
+            assert_eq!(y, once);
         }
         Ok(())
     }
