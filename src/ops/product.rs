@@ -20,8 +20,11 @@ const STRIP: usize = if cfg!(test) { 24 } else { 192 };
 const DEPTH: usize = if cfg!(test) { 48 } else { 384 };
 
 /// Rows of `y` up to which a result by columns, and transposing it, costs less than the packing of `b`
-/// that faer needs for one by rows.
+/// that faer needs for one by rows,
 const FEW: usize = 256;
+
+/// if `b` has so many values, which no core's cache holds.
+const LARGE: usize = if cfg!(test) { 1 << 9 } else { 1 << 20 };
 
 /// Columns of such a result at a time.
 const PART: usize = if cfg!(test) { 24 } else { 512 };
@@ -132,10 +135,13 @@ fn multiply<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>, thr
 /// In this thread, in the way that suits faer's kernels. `y` is to be zeros where there is nothing to
 /// sum.
 fn alone<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
+    let (depth, n) = b.shape();
     match y.nrows() {
         // faer has another way with a single row, which reads `b` once in any case.
         1 => matmul(y, accum, a, b, T::one_impl(), Par::Seq),
-        rows if b.row_stride() == 1 && rows <= FEW.min(a.ncols() / 4) => few(y, accum, a, b),
+        rows if rows <= FEW.min(depth / 4) && depth * n >= LARGE && b.row_stride() == 1 => {
+            few(y, accum, a, b)
+        }
         _ => by_depth(y, accum, a, b, STRIP),
     }
 }
