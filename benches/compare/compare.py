@@ -141,21 +141,17 @@ def main():
     args = parser.parse_args()
     if args.measure:
         return measure(args.measure, args.device)
-    env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads))
-    features = ",".join([*args.features, *(["cuda"] if args.device == "cuda" else [])])
-    bench = ["cargo", "bench", "--features", features, "--bench", "ratios", "--"]
-    if args.bench:
-        bench = [str(Path(args.bench).resolve())]
+    # The second as cargo has it from .cargo/config.toml, for a PROGRAM too.
+    env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads), MIMALLOC_PURGE_DELAY="-1")
     loralib = [python(), __file__, "--device", args.device, "--measure"]
     found = {}
     for i in range(args.rounds):
         print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
         for group in layers(args.device):
-            ours = times([*bench, f"{group} ", "--json"], env)
+            ours = times([*bench(args), f"{group} ", "--json"], env)
             theirs = times([*loralib, group], env)
             for name in theirs:
-                if name in ours:
-                    found.setdefault(name, []).append((ours[name], theirs[name]))
+                found.setdefault(name, []).append((ours[name], theirs[name]))
     print(f"{args.rounds} rounds, {args.device}, {args.threads} threads; milliseconds")
     print(f"{'':<42}{'this crate':>12}{'loralib':>12}{'ratio':>8}{'of the rounds':>20}")
     for name, rounds in found.items():

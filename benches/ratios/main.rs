@@ -1,5 +1,6 @@
 //! `cargo bench --bench ratios [-- FILTER] [--json]`: this crate's layers beside what a user would
-//! have without it, each pair run in turn, as medians in milliseconds and their ratio.
+//! have without it, each pair run in turn, as medians in milliseconds and their ratio. FILTER is how the
+//! names of the cases begin: `Conv`, or `"Linear 512x768 r 8 step"`. With --json, this crate's layers alone.
 
 #[path = "../cases/mod.rs"]
 mod cases;

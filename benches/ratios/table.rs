@@ -2,13 +2,16 @@
 
 use crate::cases::{device, Case};
 use crate::timing::{alone, alternate};
-use candle_core::Result;
+use candle_core::{bail, Result};
 
 /// The command line `[FILTER] [--json]`.
 pub fn print(cases: impl FnOnce(&str) -> Result<Vec<Case>>) -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let filter = args.iter().find(|a| !a.starts_with('-')).map_or("", String::as_str);
     let cases = cases(filter)?;
+    if cases.is_empty() {
+        bail!("no case begins with {filter:?}")
+    }
     match args.iter().any(|a| a == "--json") {
         true => json(cases),
         false => table(cases),

@@ -32,5 +32,5 @@ fn time(run: &mut Run) -> Result<f64> {
 
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    (times[(times.len() - 1) / 2] + times[times.len() / 2]) / 2.
 }

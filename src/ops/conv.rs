@@ -155,11 +155,20 @@ pub(super) fn product3(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Var;
+    use candle_core::{Error, Var};
 
-    /// The CPU's kernel and the composition that other devices use, outputs and gradients.
+    /// The CPU's kernel and the composition that other devices use, outputs and gradients, with shares
+    /// of one sample and of several.
     #[test]
     fn the_kernel_and_the_composition_agree() -> Result<()> {
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.map_err(Error::wrap)?.install(they_agree)?;
+        }
+        Ok(())
+    }
+
+    fn they_agree() -> Result<()> {
         for n in 1..=3usize {
             for groups in [1, 2] {
                 for (padding, stride, dilation, k) in
@@ -176,7 +185,7 @@ mod tests {
                         (g.kernel[d], g.padding[d]) = (k, padding);
                         (g.stride[d], g.dilation[d]) = (stride, dilation);
                     }
-                    let x_dims = [&[2, 4][..], &[7, 8, 6][3 - n..]].concat();
+                    let x_dims = [&[4, 4][..], &[7, 8, 6][3 - n..]].concat();
                     let w_dims = [&[6, 4 / groups][..], &vec![k; n]].concat();
                     let x = Var::randn(0f64, 1., x_dims, &Device::Cpu)?;
                     let w = Var::randn(0f64, 1., w_dims, &Device::Cpu)?;

@@ -108,13 +108,24 @@ fn product<T: Float>(
     (a, al): (&CpuStorage, Layout),
     (b, bl): (&CpuStorage, Layout),
 ) -> Result<()> {
-    if product_into(y, add, (a, &al), (b, &bl)) {
-        return Ok(());
+    if !product_into(y, add, (a, &al), (b, &bl)) {
+        let product = T::cpu_storage_data(a.product(&al, b, &bl)?)?;
+        match add {
+            true => sum(y, &product),
+            false => y.copy_from_slice(&product),
+        }
     }
-    let product = T::cpu_storage_data(a.product(&al, b, &bl)?)?;
-    match add {
-        true => sum(y, &product),
-        false => y.copy_from_slice(&product),
+    Ok(())
+}
+
+/// `y = a·b`, in the memory that `y` has if it fits.
+fn renew<T: Float>(
+    y: &mut Vec<T>,
+    (a, al): (&CpuStorage, Layout),
+    (b, bl): (&CpuStorage, Layout),
+) -> Result<()> {
+    if !product_into(y, false, (a, &al), (b, &bl)) {
+        *y = T::cpu_storage_data(a.product(&al, b, &bl)?)?;
     }
     Ok(())
 }
@@ -123,7 +134,7 @@ fn sum<T: AddAssign + Copy>(y: &mut [T], x: &[T]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
 }
 
-/// One group's columns of one sample, (reach, positions), in a buffer that a thread keeps.
+/// One group's columns of one sample, (reach, positions), in a buffer for one after the other.
 struct Columns<T>(Vec<T>);
 
 impl<T: WithDType> Columns<T> {
@@ -151,9 +162,9 @@ fn per_group(s: &Sizes) -> (usize, usize) {
     (s.c_in / s.geometry.groups * s.input_len(), s.c_out / s.geometry.groups)
 }
 
-/// Samples that a thread takes before it may share them: each share has columns of its own.
+/// Samples of one thread's share, which it takes one after the other.
 fn share(s: &Sizes) -> usize {
-    (s.batch / rayon::current_num_threads()).max(1)
+    s.batch.div_ceil(rayon::current_num_threads()).max(1)
 }
 
 fn output<T: Float>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
@@ -161,17 +172,18 @@ fn output<T: Float>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
     let (x_len, outs) = per_group(s);
     let x = x.values::<T>(s.batch * groups * x_len)?;
     let mut y = filled(T::zero(), s.batch * s.c_out * n);
-    let samples = y.par_chunks_mut((s.c_out * n).max(1)).zip(x.par_chunks((groups * x_len).max(1)));
-    samples.with_min_len(share(s)).try_for_each_init(
-        || Columns::new(s),
-        |columns, (y, x)| {
-            let parts = y.chunks_mut(outs * n).zip(x.chunks(x_len.max(1)));
-            for (g, (y, x)) in parts.enumerate() {
-                columns.with(s, x, |c| product(y, false, w.matrix(g, outs, s.reach()), c))?;
-            }
-            Ok::<_, Error>(())
-        },
-    )?;
+    let share = share(s) * groups;
+    let shares =
+        y.par_chunks_mut((share * outs * n).max(1)).zip(x.par_chunks((share * x_len).max(1)));
+    shares.try_for_each(|(y, x)| {
+        let mut columns = Columns::new(s);
+        let parts = y.chunks_mut(outs * n).zip(x.chunks(x_len.max(1)));
+        for (i, (y, x)) in parts.enumerate() {
+            let w = w.matrix(i % groups, outs, s.reach());
+            columns.with(s, x, |columns| product(y, false, w, columns))?;
+        }
+        Ok::<_, Error>(())
+    })?;
     Ok(y)
 }
 
@@ -179,19 +191,17 @@ fn input<T: Float>(s: &Sizes, grad: Operand, w: Operand) -> Result<Vec<T>> {
     let groups = s.geometry.groups;
     let (x_len, outs) = per_group(s);
     let mut gx = filled(T::zero(), s.batch * groups * x_len);
-    let samples = gx.par_chunks_mut((groups * x_len).max(1)).enumerate();
-    samples.with_min_len(share(s)).try_for_each_init(
-        || Columns::new(s),
-        |Columns(columns), (i, gx)| {
-            for (g, gx) in gx.chunks_mut(x_len.max(1)).enumerate() {
-                let (w, wl) = w.matrix(g, outs, s.reach());
-                let grad = grad.matrix(i * groups + g, outs, s.positions());
-                product(columns, false, (w, wl.transpose(0, 1)?), grad)?;
-                fold(s, columns, gx);
-            }
-            Ok::<_, Error>(())
-        },
-    )?;
+    let share = share(s) * groups;
+    gx.par_chunks_mut((share * x_len).max(1)).enumerate().try_for_each(|(at, gx)| {
+        let mut columns = vec![];
+        for (i, gx) in gx.chunks_mut(x_len.max(1)).enumerate() {
+            let (w, wl) = w.matrix(i % groups, outs, s.reach());
+            let grad = grad.matrix(at * share + i, outs, s.positions());
+            renew(&mut columns, (w, wl.transpose(0, 1)?), grad)?;
+            fold(s, &columns, gx);
+        }
+        Ok::<_, Error>(())
+    })?;
     Ok(gx)
 }
 
@@ -200,24 +210,18 @@ fn kernel<T: Float>(s: &Sizes, grad: Operand, x: Operand) -> Result<Vec<T>> {
     let (x_len, outs) = per_group(s);
     let x = x.values::<T>(s.batch * groups * x_len)?;
     let zeros = || vec![T::zero(); s.c_out * s.reach()];
-    x.par_chunks((groups * x_len).max(1))
-        .enumerate()
-        .with_min_len(share(s))
-        .try_fold(
-            || (zeros(), Columns::new(s)),
-            |(mut gw, mut columns), (i, x)| {
-                let parts = gw.chunks_mut(outs * s.reach()).zip(x.chunks(x_len.max(1)));
-                for (g, (gw, x)) in parts.enumerate() {
-                    let grad = grad.matrix(i * groups + g, outs, s.positions());
-                    columns
-                        .with(s, x, |(c, l)| product(gw, true, grad, (c, l.transpose(0, 1)?)))?;
-                }
-                Ok::<_, Error>((gw, columns))
-            },
-        )
-        .map(|sum| sum.map(|(gw, _)| gw))
-        .try_reduce(zeros, |mut a, b| {
-            sum(&mut a, &b);
-            Ok(a)
-        })
+    let share = share(s) * groups;
+    let shares = x.par_chunks((share * x_len).max(1)).enumerate().map(|(at, x)| {
+        let (mut gw, mut columns) = (zeros(), Columns::new(s));
+        for (i, x) in x.chunks(x_len.max(1)).enumerate() {
+            let gw = &mut gw[i % groups * outs * s.reach()..][..outs * s.reach()];
+            let grad = grad.matrix(at * share + i, outs, s.positions());
+            columns.with(s, x, |(c, l)| product(gw, true, grad, (c, l.transpose(0, 1)?)))?;
+        }
+        Ok::<_, Error>(gw)
+    });
+    shares.try_reduce(zeros, |mut a, b| {
+        sum(&mut a, &b);
+        Ok(a)
+    })
 }
