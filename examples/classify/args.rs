@@ -48,7 +48,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 2)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub epochs: u32,
-    /// The learning rate at its peak [default: lora 5e-3, head 1e-2, full 2e-4]
+    /// The learning rate at its peak [default: lora 5e-3, head 1e-2, full 4e-4]
     #[arg(long)]
     pub lr: Option<f64>,
     /// Sentences per step

@@ -32,7 +32,7 @@ impl Method {
         match self {
             Self::Head => 1e-2,
             Self::Lora => 5e-3,
-            Self::Full => 2e-4,
+            Self::Full => 4e-4,
         }
     }
 
