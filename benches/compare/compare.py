@@ -155,7 +155,7 @@ def main():
     print(f"{args.rounds} rounds, {args.device}, {args.threads} threads; milliseconds")
     print(f"{'':<42}{'this crate':>12}{'loralib':>12}{'ratio':>8}{'of the rounds':>20}")
     for name, rounds in found.items():
-        mine, other = (statistics.median(times) for times in zip(*rounds))
+        mine, other = (statistics.median(side) for side in zip(*rounds))
         ratios = sorted(a / b for a, b in rounds)
         spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
         ratio = statistics.median(ratios)

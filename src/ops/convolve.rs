@@ -4,6 +4,7 @@
 use super::backend::Backend;
 use super::buffer::filled;
 use super::conv::Sizes;
+use super::in_place::add_to;
 use super::op::if_tracked;
 use super::product::{product_into, Real};
 use super::unfold::{fold, unfold};
@@ -111,7 +112,7 @@ fn product<T: Float>(
     if !product_into(y, add, (a, &al), (b, &bl)) {
         let product = T::cpu_storage_data(a.product(&al, b, &bl)?)?;
         match add {
-            true => sum(y, &product),
+            true => add_to(y, &product),
             false => y.copy_from_slice(&product),
         }
     }
@@ -128,10 +129,6 @@ fn renew<T: Float>(
         *y = T::cpu_storage_data(a.product(&al, b, &bl)?)?;
     }
     Ok(())
-}
-
-fn sum<T: AddAssign + Copy>(y: &mut [T], x: &[T]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
 }
 
 /// One group's columns of one sample, (reach, positions), in a buffer for one after the other.
@@ -221,7 +218,7 @@ fn kernel<T: Float>(s: &Sizes, grad: Operand, x: Operand) -> Result<Vec<T>> {
         Ok::<_, Error>(gw)
     });
     shares.try_reduce(zeros, |mut a, b| {
-        sum(&mut a, &b);
+        add_to(&mut a, &b);
         Ok(a)
     })
 }

@@ -128,7 +128,7 @@ fn in_blocks<T: Element>(
                 term.add_to(y, n, &block)?;
             }
             if let Some(bias) = &bias {
-                y.chunks_exact_mut(n).for_each(|y| add(y, bias));
+                y.chunks_exact_mut(n).for_each(|y| add_to(y, bias));
             }
             Ok(())
         })
@@ -175,14 +175,14 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
                 let sum = W::cpu_storage_as_slice(&sum)?;
                 let lines = y.chunks_exact_mut(n).map(|y| &mut y[cols.clone()]);
                 let lines = lines.zip(sum.chunks_exact(cols.len()));
-                lines.for_each(|(y, sum)| add(y, sum));
+                lines.for_each(|(y, sum)| add_to(y, sum));
             }
         }
         Ok(())
     }
 }
 
-fn add<W: Copy + AddAssign>(y: &mut [W], x: &[W]) {
+pub(super) fn add_to<W: Copy + AddAssign>(y: &mut [W], x: &[W]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
 }
 

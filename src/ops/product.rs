@@ -157,7 +157,7 @@ mod tests {
     }
 
     /// Whole numbers, whose sums are exact in any order.
-    fn whole(rows: usize, cols: usize) -> Result<Tensor> {
+    pub(super) fn whole(rows: usize, cols: usize) -> Result<Tensor> {
         Tensor::rand(-4f32, 4., (rows, cols), &Device::Cpu)?.round()
     }
 

@@ -112,8 +112,9 @@ fn both(here: impl FnOnce() + Send, there: impl FnOnce() + Send) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::whole;
     use super::*;
-    use candle_core::{Device, Result, Tensor};
+    use candle_core::{Result, Tensor};
 
     #[test]
     fn any_number_of_threads_gives_the_same_sums() -> Result<()> {
@@ -126,9 +127,7 @@ mod tests {
             (1100, 600, 90),
         ];
         for (m, k, n) in sizes {
-            // Whole numbers, whose sums are exact in any order.
-            let whole = |dims: (usize, usize)| Tensor::rand(-4f32, 4., dims, &Device::Cpu)?.round();
-            let (a, b) = (whole((m, k))?, whole((k, n))?);
+            let (a, b) = (whole(m, k)?, whole(k, n)?);
             let expected = a.matmul(&b)?.flatten_all()?.to_vec1::<f32>()?;
             let values = |m: &Tensor| m.flatten_all()?.to_vec1::<f32>();
             let (a, rows, columns) = (values(&a)?, values(&b)?, values(&b.t()?)?);
