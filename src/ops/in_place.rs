@@ -3,14 +3,15 @@
 
 use super::backend::{Backend, Term};
 use super::buffer::filled;
+use super::thin::{self, Lanes};
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
-use std::ops::{Add, AddAssign, Mul, Range};
+use std::ops::{AddAssign, Range};
 
 /// A float, and the one in which thin products beside it are computed.
 pub(super) trait Element: WithDType {
-    type Wide: WithDType + Add<Output = Self::Wide> + Mul<Output = Self::Wide> + AddAssign;
+    type Wide: WithDType + AddAssign + Lanes;
 
     /// Changes `y` through its values in the wide dtype; rounds each once.
     fn change(y: &mut [Self], f: impl FnOnce(&mut [Self::Wide]) -> Result<()>) -> Result<()>;
@@ -50,9 +51,6 @@ const BLOCK: usize = 1 << 15;
 /// Up to this rank a thin product is bound by loads and stores, and the loop below, which spares
 /// those of the sum, is faster than a product and an addition.
 const THIN: usize = 32;
-
-/// Values of `v` that a core's first cache holds beside a part of a row of `y`.
-const TILE: usize = 1 << 12;
 
 /// Rows of a contiguous (num, dim) table, plus the term: each block is written and added to while a
 /// core's cache holds it.
@@ -142,7 +140,7 @@ struct Block<'a, W> {
     thin: Option<(Vec<W>, Vec<W>)>,
 }
 
-impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a, W> {
+impl<'a, W: WithDType + AddAssign + Lanes> Block<'a, W> {
     fn new(term: &'a Term) -> Result<Self> {
         let values = |t: &Tensor| t.to_dtype(W::DTYPE)?.flatten_all()?.to_vec1();
         let thin = match term.rank() <= THIN {
@@ -166,7 +164,7 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
         match &self.thin {
             Some((u, v)) => {
                 let u = &u[at * rank..][..(to - from) * rank];
-                pulp::Arch::new().dispatch(Thin { y, n, cols, u, v, rank });
+                thin::add(y, n, cols, u, v, rank);
             }
             None => {
                 let ((u, ul), (v, vl)) = (self.u.storage_and_layout(), term.v.storage_and_layout());
@@ -184,60 +182,4 @@ impl<'a, W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> Block<'a,
 
 pub(super) fn add_to<W: Copy + AddAssign>(y: &mut [W], x: &[W]) {
     y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
-}
-
-/// `y[.., cols] += u·v`, with `y` in rows of `n`, for the widest vector instructions of the machine.
-struct Thin<'a, W> {
-    y: &'a mut [W],
-    n: usize,
-    cols: Range<usize>,
-    u: &'a [W],
-    v: &'a [W],
-    rank: usize,
-}
-
-impl<W: WithDType + Add<Output = W> + Mul<Output = W> + AddAssign> pulp::WithSimd for Thin<'_, W> {
-    type Output = ();
-
-    // Inlined, all of it, into the one place that is compiled for those instructions.
-    #[inline(always)]
-    fn with_simd<S: pulp::Simd>(self, _: S) {
-        let Self { y, n, cols, u, v, rank } = self;
-        let stride = cols.len();
-        let mut from = 0;
-        while from < stride {
-            let width = (TILE / rank).min(stride - from);
-            let at = cols.start + from;
-            for (y, u) in y.chunks_exact_mut(n).zip(u.chunks_exact(rank)) {
-                add_row(&mut y[at..at + width], u, &v[from..], stride);
-            }
-            from += width;
-        }
-    }
-}
-
-/// `y += u·v`, one row of y: four of v, a stride apart, in each pass.
-#[inline(always)]
-fn add_row<W>(y: &mut [W], u: &[W], v: &[W], stride: usize)
-where
-    W: Copy + Add<Output = W> + Mul<Output = W> + AddAssign,
-{
-    let n = y.len();
-    let mut i = 0;
-    while i + 4 <= u.len() {
-        let (v0, v1) = (&v[i * stride..][..n], &v[(i + 1) * stride..][..n]);
-        let (v2, v3) = (&v[(i + 2) * stride..][..n], &v[(i + 3) * stride..][..n]);
-        let (u0, u1, u2, u3) = (u[i], u[i + 1], u[i + 2], u[i + 3]);
-        for j in 0..n {
-            y[j] += (u0 * v0[j] + u1 * v1[j]) + (u2 * v2[j] + u3 * v3[j]);
-        }
-        i += 4;
-    }
-    while i < u.len() {
-        let (v, u) = (&v[i * stride..][..n], u[i]);
-        for j in 0..n {
-            y[j] += u * v[j];
-        }
-        i += 1;
-    }
 }

@@ -42,6 +42,7 @@ mod product {
         false
     }
 }
+mod thin;
 mod unfold;
 
 pub(crate) use backend::{wide, Term};

@@ -1,0 +1,203 @@
+//! `y += u·v` with a short sum, by the widest vector instructions of the machine. Such a product is
+//! bound by loads and stores: a few rows and vectors of `y` stay in registers for the whole sum.
+
+use pulp::{Arch, Simd, WithSimd};
+use std::ops::Range;
+
+/// Rows of `y` in registers at a time, and vectors of each: with those of `u` and `v` they fill the 16
+/// registers of AVX2.
+const ROWS: usize = 4;
+const VECTORS: usize = 3;
+
+/// A float that pulp has vectors of.
+pub(super) trait Lanes: Copy + Default {
+    type Vector<S: Simd>: Copy;
+
+    /// The whole vectors of a slice, and what is left.
+    fn vectors<S: Simd>(x: &[Self]) -> (&[Self::Vector<S>], &[Self]);
+    fn vectors_mut<S: Simd>(x: &mut [Self]) -> (&mut [Self::Vector<S>], &mut [Self]);
+    fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
+
+    /// `a·b + c`, rounded once where the machine can.
+    fn mul_add<S: Simd>(
+        simd: S,
+        a: Self::Vector<S>,
+        b: Self::Vector<S>,
+        c: Self::Vector<S>,
+    ) -> Self::Vector<S>;
+
+    /// The same of single values, rounded twice.
+    fn mul_then_add(a: Self, b: Self, c: Self) -> Self;
+}
+
+macro_rules! lanes {
+    ($t:ty, $vector:ident, $vectors:ident, $vectors_mut:ident, $splat:ident, $mul_add:ident) => {
+        impl Lanes for $t {
+            type Vector<S: Simd> = S::$vector;
+
+            #[inline(always)]
+            fn vectors<S: Simd>(x: &[Self]) -> (&[S::$vector], &[Self]) {
+                S::$vectors(x)
+            }
+            #[inline(always)]
+            fn vectors_mut<S: Simd>(x: &mut [Self]) -> (&mut [S::$vector], &mut [Self]) {
+                S::$vectors_mut(x)
+            }
+            #[inline(always)]
+            fn splat<S: Simd>(simd: S, x: Self) -> S::$vector {
+                simd.$splat(x)
+            }
+            #[inline(always)]
+            fn mul_add<S: Simd>(
+                simd: S,
+                a: S::$vector,
+                b: S::$vector,
+                c: S::$vector,
+            ) -> S::$vector {
+                simd.$mul_add(a, b, c)
+            }
+            #[inline(always)]
+            fn mul_then_add(a: Self, b: Self, c: Self) -> Self {
+                a * b + c
+            }
+        }
+    };
+}
+lanes! { f32, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, mul_add_e_f32s }
+lanes! { f64, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, mul_add_e_f64s }
+
+/// `y[.., cols] += u·v`, with `y` in rows of `n`, `u` in rows of `rank` and `v` in rows of the columns.
+pub(super) fn add<T: Lanes>(
+    y: &mut [T],
+    n: usize,
+    cols: Range<usize>,
+    u: &[T],
+    v: &[T],
+    rank: usize,
+) {
+    Arch::new().dispatch(Thin { y, n, cols, u, v, rank });
+}
+
+struct Thin<'a, T> {
+    y: &'a mut [T],
+    n: usize,
+    cols: Range<usize>,
+    u: &'a [T],
+    v: &'a [T],
+    rank: usize,
+}
+
+impl<T: Lanes> WithSimd for Thin<'_, T> {
+    type Output = ();
+
+    // Inlined, all of it, into the one place that is compiled for those instructions.
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { y, n, cols, u, v, rank } = self;
+        let v: Vec<_> = v.chunks_exact(cols.len()).map(T::vectors::<S>).collect();
+        for (y, u) in y.chunks_mut(ROWS * n).zip(u.chunks(ROWS * rank)) {
+            if y.len() == ROWS * n {
+                add_rows::<S, T, ROWS>(simd, y, n, &cols, u, &v);
+            } else {
+                for (y, u) in y.chunks_exact_mut(n).zip(u.chunks_exact(rank)) {
+                    add_rows::<S, T, 1>(simd, y, n, &cols, u, &v);
+                }
+            }
+        }
+    }
+}
+
+/// `v`: each row as vectors, and what is left.
+#[inline(always)]
+fn add_rows<S: Simd, T: Lanes, const R: usize>(
+    simd: S,
+    y: &mut [T],
+    n: usize,
+    cols: &Range<usize>,
+    u: &[T],
+    v: &[(&[T::Vector<S>], &[T])],
+) {
+    let mut rows = y.chunks_exact_mut(n).map(|y| T::vectors_mut::<S>(&mut y[cols.clone()]));
+    let mut y: [_; R] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+    let u: [_; R] = std::array::from_fn(|r| &u[r * v.len()..][..v.len()]);
+    let count = y.iter().map(|(y, _)| y.len()).min().unwrap_or(0);
+    let mut at = 0;
+    while at + VECTORS <= count {
+        add_tile::<S, T, R, VECTORS>(simd, &mut y, at, &u, v);
+        at += VECTORS;
+    }
+    while at < count {
+        add_tile::<S, T, R, 1>(simd, &mut y, at, &u, v);
+        at += 1;
+    }
+    for ((_, y), u) in y.iter_mut().zip(u) {
+        for (u, (_, v)) in u.iter().zip(v) {
+            y.iter_mut().zip(*v).for_each(|(y, v)| *y = T::mul_then_add(*u, *v, *y));
+        }
+    }
+}
+
+#[inline(always)]
+fn add_tile<S: Simd, T: Lanes, const R: usize, const C: usize>(
+    simd: S,
+    y: &mut [(&mut [T::Vector<S>], &mut [T]); R],
+    at: usize,
+    u: &[&[T]; R],
+    v: &[(&[T::Vector<S>], &[T])],
+) {
+    let mut sums: [[_; C]; R] = std::array::from_fn(|r| std::array::from_fn(|c| y[r].0[at + c]));
+    for (k, (v, _)) in v.iter().enumerate() {
+        let v = &v[at..at + C];
+        for r in 0..R {
+            let u = T::splat(simd, u[r][k]);
+            for c in 0..C {
+                sums[r][c] = T::mul_add(simd, u, v[c], sums[r][c]);
+            }
+        }
+    }
+    for r in 0..R {
+        y[r].0[at..at + C].copy_from_slice(&sums[r]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whole numbers, whose sums are exact in any order.
+    fn whole<T: From<i8>>(len: usize) -> Vec<T> {
+        (0..len).map(|i| T::from((i * 7 % 11) as i8 - 5)).collect()
+    }
+
+    fn columns_beside_the_range_stay_and_others_get_the_product<T>()
+    where
+        T: Lanes + From<i8> + PartialEq + std::fmt::Debug,
+    {
+        // Rows and columns of whole tiles, of parts of one, and both.
+        for (m, n, cols, rank) in [
+            (4, 96, 0..96, 4),
+            (1, 3, 0..3, 1),
+            (7, 150, 0..150, 5),
+            (9, 150, 13..140, 2),
+            (5, 40, 39..40, 3),
+        ] {
+            let (y, u, v) = (whole::<T>(m * n), whole(m * rank), whole(rank * cols.len()));
+            let mut expected = y.clone();
+            for (i, k) in (0..m).flat_map(|i| (0..rank).map(move |k| (i, k))) {
+                for (j, at) in cols.clone().enumerate() {
+                    let y = &mut expected[i * n + at];
+                    *y = T::mul_then_add(u[i * rank + k], v[k * cols.len() + j], *y);
+                }
+            }
+            let mut sum = y;
+            add(&mut sum, n, cols, &u, &v, rank);
+            assert_eq!(sum, expected, "{m} x {n}, rank {rank}");
+        }
+    }
+
+    #[test]
+    fn every_size_of_both_floats() {
+        columns_beside_the_range_stay_and_others_get_the_product::<f32>();
+        columns_beside_the_range_stay_and_others_get_the_product::<f64>();
+    }
+}
