@@ -1,19 +1,19 @@
 """Times this crate beside Python loralib on torch, in turn on the same machine (A B A B ...), and
 beside peft-rs.
 
-    python3 benches/compare/compare.py [--rounds 5] [--threads N] [--features avx512]
+    python3 benches/compare/compare.py [FILTER] [--rounds 25] [--threads N] [--features avx512]
                                          [--device cuda] [--bench PROGRAM]
 
-Installs torch and loralib into a folder of its own (target/compare) where this Python lacks them,
-builds the crate's bench (or takes PROGRAM, built elsewhere by `cargo bench --no-run --bench ratios`),
-and in each round times one layer after the other in both, each alone in a process of its own. Prints
-one table: the median of each over the rounds, and the median of the rounds' ratios. A training step
-is a forward and a backward from a given gradient, with a gradient for the input, as inside a model.
-F32.
+Installs torch and loralib into a folder of its own (target/compare) where this Python lacks them, and
+builds the crate's bench (or takes PROGRAM, built elsewhere by `cargo bench --no-run --bench ratios`).
+Each layer waits in two processes, and in each round one after the other runs it for about a fifth of a
+second: a machine whose speed varies is the same for both. Prints one table: the median of each over the
+rounds, and of the rounds' ratios the median and the middle half. A training step is a forward and a
+backward from a given gradient, with a gradient for the input, as inside a model. F32. FILTER is how the
+names of the layers begin: `Conv`, or `"Linear 512x768"`.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "target" / "compare"
 PACKAGES = ["torch", "loralib", "numpy"]
+WHAT = [["forward", "step"], ["forward", "step", "forward, merged"]]
 
 
 def layers(device):
@@ -63,11 +64,26 @@ def bench(args):
     return ["cargo", "bench", "--features", features, "--bench", "ratios", "--"]
 
 
-def times(command, env):
-    """Group name -> milliseconds."""
-    out = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
-    rows = [json.loads(line) for line in out.stdout.splitlines() if line.startswith("{")]
-    return {row["group"]: row["ms"] for row in rows}
+class Runner:
+    """A process that runs what it is told the name of, and answers with the milliseconds."""
+
+    def __init__(self, command, env):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def time(self, name):
+        self.process.stdin.write(name + "\n")
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"no time of {name!r} by {self.process.args}")
+        return float(answer)
 
 
 def measure(group, device):
@@ -116,23 +132,31 @@ def measure(group, device):
             torch.cuda.synchronize()
         return (time.perf_counter() - start) * 1e3
 
-    def report(what, run):
-        """The median for about a second, as the bench has it."""
-        time_of(run)
-        runs = min(max(int(1000 / time_of(run)), 7), 301)
-        ms = statistics.median(time_of(run) for _ in range(runs))
-        print(json.dumps({"group": f"{group} {what}", "ms": ms}))
+    def burst(run):
+        """As the bench has it."""
+        runs = min(max(int(200 / time_of(run)), 1), 301)
+        return statistics.median(time_of(run) for _ in range(runs))
 
-    report("forward", forward)
-    report("step", step)
-    if "Linear" in kind:
-        layer.eval()
-        report("forward, merged", forward)
+    for line in sys.stdin:
+        what = line.strip().removeprefix(f"{group} ")
+        layer.train(what != "forward, merged")
+        print(burst(step if what == "step" else forward), flush=True)
+
+
+def compare(name, ours, theirs, rounds):
+    # The first runs also start threads and build a GPU's kernels.
+    ours.time(name), theirs.time(name)
+    found = [(ours.time(name), theirs.time(name)) for _ in range(rounds)]
+    mine, other = (statistics.median(side) for side in zip(*found))
+    low, ratio, high = statistics.quantiles((a / b for a, b in found), n=4)
+    spread = f"{low:.3f} to {high:.3f}"
+    print(f"{name:<42}{mine:>12.3f}{other:>12.3f}{ratio:>8.3f}{spread:>18}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("filter", nargs="?", default="")
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--features", action="append", default=[], help="of this crate")
@@ -141,26 +165,21 @@ def main():
     args = parser.parse_args()
     if args.measure:
         return measure(args.measure, args.device)
+    if args.rounds < 2:
+        parser.error("--rounds: at least 2")
     # The second as cargo has it from .cargo/config.toml, for a PROGRAM too.
     env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads), MIMALLOC_PURGE_DELAY="-1")
     loralib = [python(), __file__, "--device", args.device, "--measure"]
-    found = {}
-    for i in range(args.rounds):
-        print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-        for group in layers(args.device):
-            ours = times([*bench(args), f"{group} ", "--json"], env)
-            theirs = times([*loralib, group], env)
-            for name in theirs:
-                found.setdefault(name, []).append((ours[name], theirs[name]))
     print(f"{args.rounds} rounds, {args.device}, {args.threads} threads; milliseconds")
-    print(f"{'':<42}{'this crate':>12}{'loralib':>12}{'ratio':>8}{'of the rounds':>20}")
-    for name, rounds in found.items():
-        mine, other = (statistics.median(side) for side in zip(*rounds))
-        ratios = sorted(a / b for a, b in rounds)
-        spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
-        ratio = statistics.median(ratios)
-        print(f"{name:<42}{mine:>12.3f}{other:>12.3f}{ratio:>8.3f}{spread:>20}")
-    if args.device == "cpu" and not args.bench and not args.features:
+    print(f"{'':<42}{'this crate':>12}{'loralib':>12}{'ratio':>8}{'middle half':>18}")
+    for group in layers(args.device):
+        if not group.startswith(args.filter):
+            continue
+        ours, theirs = [*bench(args), f"{group} ", "--ask"], [*loralib, group]
+        with Runner(ours, env) as ours, Runner(theirs, env) as theirs:
+            for what in WHAT["Linear" in group]:
+                compare(f"{group} {what}", ours, theirs, args.rounds)
+    if args.device == "cpu" and not (args.bench or args.features or args.filter):
         print(flush=True)
         subprocess.run(["cargo", "run", "-q", "--release"], cwd=HERE / "peft-rs", env=env, check=True)
 

@@ -1,6 +1,7 @@
-//! `cargo bench --bench ratios [-- FILTER] [--json]`: this crate's layers beside what a user would
+//! `cargo bench --bench ratios [-- FILTER] [--ask]`: this crate's layers beside what a user would
 //! have without it, each pair run in turn, as medians in milliseconds and their ratio. FILTER is how the
-//! names of the cases begin: `Conv`, or `"Linear 512x768 r 8 step"`. With --json, this crate's layers alone.
+//! names of the cases begin: `Conv`, or `"Linear 512x768 r 8 step"`. With --ask, this crate's layers alone:
+//! the name of a case on the input is answered by its time.
 
 #[path = "../cases/mod.rs"]
 mod cases;

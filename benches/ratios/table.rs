@@ -1,10 +1,10 @@
-//! Cases as a table of medians and ratios, or this crate's own times as lines of JSON.
+//! Cases as a table of medians and ratios, or one at a time as another program asks.
 
 use crate::cases::{device, Case};
-use crate::timing::{alone, alternate};
+use crate::timing::{alternate, burst};
 use candle_core::{bail, Result};
 
-/// The command line `[FILTER] [--json]`.
+/// The command line `[FILTER] [--ask]`.
 pub fn print(cases: impl FnOnce(&str) -> Result<Vec<Case>>) -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let filter = args.iter().find(|a| !a.starts_with('-')).map_or("", String::as_str);
@@ -12,8 +12,8 @@ pub fn print(cases: impl FnOnce(&str) -> Result<Vec<Case>>) -> Result<()> {
     if cases.is_empty() {
         bail!("no case begins with {filter:?}")
     }
-    match args.iter().any(|a| a == "--json") {
-        true => json(cases),
+    match args.iter().any(|a| a == "--ask") {
+        true => answer(cases),
         false => table(cases),
     }
 }
@@ -31,9 +31,14 @@ fn table(cases: Vec<Case>) -> Result<()> {
     Ok(())
 }
 
-fn json(cases: Vec<Case>) -> Result<()> {
-    for mut case in cases {
-        println!(r#"{{"group": "{}", "ms": {}}}"#, case.group, alone(&mut case.ours)?);
+/// For each line of the input, a case's name, a line with this crate's milliseconds.
+fn answer(mut cases: Vec<Case>) -> Result<()> {
+    for name in std::io::stdin().lines() {
+        let name = name?;
+        let Some(case) = cases.iter_mut().find(|case| case.group == name) else {
+            bail!("no case {name:?}")
+        };
+        println!("{}", burst(&mut case.ours)?);
     }
     Ok(())
 }
