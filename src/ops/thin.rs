@@ -13,9 +13,8 @@ const VECTORS: usize = 3;
 pub(super) trait Lanes: Copy + Default {
     type Vector<S: Simd>: Copy;
 
-    /// The whole vectors of a slice, and what is left.
-    fn vectors<S: Simd>(x: &[Self]) -> (&[Self::Vector<S>], &[Self]);
-    fn vectors_mut<S: Simd>(x: &mut [Self]) -> (&mut [Self::Vector<S>], &mut [Self]);
+    fn vectors<S: Simd>(x: &[Self]) -> Row<'_, S, Self>;
+    fn vectors_mut<S: Simd>(x: &mut [Self]) -> RowMut<'_, S, Self>;
     fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
 
     /// `a·b + c`, rounded once where the machine can.
@@ -30,17 +29,21 @@ pub(super) trait Lanes: Copy + Default {
     fn mul_then_add(a: Self, b: Self, c: Self) -> Self;
 }
 
+/// A row as whole vectors, and what is left of it.
+type Row<'a, S, T> = (&'a [<T as Lanes>::Vector<S>], &'a [T]);
+type RowMut<'a, S, T> = (&'a mut [<T as Lanes>::Vector<S>], &'a mut [T]);
+
 macro_rules! lanes {
     ($t:ty, $vector:ident, $vectors:ident, $vectors_mut:ident, $splat:ident, $mul_add:ident) => {
         impl Lanes for $t {
             type Vector<S: Simd> = S::$vector;
 
             #[inline(always)]
-            fn vectors<S: Simd>(x: &[Self]) -> (&[S::$vector], &[Self]) {
+            fn vectors<S: Simd>(x: &[Self]) -> Row<'_, S, Self> {
                 S::$vectors(x)
             }
             #[inline(always)]
-            fn vectors_mut<S: Simd>(x: &mut [Self]) -> (&mut [S::$vector], &mut [Self]) {
+            fn vectors_mut<S: Simd>(x: &mut [Self]) -> RowMut<'_, S, Self> {
                 S::$vectors_mut(x)
             }
             #[inline(always)]
@@ -107,7 +110,6 @@ impl<T: Lanes> WithSimd for Thin<'_, T> {
     }
 }
 
-/// `v`: each row as vectors, and what is left.
 #[inline(always)]
 fn add_rows<S: Simd, T: Lanes, const R: usize>(
     simd: S,
@@ -115,7 +117,7 @@ fn add_rows<S: Simd, T: Lanes, const R: usize>(
     n: usize,
     cols: &Range<usize>,
     u: &[T],
-    v: &[(&[T::Vector<S>], &[T])],
+    v: &[Row<S, T>],
 ) {
     let mut rows = y.chunks_exact_mut(n).map(|y| T::vectors_mut::<S>(&mut y[cols.clone()]));
     let mut y: [_; R] = std::array::from_fn(|_| rows.next().unwrap_or_default());
@@ -140,10 +142,10 @@ fn add_rows<S: Simd, T: Lanes, const R: usize>(
 #[inline(always)]
 fn add_tile<S: Simd, T: Lanes, const R: usize, const C: usize>(
     simd: S,
-    y: &mut [(&mut [T::Vector<S>], &mut [T]); R],
+    y: &mut [RowMut<S, T>; R],
     at: usize,
     u: &[&[T]; R],
-    v: &[(&[T::Vector<S>], &[T])],
+    v: &[Row<S, T>],
 ) {
     let mut sums: [[_; C]; R] = std::array::from_fn(|r| std::array::from_fn(|c| y[r].0[at + c]));
     for (k, (v, _)) in v.iter().enumerate() {
