@@ -175,14 +175,11 @@ mod tests {
     where
         T: Lanes + From<i8> + PartialEq + std::fmt::Debug,
     {
-        // Rows and columns of whole tiles, of parts of one, and both.
-        for (m, n, cols, rank) in [
-            (4, 96, 0..96, 4),
-            (1, 3, 0..3, 1),
-            (7, 150, 0..150, 5),
-            (9, 150, 13..140, 2),
-            (5, 40, 39..40, 3),
-        ] {
+        // Every count of columns, so that any width of vectors meets whole tiles, single vectors and
+        // what is left; rows of whole tiles, of a part of one, and of both.
+        for (m, width) in [1, 4, 7].into_iter().flat_map(|m| (1..=100).map(move |width| (m, width)))
+        {
+            let (n, cols, rank) = (width + 5, 3..3 + width, 1 + width % 4);
             let (y, u, v) = (whole::<T>(m * n), whole(m * rank), whole(rank * cols.len()));
             let mut expected = y.clone();
             for (i, k) in (0..m).flat_map(|i| (0..rank).map(move |k| (i, k))) {
@@ -193,7 +190,7 @@ mod tests {
             }
             let mut sum = y;
             add(&mut sum, n, cols, &u, &v, rank);
-            assert_eq!(sum, expected, "{m} x {n}, rank {rank}");
+            assert_eq!(sum, expected, "{m} x {width}, rank {rank}");
         }
     }
 
