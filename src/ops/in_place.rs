@@ -48,7 +48,7 @@ half! { f16 bf16 }
 /// Elements of `y` that one thread works on at a time.
 const BLOCK: usize = 1 << 15;
 
-/// Up to this rank a thin product is bound by loads and stores, and the loop below, which spares
+/// Up to this rank a thin product is bound by loads and stores, and [`thin`], which spares
 /// those of the sum, is faster than a product and an addition.
 const THIN: usize = 32;
 
@@ -117,7 +117,10 @@ fn in_blocks<T: Element>(
     let terms = terms.iter().map(Block::new).collect::<Result<Vec<Block<T::Wide>>>>()?;
     let bias = bias.map(|b| b.to_dtype(T::Wide::DTYPE)?.to_vec1::<T::Wide>()).transpose()?;
     let thin = terms.iter().all(|term| term.thin.is_some());
-    let rows = (if thin { BLOCK } else { 8 * BLOCK } / n).max(1);
+    let rows = match thin {
+        true => (BLOCK / n).max(1).next_multiple_of(thin::ROWS),
+        false => (8 * BLOCK / n).max(1),
+    };
     y.par_chunks_mut(rows * n).enumerate().try_for_each(|(i, y)| {
         let block = i * rows..i * rows + y.len() / n;
         fill(y, block.clone());
