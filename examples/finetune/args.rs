@@ -37,8 +37,8 @@ pub struct Args {
     /// Passes of the adapter's training over its text [default: as many as show 3000 lines]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub epochs: Option<u32>,
-    /// The adapter's learning rate at its peak [default: 5e-3, and 2e-4 with more than 768
-    /// dimensions as in the paper]
+    /// The adapter's learning rate at its peak [default: 5e-3, and 2e-4 with 768 dimensions or
+    /// more, as in the paper]
     #[arg(long)]
     pub lr: Option<f64>,
     /// Lines per step

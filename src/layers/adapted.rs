@@ -36,17 +36,18 @@ impl<K> Adapted<K> {
         self.weight.bias()
     }
 
-    /// The factor A of the update; `None` in a plain layer (r = 0).
+    /// The factor A of the update, in the shape that the layer's own page tells; `None` in a plain layer
+    /// (r = 0).
     pub fn lora_a(&self) -> Option<&Tensor> {
         self.weight.update().map(|update| update.a())
     }
 
-    /// The factor B of the update; `None` in a plain layer (r = 0).
+    /// The factor B of the update, likewise.
     pub fn lora_b(&self) -> Option<&Tensor> {
         self.weight.update().map(|update| update.b())
     }
 
-    /// The factor of `B·A`, `lora_alpha / r`; 0 in a plain layer.
+    /// The factor of `B·A`: `lora_alpha / r`, with `rslora` `lora_alpha / √r`; 0 in a plain layer.
     pub fn scaling(&self) -> f64 {
         self.weight.update().map_or(0., |update| update.scaling())
     }

@@ -1,24 +1,5 @@
-//! Convolutions with a low-rank update of their kernel: `y = conv(x, W) + conv(dropout(x), ΔW) +
-//! bias`, with `ΔW = (alpha/r)·(B·A)` reshaped to the kernel.
-//!
-//! With n spatial dimensions, g groups and a kernel of k in each: `x` is (batch, in, spatial..),
-//! `W` (out, in/g, k..), `A` (r·k, in·k^⌈n/2⌉) and `B` (out/g·k^⌊n/2⌋, r·k). For n = 2 these are
-//! loralib's own; its Conv1d and Conv3d fail for every k > 1, and this formula mends them. A starts
-//! at U(±1/√columns) and B at zero. `cudnn_fwd_algo` of candle's configurations has no effect: these
-//! convolutions are products of the crate's own.
-//!
-//! ```
-//! use candle_core::{DType, Device, Module, Tensor};
-//! use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
-//! use loralib as lora;
-//!
-//! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-//! let cfg = lora::LoraConfig { r: 2, lora_alpha: 4., ..Default::default() };
-//! let layer = lora::conv2d(3, 8, 3, Conv2dConfig { padding: 1, ..Default::default() }, cfg, vb)?;
-//! let y = layer.forward(&Tensor::ones((2, 3, 16, 12), DType::F32, &Device::Cpu)?)?;
-//! assert_eq!(y.dims(), [2, 8, 16, 12]);
-//! # Ok::<(), candle_core::Error>(())
-//! ```
+//! The convolutions: one formula for any number n of spatial dimensions, in which `A` is (r·k,
+//! in·k^⌈n/2⌉) and `B` (out/g·k^⌊n/2⌋, r·k).
 
 use super::adapted::{wrapped_bias, Adapted};
 use super::linear::uniform;
@@ -73,11 +54,35 @@ macro_rules! conv_config {
 }
 conv_config! { Conv1dConfig, 1; Conv2dConfig, 2; Conv3dConfig, 3; }
 
-/// [`candle_nn::Conv1d`] with a low-rank update of its kernel.
+/// [`candle_nn::Conv1d`] with a low-rank update of its kernel, as [`Conv2d`]: `x` is (batch, in,
+/// length), `W` (out, in/g, k), `A` (r·k, in·k) and `B` (out/g, r·k). loralib's fails for every k > 1.
 pub type Conv1d = Adapted<Conv1dConfig>;
-/// [`candle_nn::Conv2d`] with a low-rank update of its kernel.
+
+/// [`candle_nn::Conv2d`] with a low-rank update of its kernel: `y = conv(x, W) + conv(dropout(x), ΔW)
+/// + bias`, with `ΔW = (alpha/r)·(B·A)` reshaped to the kernel.
+///
+/// With g groups and a kernel of k in each dimension, `x` is (batch, in, height, width), `W` (out,
+/// in/g, k, k), `A` (r·k, in·k) and `B` (out/g·k, r·k). A starts at U(±1/√(in·k)) and B at zero.
+/// `cudnn_fwd_algo` of candle's configuration has no effect: these convolutions are products of the
+/// crate's own.
+///
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
+/// use loralib as lora;
+///
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let cfg = lora::LoraConfig { r: 2, lora_alpha: 4., ..Default::default() };
+/// let layer = lora::conv2d(3, 8, 3, Conv2dConfig { padding: 1, ..Default::default() }, cfg, vb)?;
+/// let y = layer.forward(&Tensor::ones((2, 3, 16, 12), DType::F32, &Device::Cpu)?)?;
+/// assert_eq!(y.dims(), [2, 8, 16, 12]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub type Conv2d = Adapted<Conv2dConfig>;
-/// A convolution over (batch, in, depth, height, width) with a low-rank update of its kernel.
+
+/// A convolution over (batch, in, depth, height, width) with a low-rank update of its kernel, as
+/// [`Conv2d`]: `W` is (out, in/g, k, k, k), `A` (r·k, in·k²) and `B` (out/g·k, r·k). loralib's fails
+/// for every k > 1.
 pub type Conv3d = Adapted<Conv3dConfig>;
 
 impl Conv1d {

@@ -1,21 +1,4 @@
-//! An embedding with a low-rank update: `y = W[ids] + (alpha/r)·(Aᵀ)[ids]·Bᵀ`.
-//!
-//! `ids` is (..) of u8, u32, i32 or i64, `y` (.., dim), `W` (num, dim), `A` (r, num) and `B`
-//! (dim, r). A starts at zero and B at N(0, 1), as in loralib: so only the columns of tokens that
-//! were seen ever differ from zero.
-//!
-//! ```
-//! use candle_core::{DType, Device, Module, Tensor};
-//! use candle_nn::{VarBuilder, VarMap};
-//! use loralib as lora;
-//!
-//! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-//! let cfg = lora::LoraConfig { r: 4, lora_alpha: 8., ..Default::default() };
-//! let table = lora::embedding(100, 16, cfg, vb)?;
-//! let y = table.forward(&Tensor::new(&[[3u32, 99], [0, 3]], &Device::Cpu)?)?;
-//! assert_eq!(y.dims(), [2, 2, 16]);
-//! # Ok::<(), candle_core::Error>(())
-//! ```
+//! The embedding.
 
 use super::adapted::Adapted;
 use super::low_rank::Start;
@@ -29,7 +12,24 @@ use candle_nn::{Init, VarBuilder};
 #[derive(Debug, Clone, Copy)]
 pub struct Lookup;
 
-/// [`candle_nn::Embedding`] with a low-rank update of its table.
+/// [`candle_nn::Embedding`] with a low-rank update of its table: `y = W[ids] + (alpha/r)·(Aᵀ)[ids]·Bᵀ`.
+///
+/// `ids` is (..) of u8, u32, i32 or i64, `y` (.., dim), `W` (num, dim), `A` (r, num) and `B`
+/// (dim, r). A starts at zero and B at N(0, 1), as in loralib: so only the columns of tokens that
+/// were seen ever differ from zero.
+///
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use loralib as lora;
+///
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let cfg = lora::LoraConfig { r: 4, lora_alpha: 8., ..Default::default() };
+/// let table = lora::embedding(100, 16, cfg, vb)?;
+/// let y = table.forward(&Tensor::new(&[[3u32, 99], [0, 3]], &Device::Cpu)?)?;
+/// assert_eq!(y.dims(), [2, 2, 16]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub type Embedding = Adapted<Lookup>;
 
 impl Embedding {

@@ -1,20 +1,4 @@
-//! A linear layer with a low-rank update: `y = x·Wᵀ + (alpha/r)·dropout(x)·Aᵀ·Bᵀ + bias`.
-//!
-//! `x` is (.., in), `y` (.., out), `W` (out, in) or with `fan_in_fan_out` (in, out), `A` (r, in) and
-//! `B` (out, r). A starts at U(±1/√in) and B at zero, so that a fresh layer equals its base.
-//!
-//! ```
-//! use candle_core::{DType, Device, Module, Tensor};
-//! use candle_nn::{VarBuilder, VarMap};
-//! use loralib as lora;
-//!
-//! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-//! let cfg = lora::LoraConfig { r: 4, lora_alpha: 8., ..Default::default() };
-//! let layer = lora::linear(6, 5, cfg, vb)?;
-//! let y = layer.forward(&Tensor::ones((2, 3, 6), DType::F32, &Device::Cpu)?)?;
-//! assert_eq!(y.dims(), [2, 3, 5]);
-//! # Ok::<(), candle_core::Error>(())
-//! ```
+//! The linear layer.
 
 use super::adapted::{wrapped_bias, Adapted};
 use super::low_rank::Start;
@@ -30,7 +14,23 @@ pub struct Dense {
     fan_in_fan_out: bool,
 }
 
-/// [`candle_nn::Linear`] with a low-rank update of its weight.
+/// [`candle_nn::Linear`] with a low-rank update of its weight: `y = x·Wᵀ + (alpha/r)·dropout(x)·Aᵀ·Bᵀ + bias`.
+///
+/// `x` is (.., in), `y` (.., out), `W` (out, in) or with `fan_in_fan_out` (in, out), `A` (r, in) and
+/// `B` (out, r). A starts at U(±1/√in) and B at zero, so that a fresh layer equals its base.
+///
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use loralib as lora;
+///
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let cfg = lora::LoraConfig { r: 4, lora_alpha: 8., ..Default::default() };
+/// let layer = lora::linear(6, 5, cfg, vb)?;
+/// let y = layer.forward(&Tensor::ones((2, 3, 6), DType::F32, &Device::Cpu)?)?;
+/// assert_eq!(y.dims(), [2, 3, 5]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub type Linear = Adapted<Dense>;
 
 impl Linear {

@@ -1,25 +1,4 @@
-//! A linear layer whose outputs are several projections side by side, some with a low-rank update:
-//! `y = x·Wᵀ + bias`, with `(alpha/r)·dropout(x)·A_jᵀ·B_jᵀ` added to the outputs of each enabled
-//! part j, as for the query and value of one `c_attn`.
-//!
-//! `x` is (.., in), `y` (.., out); with e of m equal parts enabled `A` is (r·e, in) and `B`
-//! (out/m·e, r), part after part. `W` is (out, in), or with `fan_in_fan_out` (in, out). A starts at
-//! U(±1/√in) and B at zero. loralib multiplies by a dense ΔW on each forward; here each part's
-//! update stays two thin products.
-//!
-//! ```
-//! use candle_core::{DType, Device, Module, Tensor};
-//! use candle_nn::{VarBuilder, VarMap};
-//! use loralib as lora;
-//!
-//! let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-//! let cfg = lora::LoraConfig { r: 4, lora_alpha: 32., ..Default::default() };
-//! let c_attn = lora::merged_linear(8, 24, &[true, false, true], cfg, vb)?;
-//! let qkv = c_attn.forward(&Tensor::ones((2, 8), DType::F32, &Device::Cpu)?)?;
-//! assert_eq!(qkv.dims(), [2, 24]);
-//! assert_eq!(c_attn.lora_b().unwrap().dims(), [16, 4]);
-//! # Ok::<(), candle_core::Error>(())
-//! ```
+//! The linear layer of several projections side by side.
 
 use super::adapted::{wrapped_bias, Adapted};
 use super::linear::{uniform, Dense};
@@ -33,7 +12,28 @@ use candle_nn::VarBuilder;
 #[derive(Debug, Clone, Copy)]
 pub struct Merged(Dense);
 
-/// [`candle_nn::Linear`] with a low-rank update for some of its output parts.
+/// A linear layer whose outputs are several projections side by side, some with a low-rank update:
+/// `y = x·Wᵀ + bias`, with `(alpha/r)·dropout(x)·A_jᵀ·B_jᵀ` added to the outputs of each enabled
+/// part j, as for the query and value of one `c_attn`.
+///
+/// `x` is (.., in), `y` (.., out); with e of m equal parts enabled `A` is (r·e, in) and `B`
+/// (out/m·e, r), part after part. `W` is (out, in), or with `fan_in_fan_out` (in, out). A starts at
+/// U(±1/√in) and B at zero. loralib multiplies by a dense ΔW on each forward; here each part's
+/// update stays two thin products.
+///
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use loralib as lora;
+///
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let cfg = lora::LoraConfig { r: 4, lora_alpha: 32., ..Default::default() };
+/// let c_attn = lora::merged_linear(8, 24, &[true, false, true], cfg, vb)?;
+/// let qkv = c_attn.forward(&Tensor::ones((2, 8), DType::F32, &Device::Cpu)?)?;
+/// assert_eq!(qkv.dims(), [2, 24]);
+/// assert_eq!(c_attn.lora_b().unwrap().dims(), [16, 4]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
 pub type MergedLinear = Adapted<Merged>;
 
 impl MergedLinear {

@@ -82,12 +82,16 @@ pub(crate) fn read(path: &Path, device: &Device) -> Result<(StateDict, Metadata)
 }
 
 /// Reads a checkpoint into the variables of `vars`, all of it or, on an error, nothing, to serve it or
-/// to train on; the step count and moments of an optimizer are not in it. A model that is merged runs on as it was until `eval()` is called again. Adapters in PEFT's format are for
+/// to train on; the step count and moments of an optimizer are not in it. A model that is merged runs
+/// on as it was until `eval()` is called again. Adapters in PEFT's format are for
 /// [`peft::load_checkpoint`].
 ///
+/// A file without a configuration, as torch's, does not tell its `lora_alpha`: that is then `cfg`'s.
+///
 /// # Errors
-/// As [`read_state_dict`] and [`load_state_dict`]; and when the file carries a configuration whose
-/// scaling (`r`, `lora_alpha`, `rslora`) is not that of `cfg`.
+/// As [`read_state_dict`] and [`load_state_dict`]; when the file carries a configuration whose scaling
+/// (`r`, `lora_alpha`, `rslora`) is not that of `cfg`, when a factor's rank is no multiple of `cfg.r`,
+/// and when it has no factors at all but `cfg.r > 0`.
 pub fn load_checkpoint(
     path: impl AsRef<Path>,
     vars: &VarMap,
