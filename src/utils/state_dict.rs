@@ -27,8 +27,9 @@ pub enum Strict {
 pub struct LoadReport {
     /// The variables that were set, sorted.
     pub loaded: Vec<String>,
-    /// Adapter variables that the state dict lacks. Where the variables include the frozen base,
-    /// only `lora_A` and `lora_B` count.
+    /// Variables that the state dict lacks, sorted. Where the variables include the frozen base too, a
+    /// state dict with `lora_A` or `lora_B` is an adapter, and not expected to have the rest unless it
+    /// has weights of adapted layers; one without them is a base, and not expected to have these.
     pub missing: Vec<String>,
     /// Names of the state dict that no variable has.
     pub unexpected: Vec<String>,
@@ -69,11 +70,9 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
             }
         }
     }
-    let missing: Vec<_> = expected(&vars)
-        .into_iter()
-        .filter(|name| !staged.contains_key(name))
-        .map(str::to_owned)
-        .collect();
+    let has = |name: &str| staged.contains_key(name);
+    let missing: Vec<_> =
+        expected(&vars, has).filter(|name| !has(name)).map(str::to_owned).collect();
     let fits = missing.is_empty() && unexpected.is_empty();
     if staged.is_empty() || (strict == Strict::Yes && !fits) {
         peft::refuse_names(&unexpected)?;

@@ -1,7 +1,4 @@
 //! The selection: which variables are trained, and so which are saved.
-//!
-//! It decides by the last component of a name (`lora_A`, `lora_B`, `bias`), where loralib looks for
-//! the words anywhere in it.
 
 use super::names::{is_lora, is_within, join, split};
 use super::Bias;
@@ -13,6 +10,9 @@ use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
 /// What is trained and saved: the adapters, some biases, and perhaps whole modules.
+///
+/// The last component of a name decides (`lora_A`, `lora_B`, `bias`); loralib looks for the words
+/// anywhere in it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Trainable {
     bias: Bias,
@@ -91,7 +91,7 @@ impl Trainable {
             }
         }
         for (layer, _) in selected.keys().map(|name| split(name)).filter(|n| n.1 == "lora_A") {
-            for weight in ["weight", "conv.weight"].map(|weight| join(layer, weight)) {
+            for weight in weights(layer) {
                 if selected.contains_key(&weight) {
                     return Err(Error::tensor(weight, FROZEN));
                 }
@@ -117,15 +117,36 @@ pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
     data.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
 }
 
-/// The names of a map that an adapter is expected to have: all of them, unless the map holds the
-/// frozen base too (a `weight` beside each `lora_A`); then the adapters' factors.
-pub(crate) fn expected(vars: &BTreeMap<String, Var>) -> Vec<&str> {
-    let mut adapted = vars.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");
-    let has_base = |(layer, _): (&str, &str)| {
-        ["weight", "conv.weight"].iter().any(|weight| vars.contains_key(&join(layer, weight)))
+/// The names of a map that a state dict is expected to have, where `has` tells which it does: all of
+/// them, unless the map holds an adapter and its frozen base. Then one with factors is expected to have
+/// these, and one with weights from under the adapter, or without factors, the base.
+pub(crate) fn expected(
+    vars: &BTreeMap<String, Var>,
+    has: impl Fn(&str) -> bool,
+) -> impl Iterator<Item = &str> {
+    let is_factor = |name: &str| is_lora(split(name).1);
+    let weights = adapted_weights(vars);
+    let adapter = vars.keys().any(|name| is_factor(name) && has(name));
+    let base = !adapter || weights.iter().any(|weight| has(weight));
+    let wanted = move |name: &&str| match is_factor(name) {
+        _ if weights.is_empty() => true,
+        true => adapter,
+        false => base,
     };
-    let holds_base = adapted.next().is_some_and(has_base) && adapted.all(has_base);
-    vars.keys().map(String::as_str).filter(|name| !holds_base || is_lora(split(name).1)).collect()
+    vars.keys().map(String::as_str).filter(wanted)
+}
+
+/// The weights under adapters of a map that holds the frozen base too, one beside each `lora_A`; else
+/// none.
+fn adapted_weights(vars: &BTreeMap<String, Var>) -> Vec<String> {
+    let layers = vars.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");
+    let weight = |(layer, _)| weights(layer).into_iter().find(|weight| vars.contains_key(weight));
+    layers.map(weight).collect::<Option<_>>().unwrap_or_default()
+}
+
+/// A layer's weight under its two names.
+fn weights(layer: &str) -> [String; 2] {
+    ["weight", "conv.weight"].map(|weight| join(layer, weight))
 }
 
 /// The variables to train, sorted by name.
@@ -145,8 +166,7 @@ pub fn mark_only_lora_as_trainable(vars: &VarMap, what: impl Into<Trainable>) ->
 /// frozen base too, only `lora_A` and `lora_B` are looked at.
 pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
     let vars = variables(vars);
-    expected(&vars)
-        .into_iter()
+    expected(&vars, |name| is_lora(split(name).1))
         .filter(|name| vars.get(*name).is_some_and(|var| grads.get(var).is_none()))
         .map(str::to_owned)
         .collect()

@@ -4,7 +4,7 @@ use crate::common::{bits, rnd, values, CFG};
 use crate::{adapter, fails, names, randomize, snapshot, Model, CPU};
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Bias, LoraConfig, LoraModule, StateDict, Strict};
+use lora::{Bias, LoraConfig, LoraModule, StateDict, Strict, Trainable};
 use loralib as lora;
 use std::collections::HashMap;
 
@@ -91,6 +91,41 @@ fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
     assert_eq!(report.unexpected, ["q.lora_C"]);
     let report = load(&|s| drop(s.remove("q.lora_A")), Strict::No)?;
     assert_eq!((report.missing.len(), report.loaded.len()), (1, 2));
+    Ok(())
+}
+
+#[test]
+fn one_map_for_all_is_expected_to_get_an_adapter_or_a_whole_base() -> Result<()> {
+    let all = VarMap::new();
+    Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
+    let whole = lora::lora_state_dict(&all, Trainable::everything());
+    fails(whole, &["q.weight", "under an adapter"]);
+    let factors = lora::lora_state_dict(&all, Bias::None)?;
+    let vars = all.data().lock().unwrap().clone();
+    let base: StateDict = vars
+        .iter()
+        .filter(|(name, _)| !factors.contains_key(*name))
+        .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
+        .collect();
+    let load = |state: &StateDict, without: &str| {
+        let mut state = state.clone();
+        assert!(without.is_empty() || state.remove(without).is_some());
+        lora::load_state_dict(&all, &state, Strict::Yes)
+    };
+    assert_eq!(load(&base, "")?.loaded.len(), 6);
+    assert_eq!(load(&factors, "")?.loaded, ["q.lora_A", "q.lora_B"]);
+    for name in base.keys() {
+        fails(load(&base, name), &[&format!("missing [{name:?}]")]);
+    }
+    // A head that is trained makes no base of an adapter.
+    let adapter = lora::lora_state_dict(&all, Bias::None.and("classifier"))?;
+    assert_eq!(load(&adapter, "")?.loaded.len(), 4);
+    fails(load(&adapter, "q.lora_B"), &["missing [\"q.lora_B\"]"]);
+    // Both at once are expected whole.
+    let both: StateDict = base.into_iter().chain(factors).collect();
+    assert_eq!(load(&both, "")?.loaded.len(), 8);
+    fails(load(&both, "k.bias"), &["missing [\"k.bias\"]"]);
+    fails(load(&both, "q.lora_A"), &["missing [\"q.lora_A\"]"]);
     Ok(())
 }
 
