@@ -10,7 +10,8 @@ Each layer waits in two processes, and in each round one after the other runs it
 second: a machine whose speed varies is the same for both. Prints one table: the median of each over the
 rounds, and of the rounds' ratios the median and the middle half. A training step is a forward and a
 backward from a given gradient, with a gradient for the input, as inside a model. F32. FILTER is how the
-names of the layers begin: `Conv`, or `"Linear 512x768"`.
+names of the layers begin: `Conv`, or `"Linear 512x768"`. peft-rs, whose bench is a crate of its own,
+comes last, unless there is a FILTER, PROGRAM or feature.
 """
 
 import argparse
@@ -25,7 +26,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "target" / "compare"
 PACKAGES = ["torch", "loralib", "numpy"]
-WHAT = [["forward", "step"], ["forward", "step", "forward, merged"]]
 
 
 def layers(device):
@@ -75,11 +75,14 @@ class Runner:
         return self
 
     def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.wait()
+        # Closes its input, at which it ends.
+        self.process.communicate()
 
     def time(self, name):
-        self.process.stdin.write(name + "\n")
+        try:
+            self.process.stdin.write(name + "\n")
+        except BrokenPipeError:
+            pass  # It ended before, and so gives no answer.
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"no time of {name!r} by {self.process.args}")
@@ -145,7 +148,8 @@ def measure(group, device):
 
 def compare(name, ours, theirs, rounds):
     # The first runs also start threads and build a GPU's kernels.
-    ours.time(name), theirs.time(name)
+    for side in [ours, theirs]:
+        side.time(name)
     found = [(ours.time(name), theirs.time(name)) for _ in range(rounds)]
     mine, other = (statistics.median(side) for side in zip(*found))
     low, ratio, high = statistics.quantiles((a / b for a, b in found), n=4)
@@ -167,17 +171,19 @@ def main():
         return measure(args.measure, args.device)
     if args.rounds < 2:
         parser.error("--rounds: at least 2")
+    groups = [group for group in layers(args.device) if group.startswith(args.filter)]
+    if not groups:
+        parser.error(f"no layer's name begins with {args.filter!r}: {', '.join(layers(args.device))}")
     # The second as cargo has it from .cargo/config.toml, for a PROGRAM too.
     env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads), MIMALLOC_PURGE_DELAY="-1")
     loralib = [python(), __file__, "--device", args.device, "--measure"]
     print(f"{args.rounds} rounds, {args.device}, {args.threads} threads; milliseconds")
     print(f"{'':<42}{'this crate':>12}{'loralib':>12}{'ratio':>8}{'middle half':>18}")
-    for group in layers(args.device):
-        if not group.startswith(args.filter):
-            continue
+    for group in groups:
         ours, theirs = [*bench(args), f"{group} ", "--ask"], [*loralib, group]
         with Runner(ours, env) as ours, Runner(theirs, env) as theirs:
-            for what in WHAT["Linear" in group]:
+            merged = ["forward, merged"] if "Linear" in group else []
+            for what in ["forward", "step", *merged]:
                 compare(f"{group} {what}", ours, theirs, args.rounds)
     if args.device == "cpu" and not (args.bench or args.features or args.filter):
         print(flush=True)
