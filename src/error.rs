@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-/// What can go wrong in [`utils`](crate::utils) and [`peft`](crate::peft). It converts into [`candle_core::Error`], so that
-/// `?` works in functions of either result.
+/// What can go wrong in [`utils`](crate::utils) and [`peft`](crate::peft). It converts into
+/// [`candle_core::Error`], so that `?` works in functions of either result.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

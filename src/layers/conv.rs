@@ -58,8 +58,8 @@ conv_config! { Conv1dConfig, 1; Conv2dConfig, 2; Conv3dConfig, 3; }
 /// length), `W` (out, in/g, k), `A` (r·k, in·k) and `B` (out/g, r·k). loralib's fails for every k > 1.
 pub type Conv1d = Adapted<Conv1dConfig>;
 
-/// [`candle_nn::Conv2d`] with a low-rank update of its kernel: `y = conv(x, W) + conv(dropout(x), ΔW)
-/// + bias`, with `ΔW = (alpha/r)·(B·A)` reshaped to the kernel.
+/// [`candle_nn::Conv2d`] with a low-rank update of its kernel:
+/// `y = conv(x, W) + conv(dropout(x), ΔW) + bias`, with `ΔW = (alpha/r)·(B·A)` reshaped to the kernel.
 ///
 /// With g groups and a kernel of k in each dimension, `x` is (batch, in, height, width), `W` (out,
 /// in/g, k, k), `A` (r·k, in·k) and `B` (out/g·k, r·k). A starts at U(±1/√(in·k)) and B at zero.
@@ -81,8 +81,8 @@ pub type Conv1d = Adapted<Conv1dConfig>;
 pub type Conv2d = Adapted<Conv2dConfig>;
 
 /// A convolution over (batch, in, depth, height, width) with a low-rank update of its kernel, as
-/// [`Conv2d`]: `W` is (out, in/g, k, k, k), `A` (r·k, in·k²) and `B` (out/g·k, r·k). loralib's fails
-/// for every k > 1.
+/// [`Conv2d`]: `W` is (out, in/g, k, k, k), `A` (r·k, in·k²), which starts at U(±1/√(in·k²)), and `B`
+/// (out/g·k, r·k). loralib's fails for every k > 1.
 pub type Conv3d = Adapted<Conv3dConfig>;
 
 impl Conv1d {

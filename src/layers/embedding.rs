@@ -12,7 +12,8 @@ use candle_nn::{Init, VarBuilder};
 #[derive(Debug, Clone, Copy)]
 pub struct Lookup;
 
-/// [`candle_nn::Embedding`] with a low-rank update of its table: `y = W[ids] + (alpha/r)·(Aᵀ)[ids]·Bᵀ`.
+/// [`candle_nn::Embedding`] with a low-rank update of its table:
+/// `y = W[ids] + (alpha/r)·(Aᵀ)[ids]·Bᵀ`.
 ///
 /// `ids` is (..) of u8, u32, i32 or i64, `y` (.., dim), `W` (num, dim), `A` (r, num) and `B`
 /// (dim, r). A starts at zero and B at N(0, 1), as in loralib: so only the columns of tokens that

@@ -14,7 +14,8 @@ pub struct Dense {
     fan_in_fan_out: bool,
 }
 
-/// [`candle_nn::Linear`] with a low-rank update of its weight: `y = x·Wᵀ + (alpha/r)·dropout(x)·Aᵀ·Bᵀ + bias`.
+/// [`candle_nn::Linear`] with a low-rank update of its weight:
+/// `y = x·Wᵀ + (alpha/r)·dropout(x)·Aᵀ·Bᵀ + bias`.
 ///
 /// `x` is (.., in), `y` (.., out), `W` (out, in) or with `fan_in_fan_out` (in, out), `A` (r, in) and
 /// `B` (out, r). A starts at U(±1/√in) and B at zero, so that a fresh layer equals its base.

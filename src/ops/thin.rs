@@ -72,8 +72,14 @@ macro_rules! lanes {
         }
     };
 }
-lanes! { f32, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, partial_load_f32s, partial_store_f32s, mul_add_e_f32s }
-lanes! { f64, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, partial_load_f64s, partial_store_f64s, mul_add_e_f64s }
+lanes! {
+    f32, f32s, as_simd_f32s, as_mut_simd_f32s, splat_f32s, partial_load_f32s, partial_store_f32s,
+    mul_add_e_f32s
+}
+lanes! {
+    f64, f64s, as_simd_f64s, as_mut_simd_f64s, splat_f64s, partial_load_f64s, partial_store_f64s,
+    mul_add_e_f64s
+}
 
 /// `y[.., cols] += u·v`, with `y` in rows of `n`, `u` in rows of `rank` and `v` in rows of the columns.
 pub(super) fn add<T: Lanes>(

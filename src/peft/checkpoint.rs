@@ -25,7 +25,7 @@ pub fn load_checkpoint(
     let kinds: Vec<_> = config.layers.iter().map(|(m, layer)| (m, layer.kind.clone())).collect();
     let (saved, tensors) = load_pretrained_as(dir, &kinds, &Device::Cpu)?;
     let load = || {
-        for name in tensors.keys().filter(|name| is_lora(split(name).1)) {
+        for name in tensors.keys().filter(|name| is_lora(name)) {
             let path = split(name).0;
             let (saved, model) = (saved.lora_config(path), config.lora_config(path));
             if saved.r != model.r {

@@ -22,10 +22,10 @@ use std::{fs, io};
 /// # Errors
 /// When a file is missing or malformed, the configuration has an option that changes the mathematics
 /// and is not supported (DoRA, initial values that move the base, a key that is not understood and
-/// has a value, a pattern with more in it than characters, `.`, `\d`, `\w`, `*`, `+`, `?` and `^`), a
-/// layer is a convolution of several groups as PEFT adapts them, a factor lacks the other, a shape does
-/// not fit the others or the rank, a tensor is not accounted for, or a value is not finite. The error
-/// names the file and the key or tensor.
+/// has a value, a pattern with more in it than characters, escapes, `.`, `\d`, `\w`, `*`, `+`, `?`, `^`
+/// and `$`), a layer is a convolution of several groups as PEFT adapts them, a factor lacks the other,
+/// a shape does not fit the others or the rank, a tensor is not accounted for, or a value is not
+/// finite. The error names the file and the key or tensor.
 pub fn load_pretrained(dir: impl AsRef<Path>, device: &Device) -> Result<(PeftConfig, StateDict)> {
     load_pretrained_as::<&str>(dir, &[], device)
 }

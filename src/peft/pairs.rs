@@ -2,7 +2,7 @@
 
 use super::keys::{self, Key};
 use super::{malformed, PeftConfig};
-use crate::utils::{is_lora, join, split, StateDict};
+use crate::utils::{is_lora, join, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ pub(super) fn sort(
         let unknown = || {
             Error::tensor(
                 &key,
-                match is_lora(split(&key).1) {
+                match is_lora(&key) {
                     true => "it is named as in loralib's format: `load_checkpoint` reads this file",
                     false => "it is no part of a LoRA adapter in PEFT's format",
                 },

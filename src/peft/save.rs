@@ -96,7 +96,7 @@ fn convert(tensors: &StateDict, config: &PeftConfig) -> Result<(StateDict, Strin
         converted.insert(a_key, a.pad_with_zeros(0, 0, rank - r)?);
         converted.insert(b_key, b.pad_with_zeros(1, 0, rank - r)?);
     }
-    for (name, tensor) in tensors.iter().filter(|(name, _)| !is_lora(split(name).1)) {
+    for (name, tensor) in tensors.iter().filter(|(name, _)| !is_lora(name)) {
         // A convolution's bias may stand under loralib's second name.
         let (layer, last) = split(name);
         let name = match split(layer) {

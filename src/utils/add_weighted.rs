@@ -36,7 +36,7 @@ pub fn add_weighted(adapters: &[(&StateDict, f64)]) -> Result<StateDict> {
     };
     let mut sum = StateDict::new();
     for (adapter, weight) in adapters {
-        if let Some(name) = adapter.keys().find(|name| !is_lora(split(name).1)) {
+        if let Some(name) = adapter.keys().find(|name| !is_lora(name)) {
             return Err(Error::tensor(name, "only lora_A and lora_B can be added"));
         }
         let names = |a: &StateDict, b: &StateDict| -> Vec<String> {

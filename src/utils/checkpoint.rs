@@ -116,8 +116,7 @@ pub fn load_checkpoint(
 /// convolution is a multiple of it.
 fn check_config(tensors: &StateDict, cfg: &LoraConfig) -> Result<()> {
     cfg.validate(DType::F32)?;
-    let is_factor = |name: &String| is_lora(split(name).1);
-    if cfg.r > 0 && !tensors.is_empty() && !tensors.keys().any(is_factor) {
+    if cfg.r > 0 && !tensors.is_empty() && !tensors.keys().any(|name| is_lora(name)) {
         peft::refuse_names(tensors.keys())?;
         let wanted = "lora_A or lora_B, which r > 0 stands for".to_owned();
         return Err(Error::Empty { wanted, held: tensors.len() });

@@ -12,8 +12,8 @@ pub(crate) fn join(layer: &str, last: &str) -> String {
     }
 }
 
-pub(crate) fn is_lora(last: &str) -> bool {
-    matches!(last, "lora_A" | "lora_B")
+pub(crate) fn is_lora(name: &str) -> bool {
+    matches!(split(name).1, "lora_A" | "lora_B")
 }
 
 pub(crate) fn is_within(name: &str, module: &str) -> bool {

@@ -1,6 +1,6 @@
 //! Named tensors, taken from a model's variables and put back.
 
-use super::names::{join, split};
+use super::names::{is_lora, join, split};
 use super::trainable::{expected, variables, Trainable};
 use crate::ops::is_finite;
 use crate::{peft, Error, Result};
@@ -28,8 +28,8 @@ pub struct LoadReport {
     /// The variables that were set, sorted.
     pub loaded: Vec<String>,
     /// Variables that the state dict lacks, sorted. Where the variables include the frozen base too, a
-    /// state dict with `lora_A` or `lora_B` is an adapter, and not expected to have the rest unless it
-    /// has weights of adapted layers; one without them is a base, and not expected to have these.
+    /// state dict with `lora_A` or `lora_B` is an adapter, of which these alone are expected; one
+    /// without is a base, of which all others are. The factors that a base lacks keep their values.
     pub missing: Vec<String>,
     /// Names of the state dict that no variable has.
     pub unexpected: Vec<String>,
@@ -70,9 +70,11 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
             }
         }
     }
-    let has = |name: &str| staged.contains_key(name);
-    let missing: Vec<_> =
-        expected(&vars, has).filter(|name| !has(name)).map(str::to_owned).collect();
+    let factors = tensors.keys().any(|name| is_lora(name));
+    let missing: Vec<_> = expected(&vars, factors)
+        .filter(|name| !staged.contains_key(name))
+        .map(str::to_owned)
+        .collect();
     let fits = missing.is_empty() && unexpected.is_empty();
     if staged.is_empty() || (strict == Strict::Yes && !fits) {
         peft::refuse_names(&unexpected)?;

@@ -117,31 +117,14 @@ pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
     data.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
 }
 
-/// The names of a map that a state dict is expected to have, where `has` tells which it does: all of
-/// them, unless the map holds an adapter and its frozen base. Then one with factors is expected to have
-/// these, and one with weights from under the adapter, or without factors, the base.
-pub(crate) fn expected(
-    vars: &BTreeMap<String, Var>,
-    has: impl Fn(&str) -> bool,
-) -> impl Iterator<Item = &str> {
-    let is_factor = |name: &str| is_lora(split(name).1);
-    let weights = adapted_weights(vars);
-    let adapter = vars.keys().any(|name| is_factor(name) && has(name));
-    let base = !adapter || weights.iter().any(|weight| has(weight));
-    let wanted = move |name: &&str| match is_factor(name) {
-        _ if weights.is_empty() => true,
-        true => adapter,
-        false => base,
-    };
+/// The names of a map that a state dict, with `factors` or without, is expected to have: all of them,
+/// unless the map holds the frozen base of an adapter too; then the factors, or all others.
+pub(crate) fn expected(vars: &BTreeMap<String, Var>, factors: bool) -> impl Iterator<Item = &str> {
+    let in_map = |layer: &str| weights(layer).iter().any(|weight| vars.contains_key(weight));
+    let holds_base =
+        vars.keys().map(|name| split(name)).any(|(layer, last)| last == "lora_A" && in_map(layer));
+    let wanted = move |name: &&str| !holds_base || is_lora(name) == factors;
     vars.keys().map(String::as_str).filter(wanted)
-}
-
-/// The weights under adapters of a map that holds the frozen base too, one beside each `lora_A`; else
-/// none.
-fn adapted_weights(vars: &BTreeMap<String, Var>) -> Vec<String> {
-    let layers = vars.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");
-    let weight = |(layer, _)| weights(layer).into_iter().find(|weight| vars.contains_key(weight));
-    layers.map(weight).collect::<Option<_>>().unwrap_or_default()
 }
 
 /// A layer's weight under its two names.
@@ -166,7 +149,7 @@ pub fn mark_only_lora_as_trainable(vars: &VarMap, what: impl Into<Trainable>) ->
 /// frozen base too, only `lora_A` and `lora_B` are looked at.
 pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
     let vars = variables(vars);
-    expected(&vars, |name| is_lora(split(name).1))
+    expected(&vars, true)
         .filter(|name| vars.get(*name).is_some_and(|var| grads.get(var).is_none()))
         .map(str::to_owned)
         .collect()

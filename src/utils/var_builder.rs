@@ -1,6 +1,6 @@
 //! A `VarBuilder` over a frozen base and a trainable adapter.
 
-use super::names::{is_lora, split};
+use super::names::is_lora;
 use super::trainable::{variables, Trainable};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
@@ -45,7 +45,7 @@ impl Split<'_> {
 
     /// The base's value, or `None` where a new one may be made.
     fn base(&self, shape: &Shape, name: &str, dtype: DType) -> Result<Option<Tensor>> {
-        let may_be_new = is_lora(split(name).1) || self.what.is_new(name);
+        let may_be_new = is_lora(name) || self.what.is_new(name);
         if !self.base.contains_tensor(name) {
             if may_be_new {
                 return Ok(None);

@@ -117,15 +117,20 @@ fn one_map_for_all_is_expected_to_get_an_adapter_or_a_whole_base() -> Result<()>
     for name in base.keys() {
         fails(load(&base, name), &[&format!("missing [{name:?}]")]);
     }
-    // A head that is trained makes no base of an adapter.
+    // A head that is trained makes no base of an adapter, nor does a base that comes with it.
     let adapter = lora::lora_state_dict(&all, Bias::None.and("classifier"))?;
     assert_eq!(load(&adapter, "")?.loaded.len(), 4);
     fails(load(&adapter, "q.lora_B"), &["missing [\"q.lora_B\"]"]);
-    // Both at once are expected whole.
-    let both: StateDict = base.into_iter().chain(factors).collect();
-    assert_eq!(load(&both, "")?.loaded.len(), 8);
-    fails(load(&both, "k.bias"), &["missing [\"k.bias\"]"]);
+    let both: StateDict = base.into_iter().chain(factors.clone()).collect();
+    assert_eq!(load(&both, "k.bias")?.loaded.len(), 7);
     fails(load(&both, "q.lora_A"), &["missing [\"q.lora_A\"]"]);
+    // Nor a wrong name.
+    let renamed = factors.into_iter().map(|(name, t)| (format!("model.{name}"), t)).collect();
+    fails(load(&renamed, ""), &["missing [\"q.lora_A\", \"q.lora_B\"]", "model.q.lora_A"]);
+    // A layer beside it whose weight is elsewhere changes nothing.
+    let factor = Var::zeros((2, 4), DType::F32, &CPU)?;
+    all.data().lock().unwrap().insert("elsewhere.lora_A".to_owned(), factor);
+    fails(load(&adapter, ""), &["missing [\"elsewhere.lora_A\"]"]);
     Ok(())
 }
 
