@@ -20,4 +20,6 @@ pub use embedding::{embedding, Embedding, Lookup};
 pub use linear::{linear, linear_b, linear_no_bias, Dense, Linear};
 pub(crate) use low_rank::{checked, LowRank};
 pub use merged_linear::{merged_linear, merged_linear_no_bias, Merged, MergedLinear};
+#[doc(hidden)] // for lora_module!
+pub use mode::{without_mode, WithoutMode};
 pub use mode::{LoraModule, Mode};

@@ -14,6 +14,9 @@ pub enum Mode {
 
 /// A layer, or a model of such layers, that can train and evaluate. For a struct of layers,
 /// [`lora_module!`](crate::lora_module) writes the implementation.
+#[diagnostic::on_unimplemented(
+    note = "a field without a mode belongs behind the semicolon of `lora_module!`"
+)]
 pub trait LoraModule {
     /// Enters a mode. Entering [`Mode::Eval`] again merges afresh: this is how newly loaded
     /// adapters take effect. In evaluation nothing gets a gradient: enter [`Mode::Train`] to train.
@@ -58,6 +61,16 @@ impl<T: LoraModule + ?Sized> LoraModule for Box<T> {
     }
 }
 
+/// Compiles for a `T` that is no [`LoraModule`] alone: for one that is, `M` could be either.
+#[doc(hidden)]
+pub fn without_mode<T: WithoutMode<M> + ?Sized, M>(_: &T) {}
+
+/// Holds of every type in one way, and of a [`LoraModule`] in two.
+#[doc(hidden)]
+pub trait WithoutMode<M> {}
+impl<T: ?Sized> WithoutMode<()> for T {}
+impl<T: LoraModule + ?Sized> WithoutMode<Mode> for T {}
+
 /// Implements [`LoraModule`](crate::LoraModule) for a struct: first the fields that have a mode,
 /// then, behind a semicolon, all others.
 ///
@@ -76,6 +89,14 @@ impl<T: LoraModule + ?Sized> LoraModule for Box<T> {
 /// struct Attention { qkv: lora::MergedLinear, proj: lora::Linear, norm: candle_nn::LayerNorm }
 /// lora::lora_module!(Attention { qkv; norm });
 /// ```
+///
+/// Nor does one with a mode behind the semicolon, where no mode would reach it:
+///
+/// ```compile_fail,E0283
+/// use loralib as lora;
+/// struct Attention { qkv: lora::MergedLinear, proj: lora::Linear, norm: candle_nn::LayerNorm }
+/// lora::lora_module!(Attention { qkv; proj, norm });
+/// ```
 #[macro_export]
 macro_rules! lora_module {
     ($name:ident { $($field:ident),* $(,)? $(; $($other:ident),* $(,)?)? }) => {
@@ -86,6 +107,9 @@ macro_rules! lora_module {
                 #[allow(unreachable_code, clippy::diverging_sub_expression)]
                 let _every_field = || -> Self {
                     Self { $($field: unreachable!(),)* $($($other: unreachable!(),)*)? }
+                };
+                let _without_mode = |_this: &Self| {
+                    $($($crate::layers::without_mode(&_this.$other);)*)?
                 };
                 $($crate::LoraModule::set_mode(&mut self.$field, mode)?;)*
                 let _ = mode;

@@ -118,8 +118,12 @@ fn check_config(tensors: &StateDict, cfg: &LoraConfig) -> Result<()> {
     cfg.validate(DType::F32)?;
     if cfg.r > 0 && !tensors.is_empty() && !tensors.keys().any(|name| is_lora(name)) {
         peft::refuse_names(tensors.keys())?;
-        let wanted = "lora_A or lora_B, which r > 0 stands for".to_owned();
-        return Err(Error::Empty { wanted, held: tensors.len() });
+        let names: Vec<_> = tensors.keys().take(3).collect();
+        let reason = format!(
+            "no lora_A or lora_B among its {} tensors, such as {names:?}; `load_state_dict` loads a base",
+            tensors.len()
+        );
+        return Err(Error::Format { format: "LoRA adapter", reason });
     }
     for (name, tensor) in tensors {
         let rank = match (split(name).1, tensor.dims()) {

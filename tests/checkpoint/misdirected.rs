@@ -1,7 +1,9 @@
 //! A file given to the function for the other format: the error names the right one.
 
 use crate::common::CFG;
-use crate::{adapter, fails, CPU};
+use crate::{adapter, fails, Model, CPU};
+use candle_core::DType;
+use candle_nn::{VarBuilder, VarMap};
 use lora::{peft, Bias, Strict};
 use loralib as lora;
 
@@ -28,6 +30,13 @@ fn the_error_says_which_function_reads_the_format() -> lora::Result<()> {
     fails(peft::load_pretrained(&file, &CPU), &["adapter.safetensors", "`load_checkpoint`"]);
     std::fs::copy(&file, &inside)?;
     fails(peft::load_pretrained(&folder, &CPU), &["q.lora_A", "`load_checkpoint`"]);
+    let base = dir.path().join("base.safetensors");
+    let all = VarMap::new();
+    Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
+    all.data().lock().unwrap().retain(|name, _| !name.contains("lora_"));
+    all.save(&base)?;
+    let named = ["base.safetensors", "LoRA adapter", "6 tensors", "k.bias", "`load_state_dict`"];
+    fails(lora::load_checkpoint(&base, &vars, &CFG, Strict::No), &named);
     let nowhere = dir.path().join("nowhere");
     fails(peft::load_pretrained(&nowhere, &CPU), &["nowhere", "No such file"]);
     Ok(())
