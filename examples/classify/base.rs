@@ -17,12 +17,14 @@ pub struct Base {
     config: Config,
     tensors: StateDict,
     tokenizer: Tokenizer,
+    seed: u64,
     device: Device,
 }
 
 impl Base {
-    /// Sentences are cut off at `max_length` tokens, or at the model's own limit.
-    pub fn read(folder: &Path, max_length: usize, device: &Device) -> Result<Self> {
+    /// Sentences are cut off at `max_length` tokens, or at the model's own limit. New weights of
+    /// a model on this base start from `seed`.
+    pub fn read(folder: &Path, max_length: usize, seed: u64, device: &Device) -> Result<Self> {
         let at = |name: &str| folder.join(name);
         let config = at("config.json");
         let config = fs::read_to_string(&config)
@@ -39,14 +41,14 @@ impl Base {
         let max_length = max_length.min(config.longest());
         tokenizer.with_padding(None);
         tokenizer.with_truncation(Some(TruncationParams { max_length, ..Default::default() }))?;
-        Ok(Self { config, tensors, tokenizer, device: device.clone() })
+        Ok(Self { config, tensors, tokenizer, seed, device: device.clone() })
     }
 
     /// The model for a task, with what is trained in `vars`.
     pub fn model(&self, task: &Task, lora: LoraConfig, vars: &VarMap) -> Result<Classifier> {
         let tensors = self.tensors.clone().into_iter().collect();
         let base = VarBuilder::from_tensors(tensors, DType::F32, &self.device);
-        let vb = lora::var_builder(base, vars, task.trainable());
+        let vb = lora::seeded(lora::var_builder(base, vars, task.trainable()), self.seed);
         let (adapt, labels) = (task.adapt(lora), task.labels.len());
         Ok(Classifier::new(&self.config, &adapt, labels, task.pooling, vb)?)
     }

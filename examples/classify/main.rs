@@ -83,7 +83,7 @@ fn run(mut args: Args) -> Result<()> {
 
 /// Trains and measures what `--method` says.
 fn classify(args: &Args, device: &Device) -> Result<()> {
-    let base = Base::read(args.model()?, args.max_length as usize, device)?;
+    let base = Base::read(args.model()?, args.max_length as usize, args.seed, device)?;
     let (train, valid) = (data::read(args.train()?)?, data::read(args.valid()?)?);
     let labels = data::labels(&train);
     let [train, valid] = [train, valid].map(|lines| data::encode(&lines, &labels, &base));

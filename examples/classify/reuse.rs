@@ -22,7 +22,7 @@ struct Saved {
 impl Saved {
     fn read(args: &Args, device: &Device) -> Result<Self> {
         let task = Task::read(args.method.one()?, &args.out)?;
-        let base = Base::read(args.model()?, task.max_length, device)?;
+        let base = Base::read(args.model()?, task.max_length, args.seed, device)?;
         let path = task.method.checkpoint(&args.out);
         let lora = lora::read_state_dict(&path, device)?.config.unwrap_or_default();
         let vars = VarMap::new();

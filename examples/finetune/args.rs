@@ -45,7 +45,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 8)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
-    /// Seed of the order of lines, and on CUDA of all random numbers (candle's on the CPU take none)
+    /// Seed of the order of lines and of new weights; dropout on the CPU is not seeded
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Where to run

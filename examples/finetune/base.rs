@@ -16,12 +16,14 @@ pub struct Base {
     pub config: Config,
     pub tokenizer: Tokenizer,
     pub tensors: StateDict,
+    seed: u64,
     device: Device,
 }
 
 impl Base {
-    /// Reads a safetensors file and what lies beside it, or a folder with model.safetensors.
-    pub fn read(path: &Path, device: &Device) -> Result<Self> {
+    /// Reads a safetensors file and what lies beside it, or a folder with model.safetensors. A new
+    /// adapter of this base starts from `seed`.
+    pub fn read(path: &Path, seed: u64, device: &Device) -> Result<Self> {
         let path = match path.is_dir() {
             true => path.join("model.safetensors"),
             false => path.to_owned(),
@@ -37,8 +39,8 @@ impl Base {
             let (has, takes) = (tokenizer.len(), config.vocab_size);
             return Err(format!("the tokenizer has {has} tokens, the model takes {takes}").into());
         }
-        let base =
-            Self { tensors: own_names(tensors), path, config, tokenizer, device: device.clone() };
+        let (tensors, device) = (own_names(tensors), device.clone());
+        let base = Self { path, config, tokenizer, tensors, seed, device };
         base.check()?;
         Ok(base)
     }
@@ -67,7 +69,7 @@ impl Base {
 
     /// The model with the adapter that is in `adapter`, or a new one that goes there.
     pub fn adapted(&self, cfg: LoraConfig, adapter: &VarMap, bias: Bias) -> Result<Gpt2> {
-        self.build(cfg, lora::var_builder(self.weights(), adapter, bias))
+        self.build(cfg, lora::seeded(lora::var_builder(self.weights(), adapter, bias), self.seed))
     }
 
     pub fn parameters(&self) -> usize {

@@ -17,7 +17,7 @@ const LONGEST: usize = 100;
 pub fn say(args: &Args, description: &str, device: &Device) -> Result<()> {
     check_description(description)?;
     let at = args.base.clone().unwrap_or_else(|| args.out.join("base.safetensors"));
-    let base = Base::read(&at, device)?;
+    let base = Base::read(&at, args.seed, device)?;
     let path = args.out.join("adapter.safetensors");
     let saved = lora::read_state_dict(&path, device)?;
     let bias = saved_bias(saved.tensors.keys());

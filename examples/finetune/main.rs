@@ -75,7 +75,7 @@ fn finetune(args: &Args, device: &Device) -> Result<()> {
     let text = text::Text::read(args)?;
     fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
     let base = match &args.base {
-        Some(path) => Base::read(path, device)?,
+        Some(path) => Base::read(path, args.seed, device)?,
         None => pretrain::pretrain(args, &text, device)?,
     };
     let examples = data::encode(&text.train, &base.tokenizer, base.config.n_positions)?;

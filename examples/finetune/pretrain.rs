@@ -29,7 +29,7 @@ pub fn pretrain(args: &Args, text: &Text, device: &Device) -> Result<Base> {
         layer_norm_epsilon: 1e-5,
     };
     let vars = VarMap::new();
-    let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
+    let vb = loralib::seeded(VarBuilder::from_varmap(&vars, DType::F32, device), args.seed);
     let model = Gpt2::new(&config, LoraConfig::default(), vb)?;
     let shown: usize = if args.quick { 400 } else { 5000 };
     let plan = Plan {
@@ -46,5 +46,5 @@ pub fn pretrain(args: &Args, text: &Text, device: &Device) -> Result<Base> {
         |rng| batches(&examples, 8, Some(rng), device),
         |batch| batch_loss(&model, batch),
     )?;
-    Base::read(&Base::save(&vars, &config, &tokenizer, &args.out)?, device)
+    Base::read(&Base::save(&vars, &config, &tokenizer, &args.out)?, args.seed, device)
 }

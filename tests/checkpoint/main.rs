@@ -6,6 +6,7 @@ mod files;
 mod loading;
 mod misdirected;
 mod resume;
+mod seeded;
 mod selection;
 
 use candle_core::{DType, Device, Module, Result, Tensor};

@@ -8,4 +8,5 @@ mod common;
 mod contract;
 mod golden;
 mod gradients;
+mod seeded;
 mod transfers;

@@ -1,0 +1,111 @@
+//! Initial values from a seed, because candle's random numbers on the CPU take none.
+
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use candle_nn::init::{Init, NormalOrUniform, ZERO};
+use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rand_distr::StandardNormal;
+
+/// `vb`, with new variables that start at the same values in each run: they depend on `seed`, on the
+/// variable's name, shape and distribution, and on nothing else, so that adding a layer changes no other.
+/// Variables and tensors that `vb` already has are unchanged.
+///
+/// It goes around [`var_builder`](crate::var_builder); inside, as its base, it has no effect on the
+/// adapter. Two maps with the same names and
+/// seed start alike; the numbers are not torch's of the same seed. On the CPU dropout stays unseeded:
+/// candle draws it.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_nn::{VarBuilder, VarMap};
+/// # fn main() -> loralib::Result<()> {
+/// let cfg = loralib::LoraConfig { r: 2, ..Default::default() };
+/// let new = || {
+///     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+///     loralib::linear(4, 3, cfg, loralib::seeded(vb, 42))
+/// };
+/// let (one, other) = (new()?, new()?);
+/// let values = |layer: &loralib::Linear| layer.lora_a().map(|a| a.to_vec2::<f32>()).transpose();
+/// assert_eq!(values(&one)?, values(&other)?);
+/// # Ok(())
+/// # }
+/// ```
+pub fn seeded(vb: VarBuilder<'_>, seed: u64) -> VarBuilder<'_> {
+    let (dtype, device, prefix) = (vb.dtype(), vb.device().clone(), vb.prefix());
+    let seeded = Seeded { vb: vb.root(), seed };
+    let vb = VarBuilder::from_backend(Box::new(seeded), dtype, device);
+    match prefix.is_empty() {
+        true => vb,
+        false => vb.pp(prefix),
+    }
+}
+
+struct Seeded<'a> {
+    /// At its root, so that names are whole.
+    vb: VarBuilder<'a>,
+    seed: u64,
+}
+
+impl SimpleBackend for Seeded<'_> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let vb = self.vb.clone().set_device(device.clone());
+        let random = !matches!(init, Init::Const(_)) && dtype.is_float();
+        if !random || vb.contains_tensor(name) {
+            return vb.get_with_hints_dtype(shape, name, init, dtype);
+        }
+        // Not `init`: candle would draw it for nothing.
+        let tensor = vb.get_with_hints_dtype(shape.clone(), name, ZERO, dtype)?;
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        rng.set_stream(fnv1a(name));
+        let start = draw(init, &shape, rng);
+        let start = Tensor::from_vec(start, shape, &Device::Cpu)?.to_dtype(dtype)?;
+        let start = start.to_device(device)?;
+        if !tensor.is_variable() {
+            return Ok(start);
+        }
+        Var::from_tensor(&tensor)?.set(&start)?;
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.vb.clone().set_device(device.clone()).get_unchecked_dtype(name, dtype)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.vb.contains_tensor(name)
+    }
+}
+
+fn draw(init: Init, shape: &Shape, mut rng: ChaCha8Rng) -> Vec<f64> {
+    let (mean, spread, dist) = match init {
+        Init::Const(value) => (value, 0., NormalOrUniform::Uniform),
+        Init::Uniform { lo, up } => ((lo + up) / 2., (up - lo) / 2., NormalOrUniform::Uniform),
+        Init::Randn { mean, stdev } => (mean, stdev, NormalOrUniform::Normal),
+        Init::Kaiming { dist, fan, non_linearity } => {
+            let stdev = non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt();
+            // A uniform distribution over ±b has the standard deviation b/√3.
+            let width = if matches!(dist, NormalOrUniform::Uniform) { 3f64.sqrt() } else { 1. };
+            (0., width * stdev, dist)
+        }
+    };
+    let mut next = || match dist {
+        NormalOrUniform::Normal => rng.sample::<f64, _>(StandardNormal),
+        NormalOrUniform::Uniform => 2. * rng.random::<f64>() - 1.,
+    };
+    (0..shape.elem_count()).map(|_| mean + spread * next()).collect()
+}
+
+/// The FNV-1a hash, which unlike std's stays the same from version to version.
+fn fnv1a(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
