@@ -2,6 +2,7 @@
 //! the machine has it; candle's do only if they were built for it.
 
 mod multiply;
+mod uppers;
 
 use super::buffer::filled;
 use candle_core::{CpuStorage, Layout, WithDType};

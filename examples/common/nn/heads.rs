@@ -138,6 +138,11 @@ impl Heads {
 /// `y = scale·a·b`
 fn product(y: MatMut<f32>, a: MatRef<f32>, b: MatRef<f32>, scale: f32) {
     matmul(y, Accum::Replace, a, b, scale, Par::Seq);
+    // faer's kernels leave the upper halves of the vector registers in use, which slows what follows.
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx) = pulp::core_arch::x86::Avx::try_new() {
+        avx._mm256_zeroupper();
+    }
 }
 
 /// Makes probabilities of rows of `n` scores, to each of which its mask is added.

@@ -1,5 +1,6 @@
 //! `y = a·b` by faer's kernels, one thread each: which part of it in which thread, and in what order.
 
+use super::uppers::zero_uppers;
 use faer::linalg::matmul::matmul;
 use faer::traits::RealField;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -61,7 +62,7 @@ fn alone<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
     let (depth, n) = b.shape();
     match y.nrows() {
         // faer has another way with a single row, which reads `b` once in any case.
-        1 => matmul(y, accum, a, b, T::one_impl(), Par::Seq),
+        1 => by_kernel(y, accum, a, b),
         rows if rows <= FEW.min(depth / 4) && depth * n >= LARGE && b.row_stride() == 1 => {
             few(y, accum, a, b)
         }
@@ -96,9 +97,14 @@ fn by_depth<T: Real>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>,
         for from in (0..n).step_by(strip) {
             let width = strip.min(n - from);
             let (y, b) = (y.as_mut().subcols_mut(from, width), b.subcols(from, width));
-            matmul(y, accum, a, b, T::one_impl(), Par::Seq);
+            by_kernel(y, accum, a, b);
         }
     }
+}
+
+fn by_kernel<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
+    matmul(y, accum, a, b, T::one_impl(), Par::Seq);
+    zero_uppers();
 }
 
 /// As `rayon::join`, which hands over both and sleeps where the caller is no thread of rayon's; here
