@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "target" / "compare-classify"
 BATCH = 32
-RATES = {"lora": 5e-3, "full": 4e-4}
+RATES = {"lora": 4e-3, "full": 4e-4}
 
 
 def ours(args, env):

@@ -48,7 +48,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 2)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub epochs: u32,
-    /// The learning rate at its peak [default: lora 5e-3, head 1e-2, full 4e-4]
+    /// The learning rate at its peak [default: lora 4e-3, head 1e-2, full 4e-4]
     #[arg(long)]
     pub lr: Option<f64>,
     /// Sentences per step
@@ -59,8 +59,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 128)]
     #[arg(value_parser = clap::value_parser!(u32).range(3..))]
     pub max_length: u32,
-    /// Seed of the order of sentences, and on CUDA of all random numbers (candle's on the CPU take
-    /// none)
+    /// Seed of the order of sentences and of new weights; dropout on the CPU is not seeded
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Where to run

@@ -31,7 +31,7 @@ impl Method {
     pub fn lr(self) -> f64 {
         match self {
             Self::Head => 1e-2,
-            Self::Lora => 5e-3,
+            Self::Lora => 4e-3,
             Self::Full => 4e-4,
         }
     }
