@@ -12,9 +12,8 @@ use rand_distr::StandardNormal;
 /// Variables and tensors that `vb` already has are unchanged.
 ///
 /// It goes around [`var_builder`](crate::var_builder); inside, as its base, it has no effect on the
-/// adapter. Two maps with the same names and
-/// seed start alike; the numbers are not torch's of the same seed. On the CPU dropout stays unseeded:
-/// candle draws it.
+/// adapter. Two maps with the same names and seed start alike; the numbers are not torch's of the same
+/// seed. On the CPU dropout stays unseeded: candle draws it.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -57,16 +56,16 @@ impl SimpleBackend for Seeded<'_> {
         device: &Device,
     ) -> Result<Tensor> {
         let vb = self.vb.clone().set_device(device.clone());
-        let random = !matches!(init, Init::Const(_)) && dtype.is_float();
-        if !random || vb.contains_tensor(name) {
+        let start = Start::of(init, &shape).filter(|_| dtype.is_float());
+        let Some(start) = start.filter(|_| !vb.contains_tensor(name)) else {
             return vb.get_with_hints_dtype(shape, name, init, dtype);
-        }
+        };
         // Not `init`: candle would draw it for nothing.
         let tensor = vb.get_with_hints_dtype(shape.clone(), name, ZERO, dtype)?;
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(fnv1a(name));
-        let start = draw(init, &shape, rng);
-        let start = Tensor::from_vec(start, shape, &Device::Cpu)?.to_dtype(dtype)?;
+        let values: Vec<f64> = (0..shape.elem_count()).map(|_| start.draw(&mut rng)).collect();
+        let start = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?;
         let start = start.to_device(device)?;
         if !tensor.is_variable() {
             return Ok(start);
@@ -84,23 +83,37 @@ impl SimpleBackend for Seeded<'_> {
     }
 }
 
-fn draw(init: Init, shape: &Shape, mut rng: ChaCha8Rng) -> Vec<f64> {
-    let (mean, spread, dist) = match init {
-        Init::Const(value) => (value, 0., NormalOrUniform::Uniform),
-        Init::Uniform { lo, up } => ((lo + up) / 2., (up - lo) / 2., NormalOrUniform::Uniform),
-        Init::Randn { mean, stdev } => (mean, stdev, NormalOrUniform::Normal),
-        Init::Kaiming { dist, fan, non_linearity } => {
-            let stdev = non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt();
-            // A uniform distribution over ±b has the standard deviation b/√3.
-            let width = if matches!(dist, NormalOrUniform::Uniform) { 3f64.sqrt() } else { 1. };
-            (0., width * stdev, dist)
-        }
-    };
-    let mut next = || match dist {
-        NormalOrUniform::Normal => rng.sample::<f64, _>(StandardNormal),
-        NormalOrUniform::Uniform => 2. * rng.random::<f64>() - 1.,
-    };
-    (0..shape.elem_count()).map(|_| mean + spread * next()).collect()
+/// A distribution: `mean + spread·z`, with z normal or uniform in [-1, 1).
+struct Start {
+    mean: f64,
+    spread: f64,
+    dist: NormalOrUniform,
+}
+
+impl Start {
+    /// `None` for a constant.
+    fn of(init: Init, shape: &Shape) -> Option<Self> {
+        let (mean, spread, dist) = match init {
+            Init::Const(_) => return None,
+            Init::Uniform { lo, up } => ((lo + up) / 2., (up - lo) / 2., NormalOrUniform::Uniform),
+            Init::Randn { mean, stdev } => (mean, stdev, NormalOrUniform::Normal),
+            Init::Kaiming { dist, fan, non_linearity } => {
+                let stdev = non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt();
+                // A uniform distribution over ±b has the standard deviation b/√3.
+                let width = if matches!(dist, NormalOrUniform::Uniform) { 3f64.sqrt() } else { 1. };
+                (0., width * stdev, dist)
+            }
+        };
+        Some(Self { mean, spread, dist })
+    }
+
+    fn draw(&self, rng: &mut ChaCha8Rng) -> f64 {
+        let z = match self.dist {
+            NormalOrUniform::Normal => rng.sample(StandardNormal),
+            NormalOrUniform::Uniform => 2. * rng.random::<f64>() - 1.,
+        };
+        self.mean + self.spread * z
+    }
 }
 
 /// The FNV-1a hash, which unlike std's stays the same from version to version.

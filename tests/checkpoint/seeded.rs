@@ -2,8 +2,9 @@
 
 use crate::common::bits;
 use crate::{base, names, randomize, snapshot, Model, CPU};
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::init::{FanInOut, NonLinearity, NormalOrUniform};
+use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
 use lora::Bias;
 use loralib as lora;
@@ -128,5 +129,32 @@ fn a_start_in_half_precision_is_the_same_one_rounded() -> Result<()> {
     let apart = (half.to_dtype(DType::F32)? - start(1, "a", UNIFORM)?)?.abs()?;
     let apart = apart.flatten_all()?.max(0)?.to_scalar::<f32>()?;
     assert!(apart > 0. && apart <= 3. / 256., "{apart}");
+    Ok(())
+}
+
+/// Makes plain tensors where a `VarMap` makes variables.
+struct Plain;
+
+impl SimpleBackend for Plain {
+    fn get(&self, s: Shape, _: &str, init: Init, dtype: DType, dev: &Device) -> Result<Tensor> {
+        Ok(init.var(s, dtype, dev)?.as_detached_tensor())
+    }
+
+    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
+        candle_core::bail!("no {name}")
+    }
+
+    fn contains_tensor(&self, _: &str) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_backend_without_variables_gets_the_same_start_and_whole_numbers_get_none() -> Result<()> {
+    let plain = VarBuilder::from_backend(Box::new(Plain), DType::F32, CPU);
+    let plain = lora::seeded(plain, 1).get_with_hints((300, 200), "a", UNIFORM)?;
+    assert_eq!(bits(&plain)?, bits(&start(1, "a", UNIFORM)?)?);
+    // An error of candle's, which has no such random numbers.
+    assert!(lora::seeded(map(), 1).get_with_hints_dtype(4, "a", UNIFORM, DType::U32).is_err());
     Ok(())
 }
