@@ -1,14 +1,14 @@
 //! Merges an adapter into its base: `cargo run --release --example merge -- --base model.safetensors
 //! --adapter adapter --out merged.safetensors`.
 //!
-//! The base is a checkpoint, the index of a sharded one, or a folder with either; the adapter a
-//! folder in PEFT's format or a file with a loralib state dict.
+//! The base is a checkpoint, the index of a sharded one, or a folder with either. The adapter is a folder
+//! in PEFT's format or a file with a loralib state dict.
 
 use candle_core::Device;
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
-use lora::peft::{self, Kind, PeftConfig};
-use lora::{LoraConfig, StateDict};
+use lora::layers::LayerKind;
+use lora::{peft, AdapterConfig, LoraConfig, StateDict};
 use loralib as lora;
 use std::error::Error;
 use std::path::PathBuf;
@@ -22,58 +22,76 @@ struct Args {
     /// A folder in PEFT's format, or a file with a loralib state dict
     #[arg(long)]
     adapter: PathBuf,
-    /// The file to write; for a sharded base a folder
+    /// The file to write, or a folder for a sharded base
     #[arg(long)]
     out: PathBuf,
-    /// The rank, for a state dict whose file does not say it
+    /// The rank, if the state dict has no configuration
     #[arg(long)]
     r: Option<usize>,
-    /// The strength, for a state dict whose file does not say it
+    /// The alpha, if the state dict has no configuration
     #[arg(long)]
     lora_alpha: Option<f64>,
-    /// The parts of merged linear layers, as `c_attn=1,0,1`
-    #[arg(long, value_parser = merged_linear)]
-    merged_linear: Vec<(String, Kind)>,
-    /// Embeddings, by the end of their names; for a state dict with square ones
-    #[arg(long)]
+    /// Layers with a square weight that are Linear, by the end of their path; "" for all
+    #[arg(long, value_name = "MODULE")]
+    linear: Vec<String>,
+    /// Layers that are an Embedding, by the end of their path
+    #[arg(long, value_name = "MODULE")]
     embedding: Vec<String>,
-    /// What the adapter's names begin with and the base's do not, as `transformer.`
+    /// Layers that are a MergedLinear with their enable_lora, as `c_attn=1,0,1`
+    #[arg(long, value_name = "MODULE=SPLITS", value_parser = merged_linear)]
+    merged_linear: Vec<(String, LayerKind)>,
+    /// A prefix of the adapter's names that the base's lack, such as `transformer.`
     #[arg(long, default_value = "")]
     strip_prefix: String,
 }
 
-fn merged_linear(text: &str) -> Result<(String, Kind), String> {
-    let (module, parts) = text.split_once('=').ok_or("expected MODULE=1,0,1")?;
-    let parts = parts.split(',').map(|part| match part {
+fn merged_linear(text: &str) -> Result<(String, LayerKind), String> {
+    let (module, splits) = text.split_once('=').ok_or("expected MODULE=1,0,1")?;
+    let splits = splits.split(',').map(|split| match split {
         "0" => Ok(false),
         "1" => Ok(true),
-        _ => Err(format!("{part:?} is neither 0 nor 1")),
+        _ => Err(format!("{split:?} is neither 0 nor 1")),
     });
-    Ok((module.to_owned(), Kind::MergedLinear(parts.collect::<Result<_, _>>()?)))
+    Ok((module.to_owned(), LayerKind::MergedLinear(splits.collect::<Result<_, _>>()?)))
 }
 
-fn adapter(args: &Args) -> Result<(PeftConfig, StateDict), Box<dyn Error>> {
-    if args.adapter.is_dir() {
-        return Ok(peft::load_pretrained_as(&args.adapter, &args.merged_linear, &Device::Cpu)?);
+impl Args {
+    fn kinds(&self) -> Vec<(String, LayerKind)> {
+        let of = |modules: &[String], kind: LayerKind| {
+            modules.iter().map(|module| (module.clone(), kind.clone())).collect::<Vec<_>>()
+        };
+        let (linear, embedding) =
+            (of(&self.linear, LayerKind::Linear), of(&self.embedding, LayerKind::Embedding));
+        [linear, embedding, self.merged_linear.clone()].concat()
     }
-    let lora::Checkpoint { tensors, config } = lora::read_state_dict(&args.adapter, &Device::Cpu)?;
-    let cfg = match (config, args.r, args.lora_alpha) {
-        (Some(cfg), None, None) => cfg,
-        (None, Some(r), Some(lora_alpha)) => LoraConfig { r, lora_alpha, ..Default::default() },
-        (Some(_), ..) => return Err("the file says its rank and alpha: leave them out".into()),
-        (None, ..) => return Err("the file says no rank and alpha: --r and --lora-alpha".into()),
-    };
-    let config = PeftConfig::from(cfg);
-    let config = args.merged_linear.iter().fold(config, |c, (m, kind)| c.with(m, kind.clone()));
-    let config = args.embedding.iter().fold(config, |c, m| c.with(m, Kind::Embedding));
-    Ok((config, tensors))
 }
 
-/// The adapter under the base's names.
+fn read(args: &Args) -> Result<(AdapterConfig, StateDict), Box<dyn Error>> {
+    if args.adapter.is_dir() {
+        return Ok(peft::load_pretrained_as(&args.adapter, &args.kinds(), &Device::Cpu)?);
+    }
+    let (config, tensors) = lora::read_adapter(&args.adapter, &Device::Cpu)?;
+    let config = match (config, args.r, args.lora_alpha) {
+        (Some(config), None, None) => config,
+        (None, Some(r), Some(lora_alpha)) => {
+            LoraConfig { r, lora_alpha, ..Default::default() }.into()
+        }
+        (Some(_), ..) => {
+            return Err("the file has a rank and an alpha: omit --r and --lora-alpha".into())
+        }
+        (None, ..) => {
+            return Err("the file has no rank and alpha: give --r and --lora-alpha".into())
+        }
+    };
+    let with_layer = |config: AdapterConfig, (module, kind)| config.with_layer(module, kind);
+    Ok((args.kinds().into_iter().fold(config, with_layer), tensors))
+}
+
+/// The adapter with the base's names.
 fn renamed(
-    (mut config, tensors): (PeftConfig, StateDict),
+    (mut config, tensors): (AdapterConfig, StateDict),
     prefix: &str,
-) -> (PeftConfig, StateDict) {
+) -> (AdapterConfig, StateDict) {
     let strip = |name: String| match name.strip_prefix(prefix) {
         Some(rest) => rest.to_owned(),
         None => name,
@@ -84,7 +102,7 @@ fn renamed(
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let (config, tensors) = renamed(adapter(&args)?, &args.strip_prefix);
+    let (config, tensors) = renamed(read(&args)?, &args.strip_prefix);
     let bar = ProgressBar::no_length().with_style(ProgressStyle::with_template(
         "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
     )?);

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// What can go wrong in [`utils`](crate::utils) and [`peft`](crate::peft). It converts into
+/// An error of [`utils`](crate::utils), [`merge`](crate::merge) and [`peft`](crate::peft). It converts into
 /// [`candle_core::Error`], so that `?` works in functions of either result.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -10,26 +10,37 @@ pub enum Error {
     /// An error of candle's.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    /// The file system refused.
+    /// An error of the file system.
     #[error(transparent)]
     Io(#[from] std::io::Error),
-    /// The file at hand, and what is wrong with it.
+    /// An error about a file or folder.
     #[error("{}: {error}", path.display())]
     File {
-        /// The file.
+        /// The file or folder.
         path: PathBuf,
-        /// What is wrong.
+        /// What is wrong with it.
         error: Box<Error>,
     },
-    /// The file is not in the format it should be in.
+    /// A file is malformed.
     #[error("not a {format} file: {reason}")]
     Format {
-        /// The format.
+        /// The expected format.
         format: &'static str,
-        /// What does not fit.
+        /// What is malformed.
         reason: String,
     },
-    /// A tensor that cannot be used.
+    /// A file or option is valid, but this crate does not support it.
+    #[error("{what} is not supported: {reason}")]
+    Unsupported {
+        /// What is not supported.
+        what: String,
+        /// Why, and what to do instead.
+        reason: String,
+    },
+    /// An argument is invalid.
+    #[error("{0}")]
+    Invalid(String),
+    /// A tensor cannot be used.
     #[error("tensor {name:?}: {reason}")]
     Tensor {
         /// The tensor's name.
@@ -37,19 +48,24 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// The names of a checkpoint and of the model differ.
+    /// The names in a checkpoint and in the model differ.
     #[error(
         "the checkpoint does not fit the model: missing {missing:?}, unexpected {unexpected:?}"
     )]
     Names {
-        /// What the model has and the checkpoint lacks.
+        /// Names that only the model has.
         missing: Vec<String>,
-        /// What the checkpoint has and the model lacks.
+        /// Names that only the checkpoint has.
         unexpected: Vec<String>,
     },
-    /// The checkpoint was trained with another configuration.
-    #[error("the checkpoint was saved with {option} = {saved}, the model has {model}")]
+    /// A checkpoint was saved with another configuration.
+    #[error(
+        "the checkpoint was saved with {option} = {saved}, the model has {model}{}",
+        layer.as_ref().map(|layer| format!(" (layer {layer:?})")).unwrap_or_default()
+    )]
     Config {
+        /// The layer, or `None` for an option of the whole adapter.
+        layer: Option<String>,
         /// The option that differs.
         option: &'static str,
         /// Its value in the checkpoint.
@@ -57,18 +73,18 @@ pub enum Error {
         /// Its value in the model.
         model: String,
     },
-    /// A selection of variables that holds none.
+    /// A parameter selection selects nothing.
     #[error(
-        "nothing to train or save: {held} variables are there, and none matches {wanted}; a layer \
-         with r = 0 makes none, and `var_builder` only those that it was told to train"
+        "nothing to train or save: none of {held} variables matches {wanted}; a layer with r = 0 \
+         has no adapter, and `var_builder` creates only the variables of its selection"
     )]
     Empty {
         /// What was selected.
         wanted: String,
-        /// How many variables there are to choose from.
+        /// The number of variables to select from.
         held: usize,
     },
-    /// A word that is none of loralib's three.
+    /// A word is not one of loralib's bias selections.
     #[error("{0:?} is not a bias selection: expected \"none\", \"all\" or \"lora_only\"")]
     UnknownBias(String),
 }
@@ -88,6 +104,10 @@ impl From<Error> for candle_core::Error {
 impl Error {
     pub(crate) fn tensor(name: impl Into<String>, reason: impl ToString) -> Self {
         Self::Tensor { name: name.into(), reason: reason.to_string() }
+    }
+
+    pub(crate) fn unsupported(what: impl Into<String>, reason: impl ToString) -> Self {
+        Self::Unsupported { what: what.into(), reason: reason.to_string() }
     }
 
     pub(crate) fn at(self, path: &Path) -> Self {

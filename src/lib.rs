@@ -4,6 +4,7 @@
 
 mod error;
 pub mod layers;
+pub mod merge;
 mod ops;
 pub mod peft;
 pub mod utils;
@@ -11,5 +12,10 @@ pub mod utils;
 #[doc(hidden)] // for lora_module!
 pub use candle_core;
 pub use error::{Error, Result};
-pub use layers::*;
+pub use layers::{
+    conv1d, conv1d_no_bias, conv2d, conv2d_no_bias, conv3d, conv3d_no_bias, embedding, linear,
+    linear_b, linear_no_bias, merged_linear, merged_linear_no_bias, Adapted, Conv1d, Conv2d,
+    Conv3d, Conv3dConfig, Embedding, Linear, LoraConfig, LoraModule, MergedLinear, Mode,
+};
+pub use merge::{add_weighted, merge_files, merge_into};
 pub use utils::*;

@@ -88,7 +88,7 @@ fn hidden_states_are_those_of_transformers() -> Result<()> {
             (
                 "trained",
                 Adapt::default(),
-                lora::var_builder(fixture.base(), &VarMap::new(), Trainable::everything()),
+                lora::var_builder(fixture.base(), &VarMap::new(), Trainable::all_parameters()),
             ),
         ] {
             let mut model = Bert::new(&fixture.config, &adapt, vb)?;
@@ -136,7 +136,7 @@ fn trained(fixture: &Fixture, model: &Classifier, vars: &VarMap) -> Result<(Vec<
 #[test]
 fn each_method_makes_gradients_for_what_it_trains_and_for_nothing_else() -> Result<()> {
     let fixture = Fixture::read("bert")?;
-    let everything = Trainable::everything().and("classifier");
+    let everything = Trainable::all_parameters().and("classifier");
     for (targets, what, expected) in [
         ("", Bias::None.and("classifier"), 2),
         ("query,value", Bias::None.and("classifier"), 2 + 8),

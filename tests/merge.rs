@@ -4,7 +4,8 @@ mod common;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use common::{bits, difference, rnd};
-use lora::peft::{Kind, PeftConfig};
+use lora::layers::LayerKind;
+use lora::AdapterConfig;
 use lora::{LoraConfig, LoraModule, StateDict};
 use loralib as lora;
 use std::collections::HashMap;
@@ -81,9 +82,9 @@ fn a_weight_that_lies_transposed_and_a_second_name_are_found() -> lora::Result<(
 }
 
 #[test]
-fn what_does_not_fit_the_base_is_an_error_by_name() {
+fn a_misfit_with_the_base_is_an_error_by_name() {
     let (base, adapter) = model(DType::F32);
-    let refused = |adapter: &StateDict, cfg: PeftConfig| {
+    let refused = |adapter: &StateDict, cfg: AdapterConfig| {
         lora::merge_into(&base, adapter, cfg).unwrap_err().to_string()
     };
     let with = |name: &str, t: Tensor| {
@@ -91,7 +92,7 @@ fn what_does_not_fit_the_base_is_an_error_by_name() {
         adapter.insert(name.into(), t);
         adapter
     };
-    let plain = || PeftConfig::from(cfg());
+    let plain = || AdapterConfig::from(cfg());
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &CPU).unwrap();
     assert!(refused(&with("head.weight", zeros(&[2])), plain()).contains("head.weight"));
     let pefts = "base_model.model.a.lora_A.weight";
@@ -110,8 +111,9 @@ fn what_does_not_fit_the_base_is_an_error_by_name() {
         let words = format!("rank is 2, the configuration has r = {r}");
         assert!(error.contains("a.weight") && error.contains(&words), "{error}");
     }
-    assert!(refused(&adapter, plain().with("b", Kind::Embedding)).contains("b.lora_A"));
-    assert!(refused(&adapter, plain().with("a", Kind::Conv2d { groups: 1 })).contains("Conv2d"));
+    assert!(refused(&adapter, plain().with_layer("b", LayerKind::Embedding)).contains("b.lora_A"));
+    assert!(refused(&adapter, plain().with_layer("a", LayerKind::Conv2d { groups: 1 }))
+        .contains("Conv2d"));
 }
 
 fn write(path: &Path, tensors: &[(&str, &Tensor)]) {
@@ -144,8 +146,9 @@ fn a_sharded_base_is_merged_shard_by_shard_under_its_names() -> lora::Result<()>
         lora::merge_files(&base, &adapter, cfg(), out.path(), |p| last = Some(p))?;
         let last = last.unwrap();
         assert_eq!((last.done, last.total), (size as u64, size as u64));
-        let merged = lora::merge_into(out.path(), &[].into(), cfg());
-        assert!(merged.is_err(), "an empty adapter");
+        let whole = lora::read_state_dict(out.path(), &CPU)?.tensors;
+        assert!(whole.keys().eq(expected.keys()));
+        assert!(lora::merge_into(&whole, &[].into(), cfg()).is_err(), "an empty adapter");
         let mut seen = 0;
         for shard in ["model-0", "model-1", "model-2"] {
             let file = out.path().join(format!("{shard}.safetensors"));
@@ -158,7 +161,8 @@ fn a_sharded_base_is_merged_shard_by_shard_under_its_names() -> lora::Result<()>
         assert_eq!(seen, expected.len());
         assert_eq!(fs::read(out.path().join(index.file_name().unwrap()))?, fs::read(&index)?);
     }
-    for (name, t) in lora::merge_into(from.as_path(), &adapter, cfg())? {
+    let whole = lora::read_state_dict(&from, &CPU)?.tensors;
+    for (name, t) in lora::merge_into(&whole, &adapter, cfg())? {
         assert_eq!(bits(&t)?, bits(&expected[&name])?, "{name}");
     }
     let before = fs::read(from.join("model-0.safetensors"))?;
@@ -167,7 +171,7 @@ fn a_sharded_base_is_merged_shard_by_shard_under_its_names() -> lora::Result<()>
     assert_eq!(fs::read(from.join("model-0.safetensors"))?, before);
     let bad = index.with_file_name("bad.index.json");
     fs::write(&bad, r#"{"weight_map": {"a.weight": "../secret.safetensors"}}"#)?;
-    let error = lora::merge_into(bad.as_path(), &adapter, cfg()).unwrap_err().to_string();
+    let error = lora::read_state_dict(&bad, &CPU).unwrap_err().to_string();
     assert!(error.contains("secret"), "{error}");
     Ok(())
 }
@@ -196,8 +200,8 @@ fn a_weighted_sum_changes_the_weight_by_the_sum_of_the_changes() -> lora::Result
     let weights = [(0.7, 2usize, 10u64), (-0.4, 3, 20), (1.5, 1, 30)];
     let config = |r: usize| {
         // One scaling for all: 1.5.
-        PeftConfig::from(LoraConfig { r, lora_alpha: 1.5 * r as f64, ..Default::default() })
-            .with("qkv", Kind::MergedLinear(vec![true, false, true]))
+        AdapterConfig::from(LoraConfig { r, lora_alpha: 1.5 * r as f64, ..Default::default() })
+            .with_layer("qkv", LayerKind::MergedLinear(vec![true, false, true]))
     };
     let base: StateDict = [("q", [6, 4]), ("qkv", [9, 4])]
         .map(|(path, dims)| (format!("{path}.weight"), tensor(1, &dims, DType::F64)))

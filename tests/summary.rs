@@ -33,7 +33,7 @@ also trained     shape           parameters";
         assert!(printed.contains(&format!("\n{row} ")), "{row}\n{printed}");
     }
     assert!(printed.ends_with("\ntrained 185 parameters"), "{printed}");
-    let share = summary.of(1850).to_string();
+    let share = summary.with_total(1850).to_string();
     assert!(share.ends_with("\ntrained 185 of 1,850 parameters (10.00 %)"), "{share}");
     Ok(())
 }
@@ -46,7 +46,7 @@ fn everything_starts_from_the_base_and_only_a_named_module_may_be_new() -> Resul
         VarBuilder::from_tensors(tensors, DType::F32, &device())
     };
     let vars = VarMap::new();
-    let what = Trainable::everything().and("head");
+    let what = Trainable::all_parameters().and("head");
     let vb = lora::var_builder(base(), &vars, what.clone());
     let fc = lora::linear_no_bias(6, 3, Default::default(), vb.pp("fc"))?;
     assert!(fc.weight().is_variable());
@@ -57,7 +57,7 @@ fn everything_starts_from_the_base_and_only_a_named_module_may_be_new() -> Resul
 
     let saved = lora::lora_state_dict(&vars, what)?;
     assert_eq!(saved.keys().collect::<Vec<_>>(), ["fc.weight", "head.bias", "head.weight"]);
-    let error = lora::summary(&VarMap::new(), Trainable::everything()).unwrap_err().to_string();
-    assert!(error.contains("none matches everything"), "{error}");
+    let error = lora::summary(&VarMap::new(), Trainable::all_parameters()).unwrap_err().to_string();
+    assert!(error.contains("none of 0 variables matches all parameters"), "{error}");
     Ok(())
 }

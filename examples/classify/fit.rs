@@ -34,7 +34,7 @@ pub fn fit(
     let head = summary.others.iter().filter(|(name, _)| name.starts_with("classifier."));
     let head: usize = head.map(|(_, dims)| dims.iter().product::<usize>()).sum();
     let factors: usize = summary.adapted.iter().map(|layer| layer.parameters()).sum();
-    let summary = summary.of(base.parameters() + head + factors);
+    let summary = summary.with_total(base.parameters() + head + factors);
     if method == Method::Lora {
         println!("{summary}\n");
     }

@@ -57,7 +57,7 @@ impl Task {
         match self.method {
             Method::Head => Bias::None.and("classifier"),
             Method::Lora => self.bias.and("classifier"),
-            Method::Full => Trainable::everything().and("classifier"),
+            Method::Full => Trainable::all_parameters().and("classifier"),
         }
     }
 

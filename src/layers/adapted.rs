@@ -1,32 +1,50 @@
-//! What all adapted layers have in common: a weight with its update, its bias and its mode.
+//! What all adapted layers share: a weight with its update, its bias and its mode.
 
+use super::kind::LayerKind;
+use super::mode::{LoraModule, Mode};
 use super::weight::Weight;
-use super::{LoraModule, Mode};
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
-/// A layer of kind `K` around a frozen base weight. Its kinds have names of their own:
-/// [`Linear`](crate::Linear), [`MergedLinear`](crate::MergedLinear),
-/// [`Embedding`](crate::Embedding), [`Conv1d`](crate::Conv1d), [`Conv2d`](crate::Conv2d),
-/// [`Conv3d`](crate::Conv3d).
+/// A layer of kind `K` around a frozen base weight: [`Linear`](crate::Linear),
+/// [`MergedLinear`](crate::MergedLinear), [`Embedding`](crate::Embedding), [`Conv1d`](crate::Conv1d),
+/// [`Conv2d`](crate::Conv2d) or [`Conv3d`](crate::Conv3d).
 ///
-/// A clone shares the variables of the original, as candle's layers do, and has a mode of its own.
+/// A clone shares the variables of the original, as clones of candle's layers do, and has a mode of its
+/// own.
 #[derive(Debug, Clone)]
 pub struct Adapted<K> {
     pub(super) kind: K,
     pub(super) weight: Weight,
 }
 
+/// What distinguishes the layers: how they store their weight.
+pub trait Kind: sealed::Sealed {
+    /// The kind as a value, for an [`AdapterConfig`](crate::AdapterConfig).
+    fn layer_kind(&self) -> LayerKind;
+}
+
+pub(super) mod sealed {
+    pub trait Sealed {}
+}
+
+impl<K: Kind> Adapted<K> {
+    /// The kind of the layer, for an [`AdapterConfig`](crate::AdapterConfig).
+    pub fn kind(&self) -> LayerKind {
+        self.kind.layer_kind()
+    }
+}
+
 impl<K> Adapted<K> {
-    /// The base weight, in the shape in which it is stored. No mode changes it.
+    /// The base weight as it is stored. It is the same in every mode.
     pub fn weight(&self) -> &Tensor {
         self.weight.base()
     }
 
-    /// `W + ΔW` in the base's shape and dtype, rounded once, without a graph.
+    /// The merged weight `W + ΔW` in the base's shape and dtype, rounded once, without a graph.
     ///
     /// # Errors
-    /// When a value of it is not finite.
+    /// If a merged value is not finite.
     pub fn merged_weight(&self) -> Result<Tensor> {
         self.weight.merged()
     }
@@ -36,23 +54,27 @@ impl<K> Adapted<K> {
         self.weight.bias()
     }
 
-    /// The factor A of the update, in the shape that the layer's own page tells; `None` in a plain layer
-    /// (r = 0).
+    /// `lora_A`, e.g. (r, in_features) for [`Linear`](crate::Linear). `None` if r = 0.
     pub fn lora_a(&self) -> Option<&Tensor> {
         self.weight.update().map(|update| update.a())
     }
 
-    /// The factor B of the update, likewise.
+    /// `lora_B`, e.g. (out_features, r) for [`Linear`](crate::Linear). `None` if r = 0.
     pub fn lora_b(&self) -> Option<&Tensor> {
         self.weight.update().map(|update| update.b())
     }
 
-    /// The factor of `B·A`: `lora_alpha / r`, with `rslora` `lora_alpha / √r`; 0 in a plain layer.
+    /// The scaling of `B·A`: `lora_alpha / r`, or `lora_alpha / √r` with `rslora`; 0 if r = 0.
     pub fn scaling(&self) -> f64 {
         self.weight.update().map_or(0., |update| update.scaling())
     }
 
-    /// Whether the layer runs with a merged copy of its weight. Never true of a plain layer.
+    /// The mode that was last set; [`Mode::Train`] in a new layer.
+    pub fn mode(&self) -> Mode {
+        self.weight.mode()
+    }
+
+    /// Whether the layer computes with a merged copy of its weight. Always false if r = 0.
     pub fn is_merged(&self) -> bool {
         self.weight.is_merged()
     }
@@ -64,7 +86,7 @@ impl<K> LoraModule for Adapted<K> {
     }
 }
 
-/// The bias of a layer that is being wrapped: `vb`'s where that trains it, else the layer's own.
+/// The bias of a layer that is wrapped: `vb`'s if `vb` trains it, else the layer's own.
 pub(super) fn wrapped_bias(bias: Option<&Tensor>, vb: &VarBuilder) -> Result<Option<Tensor>> {
     let Some(own) = bias else { return Ok(None) };
     if vb.contains_tensor("bias") {

@@ -1,4 +1,4 @@
-//! The options that all adapted layers share.
+//! The options of an adapter.
 
 use candle_core::{bail, DType, Result};
 
@@ -11,23 +11,23 @@ use candle_core::{bail, DType, Result};
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoraConfig {
-    /// The rank of the update; 0 (the default) makes a plain layer.
+    /// The rank of the update. Default 0, which makes a layer without an adapter.
     pub r: usize,
-    /// The update's strength: it is scaled by `lora_alpha / r`. Default 1.
+    /// The update is scaled by `lora_alpha / r`. Default 1.
     pub lora_alpha: f64,
-    /// The probability in [0, 1) with which a value of the update's input is dropped in training.
-    /// Default 0. An [`Embedding`](crate::Embedding) takes none, as in loralib.
+    /// The dropout probability of the update's input in training, in [0, 1). Default 0. An error for
+    /// [`Embedding`](crate::Embedding), which has no dropout in loralib either.
     pub lora_dropout: f32,
     /// Whether evaluation merges the update into a copy of the weight. Default `true`.
     pub merge_weights: bool,
-    /// Whether the base stores its weight as (in, out), as GPT-2's `Conv1D` does. Default `false`;
-    /// for [`Linear`](crate::Linear) and [`MergedLinear`](crate::MergedLinear) alone.
+    /// Whether the base stores its weight as (in, out), as GPT-2's `Conv1D` does. Default `false`. Only
+    /// for [`Linear`](crate::Linear) and [`MergedLinear`](crate::MergedLinear).
     pub fan_in_fan_out: bool,
-    /// Scale by `lora_alpha / √r` instead, which keeps large ranks from learning ever more slowly
-    /// ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732); not in loralib). Default `false`.
+    /// Whether the update is scaled by `lora_alpha / √r` instead, which keeps the learning speed of large
+    /// ranks ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732); not in loralib). Default `false`.
     pub rslora: bool,
-    /// The dtype of `lora_A` and `lora_B`. By default the base's, and F32 beside F16 and BF16: in
-    /// F16 AdamW's epsilon rounds to 0, and its first step makes all of `lora_A` NaN.
+    /// The dtype of `lora_A` and `lora_B`. By default the base's, but F32 for F16 and BF16 bases: in F16
+    /// AdamW's epsilon rounds to 0, and its first step makes all of `lora_A` NaN.
     pub lora_dtype: Option<DType>,
 }
 
@@ -46,7 +46,7 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// The factor of the update, `lora_alpha / r` (`lora_alpha / √r` with `rslora`); 0 for r = 0.
+    /// The scaling of the update, `lora_alpha / r` (`lora_alpha / √r` with `rslora`); 0 for r = 0.
     pub fn scaling(&self) -> f64 {
         match self.r {
             0 => 0.,
@@ -69,21 +69,21 @@ impl LoraConfig {
         if !(0. ..1.).contains(&self.lora_dropout) {
             bail!("lora_dropout is {}, expected a probability in [0, 1)", self.lora_dropout)
         }
-        for (what, dtype) in [("base weight", Some(base)), ("lora_dtype", self.lora_dtype)] {
+        for (name, dtype) in [("base weight", Some(base)), ("lora_dtype", self.lora_dtype)] {
             if let Some(dtype) = dtype {
                 if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
-                    bail!("the {what} is {dtype:?}, expected F16, BF16, F32 or F64")
+                    bail!("the {name} is {dtype:?}, expected F16, BF16, F32 or F64")
                 }
             }
         }
         Ok(())
     }
+}
 
-    /// Refuses options that a layer has no use for.
-    pub(crate) fn refuse(layer: &str, ignored: &[(&str, bool)]) -> Result<()> {
-        match ignored.iter().find(|(_, set)| *set) {
-            Some((option, _)) => bail!("{layer} takes no {option}: leave it at its default"),
-            None => Ok(()),
-        }
+/// An error if an option is set that a layer does not support.
+pub(super) fn refuse_options(layer: &str, unsupported: &[(&str, bool)]) -> Result<()> {
+    match unsupported.iter().find(|(_, set)| *set) {
+        Some((option, _)) => bail!("{layer} does not support {option}: leave it at its default"),
+        None => Ok(()),
     }
 }

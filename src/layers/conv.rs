@@ -1,25 +1,25 @@
-//! The convolutions: one formula for any number n of spatial dimensions, in which `A` is (r·k,
-//! in·k^⌈n/2⌉) and `B` (out/g·k^⌊n/2⌋, r·k).
+//! The convolutions, written once for any number n of spatial dimensions: `A` is (r·k, in·k^⌈n/2⌉) and
+//! `B` (out/g·k^⌊n/2⌋, r·k).
 
-use super::adapted::{wrapped_bias, Adapted};
-use super::linear::uniform;
-use super::low_rank::{checked, Start};
-use super::weight::{Placement, Plain, Running, Weight};
-use super::{LoraConfig, LowRank};
-use crate::ops::{self, Geometry};
+use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
+use super::config::{refuse_options, LoraConfig};
+use super::init::{low_rank, uniform, FactorInit};
+use super::kind::LayerKind;
+use super::weight::{Effective, MergedCopy, Placement, Weight};
+use crate::ops::{self, checked_product, Geometry};
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 
-/// The options of a [`Conv3d`], which candle has no layer for; each holds for all three dimensions.
+/// The options of a [`Conv3d`], the same in all three dimensions. candle has no such layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Conv3dConfig {
-    /// Zeros added at both ends of each spatial dimension. Default 0.
+    /// Zeros added on both sides of each spatial dimension. Default 0.
     pub padding: usize,
     /// Default 1.
     pub stride: usize,
     /// Default 1.
     pub dilation: usize,
-    /// Groups of channels that do not see each other. Default 1.
+    /// Groups of channels, as in torch. Default 1.
     pub groups: usize,
 }
 
@@ -29,21 +29,22 @@ impl Default for Conv3dConfig {
     }
 }
 
-/// The options of a convolution, which also tell its number of spatial dimensions.
-pub trait ConvConfig: Copy + std::fmt::Debug + sealed::Sealed {
+/// The options of a convolution: candle's `Conv1dConfig` and `Conv2dConfig`, and [`Conv3dConfig`].
+pub trait ConvConfig: Copy + std::fmt::Debug + Kind {
     /// The number of spatial dimensions.
     const N: usize;
     /// (padding, stride, dilation, groups)
     fn options(&self) -> (usize, usize, usize, usize);
 }
 
-mod sealed {
-    pub trait Sealed {}
-}
-
 macro_rules! conv_config {
-    ($($config:ty, $n:literal;)*) => {$(
-        impl sealed::Sealed for $config {}
+    ($($config:ty, $n:literal, $kind:ident;)*) => {$(
+        impl Sealed for $config {}
+        impl Kind for $config {
+            fn layer_kind(&self) -> LayerKind {
+                LayerKind::$kind { groups: self.groups }
+            }
+        }
         impl ConvConfig for $config {
             const N: usize = $n;
             fn options(&self) -> (usize, usize, usize, usize) {
@@ -52,7 +53,7 @@ macro_rules! conv_config {
         }
     )*};
 }
-conv_config! { Conv1dConfig, 1; Conv2dConfig, 2; Conv3dConfig, 3; }
+conv_config! { Conv1dConfig, 1, Conv1d; Conv2dConfig, 2, Conv2d; Conv3dConfig, 3, Conv3d; }
 
 /// [`candle_nn::Conv1d`] with a low-rank update of its kernel, as [`Conv2d`]: `x` is (batch, in,
 /// length), `W` (out, in/g, k), `A` (r·k, in·k) and `B` (out/g, r·k). loralib's fails for every k > 1.
@@ -62,9 +63,8 @@ pub type Conv1d = Adapted<Conv1dConfig>;
 /// `y = conv(x, W) + conv(dropout(x), ΔW) + bias`, with `ΔW = (alpha/r)·(B·A)` reshaped to the kernel.
 ///
 /// With g groups and a kernel of k in each dimension, `x` is (batch, in, height, width), `W` (out,
-/// in/g, k, k), `A` (r·k, in·k) and `B` (out/g·k, r·k). A starts at U(±1/√(in·k)) and B at zero.
-/// `cudnn_fwd_algo` of candle's configuration has no effect: these convolutions are products of the
-/// crate's own.
+/// in/g, k, k), `A` (r·k, in·k) and `B` (out/g·k, r·k). A is initialised with U(±1/√(in·k)) and B with zeros.
+/// `cudnn_fwd_algo` of candle's configuration has no effect.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -81,26 +81,27 @@ pub type Conv1d = Adapted<Conv1dConfig>;
 pub type Conv2d = Adapted<Conv2dConfig>;
 
 /// A convolution over (batch, in, depth, height, width) with a low-rank update of its kernel, as
-/// [`Conv2d`]: `W` is (out, in/g, k, k, k), `A` (r·k, in·k²), which starts at U(±1/√(in·k²)), and `B`
+/// [`Conv2d`]: `W` is (out, in/g, k, k, k), `A` (r·k, in·k²), initialised with U(±1/√(in·k²)), and `B`
 /// (out/g·k, r·k). loralib's fails for every k > 1.
 pub type Conv3d = Adapted<Conv3dConfig>;
 
 impl Conv1d {
-    /// Wraps a layer. Only `lora_A` and `lora_B` come from `vb`, and the bias if `vb` trains it.
+    /// Wraps a layer. `vb`, at the layer's path, gives `lora_A` and `lora_B`, and the bias if `vb` trains
+    /// it.
     ///
     /// # Errors
-    /// When an option is out of its range or has no meaning here (`fan_in_fan_out`), or `vb` has
-    /// tensors of other shapes.
+    /// If an option is out of range or not supported (`fan_in_fan_out`), or `vb` has tensors of other
+    /// shapes.
     pub fn new(base: candle_nn::Conv1d, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         wrap(base.weight(), base.bias(), *base.config(), cfg, vb)
     }
 
-    /// The plain layer with the update merged into its kernel.
+    /// The candle_nn layer with the merged kernel.
     ///
     /// # Errors
-    /// When a merged weight is not finite.
+    /// If a merged value is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Conv1d> {
-        let Plain { weight, bias } = self.weight.plain()?;
+        let MergedCopy { weight, bias } = self.weight.merged_copy()?;
         Ok(candle_nn::Conv1d::new(weight, bias, self.kind))
     }
 }
@@ -114,12 +115,12 @@ impl Conv2d {
         wrap(base.weight(), base.bias(), *base.config(), cfg, vb)
     }
 
-    /// The plain layer with the update merged into its kernel.
+    /// The candle_nn layer with the merged kernel.
     ///
     /// # Errors
-    /// When a merged weight is not finite.
+    /// If a merged value is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Conv2d> {
-        let Plain { weight, bias } = self.weight.plain()?;
+        let MergedCopy { weight, bias } = self.weight.merged_copy()?;
         Ok(candle_nn::Conv2d::new(weight, bias, self.kind))
     }
 }
@@ -139,12 +140,12 @@ impl Conv3d {
         wrap(&weight, bias.as_ref(), conv_cfg, cfg, vb)
     }
 
-    /// The layer without an update, its kernel merged; candle has no plain layer of this kind.
+    /// The layer with the merged kernel and without an adapter; candle_nn has no such layer.
     ///
     /// # Errors
-    /// When a merged weight is not finite.
+    /// If a merged value is not finite.
     pub fn into_merged(self) -> Result<Self> {
-        let Plain { weight, bias } = self.weight.plain()?;
+        let MergedCopy { weight, bias } = self.weight.merged_copy()?;
         let weight = Weight::new(weight, None, Placement::Reshaped, &LoraConfig::default())?;
         Ok(Self { weight: weight.with_bias(bias), kind: self.kind })
     }
@@ -177,7 +178,7 @@ fn wrap<C: ConvConfig>(
     vb: VarBuilder,
 ) -> Result<Adapted<C>> {
     let weight = adapt(weight, kind, &cfg, &vb)?;
-    Ok(Adapted { kind, weight: weight.with_bias(wrapped_bias(bias, &names(&vb, "bias"))?) })
+    Ok(Adapted { kind, weight: weight.with_bias(wrapped_bias(bias, &at_prefix(&vb, "bias"))?) })
 }
 
 fn adapt<C: ConvConfig>(
@@ -189,64 +190,41 @@ fn adapt<C: ConvConfig>(
     let n = C::N;
     let (_, stride, dilation, groups) = kind.options();
     cfg.validate(base.dtype())?;
-    LoraConfig::refuse("a convolution", &[("fan_in_fan_out", cfg.fan_in_fan_out)])?;
+    refuse_options("a convolution", &[("fan_in_fan_out", cfg.fan_in_fan_out)])?;
     let dims = base.dims();
     if dims.len() != n + 2 || dims[2..].iter().any(|k| *k != dims[2]) {
-        bail!("conv{n}d: the weight is {dims:?}, expected (out, in/groups, {n} times one size k)")
+        bail!("conv{n}d: the weight is {dims:?}, expected (out, in/groups) and {n} equal kernel sizes")
     }
     let (out, per_group, k) = (dims[0], dims[1], dims[2]);
     if groups == 0 || out % groups != 0 || stride == 0 || dilation == 0 || dims.contains(&0) {
-        bail!("conv{n}d: the weight {dims:?} does not go with {kind:?}")
+        bail!("conv{n}d: the weight {dims:?} does not fit the options {kind:?}")
     }
-    let ranks = checked(&[cfg.r, k])?;
-    let columns = checked(&[&[per_group, groups], &[k; 3][..n.div_ceil(2)]].concat())?;
+    let ranks = checked_product(&[cfg.r, k])?;
+    let columns = checked_product(&[&[per_group, groups], &[k; 3][..n.div_ceil(2)]].concat())?;
     let rows = out / groups * k.pow(n as u32 / 2);
-    let low_rank = || LowRank::new((ranks, columns), rows, Start::UniformA, cfg, base.dtype(), vb);
-    let update = (cfg.r > 0).then(low_rank).transpose()?;
+    let update = || low_rank((ranks, columns), rows, FactorInit::UniformA, cfg, base.dtype(), vb);
+    let update = (cfg.r > 0).then(update).transpose()?;
     Weight::new(base.clone(), update, Placement::Reshaped, cfg)
 }
 
-/// Where `vb` has a convolution's tensor: under the layer's name, or under loralib's second one,
+/// `vb` at the prefix of a convolution's tensor: the layer's own, or loralib's second one, as in
 /// `conv.weight` and `conv.bias`.
-fn names<'a>(vb: &VarBuilder<'a>, name: &str) -> VarBuilder<'a> {
-    match vb.contains_tensor(name) || !vb.contains_tensor(&format!("conv.{name}")) {
-        true => vb.clone(),
-        false => vb.pp("conv"),
+fn at_prefix<'a>(vb: &VarBuilder<'a>, name: &str) -> VarBuilder<'a> {
+    if !vb.contains_tensor(name) && vb.contains_tensor(&format!("conv.{name}")) {
+        vb.pp("conv")
+    } else {
+        vb.clone()
     }
 }
 
 impl<C: ConvConfig> Module for Adapted<C> {
     /// (batch, in, spatial..) to (batch, out, spatial..).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Running { weight: w, bias, update } = self.weight.running();
-        let geometry = self.geometry();
-        let y = match update {
-            None => ops::conv(x, &w, geometry)?,
-            Some(update) => {
-                let factor = update.factors(w.dtype())?.remove(0);
-                let delta = factor.b.matmul(&factor.a)?.reshape(w.shape())?;
-                match ops::dropout_mask(x, update.dropout(), x.dtype())? {
-                    // The kernel is small beside the activations: its sum costs one convolution
-                    // where two would stand.
-                    None => {
-                        let w = ops::plus(&delta, &w.to_dtype(delta.dtype())?)?;
-                        ops::conv(x, &w.to_dtype(x.dtype())?, geometry)?
-                    }
-                    Some(mask) => {
-                        let update = ops::conv(
-                            &ops::times_frozen(x, &mask)?,
-                            &delta.to_dtype(x.dtype())?,
-                            geometry,
-                        )?;
-                        let base = ops::conv(x, &w, geometry)?;
-                        ops::plus(&base, &update)?
-                    }
-                }
-            }
-        };
+        let Effective { weight, bias, update } = self.weight.effective();
+        let y = ops::conv(x, &weight, update.as_ref(), self.geometry())?;
         match bias {
             None => Ok(y),
-            Some(bias) => ops::biased(&y, &bias, 1),
+            Some(bias) => ops::add_bias(&y, &bias, 1),
         }
     }
 }
@@ -264,13 +242,13 @@ fn build<C: ConvConfig>(
     };
     let per_group = in_channels / groups;
     let shape = [&[out_channels, per_group][..], &[k; 3][..C::N]].concat();
-    if checked(&shape)? == 0 {
-        bail!("conv{}d: a weight of shape {shape:?} has no values", C::N)
+    if checked_product(&shape)? == 0 {
+        bail!("conv{}d: the weight's shape {shape:?} is empty", C::N)
     }
-    let init = uniform(checked(&shape[1..])?);
-    let weight = names(&vb, "weight").get_with_hints(shape, "weight", init)?;
+    let init = uniform(checked_product(&shape[1..])?);
+    let weight = at_prefix(&vb, "weight").get_with_hints(shape, "weight", init)?;
     let weight = adapt(&weight, kind, &cfg, &vb)?;
-    let bias = bias.then(|| names(&vb, "bias").get_with_hints(out_channels, "bias", init));
+    let bias = bias.then(|| at_prefix(&vb, "bias").get_with_hints(out_channels, "bias", init));
     Ok(Adapted { kind, weight: weight.with_bias(bias.transpose()?) })
 }
 
@@ -281,8 +259,8 @@ macro_rules! constructors {
             `conv.bias`), `lora_A`, `lora_B`.")]
         ///
         /// # Errors
-        /// When the groups do not divide the channels, an option is out of its range or has no
-        /// meaning here (`fan_in_fan_out`), or `vb` lacks a tensor or has it in another shape.
+        /// If the groups do not divide the channels, an option is out of range or not supported
+        /// (`fan_in_fan_out`), or `vb` lacks a tensor or has it in another shape.
         pub fn $with_bias(
             in_channels: usize,
             out_channels: usize,

@@ -1,23 +1,32 @@
 //! The embedding.
 
-use super::adapted::Adapted;
-use super::low_rank::Start;
-use super::weight::{Placement, Running, Weight};
-use super::{LoraConfig, LowRank};
+use super::adapted::{sealed::Sealed, Adapted, Kind};
+use super::config::{refuse_options, LoraConfig};
+use super::init::{low_rank, FactorInit};
+use super::kind::LayerKind;
+use super::weight::{Effective, Placement, Weight};
 use crate::ops;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// The kind of [`Embedding`].
 #[derive(Debug, Clone, Copy)]
-pub struct Lookup;
+pub struct EmbeddingKind;
+
+impl Sealed for EmbeddingKind {}
+
+impl Kind for EmbeddingKind {
+    fn layer_kind(&self) -> LayerKind {
+        LayerKind::Embedding
+    }
+}
 
 /// [`candle_nn::Embedding`] with a low-rank update of its table:
 /// `y = W[ids] + (alpha/r)·(Aᵀ)[ids]·Bᵀ`.
 ///
 /// `ids` is (..) of u8, u32, i32 or i64, `y` (.., dim), `W` (num, dim), `A` (r, num) and `B`
-/// (dim, r). A starts at zero and B at N(0, 1), as in loralib: so only the columns of tokens that
-/// were seen ever differ from zero.
+/// (dim, r). A is initialised with zeros and B with N(0, 1), as in loralib: the columns of A of unseen
+/// tokens stay zero.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -31,33 +40,32 @@ pub struct Lookup;
 /// assert_eq!(y.dims(), [2, 2, 16]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-pub type Embedding = Adapted<Lookup>;
+pub type Embedding = Adapted<EmbeddingKind>;
 
 impl Embedding {
-    /// Wraps a layer. Only `lora_A` (r, num) and `lora_B` (dim, r) come from `vb`.
+    /// Wraps a layer. `vb`, at the layer's path, gives `lora_A` (r, num) and `lora_B` (dim, r).
     ///
     /// # Errors
-    /// When an option is out of its range or has no meaning here (`lora_dropout`,
-    /// `fan_in_fan_out`), or `vb` has tensors of other shapes.
+    /// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`), or `vb` has
+    /// tensors of other shapes.
     pub fn new(base: candle_nn::Embedding, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let weight = base.embeddings();
         cfg.validate(weight.dtype())?;
-        LoraConfig::refuse(
+        refuse_options(
             "an embedding",
             &[("lora_dropout", cfg.lora_dropout > 0.), ("fan_in_fan_out", cfg.fan_in_fan_out)],
         )?;
         let (num, dim) = weight.dims2()?;
-        let low_rank =
-            || LowRank::new((cfg.r, num), dim, Start::NormalB, &cfg, weight.dtype(), &vb);
-        let update = (cfg.r > 0).then(low_rank).transpose()?;
+        let update = || low_rank((cfg.r, num), dim, FactorInit::NormalB, &cfg, weight.dtype(), &vb);
+        let update = (cfg.r > 0).then(update).transpose()?;
         let weight = Weight::new(weight.clone(), update, Placement::Transposed, &cfg)?;
-        Ok(Self { kind: Lookup, weight })
+        Ok(Self { kind: EmbeddingKind, weight })
     }
 
-    /// The plain layer with the update merged into its table.
+    /// The candle_nn layer with the merged table.
     ///
     /// # Errors
-    /// When a merged value is not finite.
+    /// If a merged value is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Embedding> {
         let weight = self.weight.merged()?;
         let dim = weight.dim(1)?;
@@ -68,7 +76,7 @@ impl Embedding {
 impl Module for Embedding {
     /// Ids (..) to rows (.., dim).
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let Running { weight, update, .. } = self.weight.running();
+        let Effective { weight, update, .. } = self.weight.effective();
         ops::embedding(ids, &weight, update.as_ref())
     }
 }
@@ -77,8 +85,8 @@ impl Module for Embedding {
 /// `lora_B`.
 ///
 /// # Errors
-/// When an option is out of its range or has no meaning here (`lora_dropout`, `fan_in_fan_out`), or
-/// `vb` lacks a tensor or has it in another shape.
+/// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`), or `vb` lacks a
+/// tensor or has it in another shape.
 pub fn embedding(num: usize, dim: usize, cfg: LoraConfig, vb: VarBuilder) -> Result<Embedding> {
     let init = Init::Randn { mean: 0., stdev: 1. };
     let weight = vb.get_with_hints((num, dim), "weight", init)?;

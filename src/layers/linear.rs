@@ -1,16 +1,17 @@
 //! The linear layer.
 
-use super::adapted::{wrapped_bias, Adapted};
-use super::low_rank::Start;
-use super::weight::{Placement, Plain, Running, Weight};
-use super::{LoraConfig, LowRank};
+use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
+use super::config::LoraConfig;
+use super::init::{low_rank, uniform, FactorInit};
+use super::kind::LayerKind;
+use super::weight::{Effective, MergedCopy, Placement, Weight};
 use crate::ops;
 use candle_core::{bail, Module, Result, Tensor};
-use candle_nn::{Init, VarBuilder};
+use candle_nn::VarBuilder;
 
-/// The kind of [`Linear`]: how its weight is stored.
+/// The kind of [`Linear`].
 #[derive(Debug, Clone, Copy)]
-pub struct Dense {
+pub struct LinearKind {
     fan_in_fan_out: bool,
 }
 
@@ -18,7 +19,7 @@ pub struct Dense {
 /// `y = x·Wᵀ + (alpha/r)·dropout(x)·Aᵀ·Bᵀ + bias`.
 ///
 /// `x` is (.., in), `y` (.., out), `W` (out, in) or with `fan_in_fan_out` (in, out), `A` (r, in) and
-/// `B` (out, r). A starts at U(±1/√in) and B at zero, so that a fresh layer equals its base.
+/// `B` (out, r). A is initialised with U(±1/√in) and B with zeros, so that a new layer equals its base.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -32,63 +33,70 @@ pub struct Dense {
 /// assert_eq!(y.dims(), [2, 3, 5]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-pub type Linear = Adapted<Dense>;
+pub type Linear = Adapted<LinearKind>;
 
 impl Linear {
-    /// Wraps a layer. Only `lora_A` (r, in) and `lora_B` (out, r) come from `vb`, which is at the
-    /// layer's own path, and the bias if `vb` trains it. With `fan_in_fan_out` the layer's weight is (in, out).
+    /// Wraps a layer. `vb`, at the layer's path, gives `lora_A` (r, in) and `lora_B` (out, r), and the bias
+    /// if `vb` trains it. With `fan_in_fan_out` the layer's weight is (in, out).
     ///
     /// # Errors
-    /// When an option is out of its range or `vb` has tensors of other shapes.
+    /// If an option is out of range or `vb` has tensors of other shapes.
     pub fn new(base: candle_nn::Linear, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let weight = adapt(base.weight(), &cfg, &vb)?;
         let weight = weight.with_bias(wrapped_bias(base.bias(), &vb)?);
-        Ok(Self { kind: Dense::new(&cfg), weight })
+        Ok(Self { kind: LinearKind::new(&cfg), weight })
     }
 
-    /// The plain layer with the update merged into its weight, (out, in).
+    /// The candle_nn layer with the merged weight (out, in).
     ///
     /// # Errors
-    /// When a merged weight is not finite.
+    /// If a merged value is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Linear> {
-        self.kind.plain(self.weight.plain()?)
+        self.kind.into_merged(self.weight.merged_copy()?)
     }
 }
 
-impl Dense {
+impl Sealed for LinearKind {}
+
+impl Kind for LinearKind {
+    fn layer_kind(&self) -> LayerKind {
+        LayerKind::Linear
+    }
+}
+
+impl LinearKind {
     pub(super) fn new(cfg: &LoraConfig) -> Self {
         Self { fan_in_fan_out: cfg.fan_in_fan_out }
     }
 
     pub(super) fn placement(&self) -> Placement {
-        match self.fan_in_fan_out {
-            true => Placement::Transposed,
-            false => Placement::AsIs,
+        if self.fan_in_fan_out {
+            Placement::Transposed
+        } else {
+            Placement::AsIs
         }
     }
 
-    /// (in, out) as (out, in) and back, where the weight is stored the other way round.
+    /// (out, in) to the stored shape, and back.
     fn shape(&self, (out_dim, in_dim): (usize, usize)) -> (usize, usize) {
-        match self.fan_in_fan_out {
-            true => (in_dim, out_dim),
-            false => (out_dim, in_dim),
+        if self.fan_in_fan_out {
+            (in_dim, out_dim)
+        } else {
+            (out_dim, in_dim)
         }
     }
 
-    pub(super) fn plain(&self, Plain { weight, bias }: Plain) -> Result<candle_nn::Linear> {
-        let weight = match self.fan_in_fan_out {
-            true => weight.t()?.contiguous()?,
-            false => weight,
-        };
+    pub(super) fn into_merged(self, merged: MergedCopy) -> Result<candle_nn::Linear> {
+        let MergedCopy { mut weight, bias } = merged;
+        if self.fan_in_fan_out {
+            weight = weight.t()?.contiguous()?;
+        }
         Ok(candle_nn::Linear::new(weight, bias))
     }
 
     pub(super) fn forward(&self, x: &Tensor, weight: &Weight) -> Result<Tensor> {
-        let Running { weight, bias, update } = weight.running();
-        let w = match self.fan_in_fan_out {
-            true => weight,
-            false => weight.t()?,
-        };
+        let Effective { weight, bias, update } = weight.effective();
+        let w = if self.fan_in_fan_out { weight } else { weight.t()? };
         ops::linear(x, &w, bias.as_ref(), update.as_ref())
     }
 
@@ -97,28 +105,26 @@ impl Dense {
         Ok(self.shape(weight.dims2()?))
     }
 
-    /// The stored weight of a new layer; torch's initial values where there are none yet.
-    pub(super) fn weight(&self, in_dim: usize, out_dim: usize, vb: &VarBuilder) -> Result<Tensor> {
+    /// The stored weight from `vb`, with torch's initialisation if it is new.
+    pub(super) fn get_weight(
+        &self,
+        in_dim: usize,
+        out_dim: usize,
+        vb: &VarBuilder,
+    ) -> Result<Tensor> {
         if in_dim == 0 || out_dim == 0 {
-            bail!("linear: in_features = {in_dim} and out_features = {out_dim}, expected some of both")
+            bail!("linear: in_features = {in_dim}, out_features = {out_dim}, expected at least 1")
         }
         vb.get_with_hints(self.shape((out_dim, in_dim)), "weight", uniform(in_dim))
     }
 }
 
-/// U(±1/√fan_in), where torch starts weights and biases.
-pub(super) fn uniform(fan_in: usize) -> Init {
-    let bound = 1. / (fan_in as f64).sqrt();
-    Init::Uniform { lo: -bound, up: bound }
-}
-
 fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
     cfg.validate(base.dtype())?;
-    let kind = Dense::new(cfg);
+    let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;
-    let low_rank =
-        || LowRank::new((cfg.r, in_dim), out_dim, Start::UniformA, cfg, base.dtype(), vb);
-    let update = (cfg.r > 0).then(low_rank).transpose()?;
+    let update = || low_rank((cfg.r, in_dim), out_dim, FactorInit::UniformA, cfg, base.dtype(), vb);
+    let update = (cfg.r > 0).then(update).transpose()?;
     Weight::new(base.clone(), update, kind.placement(), cfg)
 }
 
@@ -132,7 +138,7 @@ impl Module for Linear {
 /// A linear layer with a bias, its base and adapter from `vb`: `weight`, `bias`, `lora_A`, `lora_B`.
 ///
 /// # Errors
-/// When an option is out of its range, or `vb` lacks a tensor or has it in another shape.
+/// If an option is out of range, or `vb` lacks a tensor or has it in another shape.
 pub fn linear(in_dim: usize, out_dim: usize, cfg: LoraConfig, vb: VarBuilder) -> Result<Linear> {
     linear_b(in_dim, out_dim, true, cfg, vb)
 }
@@ -161,9 +167,9 @@ pub fn linear_b(
     cfg: LoraConfig,
     vb: VarBuilder,
 ) -> Result<Linear> {
-    let kind = Dense::new(&cfg);
-    // The adapter comes before the bias: under `Bias::LoraOnly` it is what marks a bias for training.
-    let weight = adapt(&kind.weight(in_dim, out_dim, &vb)?, &cfg, &vb)?;
+    let kind = LinearKind::new(&cfg);
+    // The adapter before the bias: `Bias::LoraOnly` trains a bias that has a `lora_A` beside it.
+    let weight = adapt(&kind.get_weight(in_dim, out_dim, &vb)?, &cfg, &vb)?;
     let bias = bias.then(|| vb.get_with_hints(out_dim, "bias", uniform(in_dim))).transpose()?;
     Ok(Linear { kind, weight: weight.with_bias(bias) })
 }

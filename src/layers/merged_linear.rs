@@ -1,25 +1,43 @@
-//! The linear layer of several projections side by side.
+//! The linear layer of several fused projections.
 
-use super::adapted::{wrapped_bias, Adapted};
-use super::linear::{uniform, Dense};
-use super::low_rank::{checked, Part, Start};
+use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
+use super::config::LoraConfig;
+use super::init::{split_low_rank, uniform, FactorInit};
+use super::kind::LayerKind;
+use super::linear::LinearKind;
 use super::weight::Weight;
-use super::{LoraConfig, LowRank};
+use crate::ops::{checked_product, Split};
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
-/// The kind of [`MergedLinear`]: how its weight is stored.
-#[derive(Debug, Clone, Copy)]
-pub struct Merged(Dense);
+/// The kind of [`MergedLinear`].
+#[derive(Debug, Clone)]
+pub struct MergedLinearKind {
+    linear: LinearKind,
+    splits: Vec<(usize, bool)>,
+}
 
-/// A linear layer whose outputs are several projections side by side, some with a low-rank update:
+impl Sealed for MergedLinearKind {}
+
+impl Kind for MergedLinearKind {
+    fn layer_kind(&self) -> LayerKind {
+        let size = self.splits.first().map(|(size, _)| *size);
+        if self.splits.iter().all(|(own, _)| Some(*own) == size) {
+            LayerKind::MergedLinear(self.splits.iter().map(|(_, enabled)| *enabled).collect())
+        } else {
+            LayerKind::MergedSplits(self.splits.clone())
+        }
+    }
+}
+
+/// A linear layer whose outputs are several fused projections, some with a low-rank update:
 /// `y = x·Wᵀ + bias`, with `(alpha/r)·dropout(x)·A_jᵀ·B_jᵀ` added to the outputs of each enabled
-/// part j, as for the query and value of one `c_attn`.
+/// split j, such as the query and the value of GPT-2's `c_attn`.
 ///
-/// `x` is (.., in), `y` (.., out); with e of m equal parts enabled `A` is (r·e, in) and `B`
-/// (out/m·e, r), part after part. `W` is (out, in), or with `fan_in_fan_out` (in, out). A starts at
-/// U(±1/√in) and B at zero. loralib multiplies by a dense ΔW on each forward; here each part's
-/// update stays two thin products.
+/// `x` is (.., in), `y` (.., out). With e of m equal splits enabled `A` is (r·e, in) and `B`
+/// (out/m·e, r), split after split. `W` is (out, in), or with `fan_in_fan_out` (in, out). A is
+/// initialised with U(±1/√in) and B with zeros. loralib multiplies by a dense ΔW on each forward; here
+/// the update of each split stays in its two factors.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -34,32 +52,32 @@ pub struct Merged(Dense);
 /// assert_eq!(c_attn.lora_b().unwrap().dims(), [16, 4]);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-pub type MergedLinear = Adapted<Merged>;
+pub type MergedLinear = Adapted<MergedLinearKind>;
 
 impl MergedLinear {
-    /// Wraps a layer whose outputs are `enable_lora.len()` equal parts. Only `lora_A` and `lora_B`
-    /// come from `vb`, and the bias if `vb` trains it. With nothing enabled, or r = 0, it is a
-    /// plain layer.
+    /// Wraps a layer whose outputs are `enable_lora.len()` equal splits. `vb`, at the layer's path, gives
+    /// `lora_A` and `lora_B`, and the bias if `vb` trains it. With nothing enabled, or r = 0, the layer
+    /// has no adapter.
     ///
     /// # Errors
-    /// When the parts do not divide the outputs, an option is out of its range, or `vb` has tensors
-    /// of other shapes.
+    /// If the outputs do not divide into the splits, an option is out of range, or `vb` has tensors of
+    /// other shapes.
     pub fn new(
         base: candle_nn::Linear,
         enable_lora: &[bool],
         cfg: LoraConfig,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let (out_dim, _) = Dense::new(&cfg).dims(base.weight())?;
+        let (out_dim, _) = LinearKind::new(&cfg).dims(base.weight())?;
         Self::with_splits(base, &equal_splits(out_dim, enable_lora)?, cfg, vb)
     }
 
-    /// [`MergedLinear::new`] with parts of any sizes, each `(outputs, enabled)`: for grouped-query
-    /// attention, where query, key and value differ. Each enabled part has rank r; the rows of
-    /// `lora_B` are those of the enabled parts, in order.
+    /// [`MergedLinear::new`] with splits of any sizes, each `(outputs, enabled)`: for grouped-query
+    /// attention, where query, key and value differ in size. Each enabled split has rank r. `lora_B` has
+    /// the rows of the enabled splits, in order.
     ///
     /// # Errors
-    /// As [`MergedLinear::new`]; the parts must sum to the outputs.
+    /// As [`MergedLinear::new`]; the splits must sum to the outputs.
     pub fn with_splits(
         base: candle_nn::Linear,
         splits: &[(usize, bool)],
@@ -68,15 +86,21 @@ impl MergedLinear {
     ) -> Result<Self> {
         let weight = adapt(base.weight(), splits, &cfg, &vb)?;
         let weight = weight.with_bias(wrapped_bias(base.bias(), &vb)?);
-        Ok(Self { kind: Merged(Dense::new(&cfg)), weight })
+        let (linear, splits) = (LinearKind::new(&cfg), splits.to_vec());
+        Ok(Self { kind: MergedLinearKind { linear, splits }, weight })
     }
 
-    /// The plain layer with the update merged into its weight, (out, in).
+    /// The splits of the outputs, each (outputs, enabled).
+    pub fn splits(&self) -> &[(usize, bool)] {
+        &self.kind.splits
+    }
+
+    /// The candle_nn layer with the merged weight (out, in).
     ///
     /// # Errors
-    /// When a merged weight is not finite.
+    /// If a merged value is not finite.
     pub fn into_merged(self) -> Result<candle_nn::Linear> {
-        self.kind.0.plain(self.weight.plain()?)
+        self.kind.linear.into_merged(self.weight.merged_copy()?)
     }
 }
 
@@ -84,7 +108,7 @@ fn equal_splits(out_dim: usize, enable_lora: &[bool]) -> Result<Vec<(usize, bool
     match out_dim.checked_rem(enable_lora.len()) {
         Some(0) => {}
         _ => bail!(
-            "merged_linear: the {} parts of enable_lora do not divide out_features = {out_dim}",
+            "merged_linear: out_features = {out_dim} does not divide into the {} splits of enable_lora",
             enable_lora.len()
         ),
     }
@@ -98,33 +122,35 @@ fn adapt(
     vb: &VarBuilder,
 ) -> Result<Weight> {
     cfg.validate(base.dtype())?;
-    let kind = Dense::new(cfg);
+    let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;
     let total = splits.iter().try_fold(0usize, |sum, (size, _)| sum.checked_add(*size));
     if total != Some(out_dim) || splits.iter().any(|&(size, _)| size == 0) {
-        bail!("merged_linear: the parts {splits:?} do not make up out_features = {out_dim}")
+        bail!("merged_linear: the splits {splits:?} do not sum to out_features = {out_dim}")
     }
-    let (mut parts, mut out, mut b_rows) = (vec![], 0, 0);
+    let (mut enabled_splits, mut out, mut b_rows) = (vec![], 0, 0);
     for &(size, enabled) in splits {
         if enabled {
-            let ranks = checked(&[parts.len(), cfg.r])?..checked(&[parts.len() + 1, cfg.r])?;
-            parts.push(Part { out: out..out + size, ranks, b_rows: b_rows..b_rows + size });
+            let e = enabled_splits.len();
+            let ranks = checked_product(&[e, cfg.r])?..checked_product(&[e + 1, cfg.r])?;
+            let (outputs, rows) = (out..out + size, b_rows..b_rows + size);
+            enabled_splits.push(Split { outputs, ranks, b_rows: rows });
             b_rows += size;
         }
         out += size;
     }
-    let low_rank = || {
-        let (a, b) = ((parts.len() * cfg.r, in_dim), (b_rows, cfg.r));
-        LowRank::in_parts(a, b, parts.clone(), Start::UniformA, cfg, base.dtype(), vb)
+    let update = || {
+        let (a, b) = ((enabled_splits.len() * cfg.r, in_dim), (b_rows, cfg.r));
+        split_low_rank(a, b, enabled_splits, FactorInit::UniformA, cfg, base.dtype(), vb)
     };
-    let update = (cfg.r > 0 && b_rows > 0).then(low_rank).transpose()?;
+    let update = (cfg.r > 0 && b_rows > 0).then(update).transpose()?;
     Weight::new(base.clone(), update, kind.placement(), cfg)
 }
 
 impl Module for MergedLinear {
     /// (.., in) to (.., out).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.kind.0.forward(x, &self.weight)
+        self.kind.linear.forward(x, &self.weight)
     }
 }
 
@@ -132,7 +158,7 @@ impl Module for MergedLinear {
 /// `lora_B`.
 ///
 /// # Errors
-/// When the parts do not divide `out_dim`, an option is out of its range, or `vb` lacks a tensor or
+/// If `out_dim` does not divide into the splits, an option is out of range, or `vb` lacks a tensor or
 /// has it in another shape.
 pub fn merged_linear(
     in_dim: usize,
@@ -166,9 +192,10 @@ fn build(
     cfg: LoraConfig,
     vb: VarBuilder,
 ) -> Result<MergedLinear> {
-    let kind = Dense::new(&cfg);
+    let linear = LinearKind::new(&cfg);
     let splits = equal_splits(out_dim, enable_lora)?;
-    let weight = adapt(&kind.weight(in_dim, out_dim, &vb)?, &splits, &cfg, &vb)?;
+    let weight = adapt(&linear.get_weight(in_dim, out_dim, &vb)?, &splits, &cfg, &vb)?;
     let bias = bias.then(|| vb.get_with_hints(out_dim, "bias", uniform(in_dim))).transpose()?;
-    Ok(MergedLinear { kind: Merged(kind), weight: weight.with_bias(bias) })
+    let kind = MergedLinearKind { linear, splits };
+    Ok(MergedLinear { kind, weight: weight.with_bias(bias) })
 }

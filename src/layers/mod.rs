@@ -4,22 +4,24 @@ mod adapted;
 mod config;
 mod conv;
 mod embedding;
+mod init;
+mod kind;
 mod linear;
-mod low_rank;
 mod merged_linear;
 mod mode;
 mod weight;
 
-pub use adapted::Adapted;
+pub use adapted::{Adapted, Kind};
 pub use config::LoraConfig;
 pub use conv::{
     conv1d, conv1d_no_bias, conv2d, conv2d_no_bias, conv3d, conv3d_no_bias, Conv1d, Conv2d, Conv3d,
     Conv3dConfig, ConvConfig,
 };
-pub use embedding::{embedding, Embedding, Lookup};
-pub use linear::{linear, linear_b, linear_no_bias, Dense, Linear};
-pub(crate) use low_rank::{checked, LowRank};
-pub use merged_linear::{merged_linear, merged_linear_no_bias, Merged, MergedLinear};
+pub use embedding::{embedding, Embedding, EmbeddingKind};
+pub use kind::LayerKind;
+pub(crate) use kind::Total;
+pub use linear::{linear, linear_b, linear_no_bias, Linear, LinearKind};
+pub use merged_linear::{merged_linear, merged_linear_no_bias, MergedLinear, MergedLinearKind};
 #[doc(hidden)] // for lora_module!
 pub use mode::{without_mode, WithoutMode};
 pub use mode::{LoraModule, Mode};

@@ -1,37 +1,37 @@
-//! Switching a model between training and evaluation.
+//! Switches a model between training and evaluation.
 
 use candle_core::Result;
 
-/// Whether a model trains or evaluates.
+/// The mode of a layer or a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// The update beside the weight, with dropout.
+    /// The update is computed beside the base weight, with dropout.
     Train,
-    /// The update merged into a copy of the weight (unless `merge_weights` is off), no dropout and
-    /// no graph.
+    /// The update is merged into a copy of the weight (unless `merge_weights` is off). No dropout, no
+    /// graph.
     Eval,
 }
 
 /// A layer, or a model of such layers, that can train and evaluate. For a struct of layers,
 /// [`lora_module!`](crate::lora_module) writes the implementation.
 #[diagnostic::on_unimplemented(
-    note = "a field without a mode belongs behind the semicolon of `lora_module!`"
+    note = "a field without a mode belongs after the semicolon of `lora_module!`"
 )]
 pub trait LoraModule {
-    /// Enters a mode. Entering [`Mode::Eval`] again merges afresh: this is how newly loaded
-    /// adapters take effect. In evaluation nothing gets a gradient: enter [`Mode::Train`] to train.
+    /// Sets the mode. Setting [`Mode::Eval`] again merges again: this is how newly loaded adapters take
+    /// effect. In evaluation nothing gets a gradient.
     ///
     /// # Errors
-    /// When a merged weight would not be finite. That layer stays as it was; layers of a model that
-    /// come before it have changed, and `train()` puts all of them in one mode again.
+    /// If a merged weight is not finite. That layer keeps its mode; layers of a model that come before it
+    /// have changed theirs, and `train()` sets all of them to one mode again.
     fn set_mode(&mut self, mode: Mode) -> Result<()>;
 
-    /// Enters [`Mode::Train`], the mode in which layers are made.
+    /// Sets [`Mode::Train`], the mode of a new layer.
     fn train(&mut self) -> Result<()> {
         self.set_mode(Mode::Train)
     }
 
-    /// Enters [`Mode::Eval`].
+    /// Sets [`Mode::Eval`].
     fn eval(&mut self) -> Result<()> {
         self.set_mode(Mode::Eval)
     }
@@ -61,18 +61,32 @@ impl<T: LoraModule + ?Sized> LoraModule for Box<T> {
     }
 }
 
-/// Compiles for a `T` that is no [`LoraModule`] alone: for one that is, `M` could be either.
+macro_rules! tuples {
+    ($(($($name:ident)*))*) => {$(
+        impl<$($name: LoraModule),*> LoraModule for ($($name,)*) {
+            fn set_mode(&mut self, mode: Mode) -> Result<()> {
+                #[allow(non_snake_case)]
+                let ($($name,)*) = self;
+                $($name.set_mode(mode)?;)*
+                Ok(())
+            }
+        }
+    )*};
+}
+tuples! { (A) (A B) (A B C) (A B C D) (A B C D E) (A B C D E F) }
+
+/// Compiles only for a `T` that is not a [`LoraModule`]: for one that is, `M` is ambiguous.
 #[doc(hidden)]
 pub fn without_mode<T: WithoutMode<M> + ?Sized, M>(_: &T) {}
 
-/// Holds of every type in one way, and of a [`LoraModule`] in two.
+/// Implemented once for every type, and twice for a [`LoraModule`].
 #[doc(hidden)]
 pub trait WithoutMode<M> {}
 impl<T: ?Sized> WithoutMode<()> for T {}
 impl<T: LoraModule + ?Sized> WithoutMode<Mode> for T {}
 
-/// Implements [`LoraModule`](crate::LoraModule) for a struct: first the fields that have a mode,
-/// then, behind a semicolon, all others.
+/// Implements [`LoraModule`](crate::LoraModule) for a struct: the fields that have a mode, then, after a
+/// semicolon, all others.
 ///
 /// ```
 /// use loralib as lora;
@@ -80,9 +94,9 @@ impl<T: LoraModule + ?Sized> WithoutMode<Mode> for T {}
 /// lora::lora_module!(Attention { qkv, proj; norm });
 /// ```
 ///
-/// A generic struct implements the trait by hand: `set_mode` calls `set_mode` of each such field.
+/// For a generic struct, implement the trait by hand: `set_mode` calls `set_mode` of each such field.
 ///
-/// A field that is named on neither side does not compile, so none is forgotten:
+/// A field that is not listed is a compile error:
 ///
 /// ```compile_fail,E0063
 /// use loralib as lora;
@@ -90,7 +104,7 @@ impl<T: LoraModule + ?Sized> WithoutMode<Mode> for T {}
 /// lora::lora_module!(Attention { qkv; norm });
 /// ```
 ///
-/// Nor does one with a mode behind the semicolon, where no mode would reach it:
+/// So is a field with a mode after the semicolon:
 ///
 /// ```compile_fail,E0283
 /// use loralib as lora;
@@ -102,8 +116,7 @@ macro_rules! lora_module {
     ($name:ident { $($field:ident),* $(,)? $(; $($other:ident),* $(,)?)? }) => {
         impl $crate::LoraModule for $name {
             fn set_mode(&mut self, mode: $crate::Mode) -> $crate::candle_core::Result<()> {
-                // Never called: it compiles only where every field is named, and else says which is
-                // missing.
+                // Never called. It compiles only if every field is listed; the error names the missing one.
                 #[allow(unreachable_code, clippy::diverging_sub_expression)]
                 let _every_field = || -> Self {
                     Self { $($field: unreachable!(),)* $($($other: unreachable!(),)*)? }

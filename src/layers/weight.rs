@@ -1,13 +1,14 @@
 //! The unit of adaptation: a frozen weight and its bias, the update, the mode, and the merged copy.
 
-use super::{LoraConfig, LowRank, Mode};
-use crate::ops;
+use super::config::LoraConfig;
+use super::mode::Mode;
+use crate::ops::{self, LowRank};
 use candle_core::{bail, Result, Tensor};
 
-/// How `B·A` lies in the stored weight.
+/// How `B·A` is stored in the weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Placement {
-    /// As it is: (out, in).
+    /// Unchanged: (out, in).
     AsIs,
     /// Transposed: (in, out), or an embedding's (num, dim).
     Transposed,
@@ -28,21 +29,21 @@ pub(crate) struct Weight {
 #[derive(Debug, Clone)]
 enum State {
     Train,
-    Eval { merged: Option<Plain> },
+    Eval { merged: Option<MergedCopy> },
 }
 
-/// A weight and a bias that nobody else can change.
+/// Detached copies of the merged weight and the bias.
 #[derive(Debug, Clone)]
-pub(crate) struct Plain {
+pub(crate) struct MergedCopy {
     pub weight: Tensor,
     pub bias: Option<Tensor>,
 }
 
-/// What a forward runs with.
-pub(crate) struct Running {
+/// The weight, the bias and the update of one forward.
+pub(crate) struct Effective {
     pub weight: Tensor,
     pub bias: Option<Tensor>,
-    /// What is still to add to the weight.
+    /// The update that `weight` does not contain.
     pub update: Option<LowRank>,
 }
 
@@ -53,7 +54,7 @@ impl Weight {
         placement: Placement,
         cfg: &LoraConfig,
     ) -> Result<Self> {
-        // An adapted base is frozen, whoever holds it as a variable.
+        // An adapted base is frozen, even if the caller holds it as a variable.
         let base = match &update {
             Some(update) if !update.a().device().same_device(base.device()) => bail!(
                 "the base weight is on {:?} and its adapter on {:?}",
@@ -83,37 +84,42 @@ impl Weight {
         self.update.as_ref()
     }
 
+    pub fn mode(&self) -> Mode {
+        match self.state {
+            State::Train => Mode::Train,
+            State::Eval { .. } => Mode::Eval,
+        }
+    }
+
     pub fn is_merged(&self) -> bool {
         matches!(self.state, State::Eval { merged: Some(_) })
     }
 
-    /// Evaluation runs on detached tensors: it records no graph.
-    pub fn running(&self) -> Running {
+    /// In evaluation all tensors are detached, so that no graph is recorded.
+    pub fn effective(&self) -> Effective {
         let (weight, bias, update) = match &self.state {
             State::Train => (self.base.clone(), self.bias.clone(), self.update.clone()),
-            State::Eval { merged: Some(plain) } => (plain.weight.clone(), plain.bias.clone(), None),
+            State::Eval { merged: Some(copy) } => (copy.weight.clone(), copy.bias.clone(), None),
             State::Eval { merged: None } => (
                 self.base.detach(),
                 self.bias.as_ref().map(Tensor::detach),
-                self.update.as_ref().map(LowRank::frozen),
+                self.update.as_ref().map(LowRank::detached),
             ),
         };
-        Running { weight, bias, update }
+        Effective { weight, bias, update }
     }
 
-    /// The merged weight and a copy of the bias: a later change of the variables is not theirs.
-    pub fn plain(&self) -> Result<Plain> {
+    /// Copies, which later changes of the variables do not reach.
+    pub fn merged_copy(&self) -> Result<MergedCopy> {
         let bias = self.bias.as_ref().map(Tensor::copy).transpose()?;
-        Ok(Plain { weight: self.merged()?, bias: bias.map(|bias| bias.detach()) })
+        Ok(MergedCopy { weight: self.merged()?, bias: bias.map(|bias| bias.detach()) })
     }
 
-    /// `W + ΔW` as W is stored, without a graph. The base is never written.
+    /// `W + ΔW` in W's layout, without a graph. The base is never written.
     pub fn merged(&self) -> Result<Tensor> {
         let Some(update) = &self.update else {
-            return match self.base.is_variable() {
-                true => Ok(self.base.copy()?.detach()),
-                false => Ok(self.base.detach()),
-            };
+            let base = if self.base.is_variable() { self.base.copy()? } else { self.base.clone() };
+            return Ok(base.detach());
         };
         let matrix = match self.placement {
             Placement::AsIs | Placement::Transposed => self.base.dims2()?,
@@ -128,7 +134,7 @@ impl Weight {
         self.state = match mode {
             Mode::Train => State::Train,
             Mode::Eval if self.merge_weights && self.update.is_some() => {
-                State::Eval { merged: Some(self.plain()?) }
+                State::Eval { merged: Some(self.merged_copy()?) }
             }
             Mode::Eval => State::Eval { merged: None },
         };

@@ -1,4 +1,4 @@
-//! Inverted dropout as a mask, so that forward and backward share it.
+//! Inverted dropout as a mask that forward and backward share.
 
 use candle_core::{DType, Result, Tensor};
 

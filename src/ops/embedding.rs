@@ -1,11 +1,11 @@
-//! Rows of a frozen table and of its low-rank update as one operation: nothing but A's own
-//! gradient grows with the table.
+//! `y = W[ids] + (Aᵀ)[ids]·(s·B)ᵀ`: rows of a frozen table and of its low-rank update as one operation.
+//! Only A's own gradient has the size of the table.
 
-use super::backend::{wide, Backend, Term};
-use super::in_place::columns as columns_of;
+use super::backend::Backend;
+use super::cpu::gather_columns;
+use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
 use super::op::{if_tracked, Custom, Op};
-use crate::layers::LowRank;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor, WithDType};
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
@@ -18,40 +18,43 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
     let mut dims = ids.dims().to_vec();
     dims.push(dim);
     if ids.elem_count() == 0 {
-        // Some backends refuse to look up nothing.
+        // Some backends refuse an empty lookup.
         return Tensor::zeros(dims, w.dtype(), w.device());
     }
-    // candle reads the largest value of an index type as padding, so that id 255 of a u8 or an
-    // id of u32::MAX would give zeros without an error: in i64 they are ordinary ids.
-    let ids = in_i64(&ids.flatten_all()?)?;
-    let known = checked(&ids, num)?;
+    // candle reads the largest value of an index dtype as padding: id 255 of a u8 or u32::MAX would
+    // give zeros without an error. In i64 they are ordinary ids.
+    let ids = to_i64(&ids.flatten_all()?)?;
+    let host_ids = validated_ids(&ids, num)?;
     let out = match update {
         None => w.contiguous()?.index_select(&ids, 0),
         Some(update) => {
-            let factor = update.frozen().factors(w.dtype())?.remove(0);
-            let u = match known {
+            let factor = update.detached().factors(w.dtype())?.remove(0);
+            let u = match host_ids {
                 Some(ids) => columns(&factor.a.contiguous()?, &ids)?,
                 None => factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?,
             };
-            let term = Term { u, v: factor.b.t()?, rows: 0..ids.elem_count(), cols: 0..dim };
-            let op = Lookup { w: w.detach().contiguous()?, ids, term, scaling: update.scaling() };
+            let term = LowRankTerm { u, v: factor.b.t()?, rows: 0..ids.elem_count(), cols: 0..dim };
+            let w = w.detach().contiguous()?;
+            let op = LoraEmbeddingOp { w, ids, term, scaling: update.scaling() };
             update.a().apply_op2(update.b(), Custom(op))
         }
     };
     out?.reshape(dims)
 }
 
-/// Devices cannot convert i16 and i32: these go by way of the CPU, which waits for the device.
-fn in_i64(ids: &Tensor) -> Result<Tensor> {
+/// candle cannot convert i16 and i32 on devices: they are converted on the CPU, which waits for the
+/// device.
+fn to_i64(ids: &Tensor) -> Result<Tensor> {
     match (ids.device(), ids.dtype()) {
         (Device::Cpu, _) | (_, DType::U8 | DType::U32 | DType::I64) => ids.to_dtype(DType::I64),
         (device, _) => ids.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.to_device(device),
     }
 }
 
-/// The ids, where looking at them need not wait for a device; there, an id out of range is left to
-/// candle. On the CPU its message has -1 as 18446744073709551615.
-fn checked(ids: &Tensor, num: usize) -> Result<Option<Vec<i64>>> {
+/// The ids, checked, if they are on the CPU. On a device, reading them would wait for it: there an id
+/// out of range is left to candle. (candle's own message on the CPU prints -1 as
+/// 18446744073709551615.)
+fn validated_ids(ids: &Tensor, num: usize) -> Result<Option<Vec<i64>>> {
     if !ids.device().is_cpu() {
         return Ok(None);
     }
@@ -64,36 +67,37 @@ fn checked(ids: &Tensor, num: usize) -> Result<Option<Vec<i64>>> {
 
 /// Columns of a contiguous `a` (r, num) on the CPU, as rows (ids, r).
 fn columns(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
-    fn of<T: WithDType>(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
+    fn typed<T: WithDType>(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
         let (storage, layout) = a.storage_and_layout();
         let (r, num) = a.dims2()?;
         let values = &T::cpu_storage_as_slice(CpuStorage::of(&storage)?)?[layout.start_offset()..];
-        Tensor::from_vec(columns_of(&values[..r * num], ids, num), (ids.len(), r), a.device())
+        Tensor::from_vec(gather_columns(&values[..r * num], ids, num), (ids.len(), r), a.device())
     }
     match a.dtype() {
-        DType::F64 => of::<f64>(a, ids),
-        _ => of::<f32>(a, ids),
+        DType::F64 => typed::<f64>(a, ids),
+        _ => typed::<f32>(a, ids),
     }
 }
 
-struct Lookup {
+/// The operands are `A` and `B`; the table is a field, so that candle's backward gives it no gradient.
+struct LoraEmbeddingOp {
     w: Tensor,
     ids: Tensor,
-    term: Term,
+    term: LowRankTerm,
     scaling: f64,
 }
 
-impl Op<2> for Lookup {
-    const NAME: &'static str = "adapted-embedding";
+impl Op<2> for LoraEmbeddingOp {
+    const NAME: &'static str = "lora-embedding";
 
     fn forward<S: Backend>(&self, _: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
         let ((w, wl), (ids, idl)) = (self.w.storage_and_layout(), self.ids.storage_and_layout());
         let dims = (self.term.rows.len(), self.term.cols.len());
-        Ok((S::of(&w)?.rows(wl, S::of(&ids)?, idl, &self.term)?, dims.into()))
+        Ok((S::of(&w)?.lookup(wl, S::of(&ids)?, idl, &self.term)?, dims.into()))
     }
 
     fn backward(&self, [a, b]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
-        let g = grad.to_dtype(wide(grad.dtype()))?.contiguous()?;
+        let g = grad.to_dtype(compute_dtype(grad.dtype()))?.contiguous()?;
         let ga = if_tracked(a, || {
             let h = matmul(&g, &self.term.v.t()?)?.t()?.contiguous()?;
             Tensor::zeros(a.shape(), h.dtype(), h.device())?

@@ -1,54 +1,25 @@
-//! What candle lacks or gets wrong: products that cost a frozen weight no gradient, and
-//! convolutions in 1, 2 and 3 dimensions whose gradients are right.
+//! Operations with gradients: everything that candle lacks or gets wrong for a frozen base with a
+//! low-rank update. An adapted layer is one of these formulas; all tensors are plain candle tensors.
 
 mod backend;
-mod buffer;
 mod conv;
-mod convolve;
+mod cpu;
 mod dropout;
+mod elementwise;
 mod embedding;
-mod frozen;
-mod gather;
-mod in_place;
+mod finite;
 mod linear;
+mod low_rank;
 mod matmul;
 mod merge;
 mod op;
-#[cfg(all(
-    feature = "faer",
-    target_arch = "x86_64",
-    not(any(feature = "mkl", feature = "accelerate"))
-))]
-mod product;
-#[cfg(not(all(
-    feature = "faer",
-    target_arch = "x86_64",
-    not(any(feature = "mkl", feature = "accelerate"))
-)))]
-mod product {
-    //! candle's own, always.
-    use candle_core::{CpuStorage, Layout};
+mod shape;
 
-    type Operand<'a> = (&'a CpuStorage, &'a Layout);
-
-    pub(super) trait Real {}
-    impl<T> Real for T {}
-
-    pub(super) fn product(_: Operand, _: Operand) -> Option<CpuStorage> {
-        None
-    }
-
-    pub(super) fn product_into<T>(_: &mut [T], _: bool, _: Operand, _: Operand) -> bool {
-        false
-    }
-}
-mod thin;
-mod unfold;
-
-pub(crate) use backend::{wide, Term};
 pub(crate) use conv::{conv, Geometry};
-pub(crate) use dropout::dropout_mask;
+pub(crate) use elementwise::add_bias;
 pub(crate) use embedding::embedding;
-pub(crate) use frozen::{biased, plus, times_frozen};
+pub(crate) use finite::is_finite;
 pub(crate) use linear::linear;
-pub(crate) use merge::{is_finite, merge};
+pub(crate) use low_rank::{LowRank, Split};
+pub(crate) use merge::merge;
+pub(crate) use shape::{checked_elem_count, checked_product};

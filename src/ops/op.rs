@@ -1,4 +1,4 @@
-//! One way to write an operation with a backward of its own, for every backend at once.
+//! An operation with a backward of its own, written once for all backends.
 
 use super::backend::Backend;
 use candle_core::{
@@ -6,19 +6,19 @@ use candle_core::{
     Tensor,
 };
 
-/// An operation on `N` tensors. Whatever else it needs is frozen and a field of its own, so that
-/// candle's backward never allots it a gradient.
+/// An operation on `N` tensors. Frozen operands are fields of the implementing type, so that candle's
+/// backward allocates no gradient for them.
 pub(crate) trait Op<const N: usize>: Send + Sync + 'static {
     const NAME: &'static str;
 
     fn forward<S: Backend>(&self, args: [(&S, &Layout); N]) -> Result<(S, Shape)>;
 
-    /// The gradient of each argument; `None` where nothing trainable lies behind it. What comes
-    /// in and goes out is detached: the backward of a backward is not supported.
+    /// The gradient of each argument, or `None` if it leads to no variable. All tensors are detached:
+    /// second derivatives are not supported.
     fn backward(&self, args: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
 }
 
-/// Makes an [`Op`] one of candle's custom operations.
+/// Adapts an [`Op`] to candle's `CustomOp` traits.
 pub(crate) struct Custom<T>(pub T);
 
 impl<T: Op<1>> CustomOp1 for Custom<T> {
@@ -133,8 +133,8 @@ impl<T: Op<3>> CustomOp3 for Custom<T> {
     }
 }
 
-/// Computes a gradient only for an operand that leads to a variable; candle computes and keeps
-/// one for every operand.
+/// Computes the gradient of `arg` if it leads to a variable. candle computes and keeps one for every
+/// operand.
 pub(crate) fn if_tracked(
     arg: &Tensor,
     grad: impl FnOnce() -> Result<Tensor>,

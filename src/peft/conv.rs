@@ -1,22 +1,23 @@
-//! The factors of a convolution in loralib's form and in PEFT's.
+//! A convolution's factors in loralib's shapes and in PEFT's.
 //!
 //! With n spatial dimensions and g groups, and u = k^⌊n/2⌋, loralib's `B·A` is the kernel (out, in/g,
-//! k..) read as (out/g·u, in·kⁿ/u): an output has u pieces one after another, a row has g. PEFT's `A`
-//! (ranks, in, k..) sees the inputs of all groups, and the outputs of group j have the j-th part of
-//! the ranks. So each piece of an output (u) at each place in a row (g) gets ranks of its own, in
-//! each group: `A`'s columns of that place along a diagonal, and `B`'s rows, or zero where the piece
-//! lies at another place. That makes g²·u·r·k ranks; with one group u·r·k, where `B` stays as it is.
+//! k..) read as (out/g·u, in·kⁿ/u): an output consists of u pieces in a row, and a row of `B·A` has g places for a
+//! piece. PEFT's `A` (ranks, in, k..) has the inputs of all groups, and the outputs of group j use the j-th
+//! part of the ranks. So each piece of an output (u) at each place in a row (g) needs ranks of its own in
+//! each group: `A` has the columns of that place on a diagonal, and `B` has the rows, or zeros if the piece
+//! is at another place. That makes g²·u·r·k ranks, and u·r·k with one group, where `B` is unchanged.
 //!
-//! Back, any `A` will do for one group. For several it must be zero outside of its group's inputs,
-//! as PEFT's own never is: an update from all inputs to all outputs has no grouped kernel.
+//! In the other direction, any `A` of one group converts. For several groups `A` must be zero outside of
+//! its group's inputs, which PEFT's own never is: an update from all inputs to all outputs has no grouped
+//! kernel.
 
-use super::convert::{is_zero, Factors};
+use super::factors::{is_zero, Factors};
 use candle_core::{bail, Result, Tensor};
 
-/// A factor with more values is not made: 4 GiB of F32. Many groups need many zeros.
+/// The largest factor that is created, 4 GiB of F32: many groups need many zeros.
 const MOST_VALUES: usize = 1 << 30;
 
-/// loralib's factors as PEFT's, for n spatial dimensions; `None` where they do not fit together.
+/// loralib's factors as PEFT's, for n spatial dimensions; `None` if their shapes do not fit.
 pub(super) fn to_peft(n: usize, groups: usize, factors: &Factors) -> Result<Option<Factors>> {
     let Factors { a, b, r } = factors;
     let ((rows, columns), (outs, ranks)) = (a.dims2()?, b.dims2()?);
@@ -44,14 +45,13 @@ pub(super) fn to_peft(n: usize, groups: usize, factors: &Factors) -> Result<Opti
     Ok(Some(Factors { a, b, r: all }))
 }
 
-/// PEFT's factors (ranks, in, k..) and (out, ranks/groups, 1..) as loralib's. What [`to_peft`] made
-/// comes back as it was.
+/// PEFT's factors (ranks, in, k..) and (out, ranks/groups, 1..) as loralib's: the inverse of [`to_peft`].
 pub(super) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Factors> {
     let (inputs, n, k) = (a.dim(1)?, a.rank() - 2, a.dims()[2]);
     let (out, own) = (b.dim(0)?, b.dim(1)?);
     if k == 0 || inputs % groups != 0 || out % groups != 0 {
         bail!(
-            "{groups} groups and a kernel of {k} do not go with {:?} and {:?}",
+            "{groups} groups and a kernel of {k} do not fit the shapes {:?} and {:?}",
             a.dims(),
             b.dims()
         )
@@ -79,12 +79,12 @@ pub(super) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Factors> 
     }
     if groups > 1 {
         bail!(
-            "in a convolution of {groups} groups an output sees its own group's inputs alone, and \
-             this lora_A {:?} updates it from those of all: that is no update of its kernel",
+            "this lora_A {:?} updates every output from the inputs of all {groups} groups, but the \
+             kernel of a grouped convolution has only those of its own group",
             a.dims()
         )
     }
-    // Each piece of an output with all of the ranks, and so each factor along a diagonal of B.
+    // Each piece of an output uses all ranks: B has the factor on a diagonal.
     let r = (u * own).div_ceil(k);
     let spare = r * k - u * own;
     let a = a.reshape((own, u, columns))?.transpose(0, 1)?.reshape((u * own, columns))?;
@@ -92,7 +92,7 @@ pub(super) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Factors> 
     Ok(Factors { a: a.pad_with_zeros(0, 0, spare)?, b: b.pad_with_zeros(1, 0, spare)?, r })
 }
 
-/// `t` several times along the diagonal of the dimensions `d` and `d + 1`.
+/// Copies of `t` on the diagonal of the dimensions `d` and `d + 1`.
 fn diagonal(t: &Tensor, times: usize, d: usize) -> Result<Tensor> {
     let size = t.dim(d + 1)?;
     let block = |i| t.pad_with_zeros(d + 1, i * size, (times - 1 - i) * size);

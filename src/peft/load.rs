@@ -1,71 +1,77 @@
-//! Reading PEFT's folder.
+//! Reads a folder in PEFT's format.
 
-use super::common::settle;
-use super::convert::{from_peft, same_scaling};
-use super::pairs::sort;
-use super::pattern::Pattern;
+use super::convert::from_peft;
+use super::factors::same_scaling;
+use super::module_pattern::ModulePattern;
+use super::pairs::group;
+use super::rank_alpha::with_layers;
 use super::read_config::{read_config, Json};
-use super::{keys, malformed, Kind, PeftConfig, BIN, CONFIG, SAFETENSORS};
-use crate::utils::{join, read, StateDict};
+use super::{keys, malformed, BIN, CONFIG, SAFETENSORS};
+use crate::layers::LayerKind;
+use crate::utils::checkpoint::read;
+use crate::utils::names::join;
+use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// Reads an adapter that PEFT or [`save_pretrained`](super::save_pretrained) wrote, in loralib's
-/// names and shapes.
+/// Reads an adapter that PEFT or [`save_pretrained`](super::save_pretrained) wrote, in loralib's names and
+/// shapes. The configuration has the kind of each layer, and its rank and alpha if they are not the common
+/// ones.
 ///
-/// A layer over a linear one comes as a [`Kind::Linear`]; the configuration has those of other kinds
-/// and those with a rank or alpha of their own. See [`load_pretrained_as`] for models with a
-/// [`MergedLinear`](crate::MergedLinear).
+/// A layer over a linear one is a [`LayerKind::Linear`]. For a model with
+/// [`MergedLinear`](crate::MergedLinear) layers use [`load_pretrained_as`].
 ///
 /// # Errors
-/// When a file is missing or malformed, the configuration has an option that changes the mathematics
-/// and is not supported (DoRA, initial values that move the base, a key that is not understood and
-/// has a value, a pattern with more in it than characters, escapes, `.`, `\d`, `\w`, `*`, `+`, `?`, `^`
-/// and `$`), a layer is a convolution of several groups as PEFT adapts them, a factor lacks the other,
-/// a shape does not fit the others or the rank, a tensor is not accounted for, or a value is not
-/// finite. The error names the file and the key or tensor.
-pub fn load_pretrained(dir: impl AsRef<Path>, device: &Device) -> Result<(PeftConfig, StateDict)> {
+/// If a file is missing or malformed, the configuration has an option that changes the update and is not
+/// supported (DoRA, initialisations that change the base, unknown keys with a value), a layer is a
+/// convolution of several groups as PEFT adapts them, a factor lacks the other, a shape does not fit the
+/// rank or the other factor, the configuration does not include a tensor, or a value is not finite. The
+/// error names the file and the key or tensor.
+pub fn load_pretrained(
+    dir: impl AsRef<Path>,
+    device: &Device,
+) -> Result<(AdapterConfig, StateDict)> {
     load_pretrained_as::<&str>(dir, &[], device)
 }
 
-/// [`load_pretrained`] for a model in which some layers are merged ones: `kinds` has them, each by
-/// its path or the end of it after a dot.
+/// [`load_pretrained`] for a model in which layers have other kinds, mostly
+/// [`MergedLinear`](crate::MergedLinear): each by its path or the end of it after a dot.
 ///
 /// ```no_run
 /// # fn main() -> loralib::Result<()> {
-/// use loralib::peft::{self, Kind};
-/// let c_attn = ("c_attn", Kind::MergedLinear(vec![true, false, true]));
+/// use loralib::{layers::LayerKind, peft};
+/// let c_attn = ("c_attn", LayerKind::MergedLinear(vec![true, false, true]));
 /// let device = candle_core::Device::Cpu;
 /// let (config, tensors) = peft::load_pretrained_as("adapter", &[c_attn], &device)?;
 /// # let _ = (config, tensors); Ok(()) }
 /// ```
 ///
 /// # Errors
-/// As [`load_pretrained`]; and when a layer that was named is not in the adapter, is of another kind
-/// or changes outputs that are not enabled.
+/// As [`load_pretrained`]; if the adapter lacks a named layer; and if the layer has another kind or updates
+/// outputs that are not enabled.
 pub fn load_pretrained_as<S: AsRef<str>>(
     dir: impl AsRef<Path>,
-    kinds: &[(S, Kind)],
+    kinds: &[(S, LayerKind)],
     device: &Device,
-) -> Result<(PeftConfig, StateDict)> {
+) -> Result<(AdapterConfig, StateDict)> {
     let dir = dir.as_ref();
     if dir.is_file() {
-        let reason = "PEFT's format is a folder; `load_checkpoint` reads loralib's files";
-        return Err(malformed(reason).at(dir));
+        let reason = "it is a file, but PEFT's format is a folder; read loralib's files with \
+                      `load_checkpoint` or `read_adapter`";
+        return Err(Error::Invalid(reason.to_owned()).at(dir));
     }
     let (text, path, tensors) = read_both(dir, device)?;
     let mut json = read_config(&text).map_err(|e| e.at(&dir.join(CONFIG)))?;
     for (module, kind) in kinds {
-        json.config = json.config.with(module.as_ref(), kind.clone());
+        json.config = json.config.with_layer(module.as_ref(), kind.clone());
     }
     convert(json, tensors).map_err(|e| e.at(&path))
 }
 
-/// The configuration, and the tensors with their path. A writer may be at work in the folder, or may
-/// have been stopped: the tensors carry the configuration that they were saved with, for the time
-/// when it is not there.
+/// The configuration, and the tensors with their path. If a writer is replacing the adapter or was stopped
+/// while it did, the configuration's file may be missing: then the one in the tensors' file counts.
 fn read_both(dir: &Path, device: &Device) -> Result<(Vec<u8>, PathBuf, StateDict)> {
     let path = dir.join(CONFIG);
     let config = || match fs::read(&path) {
@@ -82,18 +88,19 @@ fn read_both(dir: &Path, device: &Device) -> Result<(Vec<u8>, PathBuf, StateDict
         let (tensors, mut metadata) = read(&file, device).map_err(|e| e.at(&file))?;
         if config()? == before {
             let own = metadata.remove(CONFIG).map(String::into_bytes);
-            let missing = || malformed("there is none, nor do the tensors carry it").at(&path);
+            let missing = || Error::Io(io::ErrorKind::NotFound.into()).at(&path);
             return Ok((before.or(own).ok_or_else(missing)?, file, tensors));
         }
     }
-    Err(malformed(format!("it was replaced {TRIES} times while the tensors were read")).at(&path))
+    let reason = format!("it was replaced {TRIES} times while the tensors were read");
+    Err(Error::Invalid(reason).at(&path))
 }
 
-/// How often a reader begins anew because a writer came between.
+/// How often a reader starts again because a writer replaced the adapter meanwhile.
 const TRIES: usize = 100;
 
-fn convert(json: Json, tensors: StateDict) -> Result<(PeftConfig, StateDict)> {
-    let (pairs, mut loaded) = sort(&json.config, tensors)?;
+fn convert(json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDict)> {
+    let (pairs, mut loaded) = group(&json.config, tensors)?;
     json.config.check_used(pairs.keys().map(String::as_str))?;
     let given = &json.config.lora;
     let mut layers = vec![];
@@ -123,45 +130,53 @@ fn convert(json: Json, tensors: StateDict) -> Result<(PeftConfig, StateDict)> {
         loaded.insert(join(&path, "lora_B"), factors.b);
         layers.push((path, kind, factors.r, alpha));
     }
-    Ok((settle(json.config, layers), loaded))
+    Ok((with_layers(json.config, layers), loaded))
 }
 
-/// The value of the patterns that match a path. PEFT takes the first of them in the order of the
-/// file, which JSON does not keep.
-fn own<T: Copy + PartialEq>(patterns: &[(Pattern, T)], path: &str) -> Result<Option<T>> {
-    let mut values = patterns.iter().filter(|(p, _)| p.matches(path)).map(|(_, value)| *value);
-    let first = values.next();
-    match values.find(|value| Some(*value) != first) {
-        None => Ok(first),
-        Some(_) => Err(malformed(format!("patterns with different values match {path:?}"))),
+/// The value of the patterns that match a path. PEFT takes the first in the order of the file, which is
+/// not known here.
+fn own<T: Copy + PartialEq>(patterns: &[(ModulePattern, T)], path: &str) -> Result<Option<T>> {
+    let mut found = None;
+    for (pattern, value) in patterns {
+        if !pattern.matches(path).map_err(malformed)? {
+            continue;
+        }
+        if found.is_some_and(|found| found != *value) {
+            let reason = format!("the first of several patterns that match {path:?} is not known");
+            return Err(Error::unsupported("an adapter with ambiguous patterns", reason));
+        }
+        found = Some(*value);
     }
+    Ok(found)
 }
 
-/// What the factors are, where it does not contradict what is `given`.
+/// The kind by the shapes of the factors. An error if it contradicts the `given` one.
 fn kind(
     [a, b]: [&Tensor; 2],
     embedding: bool,
-    given: Option<&Kind>,
-) -> std::result::Result<Kind, String> {
-    // A sees all inputs, B the ranks of one group.
+    given: Option<&LayerKind>,
+) -> std::result::Result<LayerKind, String> {
+    // A has the ranks of all groups, B those of one.
     let groups = match (a.dims(), b.dims()) {
         (&[ranks, ..], &[_, own, ..]) if ranks.checked_rem(own) == Some(0) => ranks / own,
         _ => 1,
     };
     let found = match (a.rank(), embedding) {
-        (2, true) => Kind::Embedding,
-        (2, false) => Kind::Linear,
-        (3, false) => Kind::Conv1d { groups },
-        (4, false) => Kind::Conv2d { groups },
-        (5, false) => Kind::Conv3d { groups },
+        (2, true) => LayerKind::Embedding,
+        (2, false) => LayerKind::Linear,
+        (3, false) => LayerKind::Conv1d { groups },
+        (4, false) => LayerKind::Conv2d { groups },
+        (5, false) => LayerKind::Conv3d { groups },
         _ => return Err(format!("its shape is {:?}", a.dims())),
     };
     match given {
-        Some(given @ (Kind::MergedLinear(_) | Kind::Splits(_))) if found == Kind::Linear => {
+        Some(given @ (LayerKind::MergedLinear(_) | LayerKind::MergedSplits(_)))
+            if found == LayerKind::Linear =>
+        {
             Ok(given.clone())
         }
         Some(given) if *given != found => {
-            Err(format!("it belongs to a {found:?}, not a {given:?}"))
+            Err(format!("its layer is a {found:?}, declared as a {given:?}"))
         }
         _ => Ok(found),
     }

@@ -1,56 +1,56 @@
-//! Adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`,
-//! as Python's `peft` and servers such as vLLM read it.
+//! Adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`, which
+//! Python's `peft` and servers such as vLLM read.
 //!
-//! Tensors are in loralib's names and shapes on this side, in PEFT's on the disk, and each
-//! conversion keeps the update: a [`MergedLinear`](crate::MergedLinear) with e enabled parts is one
-//! PEFT Linear of rank r·e, whose B is block-diagonal; a convolution is one of rank r·k² (2d),
-//! r·k² (3d) or r·k (1d), whose A is block-diagonal; one of g groups has g² times that rank, and A is
-//! mostly zeros: merge those of many groups into their base instead. What was saved so is recognized
-//! when it is loaded, and comes back as it was. PEFT's own convolutions come as loralib's of rank r
-//! (1d: r/k, rounded up), but for those of several groups, whose update mixes the inputs of all
-//! groups: no kernel of the base's shape does that, and they are an error.
+//! In memory tensors have loralib's names and shapes, on disk PEFT's. The conversion keeps the update:
+//!
+//! | layer | in PEFT's format |
+//! |---|---|
+//! | [`Linear`](crate::Linear), [`Embedding`](crate::Embedding) | the same factors |
+//! | [`MergedLinear`](crate::MergedLinear) with e enabled splits | one Linear of rank r·e with a block-diagonal B |
+//! | convolution with a kernel of k | rank r·k (1d), r·k² (2d and 3d), with a block-diagonal A |
+//! | convolution of g groups | g² times that rank, with an A of mostly zeros: with many groups merge instead |
+//!
+//! Adapters that this crate saved load with their original factors. PEFT's own convolutions load with rank r
+//! (1d: r/k, rounded up). PEFT's convolutions of several groups are an error: their update mixes the inputs
+//! of all groups, which no kernel of the base's shape does.
 //!
 //! ```no_run
 //! # fn main() -> loralib::Result<()> {
 //! # let adapter = loralib::StateDict::new();
-//! use loralib::peft::{self, Kind, PeftConfig};
+//! use loralib::{layers::LayerKind, peft, AdapterConfig};
 //! let cfg = loralib::LoraConfig { r: 8, lora_alpha: 16., ..Default::default() };
 //!
-//! // What is not a Linear says what it is, by the end of its path.
-//! let config = PeftConfig::from(cfg)
-//!     .with("c_attn", Kind::MergedLinear(vec![true, false, true]))
-//!     .with("wte", Kind::Embedding);
+//! // Layers that are not a Linear, by the end of their path.
+//! let config = AdapterConfig::from(cfg)
+//!     .with_layer("c_attn", LayerKind::MergedLinear(vec![true, false, true]))
+//!     .with_layer("wte", LayerKind::Embedding);
 //! peft::save_pretrained("adapter", &adapter, &config)?;
 //!
 //! let (config, tensors) = peft::load_pretrained("adapter", &candle_core::Device::Cpu)?;
-//! let layer = config.lora_config("transformer.h.0.attn.c_attn"); // its own rank and alpha
+//! let layer = config.lora_config("transformer.h.0.attn.c_attn"); // its rank and alpha
 //!
-//! // Into a model that is there already, where ranks and scalings are compared.
+//! // Into an existing model, with ranks and scalings compared.
 //! let vars = candle_nn::VarMap::new();
-//! let report = peft::load_checkpoint("adapter", &vars, &config, loralib::Strict::Yes)?;
+//! let report = peft::load_adapter("adapter", &vars, &config, loralib::Strict::Yes)?;
 //! # let _ = (layer, tensors, report); Ok(()) }
 //! ```
 
-mod checkpoint;
-mod common;
-mod config;
 mod conv;
 mod convert;
+mod factors;
 mod keys;
-mod kind;
 mod load;
+mod load_adapter;
+mod merged;
+mod module_pattern;
 mod pairs;
-mod pattern;
+mod rank_alpha;
 mod read_config;
 mod save;
 mod write_config;
 
-pub use checkpoint::load_checkpoint;
-pub use config::{Layer, PeftConfig};
-pub(crate) use keys::refuse_names;
-pub use kind::Kind;
-pub(crate) use kind::Total;
 pub use load::{load_pretrained, load_pretrained_as};
+pub use load_adapter::load_adapter;
 pub use save::save_pretrained;
 
 use crate::Error;

@@ -1,13 +1,14 @@
-//! The tensors of a PEFT file, told apart by their keys.
+//! The tensors of a PEFT file, grouped by layer.
 
 use super::keys::{self, Key};
-use super::{malformed, PeftConfig};
-use crate::utils::{is_lora, join, StateDict};
+use super::malformed;
+use crate::utils::names::{is_lora, join};
+use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 
-/// The factors of a layer as the file has them.
+/// The factors of a layer as in the file.
 #[derive(Default)]
 pub(super) struct Pair {
     pub a: Option<Tensor>,
@@ -15,9 +16,9 @@ pub(super) struct Pair {
     pub embedding: bool,
 }
 
-/// The pairs by path, and everything else by its name.
-pub(super) fn sort(
-    config: &PeftConfig,
+/// The pairs by path, and all other tensors by name.
+pub(super) fn group(
+    config: &AdapterConfig,
     tensors: StateDict,
 ) -> Result<(BTreeMap<String, Pair>, StateDict)> {
     let (mut pairs, mut others) = (BTreeMap::<String, Pair>::new(), vec![]);
@@ -25,9 +26,10 @@ pub(super) fn sort(
         let unknown = || {
             Error::tensor(
                 &key,
-                match is_lora(&key) {
-                    true => "it is named as in loralib's format: `load_checkpoint` reads this file",
-                    false => "it is no part of a LoRA adapter in PEFT's format",
+                if is_lora(&key) {
+                    "this is a name of loralib's format: read the file with `load_checkpoint`"
+                } else {
+                    "its name is not one of a LoRA adapter in PEFT's format"
                 },
             )
         };
@@ -40,7 +42,7 @@ pub(super) fn sort(
                 others.push((join(path, last), Some(path.to_owned()), key.clone(), tensor));
                 continue;
             }
-            Key::Plain(name) => {
+            Key::Other(name) => {
                 others.push((name.to_owned(), None, key.clone(), tensor));
                 continue;
             }
@@ -49,7 +51,7 @@ pub(super) fn sort(
         if (pair.a.is_some() || pair.b.is_some()) && pair.embedding != embedding {
             return Err(Error::tensor(
                 &key,
-                "its layer has factors of an embedding and of another",
+                "its layer has the factors of an embedding and of another layer",
             ));
         }
         pair.embedding = embedding;
@@ -59,7 +61,7 @@ pub(super) fn sort(
         }
     }
     if pairs.is_empty() {
-        return Err(malformed("no lora_A and lora_B in it"));
+        return Err(malformed("it has no lora_A and lora_B"));
     }
     let mut named = StateDict::new();
     for (name, base_of, key, tensor) in others {
@@ -71,7 +73,7 @@ pub(super) fn sort(
             None => keys::is_carried(&name, config),
         };
         if !fits {
-            let reason = "neither modules_to_save nor bias of the configuration accounts for it";
+            let reason = "the configuration's modules_to_save and bias do not include it";
             return Err(Error::tensor(key, reason));
         }
         if named.insert(name, tensor).is_some() {

@@ -1,21 +1,24 @@
-//! Reading `adapter_config.json`: what is not understood and might change the update is an error.
+//! Reads `adapter_config.json`. An unknown key with a value is an error, because it might change the
+//! update.
 
-use super::pattern::Pattern;
-use super::{malformed, PeftConfig};
-use crate::{Bias, LoraConfig, Result};
+use super::malformed;
+use super::module_pattern::ModulePattern;
+use crate::layers::LoraConfig;
+use crate::utils::{AdapterConfig, Bias};
+use crate::{Error, Result};
 use serde_json::{Map, Value};
 
-/// What the file says.
+/// The contents of the file.
 #[derive(Debug)]
 pub(super) struct Json {
-    pub config: PeftConfig,
-    pub ranks: Vec<(Pattern, usize)>,
-    pub alphas: Vec<(Pattern, f64)>,
+    pub config: AdapterConfig,
+    pub ranks: Vec<(ModulePattern, usize)>,
+    pub alphas: Vec<(ModulePattern, f64)>,
 }
 
-/// Keys that tell how the adapter was made, or which of the base's modules have one, which the
+/// Keys that do not change the update: how the adapter was made, and which modules have one, which the
 /// tensors tell too.
-const DATA: [&str; 14] = [
+const HARMLESS_KEYS: [&str; 14] = [
     "auto_mapping",
     "ensure_weight_tying",
     "eva_config",
@@ -32,12 +35,12 @@ const DATA: [&str; 14] = [
     "target_modules",
 ];
 
-/// Initial values of A and B that leave the base as it is.
-const HARMLESS_STARTS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+/// Initialisations that do not change the base.
+const HARMLESS_INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
 pub(super) fn read_config(text: &[u8]) -> Result<Json> {
     let map: Map<String, Value> = serde_json::from_slice(text).map_err(malformed)?;
-    let mut config = PeftConfig::default();
+    let mut config = AdapterConfig::default();
     let (mut ranks, mut alphas) = (vec![], vec![]);
     for required in ["peft_type", "r", "lora_alpha"] {
         if !map.contains_key(required) {
@@ -50,7 +53,7 @@ pub(super) fn read_config(text: &[u8]) -> Result<Json> {
         let lora: &mut LoraConfig = &mut config.lora;
         match key.as_str() {
             "peft_type" if value == "LORA" => {}
-            "peft_type" => return Err(wrong()),
+            "peft_type" => return Err(unsupported(key, value, "only LORA is")),
             "r" => lora.r = rank(value).ok_or_else(wrong)?,
             "lora_alpha" => lora.lora_alpha = value.as_f64().ok_or_else(wrong)?,
             _ if empty => {}
@@ -63,27 +66,30 @@ pub(super) fn read_config(text: &[u8]) -> Result<Json> {
             }
             "task_type" => config.task_type = Some(value.as_str().ok_or_else(wrong)?.into()),
             "modules_to_save" => config.modules_to_save = strings(value).ok_or_else(wrong)?,
-            "rank_pattern" => ranks = patterns(value, rank).map_err(|e| refused(key, e))?,
+            "rank_pattern" => {
+                ranks = patterns(value, rank).map_err(|e| malformed(format!("{key}: {e}")))?
+            }
             "alpha_pattern" => {
-                alphas = patterns(value, Value::as_f64).map_err(|e| refused(key, e))?;
+                alphas =
+                    patterns(value, Value::as_f64).map_err(|e| malformed(format!("{key}: {e}")))?;
             }
             "init_lora_weights" => match value {
                 Value::Bool(_) => {}
-                Value::String(how) if HARMLESS_STARTS.contains(&how.as_str()) => {}
-                _ => return Err(refused(key, format!("{value} changes the base model"))),
+                Value::String(how) if HARMLESS_INITS.contains(&how.as_str()) => {}
+                _ => return Err(unsupported(key, value, "it changes the base model")),
             },
-            key if DATA.contains(&key) => {}
-            key => return Err(refused(key, format!("its value {value} is not understood"))),
+            key if HARMLESS_KEYS.contains(&key) => {}
+            key => return Err(unsupported(key, value, "this option of PEFT is not known here")),
         }
     }
     Ok(Json { config, ranks, alphas })
 }
 
-fn refused(key: &str, reason: String) -> crate::Error {
-    malformed(format!("{key:?} is not supported: {reason}"))
+fn unsupported(key: &str, value: &Value, reason: &str) -> Error {
+    Error::unsupported(format!("the option {key} = {value}"), reason)
 }
 
-/// Null, false, or without contents.
+/// Null, false or empty.
 fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -106,14 +112,14 @@ fn strings(value: &Value) -> Option<Vec<String>> {
     value.as_array()?.iter().map(|item| Some(item.as_str()?.to_owned())).collect()
 }
 
-type Patterns<T> = std::result::Result<Vec<(Pattern, T)>, String>;
+type Patterns<T> = std::result::Result<Vec<(ModulePattern, T)>, String>;
 
 fn patterns<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Patterns<T> {
-    let map = value.as_object().ok_or_else(|| format!("its value is {value}"))?;
+    let map = value.as_object().ok_or_else(|| format!("it is {value}, expected an object"))?;
     map.iter()
         .map(|(pattern, value)| {
-            let read = read(value).ok_or_else(|| format!("{pattern:?} has the value {value}"))?;
-            Ok((Pattern::new(pattern)?, read))
+            let read = read(value).ok_or_else(|| format!("the value of {pattern:?} is {value}"))?;
+            Ok((ModulePattern::new(pattern)?, read))
         })
         .collect()
 }

@@ -1,38 +1,40 @@
-//! Writing PEFT's folder.
+//! Writes a folder in PEFT's format.
 
-use super::convert::{same_scaling, to_peft, Factors};
+use super::convert::to_peft;
+use super::factors::{same_scaling, Factors};
 use super::write_config::write_config;
-use super::{keys, Kind, PeftConfig, BIN, CONFIG, SAFETENSORS};
-use crate::utils::{file::Staged, is_lora, join, serialize, split, StateDict};
+use super::{keys, BIN, CONFIG, SAFETENSORS};
+use crate::layers::LayerKind;
+use crate::utils::checkpoint::{atomic_file::Staged, safetensors::serialize};
+use crate::utils::names::{is_lora, join, split};
+use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
 
-/// Writes an adapter as PEFT does, with the layers' kinds, ranks and alphas of `config`.
+/// Writes an adapter as a folder in PEFT's format, with the kinds, ranks and alphas of `config`. An
+/// undeclared layer is saved as a Linear.
 ///
-/// When all layers have one rank and one alpha, as vLLM needs it, there is no pattern in the file;
-/// `one_rank` makes it so.
+/// If all layers have one rank and alpha, which vLLM requires, the file has no patterns;
+/// [`one_rank`](AdapterConfig::one_rank) makes it so.
 ///
-/// Each of the two files appears complete or not at all, and the tensors' also carries the
-/// configuration. Where an adapter is replaced whose configuration differs, that is removed just
-/// before the tensors take their place, and then the new one appears. So [`load_pretrained`] finds
-/// the old adapter or the new one, whenever the writer is stopped. Python's PEFT does not look into
-/// the tensors, nor are there options in those that it wrote: there, a crash between the steps leaves
-/// an error, and never one adapter's tensors with another's options.
+/// Each file appears complete or not at all, and the tensors' file also contains the configuration:
+/// [`load_pretrained`] finds the old adapter or the new one, whenever the writer is stopped. If the
+/// configuration changes, its old file is removed before the tensors are replaced. Python's PEFT does not
+/// read the configuration in the tensors' file: after a crash in between, it reports an error.
 ///
 /// [`load_pretrained`]: super::load_pretrained
 ///
 /// # Errors
-/// When there is no adapter, a factor lacks the other or does not fit what the configuration says of
-/// its layer, the configuration has a layer that the adapter lacks, PEFT would not carry a tensor
-/// with these options, a value is not finite, or the file system refuses. The error names the tensor
-/// and the file.
+/// If there is no adapter, a factor lacks the other or does not fit its layer's options, the
+/// configuration has a layer that the adapter lacks, PEFT would not save a tensor with these options, a
+/// value is not finite, or the file system refuses. The error names the tensor and the file.
 pub fn save_pretrained(
     dir: impl AsRef<Path>,
     tensors: &StateDict,
-    config: impl Into<PeftConfig>,
+    config: impl Into<AdapterConfig>,
 ) -> Result<()> {
     let (dir, config) = (dir.as_ref(), config.into());
     let (converted, json) = convert(tensors, &config).map_err(|e| e.at(dir))?;
@@ -61,7 +63,7 @@ fn remove(path: &Path) -> std::io::Result<()> {
 }
 
 /// The tensors under PEFT's keys, and the configuration.
-fn convert(tensors: &StateDict, config: &PeftConfig) -> Result<(StateDict, String)> {
+fn convert(tensors: &StateDict, config: &AdapterConfig) -> Result<(StateDict, String)> {
     let paths: BTreeSet<&str> =
         tensors.keys().map(|name| split(name)).filter(|n| is_lora(n.1)).map(|n| n.0).collect();
     config.check_used(paths.iter().copied())?;
@@ -69,18 +71,23 @@ fn convert(tensors: &StateDict, config: &PeftConfig) -> Result<(StateDict, Strin
     for &path in &paths {
         let factor = |last| {
             let name = join(path, last);
-            tensors.get(&name).ok_or_else(|| Error::tensor(&name, "its other factor stands alone"))
+            tensors
+                .get(&name)
+                .ok_or_else(|| Error::tensor(&name, "it is missing, its other factor is there"))
         };
         let (a, b) = (factor("lora_A")?.clone(), factor("lora_B")?.clone());
         if path.is_empty() {
-            return Err(Error::tensor("lora_A", "PEFT has no name for a layer without one"));
+            return Err(Error::tensor(
+                "lora_A",
+                "the layer has no name, which PEFT's format requires",
+            ));
         }
-        let kind = config.kind(path).unwrap_or(&Kind::Linear);
+        let kind = config.kind(path).unwrap_or(&LayerKind::Linear);
         let cfg = config.lora_config(path);
         cfg.validate(a.dtype()).map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
         let factors = to_peft(kind, Factors { a, b, r: cfg.r })
             .map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
-        pairs.push((path, keys::pair(path, *kind == Kind::Embedding), factors, cfg));
+        pairs.push((path, keys::pair(path, *kind == LayerKind::Embedding), factors, cfg));
     }
     let largest = pairs.iter().map(|(_, _, factors, _)| factors.r).max().unwrap_or(0);
     for (path, (a_key, b_key), Factors { a, b, r }, cfg) in pairs {
@@ -88,7 +95,7 @@ fn convert(tensors: &StateDict, config: &PeftConfig) -> Result<(StateDict, Strin
         let alpha = same_scaling(cfg.lora_alpha, cfg.r, rank, cfg.rslora);
         if let Some(&(other, _, first)) = layers.first().filter(|_| config.one_rank) {
             if alpha != first {
-                let reason = format!("its scaling is not that of {other}, which one_rank needs");
+                let reason = format!("its scaling is not that of {other}, which one_rank requires");
                 return Err(Error::tensor(a_key, reason));
             }
         }
@@ -97,7 +104,7 @@ fn convert(tensors: &StateDict, config: &PeftConfig) -> Result<(StateDict, Strin
         converted.insert(b_key, b.pad_with_zeros(1, 0, rank - r)?);
     }
     for (name, tensor) in tensors.iter().filter(|(name, _)| !is_lora(name)) {
-        // A convolution's bias may stand under loralib's second name.
+        // conv.bias is loralib's second name of a convolution's bias.
         let (layer, last) = split(name);
         let name = match split(layer) {
             (path, "conv") if paths.contains(path) => join(path, last),
@@ -105,10 +112,10 @@ fn convert(tensors: &StateDict, config: &PeftConfig) -> Result<(StateDict, Strin
         };
         let adapted = paths.contains(split(&name).0);
         if !keys::is_carried(&name, config) {
-            let reason = "it is neither in modules_to_save nor a bias that the adapter carries";
+            let reason = "the configuration's modules_to_save and bias do not include it";
             return Err(Error::tensor(name, reason));
         }
-        if converted.insert(keys::plain(&name, adapted), tensor.clone()).is_some() {
+        if converted.insert(keys::base_key(&name, adapted), tensor.clone()).is_some() {
             return Err(Error::tensor(name, "the adapter has it under two names"));
         }
     }

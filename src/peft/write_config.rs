@@ -1,29 +1,31 @@
-//! Writing `adapter_config.json`.
+//! Writes `adapter_config.json`.
 
-use super::common::common_or_most;
-use super::pattern::Pattern;
-use super::{malformed, PeftConfig};
-use crate::Result;
+use super::malformed;
+use super::module_pattern::ModulePattern;
+use super::rank_alpha::common_or_most_frequent;
+use crate::utils::AdapterConfig;
+use crate::{Error, Result};
 use serde_json::{json, Map, Value};
 
 /// The file for layers of the given ranks and alphas, by path. Its keys are known to every version
 /// of PEFT since 0.9.
-pub(super) fn write_config(config: &PeftConfig, layers: &[(&str, usize, f64)]) -> Result<String> {
+pub(super) fn write_config(
+    config: &AdapterConfig,
+    layers: &[(&str, usize, f64)],
+) -> Result<String> {
     let common = (config.lora.r, config.lora.lora_alpha);
-    let (r, alpha) = common_or_most(common, layers.iter().map(|&(_, r, alpha)| (r, alpha)))
-        .ok_or_else(|| malformed("an adapter without layers"))?;
-    let own = |differs: &dyn Fn(usize, f64) -> Option<Value>| -> Result<Map<String, Value>> {
-        let mut map = Map::new();
-        for &(path, r, alpha) in layers {
-            if let Some(value) = differs(r, alpha) {
-                map.insert(pattern_for(path, layers)?, value);
-            }
-        }
-        Ok(map)
+    let (r, alpha) =
+        common_or_most_frequent(common, layers.iter().map(|&(_, r, alpha)| (r, alpha)))
+            .ok_or_else(|| Error::Invalid("the adapter has no layers".to_owned()))?;
+    let pattern = |own: &dyn Fn(usize, f64) -> Option<Value>| -> Map<String, Value> {
+        let own = layers.iter().filter_map(|&(path, r, alpha)| {
+            own(r, alpha).map(|value| (pattern_for(path, layers), value))
+        });
+        own.collect()
     };
     let targets: Vec<&str> = layers.iter().map(|(path, ..)| *path).collect();
     let json = json!({
-        "alpha_pattern": own(&|_, own| (own != alpha).then(|| number(own)))?,
+        "alpha_pattern": pattern(&|_, own| (own != alpha).then(|| number(own))),
         "auto_mapping": null,
         "base_model_name_or_path": config.base_model_name_or_path,
         "bias": config.bias.to_string(),
@@ -33,12 +35,12 @@ pub(super) fn write_config(config: &PeftConfig, layers: &[(&str, usize, f64)]) -
         "layers_pattern": null,
         "layers_to_transform": null,
         "lora_alpha": number(alpha),
-        // By its shortest decimal form: 0.05, not the nearest f64 of the nearest f32.
+        // The shortest decimal form of the f32: 0.05, not 0.05000000074505806.
         "lora_dropout": config.lora.lora_dropout.to_string().parse::<f64>().unwrap_or_default(),
         "modules_to_save": (!config.modules_to_save.is_empty()).then_some(&config.modules_to_save),
         "peft_type": "LORA",
         "r": r,
-        "rank_pattern": own(&|own, _| (own != r).then(|| own.into()))?,
+        "rank_pattern": pattern(&|own, _| (own != r).then(|| own.into())),
         "revision": null,
         "target_modules": targets,
         "task_type": config.task_type,
@@ -48,23 +50,30 @@ pub(super) fn write_config(config: &PeftConfig, layers: &[(&str, usize, f64)]) -
     Ok(serde_json::to_string_pretty(&json).map_err(malformed)? + "\n")
 }
 
-/// A whole number as such: PEFT's `lora_alpha` is an int.
+/// An integral value as an integer: PEFT's `lora_alpha` is an int.
 fn number(value: f64) -> Value {
-    match value.fract() == 0. && value.abs() < 1e15 {
-        true => (value as i64).into(),
-        false => value.into(),
+    if value.fract() == 0. && value.abs() < 1e15 {
+        (value as i64).into()
+    } else {
+        value.into()
     }
 }
 
-/// A pattern that is this path alone. All versions of PEFT compare a path as it is; an anchored
-/// one only those since 0.14.
-fn pattern_for(path: &str, layers: &[(&str, usize, f64)]) -> Result<String> {
-    let only = |pattern: &str| -> Result<bool> {
-        let pattern = Pattern::new(pattern).map_err(malformed)?;
-        Ok(layers.iter().all(|(other, ..)| pattern.matches(other) == (*other == path)))
+/// A pattern that matches this path alone: the path itself, which every version of PEFT compares
+/// literally, or if it matches other layers too, an anchored one, which needs PEFT 0.14.
+fn pattern_for(path: &str, layers: &[(&str, usize, f64)]) -> String {
+    let matches_only_path = || {
+        let pattern = ModulePattern::new(path)?;
+        for (other, ..) in layers {
+            if pattern.matches(other)? != (*other == path) {
+                return Ok(false);
+            }
+        }
+        Ok::<_, String>(true)
     };
-    match only(path)? {
-        true => Ok(path.to_owned()),
-        false => Ok(format!("^{}", path.replace('.', r"\."))),
+    if matches_only_path().unwrap_or(false) {
+        path.to_owned()
+    } else {
+        format!("^{}", fancy_regex::escape(path))
     }
 }

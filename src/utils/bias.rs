@@ -1,6 +1,5 @@
 //! loralib's `bias` argument.
 
-use super::Trainable;
 use crate::{Error, Result};
 use std::str::FromStr;
 
@@ -36,17 +35,5 @@ impl std::fmt::Display for Bias {
             Self::All => "all",
             Self::LoraOnly => "lora_only",
         })
-    }
-}
-
-impl Bias {
-    /// Also trains and saves a whole module, such as a new head.
-    ///
-    /// ```
-    /// use loralib::Bias;
-    /// let what = Bias::None.and("classifier");
-    /// ```
-    pub fn and(self, module: impl Into<String>) -> Trainable {
-        Trainable::from(self).and(module)
     }
 }

@@ -1,6 +1,8 @@
-//! Names of tensors: a path of components with dots between, the last of which tells what a tensor is.
+//! Names of tensors: a dotted path whose last component says what the tensor is.
 
-/// The layer and the last component of a name.
+use crate::{Error, Result};
+
+/// The path of the layer and the last component.
 pub(crate) fn split(name: &str) -> (&str, &str) {
     name.rsplit_once('.').unwrap_or(("", name))
 }
@@ -16,6 +18,33 @@ pub(crate) fn is_lora(name: &str) -> bool {
     matches!(split(name).1, "lora_A" | "lora_B")
 }
 
+/// Whether `name` has the components of `module`, in a row, somewhere in its path.
 pub(crate) fn is_within(name: &str, module: &str) -> bool {
     !module.is_empty() && format!(".{name}.").contains(&format!(".{module}."))
+}
+
+/// Whether `path` is `module` or ends in it after a dot. Every path ends in the empty module.
+pub(crate) fn ends_in(path: &str, module: &str) -> bool {
+    match path.strip_suffix(module) {
+        Some(before) => before.is_empty() || before.ends_with('.') || module.is_empty(),
+        None => false,
+    }
+}
+
+/// An error if one of these names is a factor's in PEFT's format.
+pub(crate) fn refuse_peft_names<'a>(names: impl IntoIterator<Item = &'a String>) -> Result<()> {
+    let factor = |name: &&String| {
+        let (path, last) = split(name);
+        let of_peft = matches!(last, "lora_embedding_A" | "lora_embedding_B")
+            || (last == "weight" && is_lora(path));
+        of_peft && name.starts_with("base_model.model.")
+    };
+    match names.into_iter().find(factor) {
+        None => Ok(()),
+        Some(name) => Err(Error::tensor(
+            name,
+            "this is a name of PEFT's format: read the folder with `peft::load_adapter` or \
+             `peft::load_pretrained`",
+        )),
+    }
 }

@@ -1,4 +1,4 @@
-//! Initial values from a seed, because candle's random numbers on the CPU take none.
+//! Seeded initialisation, because candle's random numbers on the CPU take no seed.
 
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::init::{Init, NormalOrUniform, ZERO};
@@ -7,13 +7,13 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
 
-/// `vb`, with new variables that start at the same values in each run: they depend on `seed`, on the
-/// variable's name, shape and distribution, and on nothing else, so that adding a layer changes no other.
-/// Variables and tensors that `vb` already has are unchanged.
+/// `vb` with a seeded initialisation of new variables. It depends on `seed` and on the variable's name,
+/// shape and distribution alone: adding a layer changes no other. Tensors that `vb` already has are
+/// unchanged.
 ///
-/// It goes around [`var_builder`](crate::var_builder); inside, as its base, it has no effect on the
-/// adapter. Two maps with the same names and seed start alike; the numbers are not torch's of the same
-/// seed. On the CPU dropout stays unseeded: candle draws it.
+/// Wrap [`var_builder`](crate::var_builder)'s result; as its base, `seeded` has no effect on the adapter.
+/// The numbers are not torch's for the same seed. Dropout on the CPU stays unseeded, because candle draws
+/// it.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -34,14 +34,15 @@ pub fn seeded(vb: VarBuilder<'_>, seed: u64) -> VarBuilder<'_> {
     let (dtype, device, prefix) = (vb.dtype(), vb.device().clone(), vb.prefix());
     let seeded = Seeded { vb: vb.root(), seed };
     let vb = VarBuilder::from_backend(Box::new(seeded), dtype, device);
-    match prefix.is_empty() {
-        true => vb,
-        false => vb.pp(prefix),
+    if prefix.is_empty() {
+        vb
+    } else {
+        vb.pp(prefix)
     }
 }
 
 struct Seeded<'a> {
-    /// At its root, so that names are whole.
+    /// At the root, so that names are complete.
     vb: VarBuilder<'a>,
     seed: u64,
 }
@@ -56,21 +57,22 @@ impl SimpleBackend for Seeded<'_> {
         device: &Device,
     ) -> Result<Tensor> {
         let vb = self.vb.clone().set_device(device.clone());
-        let start = Start::of(init, &shape).filter(|_| dtype.is_float());
-        let Some(start) = start.filter(|_| !vb.contains_tensor(name)) else {
+        let distribution = Distribution::new(init, &shape).filter(|_| dtype.is_float());
+        let Some(distribution) = distribution.filter(|_| !vb.contains_tensor(name)) else {
             return vb.get_with_hints_dtype(shape, name, init, dtype);
         };
-        // Not `init`: candle would draw it for nothing.
+        // ZERO instead of `init`, which candle would draw in vain.
         let tensor = vb.get_with_hints_dtype(shape.clone(), name, ZERO, dtype)?;
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(fnv1a(name));
-        let values: Vec<f64> = (0..shape.elem_count()).map(|_| start.draw(&mut rng)).collect();
-        let start = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?;
-        let start = start.to_device(device)?;
+        let values: Vec<f64> =
+            (0..shape.elem_count()).map(|_| distribution.draw(&mut rng)).collect();
+        let initial = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?;
+        let initial = initial.to_device(device)?;
         if !tensor.is_variable() {
-            return Ok(start);
+            return Ok(initial);
         }
-        Var::from_tensor(&tensor)?.set(&start)?;
+        Var::from_tensor(&tensor)?.set(&initial)?;
         Ok(tensor)
     }
 
@@ -84,15 +86,15 @@ impl SimpleBackend for Seeded<'_> {
 }
 
 /// A distribution: `mean + spread·z`, with z normal or uniform in [-1, 1).
-struct Start {
+struct Distribution {
     mean: f64,
     spread: f64,
     dist: NormalOrUniform,
 }
 
-impl Start {
+impl Distribution {
     /// `None` for a constant.
-    fn of(init: Init, shape: &Shape) -> Option<Self> {
+    fn new(init: Init, shape: &Shape) -> Option<Self> {
         let (mean, spread, dist) = match init {
             Init::Const(_) => return None,
             Init::Uniform { lo, up } => ((lo + up) / 2., (up - lo) / 2., NormalOrUniform::Uniform),
@@ -116,7 +118,7 @@ impl Start {
     }
 }
 
-/// The FNV-1a hash, which unlike std's stays the same from version to version.
+/// The FNV-1a hash, which unlike std's does not change between versions.
 fn fnv1a(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

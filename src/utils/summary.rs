@@ -1,26 +1,25 @@
-//! What is trained, as a table: the adapted layers, what is trained beside them, and the totals.
+//! A table of the adapted layers and the trainable parameters.
 
 use super::names::{join, split};
-use super::Trainable;
+use super::trainable::Trainable;
 use crate::Result;
 use candle_nn::VarMap;
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// What [`summary`] found. Printed, it is a table with a row for each adapted layer and for each
-/// other tensor that is trained; its last line says what PEFT's
-/// `print_trainable_parameters` does.
+/// The result of [`summary`]. It is displayed as a table with a row for each adapted layer and each other
+/// trainable tensor; the last line is that of PEFT's `print_trainable_parameters`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
     /// The adapted layers, sorted by name.
     pub adapted: Vec<AdaptedLayer>,
-    /// The names and shapes of what is trained beside the factors: biases, a new head.
+    /// Names and shapes of the other trainable tensors: biases, a new head.
     pub others: BTreeMap<String, Vec<usize>>,
-    /// How many parameters the whole model has, frozen ones too, where that was said.
+    /// The number of parameters of the whole model, if it was given by [`with_total`](Self::with_total).
     pub total: Option<usize>,
 }
 
-/// A layer with both factors of an update.
+/// An adapted layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdaptedLayer {
     /// The layer's path.
@@ -32,18 +31,18 @@ pub struct AdaptedLayer {
 }
 
 impl AdaptedLayer {
-    /// The rank of the update: r, that of one part in a `MergedLinear`, r·k in a convolution.
+    /// The rank: r, also in each split of a `MergedLinear`; r·k in a convolution.
     pub fn rank(&self) -> usize {
         self.b.last().copied().unwrap_or(0)
     }
 
-    /// The elements of both factors.
+    /// The number of elements of both factors.
     pub fn parameters(&self) -> usize {
-        elements(&self.a) + elements(&self.b)
+        elem_count(&self.a) + elem_count(&self.b)
     }
 }
 
-/// Which layers of a model are adapted, and what is trained in all.
+/// The adapted layers and the trainable parameters of a model.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -54,7 +53,7 @@ impl AdaptedLayer {
 /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
 /// let cfg = lora::LoraConfig { r: 4, ..Default::default() };
 /// let _fc = lora::linear(6, 5, cfg, vb.pp("fc"))?;
-/// let summary = lora::summary(&vars, lora::Bias::None)?.of(5 * 6 + 5 + 44);
+/// let summary = lora::summary(&vars, lora::Bias::None)?.with_total(5 * 6 + 5 + 44);
 /// assert_eq!(
 ///     summary.to_string(),
 ///     "\
@@ -66,15 +65,15 @@ impl AdaptedLayer {
 /// ```
 ///
 /// # Errors
-/// When nothing is trained, or nothing in a module that was named.
-pub fn summary(vars: &VarMap, what: impl Into<Trainable>) -> Result<Summary> {
-    let trained = what.into().select(vars)?;
+/// If nothing is trainable, or nothing in a named module.
+pub fn summary(vars: &VarMap, trainable: impl Into<Trainable>) -> Result<Summary> {
+    let trained = trainable.into().select(vars)?;
     let mut others: BTreeMap<_, _> =
         trained.iter().map(|(name, var)| (name.clone(), var.dims().to_vec())).collect();
     let mut adapted = vec![];
     for name in trained.keys() {
         let (layer, "lora_A") = split(name) else { continue };
-        // A factor without its other one is no adapted layer, but it is trained.
+        // A factor without the other one is not an adapted layer, but it is trained.
         if let Some(b) = others.remove(&join(layer, "lora_B")) {
             let a = others.remove(name).unwrap_or_default();
             adapted.push(AdaptedLayer { name: layer.to_owned(), a, b });
@@ -84,15 +83,15 @@ pub fn summary(vars: &VarMap, what: impl Into<Trainable>) -> Result<Summary> {
 }
 
 impl Summary {
-    /// With the number of parameters of the whole model, for the share that is trained.
-    pub fn of(self, total: usize) -> Self {
+    /// Sets the number of parameters of the whole model, for the trainable share.
+    pub fn with_total(self, total: usize) -> Self {
         Self { total: Some(total), ..self }
     }
 
-    /// How many parameters are trained.
+    /// The number of trainable parameters.
     pub fn trainable(&self) -> usize {
         let adapted = self.adapted.iter().map(AdaptedLayer::parameters);
-        adapted.chain(self.others.values().map(|dims| elements(dims))).sum()
+        adapted.chain(self.others.values().map(|dims| elem_count(dims))).sum()
     }
 }
 
@@ -113,10 +112,10 @@ impl fmt::Display for Summary {
         }
         for (name, dims) in &self.others {
             let empty = String::new;
-            rows.push([name.clone(), shape(dims), empty(), empty(), grouped(elements(dims))]);
+            rows.push([name.clone(), shape(dims), empty(), empty(), grouped(elem_count(dims))]);
         }
         let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0);
-        // As wide as the last line's first word.
+        // At least the width of the last line's first word.
         let [w0, w1, w2, w3, w4] = [width(0).max(6), width(1), width(2), width(3), width(4)];
         for [name, a, b, rank, parameters] in &rows {
             writeln!(f, "{name:<w0$}  {a:<w1$}  {b:<w2$}  {rank:>w3$}  {parameters:>w4$}")?;
@@ -132,7 +131,7 @@ impl fmt::Display for Summary {
     }
 }
 
-fn elements(dims: &[usize]) -> usize {
+fn elem_count(dims: &[usize]) -> usize {
     dims.iter().product()
 }
 

@@ -1,7 +1,7 @@
-//! The selection: which variables are trained, and so which are saved.
+//! The parameter selection: which variables are trained, and therefore saved.
 
+use super::bias::Bias;
 use super::names::{is_lora, is_within, join, split};
-use super::Bias;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -9,53 +9,65 @@ use candle_nn::VarMap;
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
-/// What is trained and saved: the adapters, some biases, and perhaps whole modules.
+/// The parameters that are trained and saved: the factors, biases by [`Bias`], and whole modules.
 ///
-/// The last component of a name decides (`lora_A`, `lora_B`, `bias`); loralib looks for the words
-/// anywhere in it.
+/// The last component of a name decides (`lora_A`, `lora_B`, `bias`); loralib searches the whole name for
+/// these words.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Trainable {
     bias: Bias,
     modules: Vec<String>,
-    everything: bool,
+    all_parameters: bool,
 }
 
 impl From<Bias> for Trainable {
     fn from(bias: Bias) -> Self {
-        Self { bias, modules: vec![], everything: false }
+        Self { bias, modules: vec![], all_parameters: false }
+    }
+}
+
+impl Bias {
+    /// Also trains and saves a whole module, such as a new head.
+    ///
+    /// ```
+    /// use loralib::Bias;
+    /// let trainable = Bias::None.and("classifier");
+    /// ```
+    pub fn and(self, module: impl Into<String>) -> Trainable {
+        Trainable::from(self).and(module)
     }
 }
 
 impl Trainable {
-    /// Every variable: full fine-tuning with the same model code, its layers at r = 0. All of it
-    /// starts from the base's values; a tensor that the base lacks is still an error, unless a
-    /// module of [`and`](Self::and) has it.
+    /// All parameters: full fine-tuning with the same model code, its layers at r = 0. They are
+    /// initialised with the base's values; a tensor that the base lacks is an error unless it is in a
+    /// module of [`and`](Self::and).
     ///
     /// ```
     /// use loralib::Trainable;
-    /// let what = Trainable::everything().and("classifier");
+    /// let trainable = Trainable::all_parameters().and("classifier");
     /// ```
-    pub fn everything() -> Self {
-        Self { everything: true, ..Self::default() }
+    pub fn all_parameters() -> Self {
+        Self { all_parameters: true, ..Self::default() }
     }
 
-    /// Adds a module: every variable with these components somewhere on its path, so that
-    /// `"classifier"` selects `classifier.weight` and `bert.classifier.bias`. Where the base has the
-    /// module it starts from the base's values: a head of another size needs another name.
+    /// Adds a module: every variable with these components in its path. `"classifier"` selects
+    /// `classifier.weight` and `bert.classifier.bias`. If the base has the module, it is initialised with
+    /// the base's values: a head of another size needs another name.
     pub fn and(mut self, module: impl Into<String>) -> Self {
         self.modules.push(module.into());
         self
     }
 
-    /// The biases and modules, unless everything is selected.
+    /// The biases and modules, or `None` for all parameters.
     pub(crate) fn into_parts(self) -> Option<(Bias, Vec<String>)> {
-        (!self.everything).then_some((self.bias, self.modules))
+        (!self.all_parameters).then_some((self.bias, self.modules))
     }
 
-    /// Whether `name` is selected, in a model in which `exists` tells which names there are.
+    /// Whether `name` is selected in a model that has the names for which `exists` is true.
     pub(crate) fn selects(&self, name: &str, exists: impl Fn(&str) -> bool) -> bool {
         let (layer, last) = split(name);
-        if self.everything || is_lora(last) || self.is_new(name) {
+        if self.all_parameters || is_lora(last) || self.in_module(name) {
             return true;
         }
         last == "bias"
@@ -63,7 +75,7 @@ impl Trainable {
                 Bias::None => false,
                 Bias::All => true,
                 Bias::LoraOnly => {
-                    // A convolution's bias may stand under loralib's second name, conv.bias.
+                    // conv.bias is loralib's second name of a convolution's bias.
                     let (parent, own) = split(layer);
                     exists(&join(layer, "lora_A"))
                         || (own == "conv" && exists(&join(parent, "lora_A")))
@@ -71,12 +83,12 @@ impl Trainable {
             }
     }
 
-    /// Whether `name` lies in one of the modules that are trained as a whole.
-    pub(crate) fn is_new(&self, name: &str) -> bool {
+    /// Whether `name` is in a module that is trained as a whole.
+    pub(crate) fn in_module(&self, name: &str) -> bool {
         self.modules.iter().any(|module| is_within(name, module))
     }
 
-    /// The selected variables, by name. An error if there are none, or none in one of the modules.
+    /// The selected variables by name. An error if there are none, or none in a named module.
     pub(crate) fn select(&self, vars: &VarMap) -> Result<BTreeMap<String, Var>> {
         let all = variables(vars);
         let selected: BTreeMap<_, _> = all
@@ -93,23 +105,24 @@ impl Trainable {
         for (layer, _) in selected.keys().map(|name| split(name)).filter(|n| n.1 == "lora_A") {
             for weight in weights(layer) {
                 if selected.contains_key(&weight) {
-                    return Err(Error::tensor(weight, FROZEN));
+                    return Err(Error::tensor(weight, FROZEN_WEIGHT));
                 }
             }
         }
         if selected.is_empty() {
-            return Err(empty(match self.everything {
-                true => "everything".to_owned(),
-                false => format!("lora_A, lora_B or bias ({})", self.bias),
+            return Err(empty(if self.all_parameters {
+                "all parameters".to_owned()
+            } else {
+                format!("lora_A, lora_B or bias ({})", self.bias)
             }));
         }
         Ok(selected)
     }
 }
 
-/// A layer never trains the weight under its update, so that to select it would be without effect.
-const FROZEN: &str =
-    "it lies under an adapter, which keeps it frozen: train the layer whole with r = 0";
+/// Selecting a weight that has an adapter would have no effect.
+const FROZEN_WEIGHT: &str =
+    "its layer has an adapter, which keeps it frozen: to train the whole layer set r = 0";
 
 /// All variables of a map, by name.
 pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
@@ -117,8 +130,8 @@ pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
     data.iter().map(|(name, var)| (name.clone(), var.clone())).collect()
 }
 
-/// The names of a map that a state dict, with `factors` or without, is expected to have: all of them,
-/// unless the map holds the frozen base of an adapter too; then the factors, or all others.
+/// The names that a state dict is expected to have, with `factors` or without: all names of the map, or,
+/// if the map also holds the frozen base, only the factors and only the others.
 pub(crate) fn expected(vars: &BTreeMap<String, Var>, factors: bool) -> impl Iterator<Item = &str> {
     let in_map = |layer: &str| weights(layer).iter().any(|weight| vars.contains_key(weight));
     let holds_base =
@@ -127,26 +140,28 @@ pub(crate) fn expected(vars: &BTreeMap<String, Var>, factors: bool) -> impl Iter
     vars.keys().map(String::as_str).filter(wanted)
 }
 
-/// A layer's weight under its two names.
+/// The two names of a layer's weight.
 fn weights(layer: &str) -> [String; 2] {
     ["weight", "conv.weight"].map(|weight| join(layer, weight))
 }
 
-/// The variables to train, sorted by name.
+/// The variables to train, sorted by name, for an optimizer.
 ///
 /// # Errors
-/// When there are none, or none in a module that was named, or a weight is selected that lies under an
-/// adapter and so stays frozen.
-pub fn mark_only_lora_as_trainable(vars: &VarMap, what: impl Into<Trainable>) -> Result<Vec<Var>> {
-    Ok(what.into().select(vars)?.into_values().collect())
+/// If there are none, none in a named module, or a selected weight has an adapter and so stays frozen.
+pub fn mark_only_lora_as_trainable(
+    vars: &VarMap,
+    trainable: impl Into<Trainable>,
+) -> Result<Vec<Var>> {
+    Ok(trainable.into().select(vars)?.into_values().collect())
 }
 
-/// The names of adapter variables that `grads` has no gradient for, sorted.
+/// The names of adapter variables without a gradient in `grads`, sorted. Call it after the first backward.
 ///
-/// Some of candle's fused operations (`softmax_last_dim`, `RmsNorm`, `LayerNorm` with a bias,
-/// `rope`) cut the graph without an error, so that what lies before them is never trained; and a model
-/// in evaluation gets no gradients at all. Check once, after the first backward. Where `vars` holds the
-/// frozen base too, only `lora_A` and `lora_B` are looked at.
+/// Some of candle's fused operations (`softmax_last_dim`, `RmsNorm`, `LayerNorm` with a bias, `rope`) have
+/// no backward: layers before them get no gradient, without an error. A model in evaluation gets none at
+/// all. An operation that cuts only one of several paths is not detected here: the gradients are there,
+/// and wrong. If `vars` holds the frozen base too, only `lora_A` and `lora_B` are checked.
 pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
     let vars = variables(vars);
     expected(&vars, true)
@@ -160,11 +175,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_told_by_their_last_component_and_modules_by_whole_components() {
+    fn names_match_by_their_last_component_and_modules_by_whole_components() {
         let all =
             ["q.lora_A", "q.bias", "k.bias", "x.conv.bias", "x.lora_A", "conv.bias", "lora_A"];
         let exists = |name: &str| all.contains(&name);
-        let selects = |what: Trainable, name: &str| what.selects(name, exists);
+        let selects = |trainable: Trainable, name: &str| trainable.selects(name, exists);
         let none = || Trainable::from(Bias::None);
         let only = || Trainable::from(Bias::LoraOnly);
         assert!(selects(none(), "q.lora_A"));
@@ -181,6 +196,6 @@ mod tests {
         assert!(selects(none().and("head"), "bert.head.weight"));
         assert!(selects(none().and("bert.head"), "bert.head.weight"));
         assert!(!selects(none().and("head"), "overhead.weight"));
-        assert!(selects(Trainable::everything(), "k.weight"));
+        assert!(selects(Trainable::all_parameters(), "k.weight"));
     }
 }

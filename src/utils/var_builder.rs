@@ -7,31 +7,30 @@ use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::{Init, VarMap};
 use std::sync::PoisonError;
 
-/// A `VarBuilder` that takes frozen tensors from `base`, and makes what is trained a variable of
-/// `adapter`: `lora_A` and `lora_B` with their initial values, a bias of the selection with the
-/// base's value, a module of the selection with the base's value where it has one; with
-/// [`Trainable::everything`] the whole base.
+/// A `VarBuilder` that takes frozen tensors from `base` and creates the trainable ones as variables of
+/// `adapter`: the factors with their initialisation, the selected biases and modules with the base's
+/// values; with [`Trainable::all_parameters`] the whole base.
 ///
-/// What is already in `adapter` is used as it is. dtype and device are the base's. Give
+/// Variables that `adapter` already has are used as they are. dtype and device are the base's. Give
 /// `mark_only_lora_as_trainable` and `lora_state_dict` the same selection.
 ///
 /// # Errors
-/// A tensor that `base` lacks is an error when it is asked for, never a random value; but for the
-/// factors and the modules of the selection, which may be new.
+/// Asking for a tensor that `base` lacks is an error, never a random value. Only the factors and the
+/// modules of the selection may be new.
 pub fn var_builder<'a>(
     base: VarBuilder<'a>,
     adapter: &VarMap,
-    what: impl Into<Trainable>,
+    trainable: impl Into<Trainable>,
 ) -> VarBuilder<'a> {
     let (dtype, device) = (base.dtype(), base.device().clone());
-    let backend = Split { base, adapter: adapter.clone(), what: what.into() };
+    let backend = Split { base, adapter: adapter.clone(), trainable: trainable.into() };
     VarBuilder::from_backend(Box::new(backend), dtype, device)
 }
 
 struct Split<'a> {
     base: VarBuilder<'a>,
     adapter: VarMap,
-    what: Trainable,
+    trainable: Trainable,
 }
 
 impl Split<'_> {
@@ -40,25 +39,22 @@ impl Split<'_> {
     }
 
     fn trains(&self, name: &str) -> bool {
-        self.what.selects(name, |n| self.holds(n))
+        self.trainable.selects(name, |n| self.holds(n))
     }
 
-    /// The base's value, or `None` where a new one may be made.
+    /// The base's value, or `None` if the tensor may be new.
     fn base(&self, shape: &Shape, name: &str, dtype: DType) -> Result<Option<Tensor>> {
-        let may_be_new = is_lora(name) || self.what.is_new(name);
+        let may_be_new = is_lora(name) || self.trainable.in_module(name);
         if !self.base.contains_tensor(name) {
             if may_be_new {
                 return Ok(None);
             }
             bail!("the base has no tensor {name:?} (expected {shape:?})")
         }
-        // An initial value that a base of variables would only use had it no such tensor.
+        // The hint has no effect, because the base has the tensor.
         let tensor = self.base.get_with_hints_dtype(shape.clone(), name, Init::default(), dtype)?;
-        Ok(Some(match tensor.is_variable() {
-            // What is cut out of a VarMap must not change when that map is trained or loaded.
-            true => tensor.copy()?.detach(),
-            false => tensor,
-        }))
+        // A copy of a variable: training or loading the base's VarMap must not change it.
+        Ok(Some(if tensor.is_variable() { tensor.copy()?.detach() } else { tensor }))
     }
 }
 

@@ -98,8 +98,8 @@ fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
 fn one_map_for_all_is_expected_to_get_an_adapter_or_a_whole_base() -> Result<()> {
     let all = VarMap::new();
     Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
-    let whole = lora::lora_state_dict(&all, Trainable::everything());
-    fails(whole, &["q.weight", "under an adapter"]);
+    let whole = lora::lora_state_dict(&all, Trainable::all_parameters());
+    fails(whole, &["q.weight", "has an adapter"]);
     let factors = lora::lora_state_dict(&all, Bias::None)?;
     let vars = all.data().lock().unwrap().clone();
     let base: StateDict = vars

@@ -16,7 +16,7 @@ fn the_error_says_which_function_reads_the_format() -> lora::Result<()> {
     lora::save_state_dict(&state, &CFG, &file)?;
     peft::save_pretrained(&folder, &state, CFG)?;
 
-    let right = ["`peft::load_checkpoint`", "`peft::load_pretrained`"];
+    let right = ["`peft::load_adapter`", "`peft::load_pretrained`"];
     fails(lora::read_state_dict(&folder, &CPU), &right);
     fails(lora::load_checkpoint(&folder, &vars, &CFG, Strict::No), &right);
     let inside = folder.join("adapter_model.safetensors");

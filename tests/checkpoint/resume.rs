@@ -7,7 +7,8 @@ use crate::{base, names, snapshot, Model, CPU};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::loss::mse;
 use candle_nn::{Optimizer, VarMap, SGD};
-use lora::peft::{self, PeftConfig};
+use lora::peft;
+use lora::AdapterConfig;
 use lora::{Strict, Trainable};
 use loralib as lora;
 
@@ -77,7 +78,7 @@ fn a_loaded_checkpoint_trains_on_bit_for_bit() -> lora::Result<()> {
 #[test]
 fn a_loaded_peft_adapter_trains_on_bit_for_bit() -> lora::Result<()> {
     let folder = tempfile::tempdir()?;
-    let config = PeftConfig::from(CFG).trains(what())?;
+    let config = AdapterConfig::from(CFG).with_trainable(what())?;
     let save = |vars: &VarMap| {
         peft::save_pretrained(folder.path(), &lora::lora_state_dict(vars, what())?, &config)
     };
@@ -85,5 +86,5 @@ fn a_loaded_peft_adapter_trains_on_bit_for_bit() -> lora::Result<()> {
         let (_, tensors) = peft::load_pretrained(folder.path(), &CPU)?;
         lora::load_state_dict(vars, &tensors, Strict::Yes).map(drop)
     })?;
-    resumes(save, |vars| peft::load_checkpoint(folder.path(), vars, &config, Strict::Yes).map(drop))
+    resumes(save, |vars| peft::load_adapter(folder.path(), vars, &config, Strict::Yes).map(drop))
 }

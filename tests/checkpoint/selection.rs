@@ -105,7 +105,7 @@ fn an_empty_selection_is_an_error() -> Result<()> {
 
 #[test]
 fn a_weight_under_an_adapter_cannot_be_selected() -> Result<()> {
-    for what in [lora::Trainable::everything(), Bias::None.and("q")] {
+    for what in [lora::Trainable::all_parameters(), Bias::None.and("q")] {
         let (_, vars) = adapter(what.clone())?;
         let message = ["\"q.weight\"", "frozen"];
         fails(lora::mark_only_lora_as_trainable(&vars, what.clone()), &message);

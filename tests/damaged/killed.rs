@@ -30,7 +30,7 @@ fn writer() {
         let cfg = LoraConfig { r: 2, lora_alpha: i as f64, ..Default::default() };
         let adapter = adapter(i as f32);
         match round % 3 {
-            0 => lora::save_state_dict(&adapter, &cfg, folder.join("adapter.safetensors")).unwrap(),
+            0 => lora::save_state_dict(&adapter, cfg, folder.join("adapter.safetensors")).unwrap(),
             1 => peft::save_pretrained(folder.join("peft"), &adapter, cfg).unwrap(),
             _ => {
                 let cfg = LoraConfig { lora_alpha: 0., ..cfg };
@@ -69,7 +69,7 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() -> lora::Result<()>
     let _alone = alone();
     let dir = tempfile::tempdir()?;
     let cfg = LoraConfig { r: 2, lora_alpha: 0., ..Default::default() };
-    lora::save_state_dict(&adapter(0.), &cfg, dir.path().join("adapter.safetensors"))?;
+    lora::save_state_dict(&adapter(0.), cfg, dir.path().join("adapter.safetensors"))?;
     for folder in ["peft", "same"] {
         peft::save_pretrained(dir.path().join(folder), &adapter(0.), cfg)?;
     }

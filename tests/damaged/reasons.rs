@@ -5,7 +5,8 @@ use crate::judge::{all_are_known, judged, same_form, same_values, values_or_noth
 use crate::{alone, fixture, CPU};
 use candle_core::{DType, Var};
 use candle_nn::VarMap;
-use lora::peft::{self, PeftConfig};
+use lora::peft;
+use lora::AdapterConfig;
 use lora::{Checkpoint, LoraConfig, StateDict, Strict};
 use loralib as lora;
 use std::fs;
@@ -49,12 +50,12 @@ fn a_damaged_checkpoint_loads_with_the_model_s_names_shapes_and_scaling_or_not_a
     let tensors = fixture("torch/loralib_all.safetensors");
     let tensors = lora::read_state_dict(tensors, &CPU).unwrap().tensors;
     let cfg = LoraConfig { r: 2, lora_alpha: 3., lora_dropout: 0.05, ..Default::default() };
-    lora::save_state_dict(&tensors, &cfg, &bad).unwrap();
+    lora::save_state_dict(&tensors, cfg, &bad).unwrap();
     let good_file = fs::read(&bad).unwrap();
     let read = || lora::read_state_dict(&bad, &CPU);
     let ends = judged(&bad, 3000, read, |good: &Checkpoint, loaded, mutant| {
         let vars = variables(&good.tensors);
-        match lora::load_checkpoint(&bad, &vars, &cfg, Strict::Yes) {
+        match lora::load_checkpoint(&bad, &vars, cfg, Strict::Yes) {
             Err(error) => {
                 assert!(error.to_string().contains("bad.safetensors"), "{error}");
                 assert!(untouched(&vars), "an error sets nothing");
@@ -99,7 +100,7 @@ fn a_damaged_peft_adapter_loads_with_other_values_or_not_at_all() {
             dir.path().join(file)
         });
         let [good_json, good_file] = [&json, &tensors].map(|path| fs::read(path).unwrap());
-        type Loaded = (PeftConfig, StateDict);
+        type Loaded = (AdapterConfig, StateDict);
         let read = || peft::load_pretrained(dir.path(), &CPU);
         let ends = judged(&json, 1500, read, |good: &Loaded, bad, mutant| {
             assert!(same_form(&good.1, &bad.1) && same_values(&good.1, &bad.1), "{case}");

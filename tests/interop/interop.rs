@@ -6,7 +6,9 @@ mod common;
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use common::CFG;
-use lora::peft::{self, Kind, PeftConfig};
+use lora::layers::LayerKind;
+use lora::peft;
+use lora::AdapterConfig;
 use lora::{Bias, LoraConfig, StateDict, Strict};
 use loralib as lora;
 use std::path::Path;
@@ -22,7 +24,7 @@ struct Toy {
 }
 
 impl Toy {
-    fn new(config: &PeftConfig, enable: &[bool], vb: VarBuilder) -> Result<Self> {
+    fn new(config: &AdapterConfig, enable: &[bool], vb: VarBuilder) -> Result<Self> {
         let cfg = |path| config.lora_config(path);
         let options = Conv2dConfig::default();
         Ok(Self {
@@ -42,18 +44,18 @@ impl Toy {
     }
 }
 
-fn declared(cfg: LoraConfig) -> PeftConfig {
-    PeftConfig::from(cfg)
-        .with("embed", Kind::Embedding)
-        .with("qkv", Kind::MergedLinear(vec![true, false, true]))
-        .with("conv", Kind::Conv2d { groups: 1 })
+fn declared(cfg: LoraConfig) -> AdapterConfig {
+    AdapterConfig::from(cfg)
+        .with_layer("embed", LayerKind::Embedding)
+        .with_layer("qkv", LayerKind::MergedLinear(vec![true, false, true]))
+        .with_layer("conv", LayerKind::Conv2d { groups: 1 })
 }
 
 /// The logits of the base with an adapter.
 fn logits(
     base: &StateDict,
     adapter: &StateDict,
-    config: &PeftConfig,
+    config: &AdapterConfig,
     enable: &[bool],
 ) -> Result<Tensor> {
     let (vars, all) = (VarMap::new(), base.clone().into_iter().collect());
@@ -89,14 +91,15 @@ fn write(dir: &Path) -> Result<()> {
     }
     let linear = |name: &String| !name.starts_with("embed") && !name.starts_with("conv");
     let served: StateDict = adapter.clone().into_iter().filter(|(n, _)| linear(n)).collect();
-    let config = PeftConfig::from(CFG).with("qkv", Kind::MergedLinear(vec![true, false, true]));
-    let config = PeftConfig { one_rank: true, ..config };
+    let config = AdapterConfig::from(CFG)
+        .with_layer("qkv", LayerKind::MergedLinear(vec![true, false, true]));
+    let config = AdapterConfig { one_rank: true, ..config };
     peft::save_pretrained(dir.join("rust_served"), &served, config)?;
     for (name, rslora) in [("rust", false), ("rust_rslora", true)] {
         let cfg = LoraConfig { rslora, ..CFG };
         lora::save_state_dict(&adapter, &cfg, dir.join(format!("{name}.safetensors")))?;
         peft::save_pretrained(dir.join(format!("{name}_peft")), &adapter, declared(cfg))?;
-        let one = PeftConfig { one_rank: true, ..declared(cfg) };
+        let one = AdapterConfig { one_rank: true, ..declared(cfg) };
         peft::save_pretrained(dir.join(format!("{name}_one")), &adapter, one)?;
         let merged = dir.join(format!("{name}_merged.safetensors"));
         let from = dir.join("base.safetensors");
@@ -113,7 +116,7 @@ fn read(dir: &Path) -> Result<()> {
     let logits_pt = logits(&base, &adapter, &declared(CFG), &[true, false, true])?;
     save(dir, "python_pt_logits.safetensors", logits_pt)?;
     for name in ["python_peft", "python_peft_rslora"] {
-        let kinds = [("qkv", Kind::MergedLinear(vec![true; 3]))];
+        let kinds = [("qkv", LayerKind::MergedLinear(vec![true; 3]))];
         let (config, adapter) = peft::load_pretrained_as(dir.join(name), &kinds, &CPU)?;
         let logits = logits(&base, &adapter, &config, &[true; 3])?;
         save(dir, &format!("{name}_logits.safetensors"), logits)?;

@@ -4,16 +4,18 @@ use crate::common::{bits, difference, rnd, CFG};
 use crate::{folder, model, CPU};
 use candle_core::{DType, Module, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder};
-use lora::peft::{self, Kind, PeftConfig};
+use lora::layers::LayerKind;
+use lora::peft;
+use lora::AdapterConfig;
 use lora::StateDict;
 use loralib as lora;
 use std::collections::HashMap;
 
-fn kind(n: usize, groups: usize) -> Kind {
+fn kind(n: usize, groups: usize) -> LayerKind {
     match n {
-        1 => Kind::Conv1d { groups },
-        2 => Kind::Conv2d { groups },
-        _ => Kind::Conv3d { groups },
+        1 => LayerKind::Conv1d { groups },
+        2 => LayerKind::Conv2d { groups },
+        _ => LayerKind::Conv3d { groups },
     }
 }
 
@@ -47,7 +49,7 @@ fn every_grouped_convolution_keeps_its_update_and_comes_back() -> lora::Result<(
             ("c.lora_B".into(), rnd(2, &[out / groups * u, 2 * k], DType::F64)?.to_device(&CPU)?),
         ]);
         let base = StateDict::from([("c.weight".into(), Tensor::zeros(weight, DType::F64, &CPU)?)]);
-        let config = PeftConfig::from(CFG).with("c", kind(n, groups));
+        let config = AdapterConfig::from(CFG).with_layer("c", kind(n, groups));
         let dir = tempfile::tempdir()?;
         peft::save_pretrained(dir.path(), &adapter, &config)?;
 
@@ -60,16 +62,16 @@ fn every_grouped_convolution_keeps_its_update_and_comes_back() -> lora::Result<(
         assert!(difference(&theirs, &expected)? < 1e-14, "{n} {groups} {k}");
 
         let (loaded, tensors) = peft::load_pretrained(dir.path(), &CPU)?;
-        assert_eq!(loaded.layers["c"].kind, kind(n, groups));
+        assert_eq!(loaded.kind("c"), Some(&kind(n, groups)));
         assert_eq!(loaded.lora_config("c").scaling(), CFG.scaling());
         assert!(tensors.keys().eq(adapter.keys()));
         for (name, tensor) in &tensors {
             assert_eq!(tensor.dims(), adapter[name].dims(), "{name}");
             assert_eq!(bits(tensor)?, bits(&adapter[name])?, "{name}");
         }
-        let other = PeftConfig::from(CFG).with("c", kind(n, 1));
+        let other = AdapterConfig::from(CFG).with_layer("c", kind(n, 1));
         let error = lora::merge_into(&base, &adapter, &other).unwrap_err().to_string();
-        assert!(error.contains(&format!("of {groups} groups")), "{error}");
+        assert!(error.contains(&format!("with {groups} groups")), "{error}");
     }
     Ok(())
 }
@@ -111,7 +113,7 @@ fn dense_factors_of_a_rank_like_ours_keep_their_update_or_are_refused() -> lora:
             ("c.lora_A".into(), zeros([2 * 3, 4 * 3])?),
             ("c.lora_B".into(), zeros([6 / groups * 3, 2 * 3])?),
         ]);
-        let config = PeftConfig::from(CFG).with("c", Kind::Conv2d { groups });
+        let config = AdapterConfig::from(CFG).with_layer("c", LayerKind::Conv2d { groups });
         peft::save_pretrained(dir.path(), &adapter, config)?;
         let file = dir.path().join("adapter_model.safetensors");
         let mut dense = HashMap::new();
@@ -143,7 +145,7 @@ fn what_no_grouped_kernel_can_hold_is_refused() -> lora::Result<()> {
         ("c.lora_A".into(), ones([6, 512 * 3])?),
         ("c.lora_B".into(), ones([3, 6])?),
     ]);
-    let config = PeftConfig::from(CFG).with("c", Kind::Conv2d { groups: 512 });
+    let config = AdapterConfig::from(CFG).with_layer("c", LayerKind::Conv2d { groups: 512 });
     let dir = tempfile::tempdir()?;
     let error = peft::save_pretrained(dir.path(), &adapter, config).unwrap_err().to_string();
     assert!(error.contains("c.lora_A") && error.contains("512 groups"), "{error}");

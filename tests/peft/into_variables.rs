@@ -4,7 +4,9 @@ use crate::common::bits;
 use crate::kinds::{sample, Sample};
 use candle_core::Var;
 use candle_nn::VarMap;
-use lora::peft::{self, PeftConfig};
+use lora::layers::LayerKind;
+use lora::peft;
+use lora::AdapterConfig;
 use lora::Strict;
 use loralib as lora;
 
@@ -19,11 +21,10 @@ fn an_adapter_is_loaded_where_ranks_and_scalings_agree() -> lora::Result<()> {
             let zeros = Var::from_tensor(&tensor.zeros_like()?)?;
             vars.data().lock().unwrap().insert(name.clone(), zeros);
         }
-        let load = |config: &PeftConfig| {
-            peft::load_checkpoint(dir.path(), &vars, config, Strict::Yes)
-                .map(|report| report.loaded)
+        let load = |config: &AdapterConfig| {
+            peft::load_adapter(dir.path(), &vars, config, Strict::Yes).map(|report| report.loaded)
         };
-        let refused = |change: &dyn Fn(&mut PeftConfig), words: &[&str]| {
+        let refused = |change: &dyn Fn(&mut AdapterConfig), words: &[&str]| {
             let mut other = config.clone();
             change(&mut other);
             let error = load(&other).unwrap_err().to_string();
@@ -34,7 +35,7 @@ fn an_adapter_is_loaded_where_ranks_and_scalings_agree() -> lora::Result<()> {
         refused(&|c| c.lora.rslora = !rslora, &["its scaling is"]);
         refused(&|c| c.layers.get_mut("c2").unwrap().lora_alpha = Some(9.), &["c2.lora_A"]);
         refused(&|c| drop(c.layers.remove("qkv")), &["h.qkv.lora_A", "its rank is 4"]);
-        refused(&|c| *c = c.clone().with("nowhere", peft::Kind::Linear), &["nowhere"]);
+        refused(&|c| *c = c.clone().with_layer("nowhere", LayerKind::Linear), &["nowhere"]);
         for var in vars.all_vars() {
             assert!(bits(&var)?.iter().all(|bits| *bits == 0), "an error sets nothing");
         }

@@ -3,14 +3,16 @@
 use crate::common::{bits, difference, rnd};
 use crate::CPU;
 use candle_core::{DType, Tensor};
-use lora::peft::{self, Kind, PeftConfig};
+use lora::layers::LayerKind;
+use lora::peft;
+use lora::AdapterConfig;
 use lora::{LoraConfig, StateDict};
 use loralib as lora;
 
 pub struct Sample {
     pub base: StateDict,
     pub adapter: StateDict,
-    pub config: PeftConfig,
+    pub config: AdapterConfig,
 }
 
 /// A path, and the shapes of W, A and B.
@@ -29,14 +31,14 @@ pub fn sample(rslora: bool) -> lora::Result<Sample> {
         ("c3", &[5, 4, 3, 3, 3], [6, 36], [15, 6]),
         ("one", &[5, 4, 1, 1], [2, 4], [5, 2]),
     ];
-    let config = PeftConfig::from(lora)
-        .with("qkv", Kind::MergedLinear(vec![true, false, true]))
-        .with("gqa", Kind::Splits(vec![(4, true), (2, false), (2, true)]))
-        .with("wte", Kind::Embedding)
-        .with("c1", Kind::Conv1d { groups: 1 })
-        .with("c2", Kind::Conv2d { groups: 1 })
-        .with("c3", Kind::Conv3d { groups: 1 })
-        .with("one", Kind::Conv2d { groups: 1 });
+    let config = AdapterConfig::from(lora)
+        .with_layer("qkv", LayerKind::MergedLinear(vec![true, false, true]))
+        .with_layer("gqa", LayerKind::MergedSplits(vec![(4, true), (2, false), (2, true)]))
+        .with_layer("wte", LayerKind::Embedding)
+        .with_layer("c1", LayerKind::Conv1d { groups: 1 })
+        .with_layer("c2", LayerKind::Conv2d { groups: 1 })
+        .with_layer("c3", LayerKind::Conv3d { groups: 1 })
+        .with_layer("one", LayerKind::Conv2d { groups: 1 });
     let (mut base, mut adapter) = (StateDict::new(), StateDict::new());
     for (i, (path, weight, a, b)) in shapes.into_iter().enumerate() {
         let a = if path == "c1" { [6, 4 * 3] } else { a };
@@ -98,8 +100,8 @@ fn what_was_saved_comes_back_bit_for_bit() -> lora::Result<()> {
         let dir = tempfile::tempdir()?;
         peft::save_pretrained(dir.path(), &adapter, &config)?;
         let kinds = [
-            ("qkv", Kind::MergedLinear(vec![true, false, true])),
-            ("gqa", Kind::Splits(vec![(4, true), (2, false), (2, true)])),
+            ("qkv", LayerKind::MergedLinear(vec![true, false, true])),
+            ("gqa", LayerKind::MergedSplits(vec![(4, true), (2, false), (2, true)])),
         ];
         let (loaded, tensors) = peft::load_pretrained_as(dir.path(), &kinds, &CPU)?;
         assert!(tensors.keys().eq(adapter.keys()));
@@ -119,7 +121,7 @@ fn what_was_saved_comes_back_bit_for_bit() -> lora::Result<()> {
 fn one_rank_for_all_layers_needs_no_pattern() -> lora::Result<()> {
     let Sample { mut adapter, config, .. } = sample(false)?;
     adapter.retain(|name, _| name.starts_with("h.qkv"));
-    let config = PeftConfig {
+    let config = AdapterConfig {
         layers: config.layers.into_iter().filter(|(module, _)| module == "qkv").collect(),
         ..config
     };
@@ -137,7 +139,7 @@ fn one_rank_for_all_layers_needs_no_pattern() -> lora::Result<()> {
 fn layers_of_several_ranks_are_saved_with_one_where_a_server_needs_it() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { base, adapter, config } = sample(rslora)?;
-        let config = PeftConfig { one_rank: true, ..config };
+        let config = AdapterConfig { one_rank: true, ..config };
         let dir = tempfile::tempdir()?;
         peft::save_pretrained(dir.path(), &adapter, &config)?;
         let json = std::fs::read(dir.path().join("adapter_config.json"))?;

@@ -3,7 +3,9 @@
 use crate::kinds::{sample, Sample};
 use crate::{folder, CPU};
 use candle_core::{DType, Tensor};
-use lora::peft::{self, Kind, PeftConfig};
+use lora::layers::LayerKind;
+use lora::peft;
+use lora::AdapterConfig;
 use lora::StateDict;
 use loralib as lora;
 use std::collections::HashMap;
@@ -38,7 +40,7 @@ fn what_changes_the_mathematics_is_refused_by_name() {
         ("lora_bias", true.into()),
         ("not_known_yet", 1.into()),
         ("peft_type", "LOHA".into()),
-        ("rank_pattern", serde_json::json!({"q|o": 3})),
+        ("rank_pattern", serde_json::json!({"(q": 3})),
         ("r", 0.into()),
         ("lora_dropout", 1.into()),
     ];
@@ -87,13 +89,13 @@ fn a_tensor_that_does_not_fit_is_refused_by_name() {
 fn what_cannot_be_saved_is_refused_by_name() -> lora::Result<()> {
     let Sample { adapter, config, .. } = sample(false)?;
     let dir = tempfile::tempdir()?;
-    let refused = |adapter: &StateDict, config: &PeftConfig| {
+    let refused = |adapter: &StateDict, config: &AdapterConfig| {
         peft::save_pretrained(dir.path(), adapter, config).unwrap_err().to_string()
     };
     let mut alone = adapter.clone();
     alone.remove("h.q.lora_B");
     assert!(refused(&alone, &config).contains("h.q.lora_B"));
-    let unused = config.clone().with("nowhere", Kind::Linear);
+    let unused = config.clone().with_layer("nowhere", LayerKind::Linear);
     assert!(refused(&adapter, &unused).contains("nowhere"));
     let mut undeclared = config.clone();
     undeclared.layers.remove("qkv");
@@ -101,15 +103,15 @@ fn what_cannot_be_saved_is_refused_by_name() -> lora::Result<()> {
     let mut head = adapter.clone();
     head.insert("head.weight".into(), Tensor::zeros(2, DType::F32, &CPU)?);
     assert!(refused(&head, &config).contains("head.weight"));
-    assert!(refused(&StateDict::new(), &PeftConfig::default()).contains("without layers"));
+    assert!(refused(&StateDict::new(), &AdapterConfig::default()).contains("no layers"));
     for lora in [
         lora::LoraConfig { lora_alpha: f64::NAN, ..config.lora },
         lora::LoraConfig { lora_dropout: 1., ..config.lora },
     ] {
-        let refused = refused(&adapter, &PeftConfig { lora, ..config.clone() });
+        let refused = refused(&adapter, &AdapterConfig { lora, ..config.clone() });
         assert!(refused.contains("lora_A"), "{refused}");
     }
-    assert!(PeftConfig::default().trains(lora::Trainable::everything()).is_err());
+    assert!(AdapterConfig::default().with_trainable(lora::Trainable::all_parameters()).is_err());
     assert!(dir.path().read_dir()?.next().is_none());
     Ok(())
 }

@@ -4,7 +4,8 @@ use crate::common::{bits, difference};
 use crate::{folder, model, CPU};
 use candle_core::{DType, Module};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
-use lora::peft::{self, Kind};
+use lora::layers::LayerKind;
+use lora::peft;
 use lora::{Bias, LoraConfig};
 use loralib as lora;
 use std::collections::HashMap;
@@ -56,8 +57,10 @@ fn a_layer_with_a_loaded_adapter_computes_what_peft_computes() -> lora::Result<(
             let w = vb.get_unchecked("weight")?;
             let d = w.dims();
             let bias = vb.contains_tensor("bias");
-            let ours = match (config.layers.get(path).map(|layer| &layer.kind), w.rank()) {
-                (Some(Kind::Embedding), _) => lora::embedding(d[0], d[1], cfg, vb)?.forward(x)?,
+            let ours = match (config.kind(path), w.rank()) {
+                (Some(LayerKind::Embedding), _) => {
+                    lora::embedding(d[0], d[1], cfg, vb)?.forward(x)?
+                }
                 (_, 2) if cfg.fan_in_fan_out => lora::linear(d[0], d[1], cfg, vb)?.forward(x)?,
                 (_, 2) => lora::linear_b(d[1], d[0], bias, cfg, vb)?.forward(x)?,
                 (_, 3) => {
@@ -134,14 +137,14 @@ fn what_peft_saved_is_saved_as_it_was() -> lora::Result<()> {
 #[test]
 fn a_dense_update_fits_a_merged_layer_with_every_part_enabled() -> lora::Result<()> {
     let [base, merged, ..] = model("gpt2")?;
-    let kind = Kind::MergedLinear(vec![true; 3]);
+    let kind = LayerKind::MergedLinear(vec![true; 3]);
     let (config, adapter) =
         peft::load_pretrained_as(folder("gpt2"), &[("c_attn", kind.clone())], &CPU)?;
     assert_eq!(adapter["transformer.h.0.attn.c_attn.lora_A"].dims(), [6, 8]);
     for (name, tensor) in lora::merge_into(&base, &adapter, &config)? {
         assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");
     }
-    let kind = Kind::MergedLinear(vec![true, false, true]);
+    let kind = LayerKind::MergedLinear(vec![true, false, true]);
     let error = peft::load_pretrained_as(folder("gpt2"), &[("c_attn", kind)], &CPU).unwrap_err();
     assert!(error.to_string().contains("c_attn.lora_A"), "{error}");
     Ok(())

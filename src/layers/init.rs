@@ -1,0 +1,57 @@
+//! Initialisation: the factors of a new adapter, and torch's initial weights.
+
+use super::config::LoraConfig;
+use crate::ops::{checked_product, LowRank, Split};
+use candle_core::{DType, Result};
+use candle_nn::{Init, VarBuilder};
+
+/// How the factors are initialised. One of them is zero, so that ΔW = 0 at the start.
+pub(super) enum FactorInit {
+    /// A ~ U(±1/√columns), B = 0
+    UniformA,
+    /// A = 0, B ~ N(0, 1): the columns of A of unseen tokens stay zero (microsoft/LoRA #14)
+    NormalB,
+}
+
+/// U(±1/√fan_in), torch's initialisation of weights and biases.
+pub(super) fn uniform(fan_in: usize) -> Init {
+    let bound = 1. / (fan_in as f64).sqrt();
+    Init::Uniform { lo: -bound, up: bound }
+}
+
+/// `lora_A` (ranks, columns) and `lora_B` (rows, ranks) from `vb`, for all outputs at once.
+pub(super) fn low_rank(
+    (ranks, columns): (usize, usize),
+    rows: usize,
+    init: FactorInit,
+    cfg: &LoraConfig,
+    base: DType,
+    vb: &VarBuilder,
+) -> Result<LowRank> {
+    let split = Split { outputs: 0..rows, ranks: 0..ranks, b_rows: 0..rows };
+    split_low_rank((ranks, columns), (rows, ranks), vec![split], init, cfg, base, vb)
+}
+
+/// `lora_A` and `lora_B` of the given shapes from `vb`, for several splits of the outputs.
+pub(super) fn split_low_rank(
+    a_shape: (usize, usize),
+    b_shape: (usize, usize),
+    splits: Vec<Split>,
+    init: FactorInit,
+    cfg: &LoraConfig,
+    base: DType,
+    vb: &VarBuilder,
+) -> Result<LowRank> {
+    for (rows, columns) in [a_shape, b_shape] {
+        // In bytes, with room for the largest dtype and a copy.
+        checked_product(&[rows, columns, 16])?;
+    }
+    let dtype = cfg.adapter_dtype(base);
+    let (a_init, b_init) = match init {
+        FactorInit::UniformA => (uniform(a_shape.1), Init::Const(0.)),
+        FactorInit::NormalB => (Init::Const(0.), Init::Randn { mean: 0., stdev: 1. }),
+    };
+    let a = vb.get_with_hints_dtype(a_shape, "lora_A", a_init, dtype)?;
+    let b = vb.get_with_hints_dtype(b_shape, "lora_B", b_init, dtype)?;
+    Ok(LowRank::new(a, b, cfg.scaling(), cfg.lora_dropout, splits))
+}

@@ -1,0 +1,116 @@
+//! Merges from file to file, with one weight of the base in memory at a time.
+
+use super::merge_into;
+use super::plan::Plan;
+use super::safetensors_file::SafetensorsFile;
+use crate::utils::checkpoint::shards::Shards;
+use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize, torch};
+use crate::utils::{AdapterConfig, StateDict};
+use crate::{Error, Result};
+use candle_core::Device;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+/// How much of the base has been written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MergeProgress {
+    /// Bytes written.
+    pub done: u64,
+    /// Bytes in total.
+    pub total: u64,
+}
+
+/// [`merge_into`](crate::merge_into) from file to file. `base` is a checkpoint, the index of a sharded one
+/// (`model.safetensors.index.json`), or a folder with either. `out` is a file or a folder for a single
+/// file, and another folder for a sharded base; file names are kept.
+///
+/// A safetensors base is merged tensor by tensor. Unchanged tensors and the header with its metadata are
+/// copied byte for byte. Each file appears complete or not at all, an index last. A base that `torch.save`
+/// wrote is read whole and written as safetensors.
+///
+/// # Errors
+/// As [`merge_into`](crate::merge_into), for names and shards before anything is written; if `out` is the
+/// folder of a sharded base, which a failure would leave half merged; and if a file is malformed or the
+/// file system refuses. The error names the file and the tensor.
+pub fn merge_files(
+    base: impl AsRef<Path>,
+    adapter: &StateDict,
+    config: impl Into<AdapterConfig>,
+    out: impl AsRef<Path>,
+    mut progress: impl FnMut(MergeProgress),
+) -> Result<()> {
+    let (shards, out) = (Shards::find(base.as_ref())?, out.as_ref());
+    let paths = shards.paths();
+    if let (Shards::One(path), true) = (&shards, is_torch(&paths)?) {
+        let (base, _) = read(path, &Device::Cpu).map_err(|e| e.at(path))?;
+        let tensors = merge_into(&base, adapter, config)?;
+        let bytes = serialize(&tensors, None).map_err(|e| e.at(out))?;
+        let target = match path.file_name() {
+            Some(name) if out.is_dir() => out.join(name).with_extension("safetensors"),
+            _ => out.to_owned(),
+        };
+        atomic_file::replace(&target, &bytes).map_err(|e| Error::from(e).at(&target))?;
+        progress(MergeProgress { done: bytes.len() as u64, total: bytes.len() as u64 });
+        return Ok(());
+    }
+    let (mut names, mut total) = (BTreeSet::new(), 0);
+    for path in &paths {
+        let shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
+        total += shard.data;
+        for name in shard.header.offset_keys() {
+            if !names.insert(name.clone()) {
+                return Err(Error::tensor(name, "another shard has it too").at(path));
+            }
+        }
+    }
+    let plan = Plan::new(adapter, config.into(), |name| names.contains(name))?;
+    let mut done = 0;
+    let mut advance = |bytes| {
+        done += bytes;
+        progress(MergeProgress { done, total });
+    };
+    let many = matches!(shards, Shards::Many { .. });
+    if let Shards::Many { folder, .. } = &shards {
+        let same = || {
+            fs::create_dir_all(out)?;
+            Ok(out.canonicalize()? == folder.canonicalize()?)
+        };
+        if same().map_err(|e: std::io::Error| Error::from(e).at(out))? {
+            let reason = "it is the base's own folder: merge into another one";
+            return Err(Error::Invalid(reason.to_owned()).at(out));
+        }
+    }
+    for path in &paths {
+        let target = match path.file_name() {
+            Some(name) if many || out.is_dir() => out.join(name),
+            _ => out.to_owned(),
+        };
+        let mut shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
+        atomic_file::replace_with(&target, |file| shard.merge(&plan, file, &mut advance))
+            .map_err(|e: Error| e.at(path))?;
+    }
+    if let Shards::Many { folder, index, .. } = &shards {
+        let (from, to) = (folder.join(index), out.join(index));
+        let copy = || atomic_file::replace(&to, &fs::read(&from)?);
+        copy().map_err(|e| Error::from(e).at(&to))?;
+    }
+    Ok(())
+}
+
+fn is_torch(paths: &[std::path::PathBuf]) -> Result<bool> {
+    for path in paths {
+        let mut start = vec![];
+        let read = File::open(path).and_then(|file| file.take(8).read_to_end(&mut start));
+        read.map_err(|e| Error::from(e).at(path))?;
+        if torch::is_torch(&start) {
+            if paths.len() > 1 {
+                let reason = "a shard of `torch.save` cannot be merged tensor by tensor";
+                return Err(Error::unsupported("this sharded base", reason).at(path));
+            }
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}

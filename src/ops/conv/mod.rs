@@ -1,0 +1,132 @@
+//! Convolution in 1, 2 and 3 dimensions with a low-rank update of the kernel, and gradients that are
+//! right for every padding, stride, dilation and number of groups.
+//!
+//! candle's conv1d ignores the strides of a non-contiguous kernel in its backward, its conv2d fails on
+//! non-square inputs with a stride remainder, and it has no conv3d. Here a convolution is
+//! `kernel (out, in/g·k) · columns (in/g·k, positions)`.
+
+mod cpu;
+mod device;
+mod geometry;
+mod unfold;
+
+use crate::ops::dropout::dropout_mask;
+use crate::ops::elementwise::{add, mul_frozen};
+use crate::ops::low_rank::LowRank;
+use candle_core::{DType, Device, Result, Tensor};
+use geometry::Sizes;
+
+pub(crate) use geometry::Geometry;
+
+/// `conv(x, W) + conv(dropout(x), ΔW)` with `ΔW = (s·B·A)` reshaped to the kernel: `x` (batch, in,
+/// spatial..) with `w` (out, in/g, k..) to (batch, out, spatial..).
+///
+/// Each operand gets a gradient only if it leads to a variable.
+pub(crate) fn conv(
+    x: &Tensor,
+    w: &Tensor,
+    update: Option<&LowRank>,
+    geometry: Geometry,
+) -> Result<Tensor> {
+    let Some(update) = update else { return base_conv(x, w, geometry) };
+    let factor = update.factors(w.dtype())?.remove(0);
+    let delta = factor.b.matmul(&factor.a)?.reshape(w.shape())?;
+    match dropout_mask(x, update.dropout(), x.dtype())? {
+        // The kernel is small beside the activations: adding ΔW to it costs less than a second
+        // convolution.
+        None => {
+            let w = add(&delta, &w.to_dtype(delta.dtype())?)?;
+            base_conv(x, &w.to_dtype(x.dtype())?, geometry)
+        }
+        Some(mask) => {
+            let dropped = mul_frozen(x, &mask)?;
+            let update = base_conv(&dropped, &delta.to_dtype(x.dtype())?, geometry)?;
+            add(&base_conv(x, w, geometry)?, &update)
+        }
+    }
+}
+
+/// The convolution itself. The CPU computes half precision in F32.
+fn base_conv(x: &Tensor, w: &Tensor, geometry: Geometry) -> Result<Tensor> {
+    let sizes = Sizes::new(geometry, x, w)?;
+    let dtype = x.dtype();
+    let y = match (x.device(), dtype) {
+        (Device::Cpu, DType::F16 | DType::BF16) => {
+            cpu::conv(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, sizes)?.to_dtype(dtype)?
+        }
+        (Device::Cpu, _) => cpu::conv(x, w, sizes)?,
+        _ => device::conv(x, w, &sizes)?,
+    };
+    y.reshape(sizes.output_dims(w.rank() - 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Error;
+    use candle_core::Var;
+
+    /// Outputs and gradients, with one sample and with several for each thread.
+    #[test]
+    fn the_cpu_and_the_device_implementations_agree() -> Result<()> {
+        for threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.map_err(Error::wrap)?.install(they_agree)?;
+        }
+        Ok(())
+    }
+
+    fn they_agree() -> Result<()> {
+        for n in 1..=3usize {
+            for groups in [1, 2] {
+                for (padding, stride, dilation, k) in [
+                    (0, 1, 1, 3),
+                    (1, 2, 1, 3),
+                    (2, 3, 2, 2),
+                    (0, 2, 1, 1),
+                    (3, 1, 3, 3),
+                    (4, 2, 4, 2),
+                ] {
+                    let mut g = Geometry {
+                        groups,
+                        kernel: [1; 3],
+                        padding: [0; 3],
+                        stride: [1; 3],
+                        dilation: [1; 3],
+                    };
+                    for d in 3 - n..3 {
+                        (g.kernel[d], g.padding[d]) = (k, padding);
+                        (g.stride[d], g.dilation[d]) = (stride, dilation);
+                    }
+                    let x_dims = [&[4, 4][..], &[7, 8, 6][3 - n..]].concat();
+                    let w_dims = [&[6, 4 / groups][..], &vec![k; n]].concat();
+                    let x = Var::randn(0f64, 1., x_dims, &Device::Cpu)?;
+                    let w = Var::randn(0f64, 1., w_dims, &Device::Cpu)?;
+                    let y1 = base_conv(&x, &w, g)?;
+                    let y2 = device::conv(&x, &w, &Sizes::new(g, &x, &w)?)?.reshape(y1.shape())?;
+                    let probe = y1.randn_like(0., 1.)?.detach();
+                    let g1 = (&y1 * &probe)?.sum_all()?.backward()?;
+                    let g2 = (&y2 * &probe)?.sum_all()?.backward()?;
+                    for (a, b) in [
+                        (&y1, &y2),
+                        (g1.get(&x).unwrap(), g2.get(&x).unwrap()),
+                        (g1.get(&w).unwrap(), g2.get(&w).unwrap()),
+                    ] {
+                        let d = (a - b)?.abs()?.max_all()?.to_scalar::<f64>()?;
+                        assert!(d < 1e-10, "{n}d {g:?}: {d}");
+                    }
+                    for (x, w) in
+                        [(x.detach(), w.as_tensor().clone()), (x.into_inner(), w.detach())]
+                    {
+                        let sizes = Sizes::new(g, &x, &w)?;
+                        for y in [base_conv(&x, &w, g)?, device::conv(&x, &w, &sizes)?] {
+                            let grads = y.sum_all()?.backward()?;
+                            assert_eq!(grads.get_ids().count(), 1, "{n}d {g:?}: of the variable");
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! Low-rank terms and a bias added to a matrix in place, in blocks of rows that fit a core's cache: one
+//! pass over memory for all of them, and no buffer of the matrix's size.
+
+use super::buffer::filled;
+use super::rank_k::{self, Float};
+use crate::ops::backend::Backend;
+use crate::ops::low_rank::LowRankTerm;
+use candle_core::{CpuStorage, Result, Tensor, WithDType};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
+use std::ops::{AddAssign, Range};
+
+/// A float, and the one in which low-rank terms beside it are computed.
+pub(super) trait Element: WithDType {
+    type Compute: Float;
+
+    /// Has `f` change the values of `y` in the compute dtype, and rounds each once.
+    fn update(y: &mut [Self], f: impl FnOnce(&mut [Self::Compute]) -> Result<()>) -> Result<()>;
+}
+
+macro_rules! full_precision {
+    ($($t:ty)*) => {$(
+        impl Element for $t {
+            type Compute = $t;
+            fn update(y: &mut [$t], f: impl FnOnce(&mut [$t]) -> Result<()>) -> Result<()> {
+                f(y)
+            }
+        }
+    )*};
+}
+full_precision! { f32 f64 }
+
+macro_rules! half_precision {
+    ($($t:ty)*) => {$(
+        impl Element for $t {
+            type Compute = f32;
+            fn update(y: &mut [$t], f: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+                let mut upcast = vec![0.; y.len()];
+                y.convert_to_f32_slice(&mut upcast);
+                f(&mut upcast)?;
+                y.convert_from_f32_slice(&upcast);
+                Ok(())
+            }
+        }
+    )*};
+}
+half_precision! { f16 bf16 }
+
+/// Elements of `y` that one thread works on at a time.
+const BLOCK: usize = 1 << 15;
+
+/// The largest rank of [`rank_k`]: up to it a term is bound by loads and stores, and one pass over `y` is
+/// faster than a GEMM and an addition.
+const MAX_RANK_K: usize = 32;
+
+/// Rows of a contiguous (num, dim) table, plus the term.
+pub(super) fn lookup<T: Element>(
+    table: &[T],
+    ids: &[i64],
+    dim: usize,
+    term: &LowRankTerm,
+) -> Result<Vec<T>> {
+    let mut y = filled(T::zero(), ids.len() * dim);
+    in_blocks(&mut y, dim, None, std::slice::from_ref(term), |y, block| {
+        for (y, id) in y.chunks_exact_mut(dim).zip(&ids[block]) {
+            y.copy_from_slice(&table[*id as usize * dim..][..dim]);
+        }
+    })?;
+    Ok(y)
+}
+
+/// Columns of a contiguous (r, num) matrix, as rows (ids, r). candle's `index_select` copies one value at
+/// a time and needs a transpose.
+pub(in crate::ops) fn gather_columns<T: Copy>(a: &[T], ids: &[i64], num: usize) -> Vec<T> {
+    let mut y = Vec::with_capacity(a.len() / num.max(1) * ids.len());
+    for id in ids {
+        y.extend(a.chunks_exact(num).map(|row| row[*id as usize]));
+    }
+    y
+}
+
+/// `x` in half precision.
+pub(super) fn to_half<T: Copy + Default + Send>(x: &[f32]) -> Vec<T>
+where
+    [T]: HalfFloatSliceExt,
+{
+    let mut y = filled(T::default(), x.len());
+    let blocks = y.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK));
+    blocks.for_each(|(y, x)| y.convert_from_f32_slice(x));
+    y
+}
+
+/// Adds a bias and the terms to `y`, in rows of `n`.
+pub(super) fn add<T: Element>(
+    y: &mut [T],
+    n: usize,
+    bias: Option<&Tensor>,
+    terms: &[LowRankTerm],
+) -> Result<()> {
+    match (bias, terms) {
+        (None, []) => Ok(()),
+        _ => in_blocks(y, n, bias, terms, |_, _| ()),
+    }
+}
+
+/// Has `fill` write each block of rows of `y`, then adds the bias and the terms to it.
+fn in_blocks<T: Element>(
+    y: &mut [T],
+    n: usize,
+    bias: Option<&Tensor>,
+    terms: &[LowRankTerm],
+    fill: impl Fn(&mut [T], Range<usize>) + Sync,
+) -> Result<()> {
+    if y.is_empty() {
+        return Ok(());
+    }
+    let terms = terms.iter().map(PreparedTerm::new).collect::<Result<Vec<_>>>()?;
+    let bias = bias.map(|b| b.to_dtype(T::Compute::DTYPE)?.to_vec1::<T::Compute>()).transpose()?;
+    let by_gemm = terms.iter().any(|term| term.values.is_none());
+    let rows = (if by_gemm { 8 * BLOCK } else { BLOCK } / n).max(1);
+    y.par_chunks_mut(rows * n).enumerate().try_for_each(|(i, y)| {
+        let block = i * rows..i * rows + y.len() / n;
+        fill(y, block.clone());
+        T::update(y, |y| {
+            for term in &terms {
+                term.add_to(y, n, &block)?;
+            }
+            if let Some(bias) = &bias {
+                y.chunks_exact_mut(n).for_each(|y| add_assign(y, bias));
+            }
+            Ok(())
+        })
+    })
+}
+
+/// A term, with its factors as slices for [`rank_k`] where its rank is small.
+struct PreparedTerm<'a, T> {
+    term: &'a LowRankTerm,
+    u: Tensor,
+    values: Option<(Vec<T>, Vec<T>)>,
+}
+
+impl<'a, T: Float> PreparedTerm<'a, T> {
+    fn new(term: &'a LowRankTerm) -> Result<Self> {
+        let slice = |t: &Tensor| t.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1();
+        let values =
+            if term.rank() <= MAX_RANK_K { Some((slice(&term.u)?, slice(&term.v)?)) } else { None };
+        // Not every backend's GEMM takes rows of a transposed matrix.
+        Ok(Self { term, u: term.u.contiguous()?, values })
+    }
+
+    /// Adds the term to the rows `block` of a matrix of `n` columns.
+    fn add_to(&self, y: &mut [T], n: usize, block: &Range<usize>) -> Result<()> {
+        let term = self.term;
+        let (from, to) = (block.start.max(term.rows.start), block.end.min(term.rows.end));
+        if from >= to {
+            return Ok(());
+        }
+        let y = &mut y[(from - block.start) * n..(to - block.start) * n];
+        let (at, cols, rank) = (from - term.rows.start, term.cols.clone(), term.rank());
+        if let Some((u, v)) = &self.values {
+            rank_k::add(y, n, cols, &u[at * rank..][..(to - from) * rank], v, rank);
+            return Ok(());
+        }
+        let ((u, ul), (v, vl)) = (self.u.storage_and_layout(), term.v.storage_and_layout());
+        let ul = ul.narrow(0, at, to - from)?;
+        let product = CpuStorage::of(&u)?.gemm(&ul, CpuStorage::of(&v)?, vl)?;
+        let product = T::cpu_storage_as_slice(&product)?;
+        let lines = y.chunks_exact_mut(n).zip(product.chunks_exact(cols.len()));
+        lines.for_each(|(y, product)| add_assign(&mut y[cols.clone()], product));
+        Ok(())
+    }
+}
+
+pub(in crate::ops) fn add_assign<T: Copy + AddAssign>(y: &mut [T], x: &[T]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
+}

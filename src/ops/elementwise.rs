@@ -1,0 +1,119 @@
+//! Sums and products with operands that may be frozen. candle's own allocate a gradient of `x`'s size
+//! for a frozen operand, and sum a bias's gradient slowly.
+
+use super::backend::Backend;
+use super::low_rank::compute_dtype;
+use super::op::{if_tracked, Custom, Op};
+use candle_core::op::{Add, Mul};
+use candle_core::{bail, Layout, Result, Shape, Tensor};
+
+/// `x + c` of one shape, with a gradient for each operand that is tracked.
+pub(crate) fn add(x: &Tensor, c: &Tensor) -> Result<Tensor> {
+    match (x.track_op(), c.track_op()) {
+        (true, true) => x + c,
+        (false, true) => add(c, x),
+        (_, false) => add_frozen(x, c),
+    }
+}
+
+/// `x + bias`, with a bias (n) along the dimension `dim` of `x`, and a gradient for each operand that is
+/// tracked.
+pub(crate) fn add_bias(x: &Tensor, bias: &Tensor, dim: usize) -> Result<Tensor> {
+    let n = bias.dims1()?;
+    let bias = bias.reshape([&[n][..], &vec![1; x.rank().saturating_sub(dim + 1)]].concat())?;
+    if !bias.track_op() {
+        return add_frozen(x, &bias.broadcast_as(x.shape())?);
+    }
+    same_device(x, &bias)?;
+    match x.elem_count() {
+        0 => Ok(x.clone()),
+        _ => x.apply_op2(&bias, Custom(AddBiasOp)),
+    }
+}
+
+fn add_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
+    same_device(x, c)?;
+    match x.elem_count() {
+        // Devices refuse empty sums.
+        0 => Ok(x.clone()),
+        _ => x.apply_op1(Custom(AddFrozenOp(c.detach()))),
+    }
+}
+
+fn same_device(x: &Tensor, c: &Tensor) -> Result<()> {
+    if !c.device().same_device(x.device()) {
+        bail!(
+            "the operands of a sum are on {:?} and {:?}",
+            x.device().location(),
+            c.device().location()
+        )
+    }
+    Ok(())
+}
+
+/// `x ∘ c`, with `c` of any shape that broadcasts to `x`'s.
+pub(crate) fn mul_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
+    x.apply_op1(Custom(MulFrozenOp(c.detach().broadcast_as(x.shape())?)))
+}
+
+struct AddFrozenOp(Tensor);
+
+impl Op<1> for AddFrozenOp {
+    const NAME: &'static str = "add-frozen";
+
+    fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
+        let (c, cl) = self.0.storage_and_layout();
+        Ok((x.binary_impl::<Add>(S::of(&c)?, l, cl)?, l.shape().clone()))
+    }
+
+    fn backward(&self, _: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        Ok([Some(grad.clone())])
+    }
+}
+
+/// The bias is (n, 1, ..) and broadcasts.
+struct AddBiasOp;
+
+impl Op<2> for AddBiasOp {
+    const NAME: &'static str = "add-bias";
+
+    fn forward<S: Backend>(&self, [(x, l), (b, bl)]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
+        let bl = bl.broadcast_as(l.shape().clone())?;
+        Ok((x.binary_impl::<Add>(b, l, &bl)?, l.shape().clone()))
+    }
+
+    /// The bias's gradient is a sum over all other dimensions, computed by products with ones: candle's
+    /// sum over leading dimensions is many times slower.
+    fn backward(&self, [x, b]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
+        let sum = || {
+            let g = grad.to_dtype(compute_dtype(grad.dtype()))?.contiguous()?;
+            let (n, after) = (b.dim(0)?, x.dims()[x.rank() + 1 - b.rank()..].iter().product());
+            let before = x.elem_count() / (n * after);
+            let ones = |dims: (usize, usize)| Tensor::ones(dims, g.dtype(), g.device());
+            let g = match after {
+                1 => g.reshape((before, n))?,
+                _ => g.reshape((before * n, after))?.matmul(&ones((after, 1))?)?,
+            };
+            ones((1, before))?
+                .matmul(&g.reshape((before, n))?)?
+                .reshape(b.shape())?
+                .to_dtype(b.dtype())
+        };
+        Ok([if_tracked(x, || Ok(grad.clone()))?, if_tracked(b, sum)?])
+    }
+}
+
+struct MulFrozenOp(Tensor);
+
+impl Op<1> for MulFrozenOp {
+    const NAME: &'static str = "mul-frozen";
+
+    fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
+        let (c, cl) = self.0.storage_and_layout();
+        Ok((x.binary_impl::<Mul>(S::of(&c)?, l, cl)?, l.shape().clone()))
+    }
+
+    fn backward(&self, _: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        Ok([Some((grad * &self.0)?)])
+    }
+}

@@ -1,0 +1,26 @@
+//! The factors of a layer during a conversion.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+/// The factors of a layer and its rank.
+#[derive(Debug)]
+pub(super) struct Factors {
+    pub a: Tensor,
+    pub b: Tensor,
+    pub r: usize,
+}
+
+/// The `lora_alpha` that gives rank `to` the scaling of `alpha` and rank `from`.
+pub(super) fn same_scaling(alpha: f64, from: usize, to: usize, rslora: bool) -> f64 {
+    match (from == to, rslora) {
+        (true, _) => alpha,
+        (false, true) => alpha * (to as f64 / from as f64).sqrt(),
+        (false, false) => alpha * to as f64 / from as f64,
+    }
+}
+
+/// Whether every value is zero.
+pub(super) fn is_zero(t: &Tensor) -> Result<bool> {
+    let t = t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
+    Ok(t.elem_count() == 0 || t.abs()?.max(0)?.to_scalar::<f64>()? == 0.)
+}

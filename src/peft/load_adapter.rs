@@ -1,0 +1,48 @@
+//! Loads a folder in PEFT's format into the variables of an existing model.
+
+use super::load::load_pretrained_as;
+use crate::utils::names::{is_lora, split};
+use crate::utils::{load_state_dict, AdapterConfig, LayerConfig, LoadReport, Strict};
+use crate::{Error, Result};
+use candle_core::Device;
+use candle_nn::VarMap;
+use std::path::Path;
+
+/// Reads an adapter into the variables of `vars`: all of it or, on an error, nothing. The model was built
+/// with `config`: a [`LoraConfig`](crate::LoraConfig), or an [`AdapterConfig`] with the layers that are not a
+/// [`Linear`](crate::Linear). A merged model uses the new values after the next `eval()`.
+///
+/// # Errors
+/// As [`load_pretrained_as`] and [`load_state_dict`]; and if a layer's rank or scaling differs from
+/// `config`'s.
+pub fn load_adapter(
+    dir: impl AsRef<Path>,
+    vars: &VarMap,
+    config: impl Into<AdapterConfig>,
+    strict: Strict,
+) -> Result<LoadReport> {
+    let (dir, config) = (dir.as_ref(), config.into());
+    let kind = |(module, layer): (_, &LayerConfig)| Some((module, layer.kind.clone()?));
+    let kinds: Vec<_> = config.layers.iter().filter_map(kind).collect();
+    let (saved, tensors) = load_pretrained_as(dir, &kinds, &Device::Cpu)?;
+    let load = || {
+        for name in tensors.keys().filter(|name| is_lora(name)) {
+            let path = split(name).0;
+            let (saved, model) = (saved.lora_config(path), config.lora_config(path));
+            if saved.r != model.r {
+                let reason =
+                    format!("its rank is {}, the configuration has r = {}", saved.r, model.r);
+                return Err(Error::tensor(name, reason));
+            }
+            let (saved, model) = (saved.scaling(), model.scaling());
+            // A conversion to another rank and back rounds lora_alpha.
+            let same = (saved - model).abs() <= 1e-12 * saved.abs();
+            if !same {
+                let reason = format!("its scaling is {saved}, the configuration's {model}");
+                return Err(Error::tensor(name, reason));
+            }
+        }
+        load_state_dict(vars, &tensors, strict)
+    };
+    load().map_err(|e: Error| e.at(dir))
+}

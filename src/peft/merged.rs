@@ -1,0 +1,64 @@
+//! A merged linear layer's factors in loralib's shapes and in PEFT's: one Linear of rank r·e whose B is
+//! block-diagonal over the e enabled splits.
+
+use super::factors::{is_zero, Factors};
+use crate::layers::{LayerKind, Total};
+use candle_core::{bail, Result, Tensor};
+
+/// loralib's factors as PEFT's; `None` if their shapes do not fit.
+pub(super) fn to_peft(kind: &LayerKind, Factors { a, b, r }: &Factors) -> Result<Option<Factors>> {
+    let ((rows, _), (outs, ranks)) = (a.dims2()?, b.dims2()?);
+    let Some(splits) = kind.splits(Total::Enabled(outs)) else { return Ok(None) };
+    let enabled = splits.iter().filter(|(_, on)| *on).count();
+    if ranks != *r || rows != r * enabled {
+        return Ok(None);
+    }
+    let (mut blocks, mut row, mut at) = (vec![], 0, 0);
+    for (size, on) in splits {
+        blocks.push(match on {
+            false => Tensor::zeros((size, rows), b.dtype(), b.device())?,
+            true => {
+                let block = b.narrow(0, row, size)?;
+                let block = block.pad_with_zeros(1, at * r, rows - (at + 1) * r)?;
+                (row, at) = (row + size, at + 1);
+                block
+            }
+        });
+    }
+    Ok(Some(Factors { a: a.clone(), b: Tensor::cat(&blocks, 0)?, r: rows }))
+}
+
+/// PEFT's factors as loralib's: the inverse of [`to_peft`].
+pub(super) fn from_peft(kind: &LayerKind, a: Tensor, b: Tensor) -> Result<Factors> {
+    let (out, ranks) = b.dims2()?;
+    let Some(splits) = kind.splits(Total::All(out)) else {
+        bail!("the splits of {kind:?} do not sum to {out} outputs")
+    };
+    let (mut parts, mut row) = (vec![], 0);
+    for (size, on) in splits {
+        let part = b.narrow(0, row, size)?;
+        row += size;
+        if on {
+            parts.push(part);
+        } else if !is_zero(&part)? {
+            bail!("lora_B {:?} updates outputs that are not enabled in {kind:?}", b.dims())
+        }
+    }
+    let Some(own) = ranks.checked_div(parts.len()) else {
+        bail!("no split of {kind:?} is enabled")
+    };
+    let mut diagonal = own * parts.len() == ranks;
+    for (i, part) in parts.iter().enumerate() {
+        diagonal = diagonal
+            && is_zero(&part.narrow(1, 0, i * own)?)?
+            && is_zero(&part.narrow(1, (i + 1) * own, ranks - (i + 1) * own)?)?;
+    }
+    if !diagonal {
+        // Each split uses all ranks.
+        let a = Tensor::cat(&vec![a; parts.len()], 0)?;
+        return Ok(Factors { a, b: Tensor::cat(&parts, 0)?, r: ranks });
+    }
+    let blocks: Result<Vec<_>> =
+        parts.iter().enumerate().map(|(i, part)| part.narrow(1, i * own, own)).collect();
+    Ok(Factors { a, b: Tensor::cat(&blocks?, 0)?, r: own })
+}

@@ -1,0 +1,150 @@
+//! The configuration of an adapter: its options, and what its tensors do not tell of the layers.
+
+use super::bias::Bias;
+use super::names::{ends_in, join};
+use super::trainable::Trainable;
+use crate::layers::{LayerKind, LoraConfig};
+use crate::{Error, Result};
+use std::collections::BTreeMap;
+
+/// The options of an adapter, and those of single layers.
+///
+/// `AdapterConfig::from(cfg)` is the configuration of an adapter whose layers all have the options `cfg`,
+/// with undeclared kinds. A [`LoraConfig`] is accepted wherever an `AdapterConfig` is.
+///
+/// ```
+/// use loralib::{layers::LayerKind, AdapterConfig, LoraConfig};
+/// let cfg = LoraConfig { r: 8, lora_alpha: 16., ..Default::default() };
+/// let config = AdapterConfig::from(cfg)
+///     .with_layer("", LayerKind::Linear) // every layer, if no other entry matches
+///     .with_layer("c_attn", LayerKind::MergedLinear(vec![true, false, true]))
+///     .with_layer("wte", LayerKind::Embedding);
+/// assert_eq!(config.kind("h.0.attn.c_attn"), Some(&LayerKind::MergedLinear(vec![true, false, true])));
+/// ```
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct AdapterConfig {
+    /// The options of every layer that has no others in `layers`.
+    pub lora: LoraConfig,
+    /// The biases that the adapter contains. Default none.
+    pub bias: Bias,
+    /// Modules that the adapter contains as a whole, such as a new head.
+    pub modules_to_save: Vec<String>,
+    /// Layers by their path or the end of it after a dot. The longest entry that matches counts; the
+    /// empty one matches every layer.
+    pub layers: BTreeMap<String, LayerConfig>,
+    /// For [`peft::save_pretrained`](crate::peft::save_pretrained): saves all layers with one rank and
+    /// alpha, for servers such as vLLM that ignore `rank_pattern` and `alpha_pattern`. Smaller factors
+    /// are padded with zeros; all layers must have one scaling. Default `false`.
+    pub one_rank: bool,
+    /// PEFT's name of the base model, which its loaders look for.
+    pub base_model_name_or_path: Option<String>,
+    /// PEFT's task type, such as `CAUSAL_LM`.
+    pub task_type: Option<String>,
+}
+
+/// The options of one layer; `None` where they are the adapter's, or the kind is not known.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct LayerConfig {
+    /// The kind of the layer. Tensors do not tell it: a square weight may belong to a `Linear`, a `Linear`
+    /// with `fan_in_fan_out` or an `Embedding`.
+    pub kind: Option<LayerKind>,
+    /// The rank.
+    pub r: Option<usize>,
+    /// `lora_alpha`.
+    pub lora_alpha: Option<f64>,
+    /// Whether the weight is stored as (in, out).
+    pub fan_in_fan_out: Option<bool>,
+}
+
+impl From<LoraConfig> for AdapterConfig {
+    fn from(lora: LoraConfig) -> Self {
+        Self { lora, ..Default::default() }
+    }
+}
+
+impl From<&LoraConfig> for AdapterConfig {
+    fn from(lora: &LoraConfig) -> Self {
+        Self::from(*lora)
+    }
+}
+
+impl From<&AdapterConfig> for AdapterConfig {
+    fn from(config: &AdapterConfig) -> Self {
+        config.clone()
+    }
+}
+
+impl From<&AdapterConfig> for Trainable {
+    fn from(config: &AdapterConfig) -> Self {
+        config.modules_to_save.iter().fold(config.bias.into(), Self::and)
+    }
+}
+
+impl AdapterConfig {
+    /// Declares the kind of the layers whose path is `module` or ends in it after a dot. A layer gives
+    /// its own by [`kind`](crate::layers::Adapted::kind).
+    pub fn with_layer(mut self, module: impl Into<String>, kind: LayerKind) -> Self {
+        self.layers.entry(module.into()).or_default().kind = Some(kind);
+        self
+    }
+
+    /// Takes the biases and modules of a selection, which are trained and saved with the adapter.
+    /// `Trainable::from(&config)` gives the selection back.
+    ///
+    /// ```
+    /// use loralib::{AdapterConfig, Bias, LoraConfig, Trainable};
+    /// let cfg = LoraConfig { r: 8, lora_alpha: 16., ..Default::default() };
+    /// let selection = Bias::All.and("classifier");
+    /// let config = AdapterConfig::from(cfg).with_trainable(selection.clone())?;
+    /// assert_eq!(config.modules_to_save, ["classifier"]);
+    /// assert_eq!(Trainable::from(&config), selection);
+    /// # Ok::<(), loralib::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If it is [`Trainable::all_parameters`], which is not an adapter.
+    pub fn with_trainable(mut self, trainable: impl Into<Trainable>) -> Result<Self> {
+        (self.bias, self.modules_to_save) = trainable.into().into_parts().ok_or_else(|| {
+            Error::unsupported("`Trainable::all_parameters`", "full fine-tuning has no adapter")
+        })?;
+        Ok(self)
+    }
+
+    /// The options of the layer at `path`: the adapter's, with the layer's own rank, alpha and
+    /// orientation, and without options that its kind does not support.
+    pub fn lora_config(&self, path: &str) -> LoraConfig {
+        let (mut cfg, Some((_, layer))) = (self.lora, self.layer(path)) else { return self.lora };
+        cfg.r = layer.r.unwrap_or(cfg.r);
+        cfg.lora_alpha = layer.lora_alpha.unwrap_or(cfg.lora_alpha);
+        cfg.fan_in_fan_out = layer.fan_in_fan_out.unwrap_or(cfg.fan_in_fan_out);
+        let kind = layer.kind.as_ref();
+        cfg.fan_in_fan_out &= kind.is_none_or(LayerKind::is_linear);
+        if kind == Some(&LayerKind::Embedding) {
+            cfg.lora_dropout = 0.;
+        }
+        cfg
+    }
+
+    /// The kind of the layer at `path`, if it is known.
+    pub fn kind(&self, path: &str) -> Option<&LayerKind> {
+        self.layer(path)?.1.kind.as_ref()
+    }
+
+    /// The entry of `layers` for a path.
+    pub(crate) fn layer(&self, path: &str) -> Option<(&str, &LayerConfig)> {
+        let matching = self.layers.iter().filter(|(module, _)| ends_in(path, module));
+        matching.max_by_key(|(module, _)| module.len()).map(|(module, layer)| (&**module, layer))
+    }
+
+    /// An error if an entry of `layers` matches no layer of the adapter. The empty entry, a default, may.
+    pub(crate) fn check_used<'a>(&self, paths: impl Iterator<Item = &'a str>) -> Result<()> {
+        let used: Vec<_> = paths.filter_map(|path| Some(self.layer(path)?.0)).collect();
+        match self.layers.keys().find(|m| !m.is_empty() && !used.contains(&m.as_str())) {
+            None => Ok(()),
+            Some(module) => Err(Error::tensor(
+                join(module, "lora_A"),
+                "the configuration has this layer, the adapter does not",
+            )),
+        }
+    }
+}
