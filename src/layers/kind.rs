@@ -50,11 +50,11 @@ impl LayerKind {
     pub(crate) fn splits(&self, total: Total) -> Option<Vec<(usize, bool)>> {
         match self {
             Self::MergedLinear(enabled) => {
-                let (sum, parts) = match total {
+                let (sum, count) = match total {
                     Total::All(sum) => (sum, enabled.len()),
                     Total::Enabled(sum) => (sum, enabled.iter().filter(|on| **on).count()),
                 };
-                let size = (sum.checked_rem(parts) == Some(0)).then(|| sum / parts)?;
+                let size = (sum.checked_rem(count) == Some(0)).then(|| sum / count)?;
                 Some(enabled.iter().map(|on| (size, *on)).collect())
             }
             Self::MergedSplits(splits) => {

@@ -34,31 +34,31 @@ pub(super) fn from_peft(kind: &LayerKind, a: Tensor, b: Tensor) -> Result<Factor
     let Some(splits) = kind.splits(Total::All(out)) else {
         bail!("the splits of {kind:?} do not sum to {out} outputs")
     };
-    let (mut parts, mut row) = (vec![], 0);
+    let (mut blocks, mut row) = (vec![], 0);
     for (size, on) in splits {
-        let part = b.narrow(0, row, size)?;
+        let block = b.narrow(0, row, size)?;
         row += size;
         if on {
-            parts.push(part);
-        } else if !is_zero(&part)? {
+            blocks.push(block);
+        } else if !is_zero(&block)? {
             bail!("lora_B {:?} updates outputs that are not enabled in {kind:?}", b.dims())
         }
     }
-    let Some(own) = ranks.checked_div(parts.len()) else {
+    let Some(own) = ranks.checked_div(blocks.len()) else {
         bail!("no split of {kind:?} is enabled")
     };
-    let mut diagonal = own * parts.len() == ranks;
-    for (i, part) in parts.iter().enumerate() {
+    let mut diagonal = own * blocks.len() == ranks;
+    for (i, block) in blocks.iter().enumerate() {
         diagonal = diagonal
-            && is_zero(&part.narrow(1, 0, i * own)?)?
-            && is_zero(&part.narrow(1, (i + 1) * own, ranks - (i + 1) * own)?)?;
+            && is_zero(&block.narrow(1, 0, i * own)?)?
+            && is_zero(&block.narrow(1, (i + 1) * own, ranks - (i + 1) * own)?)?;
     }
     if !diagonal {
         // Each split uses all ranks.
-        let a = Tensor::cat(&vec![a; parts.len()], 0)?;
-        return Ok(Factors { a, b: Tensor::cat(&parts, 0)?, r: ranks });
+        let a = Tensor::cat(&vec![a; blocks.len()], 0)?;
+        return Ok(Factors { a, b: Tensor::cat(&blocks, 0)?, r: ranks });
     }
     let blocks: Result<Vec<_>> =
-        parts.iter().enumerate().map(|(i, part)| part.narrow(1, i * own, own)).collect();
+        blocks.iter().enumerate().map(|(i, block)| block.narrow(1, i * own, own)).collect();
     Ok(Factors { a, b: Tensor::cat(&blocks?, 0)?, r: own })
 }
