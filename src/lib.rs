@@ -2,13 +2,16 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod adapter;
 mod error;
 pub mod layers;
 pub mod merge;
+pub mod nn;
 mod ops;
 pub mod peft;
 pub mod utils;
 
+pub use adapter::{Adapter, Targets};
 #[doc(hidden)] // for lora_module!
 pub use candle_core;
 pub use error::{Error, Result};

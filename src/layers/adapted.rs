@@ -28,6 +28,12 @@ pub(super) mod sealed {
     pub trait Sealed {}
 }
 
+impl<K> Adapted<K> {
+    pub(crate) fn from_parts(kind: K, weight: Weight) -> Self {
+        Self { kind, weight }
+    }
+}
+
 impl<K: Kind> Adapted<K> {
     /// The kind of the layer, for an [`AdapterConfig`](crate::AdapterConfig).
     pub fn kind(&self) -> LayerKind {

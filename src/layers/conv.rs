@@ -154,15 +154,20 @@ impl Conv3d {
 impl<C: ConvConfig> Adapted<C> {
     fn geometry(&self) -> Geometry {
         let (padding, stride, dilation, groups) = self.kind.options();
-        let k = self.weight.base().dims()[2];
         let spatial = |value, none| {
             let mut sizes = [none; 3];
             sizes[3 - C::N..].fill(value);
             sizes
         };
+        let mut kernel = [1; 3];
+        for (size, dim) in
+            kernel[3 - C::N..].iter_mut().zip(self.weight.base().dims().iter().skip(2))
+        {
+            *size = *dim;
+        }
         Geometry {
             groups,
-            kernel: spatial(k, 1),
+            kernel,
             padding: spatial(padding, 0),
             stride: spatial(stride, 1),
             dilation: spatial(dilation, 1),
@@ -181,7 +186,8 @@ fn wrap<C: ConvConfig>(
     Ok(Adapted { kind, weight: weight.with_bias(wrapped_bias(bias, &at_prefix(&vb, "bias"))?) })
 }
 
-fn adapt<C: ConvConfig>(
+/// The kernel with its update from `vb`.
+pub(crate) fn adapt<C: ConvConfig>(
     base: &Tensor,
     kind: C,
     cfg: &LoraConfig,

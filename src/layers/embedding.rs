@@ -49,17 +49,7 @@ impl Embedding {
     /// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`), or `vb` has
     /// tensors of other shapes.
     pub fn new(base: candle_nn::Embedding, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
-        let weight = base.embeddings();
-        cfg.validate(weight.dtype())?;
-        refuse_options(
-            "an embedding",
-            &[("lora_dropout", cfg.lora_dropout > 0.), ("fan_in_fan_out", cfg.fan_in_fan_out)],
-        )?;
-        let (num, dim) = weight.dims2()?;
-        let update = || low_rank((cfg.r, num), dim, FactorInit::NormalB, &cfg, weight.dtype(), &vb);
-        let update = (cfg.r > 0).then(update).transpose()?;
-        let weight = Weight::new(weight.clone(), update, Placement::Transposed, &cfg)?;
-        Ok(Self { kind: EmbeddingKind, weight })
+        Ok(Self { kind: EmbeddingKind, weight: adapt(base.embeddings(), &cfg, &vb)? })
     }
 
     /// The candle_nn layer with the merged table.
@@ -71,6 +61,19 @@ impl Embedding {
         let dim = weight.dim(1)?;
         Ok(candle_nn::Embedding::new(weight, dim))
     }
+}
+
+/// The table with its update from `vb`.
+pub(crate) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
+    cfg.validate(base.dtype())?;
+    refuse_options(
+        "an embedding",
+        &[("lora_dropout", cfg.lora_dropout > 0.), ("fan_in_fan_out", cfg.fan_in_fan_out)],
+    )?;
+    let (num, dim) = base.dims2()?;
+    let update = || low_rank((cfg.r, num), dim, FactorInit::NormalB, cfg, base.dtype(), vb);
+    let update = (cfg.r > 0).then(update).transpose()?;
+    Weight::new(base.clone(), update, Placement::Transposed, cfg)
 }
 
 impl Module for Embedding {

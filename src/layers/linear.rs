@@ -10,7 +10,7 @@ use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
 /// The kind of [`Linear`].
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct LinearKind {
     fan_in_fan_out: bool,
 }
@@ -119,7 +119,8 @@ impl LinearKind {
     }
 }
 
-fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
+/// The weight with its update from `vb`.
+pub(crate) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
     cfg.validate(base.dtype())?;
     let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;

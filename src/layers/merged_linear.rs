@@ -115,7 +115,8 @@ fn equal_splits(out_dim: usize, enable_lora: &[bool]) -> Result<Vec<(usize, bool
     Ok(enable_lora.iter().map(|&enabled| (out_dim / enable_lora.len(), enabled)).collect())
 }
 
-fn adapt(
+/// The weight with the updates of its splits from `vb`.
+pub(crate) fn adapt(
     base: &Tensor,
     splits: &[(usize, bool)],
     cfg: &LoraConfig,

@@ -4,6 +4,7 @@ use super::config::LoraConfig;
 use super::mode::Mode;
 use crate::ops::{self, LowRank};
 use candle_core::{bail, Result, Tensor};
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// How `B·A` is stored in the weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,18 +17,31 @@ pub(crate) enum Placement {
     Reshaped,
 }
 
+/// A weight with a mode of its own, or with one that all layers of an adapter share.
 #[derive(Debug, Clone)]
-pub(crate) struct Weight {
+pub(crate) enum Weight {
+    Own(Tensors, State),
+    Shared(Arc<SharedWeight>),
+}
+
+/// A weight whose mode an adapter sets. Clones of a layer share it.
+#[derive(Debug)]
+pub(crate) struct SharedWeight {
+    tensors: Tensors,
+    state: RwLock<State>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Tensors {
     base: Tensor,
     bias: Option<Tensor>,
     update: Option<LowRank>,
     placement: Placement,
     merge_weights: bool,
-    state: State,
 }
 
 #[derive(Debug, Clone)]
-enum State {
+pub(crate) enum State {
     Train,
     Eval { merged: Option<MergedCopy> },
 }
@@ -64,59 +78,130 @@ impl Weight {
             Some(_) => base.detach(),
             None => base,
         };
-        let (merge_weights, state) = (cfg.merge_weights, State::Train);
-        Ok(Self { base, bias: None, update, placement, merge_weights, state })
+        let merge_weights = cfg.merge_weights;
+        let tensors = Tensors { base, bias: None, update, placement, merge_weights };
+        Ok(Self::Own(tensors, State::Train))
+    }
+
+    /// A weight without an update.
+    pub fn plain(base: Tensor, bias: Option<Tensor>, placement: Placement) -> Self {
+        let tensors = Tensors { base, bias, update: None, placement, merge_weights: true };
+        Self::Own(tensors, State::Train)
     }
 
     pub fn with_bias(self, bias: Option<Tensor>) -> Self {
-        Self { bias, ..self }
+        let Self::Own(tensors, state) = self else { return self };
+        Self::Own(Tensors { bias, ..tensors }, state)
     }
 
-    pub fn base(&self) -> &Tensor {
-        &self.base
+    /// Shares the mode with all clones, in training or evaluation from the start.
+    pub fn shared(self, mode: Mode) -> Result<Self> {
+        let Self::Own(tensors, _) = self else { return Ok(self) };
+        let state = RwLock::new(tensors.state(mode)?);
+        Ok(Self::Shared(Arc::new(SharedWeight { tensors, state })))
     }
 
-    pub fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
-    }
-
-    pub fn update(&self) -> Option<&LowRank> {
-        self.update.as_ref()
-    }
-
-    pub fn mode(&self) -> Mode {
-        match self.state {
-            State::Train => Mode::Train,
-            State::Eval { .. } => Mode::Eval,
+    fn tensors(&self) -> &Tensors {
+        match self {
+            Self::Own(tensors, _) => tensors,
+            Self::Shared(shared) => &shared.tensors,
         }
     }
 
+    fn with_state<R>(&self, f: impl FnOnce(&State) -> R) -> R {
+        match self {
+            Self::Own(_, state) => f(state),
+            Self::Shared(shared) => f(&shared.state.read().unwrap_or_else(PoisonError::into_inner)),
+        }
+    }
+
+    pub fn base(&self) -> &Tensor {
+        &self.tensors().base
+    }
+
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.tensors().bias.as_ref()
+    }
+
+    pub fn update(&self) -> Option<&LowRank> {
+        self.tensors().update.as_ref()
+    }
+
+    pub fn mode(&self) -> Mode {
+        self.with_state(|state| match state {
+            State::Train => Mode::Train,
+            State::Eval { .. } => Mode::Eval,
+        })
+    }
+
     pub fn is_merged(&self) -> bool {
-        matches!(self.state, State::Eval { merged: Some(_) })
+        self.with_state(|state| matches!(state, State::Eval { merged: Some(_) }))
     }
 
     /// In evaluation all tensors are detached, so that no graph is recorded.
     pub fn effective(&self) -> Effective {
-        let (weight, bias, update) = match &self.state {
-            State::Train => (self.base.clone(), self.bias.clone(), self.update.clone()),
+        let Tensors { base, bias, update, .. } = self.tensors();
+        let (weight, bias, update) = self.with_state(|state| match state {
+            State::Train => (base.clone(), bias.clone(), update.clone()),
             State::Eval { merged: Some(copy) } => (copy.weight.clone(), copy.bias.clone(), None),
             State::Eval { merged: None } => (
-                self.base.detach(),
-                self.bias.as_ref().map(Tensor::detach),
-                self.update.as_ref().map(LowRank::detached),
+                base.detach(),
+                bias.as_ref().map(Tensor::detach),
+                update.as_ref().map(LowRank::detached),
             ),
-        };
+        });
         Effective { weight, bias, update }
     }
 
-    /// Copies, which later changes of the variables do not reach.
+    /// See [`Tensors::merged_copy`].
     pub fn merged_copy(&self) -> Result<MergedCopy> {
+        self.tensors().merged_copy()
+    }
+
+    /// See [`Tensors::merged`].
+    pub fn merged(&self) -> Result<Tensor> {
+        self.tensors().merged()
+    }
+
+    /// Sets the mode of this layer alone: a shared one is no longer followed.
+    pub fn set_mode(&mut self, mode: Mode) -> Result<()> {
+        let state = self.tensors().state(mode)?;
+        *self = Self::Own(self.tensors().clone(), state);
+        Ok(())
+    }
+}
+
+impl SharedWeight {
+    /// The state for a mode, to be set when all layers have one.
+    pub fn prepare(&self, mode: Mode) -> Result<State> {
+        self.tensors.state(mode)
+    }
+
+    pub fn set(&self, state: State) {
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+}
+
+impl Tensors {
+    /// Merges for [`Mode::Eval`], unless `merge_weights` is off.
+    fn state(&self, mode: Mode) -> Result<State> {
+        Ok(match mode {
+            Mode::Train => State::Train,
+            Mode::Eval if self.merge_weights && self.update.is_some() => {
+                State::Eval { merged: Some(self.merged_copy()?) }
+            }
+            Mode::Eval => State::Eval { merged: None },
+        })
+    }
+
+    /// Copies, which later changes of the variables do not reach.
+    fn merged_copy(&self) -> Result<MergedCopy> {
         let bias = self.bias.as_ref().map(Tensor::copy).transpose()?;
         Ok(MergedCopy { weight: self.merged()?, bias: bias.map(|bias| bias.detach()) })
     }
 
     /// `W + ΔW` in W's layout, without a graph. The base is never written.
-    pub fn merged(&self) -> Result<Tensor> {
+    fn merged(&self) -> Result<Tensor> {
         let Some(update) = &self.update else {
             let base = if self.base.is_variable() { self.base.copy()? } else { self.base.clone() };
             return Ok(base.detach());
@@ -128,16 +213,5 @@ impl Weight {
         let transposed = self.placement == Placement::Transposed;
         let terms = update.terms(self.base.dtype(), matrix, transposed)?;
         ops::merge(&self.base, matrix, terms)
-    }
-
-    pub fn set_mode(&mut self, mode: Mode) -> Result<()> {
-        self.state = match mode {
-            Mode::Train => State::Train,
-            Mode::Eval if self.merge_weights && self.update.is_some() => {
-                State::Eval { merged: Some(self.merged_copy()?) }
-            }
-            Mode::Eval => State::Eval { merged: None },
-        };
-        Ok(())
     }
 }

@@ -13,6 +13,7 @@ use crate::Result;
 pub use add_weighted::add_weighted;
 pub use files::{merge_files, MergeProgress};
 use plan::Plan;
+pub(crate) use weight::merged_weight;
 
 /// All tensors of the base, the adapted weights with ΔW added and rounded once, and the biases and
 /// modules of the adapter in place of the base's. Names, shapes and dtypes are the base's.

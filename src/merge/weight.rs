@@ -9,7 +9,7 @@ use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 use std::collections::HashMap;
 
 /// `W + ΔW` of the layer that `kind` declares or, if it is `None`, that the shapes determine.
-pub(super) fn merged_weight(
+pub(crate) fn merged_weight(
     w: &Tensor,
     a: &Tensor,
     b: &Tensor,

@@ -66,7 +66,7 @@ impl Op<1> for AddFrozenOp {
         Ok((x.binary_impl::<Add>(S::of(&c)?, l, cl)?, l.shape().clone()))
     }
 
-    fn backward(&self, _: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+    fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
         Ok([Some(grad.clone())])
     }
 }
@@ -84,7 +84,12 @@ impl Op<2> for AddBiasOp {
 
     /// The bias's gradient is a sum over all other dimensions, computed by products with ones: candle's
     /// sum over leading dimensions is many times slower.
-    fn backward(&self, [x, b]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
+    fn backward(
+        &self,
+        [x, b]: [&Tensor; 2],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 2]> {
         let sum = || {
             let g = grad.to_dtype(compute_dtype(grad.dtype()))?.contiguous()?;
             let (n, after) = (b.dim(0)?, x.dims()[x.rank() + 1 - b.rank()..].iter().product());
@@ -113,7 +118,7 @@ impl Op<1> for MulFrozenOp {
         Ok((x.binary_impl::<Mul>(S::of(&c)?, l, cl)?, l.shape().clone()))
     }
 
-    fn backward(&self, _: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+    fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
         Ok([Some((grad * &self.0)?)])
     }
 }

@@ -96,7 +96,12 @@ impl Op<2> for LoraEmbeddingOp {
         Ok((S::of(&w)?.lookup(wl, S::of(&ids)?, idl, &self.term)?, dims.into()))
     }
 
-    fn backward(&self, [a, b]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
+    fn backward(
+        &self,
+        [a, b]: [&Tensor; 2],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 2]> {
         let g = grad.to_dtype(compute_dtype(grad.dtype()))?.contiguous()?;
         let ga = if_tracked(a, || {
             let h = matmul(&g, &self.term.v.t()?)?.t()?.contiguous()?;

@@ -112,7 +112,12 @@ impl Op<2> for LinearOp {
         self.run(x, w)
     }
 
-    fn backward(&self, [x, w]: [&Tensor; 2], grad: &Tensor) -> Result<[Option<Tensor>; 2]> {
+    fn backward(
+        &self,
+        [x, w]: [&Tensor; 2],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 2]> {
         let (k, n) = w.dims2()?;
         let grad = grad.contiguous()?;
         let gx = if_tracked(x, || linear_no_grad(&grad, &w.detach().t()?, self.m, vec![]))?;
@@ -162,7 +167,12 @@ impl Op<3> for LoraLinearOp {
         self.linear.run(x, (S::of(&w)?, wl))
     }
 
-    fn backward(&self, [x, a, b]: [&Tensor; 3], grad: &Tensor) -> Result<[Option<Tensor>; 3]> {
+    fn backward(
+        &self,
+        [x, a, b]: [&Tensor; 3],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
         let (m, (k, n)) = (self.linear.m, self.w.dims2()?);
         let grad = grad.contiguous()?;
         let g = grad.to_dtype(compute_dtype(grad.dtype()))?.reshape((m, n))?;

@@ -23,7 +23,7 @@ impl Op<2> for MatmulOp {
         Ok((a.gemm(al, b, bl)?.round_to(&shape, a.dtype())?, shape))
     }
 
-    fn backward(&self, _: [&Tensor; 2], _: &Tensor) -> Result<[Option<Tensor>; 2]> {
+    fn backward(&self, _: [&Tensor; 2], _: &Tensor, _: &Tensor) -> Result<[Option<Tensor>; 2]> {
         bail!("matmul: no gradient")
     }
 }

@@ -40,7 +40,7 @@ impl Op<1> for MergeOp {
         Ok((copy.add_low_rank(self.matrix, None, &self.terms)?, l.shape().clone()))
     }
 
-    fn backward(&self, _: [&Tensor; 1], _: &Tensor) -> Result<[Option<Tensor>; 1]> {
+    fn backward(&self, _: [&Tensor; 1], _: &Tensor, _: &Tensor) -> Result<[Option<Tensor>; 1]> {
         bail!("a merged weight has no gradient")
     }
 }

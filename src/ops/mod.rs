@@ -1,6 +1,8 @@
 //! Operations with gradients: everything that candle lacks or gets wrong for a frozen base with a
 //! low-rank update. An adapted layer is one of these formulas; all tensors are plain candle tensors.
 
+mod activation;
+mod attention;
 mod backend;
 mod conv;
 mod cpu;
@@ -8,13 +10,19 @@ mod dropout;
 mod elementwise;
 mod embedding;
 mod finite;
+mod fused;
 mod linear;
 mod low_rank;
 mod matmul;
 mod merge;
+mod norm;
 mod op;
+mod rope;
 mod shape;
+mod softmax;
 
+pub(crate) use activation::{activation, Activation};
+pub(crate) use attention::{attention, Mask};
 pub(crate) use conv::{conv, Geometry};
 pub(crate) use elementwise::add_bias;
 pub(crate) use embedding::embedding;
@@ -22,4 +30,7 @@ pub(crate) use finite::is_finite;
 pub(crate) use linear::linear;
 pub(crate) use low_rank::{LowRank, Split};
 pub(crate) use merge::merge;
+pub(crate) use norm::{layer_norm, rms_norm};
+pub(crate) use rope::{rope, Rope};
 pub(crate) use shape::{checked_elem_count, checked_product};
+pub(crate) use softmax::softmax_last_dim;

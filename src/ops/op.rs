@@ -13,9 +13,14 @@ pub(crate) trait Op<const N: usize>: Send + Sync + 'static {
 
     fn forward<S: Backend>(&self, args: [(&S, &Layout); N]) -> Result<(S, Shape)>;
 
-    /// The gradient of each argument, or `None` if it leads to no variable. All tensors are detached:
-    /// second derivatives are not supported.
-    fn backward(&self, args: [&Tensor; N], grad: &Tensor) -> Result<[Option<Tensor>; N]>;
+    /// The gradient of each argument, or `None` if it leads to no variable, from the output `y` and its
+    /// gradient. All tensors are detached: second derivatives are not supported.
+    fn backward(
+        &self,
+        args: [&Tensor; N],
+        y: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; N]>;
 }
 
 /// Adapts an [`Op`] to candle's `CustomOp` traits.
@@ -34,8 +39,8 @@ impl<T: Op<1>> CustomOp1 for Custom<T> {
     fn metal_fwd(&self, s: &MetalStorage, l: &Layout) -> Result<(MetalStorage, Shape)> {
         self.0.forward([(s, l)])
     }
-    fn bwd(&self, arg: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let [g] = self.0.backward([arg], grad)?;
+    fn bwd(&self, arg: &Tensor, y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let [g] = self.0.backward([arg], y, grad)?;
         Ok(g)
     }
 }
@@ -75,10 +80,10 @@ impl<T: Op<2>> CustomOp2 for Custom<T> {
         &self,
         arg1: &Tensor,
         arg2: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [g1, g2] = self.0.backward([arg1, arg2], grad)?;
+        let [g1, g2] = self.0.backward([arg1, arg2], y, grad)?;
         Ok((g1, g2))
     }
 }
@@ -125,10 +130,10 @@ impl<T: Op<3>> CustomOp3 for Custom<T> {
         arg1: &Tensor,
         arg2: &Tensor,
         arg3: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [g1, g2, g3] = self.0.backward([arg1, arg2, arg3], grad)?;
+        let [g1, g2, g3] = self.0.backward([arg1, arg2, arg3], y, grad)?;
         Ok((g1, g2, g3))
     }
 }

@@ -2,6 +2,7 @@
 
 mod adapter_config;
 mod bias;
+mod check_grads;
 pub(crate) mod checkpoint;
 pub(crate) mod names;
 mod seeded;
@@ -12,9 +13,12 @@ mod var_builder;
 
 pub use adapter_config::{AdapterConfig, LayerConfig};
 pub use bias::Bias;
+pub use check_grads::check_grads;
 pub use checkpoint::{load_checkpoint, read_adapter, read_state_dict, save_state_dict, Checkpoint};
 pub use seeded::seeded;
 pub use state_dict::{load_state_dict, lora_state_dict, LoadReport, StateDict, Strict};
 pub use summary::{summary, AdaptedLayer, Summary};
+pub(crate) use trainable::variables;
 pub use trainable::{mark_only_lora_as_trainable, missing_grads, Trainable};
 pub use var_builder::var_builder;
+pub(crate) use var_builder::var_builder_with;

@@ -1,6 +1,6 @@
 //! A `VarBuilder` over a frozen base and a trainable adapter.
 
-use super::names::is_lora;
+use super::names::{is_lora, split};
 use super::trainable::{variables, Trainable};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
@@ -22,8 +22,20 @@ pub fn var_builder<'a>(
     adapter: &VarMap,
     trainable: impl Into<Trainable>,
 ) -> VarBuilder<'a> {
+    var_builder_with(base, adapter, trainable, |_| false)
+}
+
+/// [`var_builder`] in which the layers whose path is `adapted` count as such before their factors exist,
+/// so that [`Bias::LoraOnly`](super::Bias::LoraOnly) trains their biases.
+pub(crate) fn var_builder_with<'a>(
+    base: VarBuilder<'a>,
+    adapter: &VarMap,
+    trainable: impl Into<Trainable>,
+    adapted: impl Fn(&str) -> bool + Send + Sync + 'static,
+) -> VarBuilder<'a> {
     let (dtype, device) = (base.dtype(), base.device().clone());
-    let backend = Split { base, adapter: adapter.clone(), trainable: trainable.into() };
+    let (adapter, trainable) = (adapter.clone(), trainable.into());
+    let backend = Split { base, adapter, trainable, adapted: Box::new(adapted) };
     VarBuilder::from_backend(Box::new(backend), dtype, device)
 }
 
@@ -31,6 +43,7 @@ struct Split<'a> {
     base: VarBuilder<'a>,
     adapter: VarMap,
     trainable: Trainable,
+    adapted: Box<dyn Fn(&str) -> bool + Send + Sync>,
 }
 
 impl Split<'_> {
@@ -39,7 +52,8 @@ impl Split<'_> {
     }
 
     fn trains(&self, name: &str) -> bool {
-        self.trainable.selects(name, |n| self.holds(n))
+        self.trainable
+            .selects(name, |n| self.holds(n) || (is_lora(n) && (self.adapted)(split(n).0)))
     }
 
     /// The base's value, or `None` if the tensor may be new.

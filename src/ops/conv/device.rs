@@ -82,7 +82,12 @@ impl Op<1> for GatherOp {
         Ok((columns, (batch, channels, self.from.len()).into()))
     }
 
-    fn backward(&self, [x]: [&Tensor; 1], grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+    fn backward(
+        &self,
+        [x]: [&Tensor; 1],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 1]> {
         // Each kernel offset meets an input value at one position at most.
         let ((batch, channels, inputs), k) = (x.dims3()?, self.k);
         let mut to = vec![PADDING; inputs * k];

@@ -1,5 +1,6 @@
 //! The CPU's backend: GEMM by faer where it is available, low-rank terms added in place.
 
+pub(super) mod attention;
 mod buffer;
 #[cfg(all(
     feature = "faer",
@@ -16,6 +17,7 @@ mod gemm;
 mod gemm;
 mod low_rank;
 mod rank_k;
+mod rows;
 
 use crate::ops::backend::{add_low_rank_by_passes, candle_gemm, candle_round_to, Backend};
 use crate::ops::low_rank::LowRankTerm;
@@ -23,8 +25,9 @@ use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 
 pub(super) use buffer::filled;
-pub(super) use gemm::{gemm_into, Real};
+pub(super) use gemm::{gemm_into, Real, FUSED_ATTENTION};
 pub(super) use low_rank::{add_assign, gather_columns};
+pub(super) use rows::{exp_nonpositive, map_rows, max, sum};
 
 impl Backend for CpuStorage {
     fn of(storage: &Storage) -> Result<&Self> {
@@ -62,6 +65,22 @@ impl Backend for CpuStorage {
         })
     }
 
+    fn on_f32<const N: usize, R>(
+        xs: [(&Self, &Layout); N],
+        f: impl FnOnce([&[f32]; N]) -> Result<(Vec<f32>, R)>,
+    ) -> Result<(Self, R)> {
+        let (y, other) = f(f32_slices(xs)?)?;
+        Ok((CpuStorage::F32(y), other))
+    }
+
+    fn map_rows<const N: usize>(
+        xs: [(&Self, &Layout); N],
+        f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
+    ) -> Result<Self> {
+        let n = xs[0].1.dims().last().copied().unwrap_or(1);
+        Ok(CpuStorage::F32(rows::rows(f32_slices(xs)?, n, f)))
+    }
+
     fn add_low_rank(
         mut self,
         dims: (usize, usize),
@@ -77,6 +96,18 @@ impl Backend for CpuStorage {
         }
         Ok(self)
     }
+}
+
+/// The values of contiguous F32 operands.
+fn f32_slices<'a, const N: usize>(xs: [(&'a CpuStorage, &Layout); N]) -> Result<[&'a [f32]; N]> {
+    let mut values = [&[][..]; N];
+    for (values, (storage, layout)) in values.iter_mut().zip(xs) {
+        let Some((from, to)) = layout.contiguous_offsets() else {
+            bail!("an operand of a fused operation is not contiguous: {layout:?}")
+        };
+        *values = &f32::cpu_storage_as_slice(storage)?[from..to];
+    }
+    Ok(values)
 }
 
 #[cfg(test)]

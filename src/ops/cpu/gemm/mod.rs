@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, Layout, WithDType};
 use faer::{Accum, MatMut, MatRef};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
-use schedule::parallel_gemm;
+use schedule::{parallel_gemm, single_gemm};
 
 pub(in crate::ops) use schedule::Real;
 
@@ -141,6 +141,58 @@ impl<'a, T: Copy> Lines<'a, T> {
             .with_min_len(UPCAST_PER_THREAD / len.max(1) + 1)
             .for_each(|(upcast, line)| line[..len].convert_to_f32_slice(upcast));
         Lines { values: buffer, count, len, stride: len, columns }
+    }
+}
+
+/// Whether [`gemm_view`] is available.
+pub(in crate::ops) const FUSED_ATTENTION: bool = true;
+
+/// `y = scale·a·b` or, with `add`, `y += scale·a·b`, in this thread.
+pub(super) fn gemm_view(
+    (y, yv): (&mut [f32], View),
+    add: bool,
+    (a, av): (&[f32], View),
+    (b, bv): (&[f32], View),
+    scale: f32,
+) {
+    let accum = if add { Accum::Add } else { Accum::Replace };
+    // As a transpose: faer 0.24's constructor by rows confuses the strides.
+    let View { offset, rows, cols, row_stride, .. } = yv;
+    let y = &mut y[offset..];
+    let y = MatMut::from_column_major_slice_with_stride_mut(y, cols, rows, row_stride);
+    single_gemm(y.transpose_mut(), accum, av.of(a), bv.of(b), scale);
+}
+
+/// A matrix in a larger row-major buffer, possibly transposed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct View {
+    offset: usize,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    transposed: bool,
+}
+
+impl View {
+    pub fn new(offset: usize, rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self { offset, rows, cols, row_stride, transposed: false }
+    }
+
+    pub fn t(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+}
+
+impl View {
+    fn of(self, values: &[f32]) -> MatRef<'_, f32> {
+        let Self { offset, rows, cols, row_stride, transposed } = self;
+        let values = &values[offset..];
+        let m = MatRef::from_row_major_slice_with_stride(values, rows, cols, row_stride);
+        if transposed {
+            m.transpose()
+        } else {
+            m
+        }
     }
 }
 

@@ -115,7 +115,18 @@ fn blocked<T: Real>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>, 
 }
 
 fn faer_gemm<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
-    matmul(y, accum, a, b, T::one_impl(), Par::Seq);
+    single_gemm(y, accum, a, b, T::one_impl());
+}
+
+/// `y = scale·a·b`, or `y += scale·a·b`, by one call of faer.
+pub(super) fn single_gemm<T: Real>(
+    y: MatMut<T>,
+    accum: Accum,
+    a: MatRef<T>,
+    b: MatRef<T>,
+    scale: T,
+) {
+    matmul(y, accum, a, b, scale, Par::Seq);
     vzeroupper();
 }
 

@@ -1,0 +1,97 @@
+//! An adapter's files: this crate's format and PEFT's.
+
+use super::{Adapter, Targets};
+use crate::utils::names::{is_lora, split};
+use crate::utils::{
+    load_state_dict, read_adapter, save_state_dict, AdapterConfig, LoadReport, StateDict, Strict,
+};
+use crate::{peft, Error, Result};
+use candle_core::{Device, Var};
+use std::path::Path;
+use std::sync::PoisonError;
+
+impl Adapter {
+    /// Writes a safetensors file with the trainable variables and, in its metadata, the options and the
+    /// kinds, ranks and alphas of the layers; see [`save_state_dict`].
+    ///
+    /// # Errors
+    /// As [`save_state_dict`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        save_state_dict(&self.state_dict()?, self.config(), path)
+    }
+
+    /// Writes a folder in PEFT's format; see [`peft::save_pretrained`].
+    ///
+    /// # Errors
+    /// As [`peft::save_pretrained`].
+    pub fn save_pretrained(&self, dir: impl AsRef<Path>) -> Result<()> {
+        peft::save_pretrained(dir, &self.state_dict()?, self.config())
+    }
+
+    /// Reads an adapter that [`save`](Self::save), [`save_pretrained`](Self::save_pretrained) or PEFT wrote, a
+    /// file or a folder. Its layers are its targets: build the model by
+    /// [`var_builder`](Self::var_builder), or give [`merged`](Self::merged) to any candle model.
+    ///
+    /// # Errors
+    /// If the file or folder cannot be read, or a file has no configuration, as torch's.
+    pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
+        let path = path.as_ref();
+        let (config, tensors) = read(path, device)?;
+        let layers: Vec<_> = tensors
+            .keys()
+            .map(|name| split(name))
+            .filter(|n| n.1 == "lora_A")
+            .map(|n| n.0)
+            .collect();
+        let adapter = Self::new(config).targets(Targets::from(layers));
+        {
+            let mut vars = adapter.vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+            for (name, tensor) in &tensors {
+                vars.insert(name.clone(), Var::from_tensor(tensor)?);
+            }
+        }
+        Ok(adapter)
+    }
+
+    /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with
+    /// a saved run. A merged model uses the new values after the next `eval()`.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load) and [`load_state_dict`]; and if a layer's rank or scaling differs.
+    pub fn restore(&self, path: impl AsRef<Path>) -> Result<LoadReport> {
+        let path = path.as_ref();
+        let (saved, tensors) = read(path, &Device::Cpu)?;
+        let own = self.config();
+        for name in tensors.keys().filter(|name| is_lora(name)) {
+            let layer = split(name).0;
+            let (saved, model) = (saved.lora_config(layer), own.lora_config(layer));
+            // PEFT's format may round lora_alpha.
+            let same = (saved.scaling() - model.scaling()).abs() <= 1e-12 * saved.scaling().abs();
+            if saved.r != model.r || !same {
+                let reason = format!(
+                    "it was saved with r = {} and the scaling {}, the adapter has {} and {}",
+                    saved.r,
+                    saved.scaling(),
+                    model.r,
+                    model.scaling()
+                );
+                return Err(Error::tensor(name, reason).at(path));
+            }
+        }
+        load_state_dict(&self.vars, &tensors, Strict::Yes).map_err(|e| e.at(path))
+    }
+}
+
+fn read(path: &Path, device: &Device) -> Result<(AdapterConfig, StateDict)> {
+    if path.is_dir() {
+        return peft::load_pretrained(path, device);
+    }
+    let (config, tensors) = read_adapter(path, device)?;
+    let config = config.ok_or_else(|| {
+        let reason =
+            "it has no configuration: read it with `read_state_dict`, and give the options to \
+                      `Adapter::new`";
+        Error::Invalid(reason.to_owned()).at(path)
+    })?;
+    Ok((config, tensors))
+}

@@ -1,0 +1,116 @@
+//! A `VarBuilder` over a base with an adapter merged into it, for any candle model.
+
+use super::Adapter;
+use crate::merge::merged_weight;
+use crate::utils::names::{is_lora, join, split};
+use crate::utils::{AdapterConfig, StateDict};
+use crate::{Error, Result};
+use candle_core::{bail, DType, Device, Shape, Tensor};
+use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use candle_nn::Init;
+
+impl Adapter {
+    /// A `VarBuilder` that gives `W + ΔW` for the weights of the adapted layers, and the adapter's biases and
+    /// modules in place of the base's: for a model that does not know this crate, such as
+    /// candle-transformers'.
+    ///
+    /// A weight is merged when the model asks for it, in F32 and rounded once to the dtype that the model
+    /// asks for. `base` may be mapped, sharded or in memory; beside the model, one tensor and its merged
+    /// copy are in memory at a time.
+    ///
+    /// # Errors
+    /// If the base lacks the weight of an adapted layer, or one of its factors is missing. A weight that does
+    /// not fit its factors, or a merged value that is not finite, is an error when the model asks for it.
+    pub fn merged<'a>(&self, base: VarBuilder<'a>) -> Result<VarBuilder<'a>> {
+        let (dtype, device) = (base.dtype(), base.device().clone());
+        let (adapter, config) = (self.state_dict()?, self.config());
+        for name in adapter.keys().filter(|name| is_lora(name)) {
+            let (path, last) = split(name);
+            let other = join(path, if last == "lora_A" { "lora_B" } else { "lora_A" });
+            if !adapter.contains_key(&other) {
+                return Err(Error::tensor(other, "the adapter does not have it"));
+            }
+            let weight = join(path, "weight");
+            if !(base.contains_tensor(&weight) || adapter.contains_key(&weight)) {
+                return Err(Error::tensor(
+                    weight,
+                    "the adapter changes it, but the base does not have it",
+                ));
+            }
+        }
+        let backend = Merged { base, adapter, config };
+        Ok(VarBuilder::from_backend(Box::new(backend), dtype, device))
+    }
+}
+
+struct Merged<'a> {
+    base: VarBuilder<'a>,
+    adapter: StateDict,
+    config: AdapterConfig,
+}
+
+impl Merged<'_> {
+    /// The adapter's own tensor of this name, if it has one.
+    fn own(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Option<Tensor>> {
+        let own = self.adapter.get(name).map(|own| own.to_device(device)?.to_dtype(dtype));
+        own.transpose()
+    }
+
+    /// `weight` plus the update of its layer, if it has one.
+    fn merge(&self, name: &str, weight: Tensor) -> candle_core::Result<Tensor> {
+        let (path, "weight") = split(name) else { return Ok(weight) };
+        let factor = |last| self.adapter.get(&join(path, last));
+        let (Some(a), Some(b)) = (factor("lora_A"), factor("lora_B")) else { return Ok(weight) };
+        // ΔW is added on the device of the base.
+        let (a, b) = (a.to_device(weight.device())?, b.to_device(weight.device())?);
+        let (kind, cfg) = (self.config.kind(path), self.config.lora_config(path));
+        merged_weight(&weight, &a, &b, kind, cfg).map_err(|e| e.context(name.to_owned()))
+    }
+}
+
+impl SimpleBackend for Merged<'_> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        hint: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let weight = match self.own(name, dtype, device)? {
+            Some(own) if own.shape() != &shape => {
+                bail!("the adapter has {name:?} as {:?}, expected {shape:?}", own.shape())
+            }
+            Some(own) => own,
+            None => {
+                let base = self.base.clone().set_device(device.clone());
+                base.get_with_hints_dtype(shape, name, hint, dtype)?
+            }
+        };
+        self.merge(name, weight)
+    }
+
+    fn get_unchecked(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let weight = match self.own(name, dtype, device)? {
+            Some(own) => own,
+            None => {
+                self.base.clone().set_device(device.clone()).get_unchecked_dtype(name, dtype)?
+            }
+        };
+        self.merge(name, weight)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        !is_lora(name) && (self.adapter.contains_key(name) || self.base.contains_tensor(name))
+    }
+}

@@ -1,0 +1,226 @@
+//! An adapter as one value: its options, targets, variables and mode.
+
+mod built;
+mod files;
+mod merged;
+mod options;
+mod targets;
+mod var_builder;
+
+use crate::layers::Mode;
+use crate::utils::{
+    lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, LayerConfig, StateDict,
+    Summary, Trainable,
+};
+use crate::Result;
+use built::Built;
+use candle_core::Var;
+use candle_nn::{VarBuilder, VarMap};
+use options::Options;
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+pub use targets::Targets;
+
+/// A LoRA adapter for a model on [`lora::nn`](crate::nn), whose layers it finds by name.
+///
+/// It holds what otherwise is passed around: the options, the selection of layers and parameters, the
+/// variables, the kinds of layers and the mode. A clone is the same adapter.
+///
+/// ```
+/// # fn main() -> loralib::Result<()> {
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_nn::{loss::mse, AdamW, Optimizer};
+/// use loralib::{self as lora, nn as candle_nn, LoraConfig};
+///
+/// // Model code on candle_nn's names, unchanged.
+/// struct Mlp(candle_nn::Linear, candle_nn::Linear);
+/// impl Mlp {
+///     fn new(vb: candle_nn::VarBuilder) -> candle_core::Result<Self> {
+///         let up = candle_nn::linear(4, 8, vb.pp("up_proj"))?;
+///         Ok(Self(up, candle_nn::linear(8, 4, vb.pp("down_proj"))?))
+///     }
+///     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+///         self.1.forward(&candle_nn::ops::silu(&self.0.forward(x)?)?)
+///     }
+/// }
+///
+/// let device = Device::Cpu;
+/// # let pretrained = candle_nn::VarMap::new();
+/// # Mlp::new(candle_nn::VarBuilder::from_varmap(&pretrained, DType::F32, &device))?;
+/// # let base = || candle_nn::VarBuilder::from_varmap(&pretrained, DType::F32, &device);
+/// let cfg = LoraConfig { r: 2, lora_alpha: 4., ..Default::default() };
+/// let adapter = lora::Adapter::new(cfg).targets(["up_proj", "down_proj"]);
+/// let model = Mlp::new(adapter.var_builder(base()))?; // `base` is a VarBuilder over the weights
+/// adapter.check()?; // every target is a layer
+///
+/// let x = Tensor::ones((2, 4), DType::F32, &device)?;
+/// let mut opt = AdamW::new_lr(adapter.vars()?, 1e-2)?;
+/// opt.backward_step(&mse(&model.forward(&x)?, &x)?)?;
+/// adapter.eval()?; // merged, in every layer of the model
+/// let y = model.forward(&x)?;
+///
+/// # let dir = tempfile::tempdir()?;
+/// # let path = dir.path().join("adapter.safetensors");
+/// adapter.save(&path)?;
+/// // Any candle model over `merged` computes with the adapter, also one that does not know it.
+/// let served = Mlp::new(lora::Adapter::load(&path, &device)?.merged(base())?)?;
+/// # let diff = (served.forward(&x)? - y)?.abs()?.max_all()?.to_scalar::<f32>()?;
+/// # assert!(diff < 1e-6);
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct Adapter {
+    options: Arc<Options>,
+    vars: VarMap,
+    built: Arc<Mutex<Built>>,
+}
+
+impl fmt::Debug for Adapter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let adapted = self.adapted();
+        f.debug_struct("Adapter")
+            .field("options", &self.options)
+            .field("adapted", &adapted)
+            .finish()
+    }
+}
+
+impl Adapter {
+    /// An adapter without targets. `config` is a [`LoraConfig`](crate::LoraConfig), or an [`AdapterConfig`]
+    /// with ranks, alphas and kinds of single layers: a fused `qkv` can be a
+    /// [`LayerKind::MergedLinear`](crate::layers::LayerKind).
+    pub fn new(config: impl Into<AdapterConfig>) -> Self {
+        let (targets, exclude) = (Targets::none(), Targets::none());
+        let options = Options { config: config.into(), targets, exclude, layers: None, seed: None };
+        Self { options: Arc::new(options), vars: VarMap::new(), built: Default::default() }
+    }
+
+    fn with(mut self, set: impl FnOnce(&mut Options)) -> Self {
+        set(Arc::make_mut(&mut self.options));
+        self
+    }
+
+    /// The layers to adapt, as PEFT's `target_modules`; see [`Targets`].
+    pub fn targets(self, targets: impl Into<Targets>) -> Self {
+        self.with(|options| options.targets = targets.into())
+    }
+
+    /// Targets that are not adapted, as PEFT's `exclude_modules`.
+    pub fn exclude(self, exclude: impl Into<Targets>) -> Self {
+        self.with(|options| options.exclude = exclude.into())
+    }
+
+    /// Adapts only the transformer layers of these indices, as PEFT's `layers_to_transform`: the index is
+    /// the last number between dots in a path, as 3 in `model.layers.3.self_attn.q_proj`.
+    pub fn layers(self, indices: impl IntoIterator<Item = usize>) -> Self {
+        self.with(|options| options.layers = Some(indices.into_iter().collect()))
+    }
+
+    /// The biases and modules to train and save with the adapter, such as `Bias::None.and("classifier")`.
+    ///
+    /// # Errors
+    /// If it is [`Trainable::all_parameters`], which is not an adapter.
+    pub fn trainable(self, trainable: impl Into<Trainable>) -> Result<Self> {
+        let config = self.options.config.clone().with_trainable(trainable)?;
+        Ok(self.with(|options| options.config = config))
+    }
+
+    /// Initialises new variables from a seed; see [`seeded`](crate::seeded).
+    pub fn seed(self, seed: u64) -> Self {
+        self.with(|options| options.seed = Some(seed))
+    }
+
+    /// A `VarBuilder` for the model: frozen tensors from `base`, adapters for the targets, and the trainable
+    /// parameters as variables of this adapter.
+    pub fn var_builder<'a>(&self, base: VarBuilder<'a>) -> VarBuilder<'a> {
+        let Self { options, vars, built } = self.clone();
+        var_builder::targeted(base, options, vars, built)
+    }
+
+    /// An error unless every target is an adapted layer. Call it after the model is built.
+    ///
+    /// # Errors
+    /// If a target matches no layer; if the model reads a target's weight without building a layer of
+    /// [`nn`](crate::nn) around it, for instance transposed; if a layer could not be adapted; and if the
+    /// adapter has factors for a layer that the model lacks. The error has the names.
+    pub fn check(&self) -> Result<()> {
+        let built = built::lock(&self.built);
+        built.check(&self.options.targets, &self.vars)
+    }
+
+    /// The paths of the adapted layers, sorted.
+    pub fn adapted(&self) -> Vec<String> {
+        built::lock(&self.built).kinds().map(|(path, _)| path.to_owned()).collect()
+    }
+
+    /// The variables to train, sorted by name, for an optimizer.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn vars(&self) -> Result<Vec<Var>> {
+        mark_only_lora_as_trainable(&self.vars, &self.options.config)
+    }
+
+    /// All variables of the adapter by name, for functions that take a `VarMap`, such as
+    /// [`missing_grads`](crate::missing_grads).
+    pub fn var_map(&self) -> &VarMap {
+        &self.vars
+    }
+
+    /// Sets [`Mode::Train`], the initial mode, in all layers that were built by
+    /// [`var_builder`](Self::var_builder), wherever the model holds them.
+    ///
+    /// # Errors
+    /// None so far.
+    pub fn train(&self) -> Result<()> {
+        self.set_mode(Mode::Train)
+    }
+
+    /// Sets [`Mode::Eval`] in all layers: without dropout and without a graph, and merged unless
+    /// `merge_weights` is off. Call it again after loading other values.
+    ///
+    /// # Errors
+    /// If a merged weight is not finite; then no layer has changed.
+    pub fn eval(&self) -> Result<()> {
+        self.set_mode(Mode::Eval)
+    }
+
+    fn set_mode(&self, mode: Mode) -> Result<()> {
+        Ok(built::lock(&self.built).set_mode(mode)?)
+    }
+
+    /// The options, with the kinds, ranks and alphas of the adapted layers.
+    pub fn config(&self) -> AdapterConfig {
+        let mut config = self.options.config.clone();
+        let built = built::lock(&self.built);
+        let layer = |(path, kind): (&str, &_)| {
+            let own = self.options.config.layer(path).map(|(_, layer)| layer.clone());
+            (
+                path.to_owned(),
+                LayerConfig { kind: Some(Clone::clone(kind)), ..own.unwrap_or_default() },
+            )
+        };
+        let layers: Vec<_> = built.kinds().map(layer).collect();
+        if !layers.is_empty() {
+            config.layers = layers.into_iter().collect();
+        }
+        config
+    }
+
+    /// A copy of the trainable variables, to save. It is the same in training and evaluation.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn state_dict(&self) -> Result<StateDict> {
+        lora_state_dict(&self.vars, &self.options.config)
+    }
+
+    /// The adapted layers and the trainable parameters as a table.
+    ///
+    /// # Errors
+    /// If nothing is trainable.
+    pub fn summary(&self) -> Result<Summary> {
+        summary(&self.vars, &self.options.config)
+    }
+}

@@ -1,0 +1,104 @@
+//! Which layers are adapted, by PEFT's rules for `target_modules` and `exclude_modules`.
+
+use crate::utils::names::ends_in;
+use fancy_regex::Regex;
+
+/// A selection of layers by name.
+///
+/// | from | selects |
+/// |---|---|
+/// | `["q_proj", "v_proj"]`, a list | layers whose path is a name or ends in it after a dot |
+/// | `r".*\.self_attn\..*"`, a string | layers whose whole path matches the regular expression |
+/// | `"all-linear"` or [`Targets::all_linear`] | every `Linear` but the output head `lm_head` |
+#[derive(Debug, Clone)]
+pub struct Targets(Rule);
+
+#[derive(Debug, Clone)]
+enum Rule {
+    Names(Vec<String>),
+    Regex(String, Result<Regex, String>),
+    AllLinear,
+}
+
+impl Targets {
+    /// Every `Linear` but the output head `lm_head` and modules that are trained as a whole.
+    pub fn all_linear() -> Self {
+        Self(Rule::AllLinear)
+    }
+
+    pub(super) fn none() -> Self {
+        Self(Rule::Names(vec![]))
+    }
+
+    pub(super) fn is_all_linear(&self) -> bool {
+        matches!(self.0, Rule::AllLinear)
+    }
+
+    /// Whether a layer's path is selected; an invalid regular expression selects nothing.
+    pub(super) fn matches(&self, path: &str) -> bool {
+        match &self.0 {
+            Rule::Names(names) => names.iter().any(|name| ends_in(path, name)),
+            Rule::Regex(_, regex) => {
+                regex.as_ref().is_ok_and(|regex| regex.is_match(path).unwrap_or(false))
+            }
+            Rule::AllLinear => !ends_in(path, "lm_head"),
+        }
+    }
+
+    /// An error for what selects none of the adapted layers.
+    pub(super) fn check<'a>(&self, adapted: impl Iterator<Item = &'a str>) -> Result<(), String> {
+        let adapted: Vec<_> = adapted.collect();
+        let unmatched: Vec<_> = match &self.0 {
+            Rule::Regex(text, Err(error)) => {
+                return Err(format!("the target {text:?} is not a regular expression: {error}"))
+            }
+            Rule::Names(names) => {
+                let unmatched = |name: &&String| !adapted.iter().any(|path| ends_in(path, name));
+                names.iter().filter(unmatched).map(String::as_str).collect()
+            }
+            Rule::Regex(text, Ok(_)) if adapted.is_empty() => vec![text.as_str()],
+            Rule::AllLinear if adapted.is_empty() => vec!["all-linear"],
+            _ => vec![],
+        };
+        if unmatched.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("the targets {unmatched:?} match no layer of the model"))
+        }
+    }
+}
+
+impl From<&str> for Targets {
+    fn from(text: &str) -> Self {
+        if text.eq_ignore_ascii_case("all-linear") {
+            return Self::all_linear();
+        }
+        // Python's `re.fullmatch`; compiled alone first, so that its parentheses are balanced.
+        let compiled = Regex::new(text).and_then(|_| Regex::new(&format!(r"\A(?:{text})\z")));
+        Self(Rule::Regex(text.to_owned(), compiled.map_err(|e| e.to_string())))
+    }
+}
+
+impl From<String> for Targets {
+    fn from(text: String) -> Self {
+        Self::from(text.as_str())
+    }
+}
+
+impl<S: Into<String>> From<Vec<S>> for Targets {
+    fn from(names: Vec<S>) -> Self {
+        Self(Rule::Names(names.into_iter().map(Into::into).collect()))
+    }
+}
+
+impl<S: Into<String> + Clone> From<&[S]> for Targets {
+    fn from(names: &[S]) -> Self {
+        names.to_vec().into()
+    }
+}
+
+impl<S: Into<String>, const N: usize> From<[S; N]> for Targets {
+    fn from(names: [S; N]) -> Self {
+        Vec::from(names).into()
+    }
+}

@@ -1,0 +1,126 @@
+//! The `VarBuilder` by which layers learn that they are targets.
+
+use super::built::{self, Built};
+use super::options::Options;
+use crate::layers::claims::{self, Adapt, Claim};
+use crate::layers::{LayerKind, Weight};
+use crate::utils::names::split;
+use crate::utils::{seeded, var_builder, var_builder_with, Trainable};
+use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use candle_nn::{Init, VarMap};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// `base` with adapters for the layers that `options` selects. Trainable parameters become variables of
+/// `vars`; what the model builds is reported to `built`.
+pub(super) fn targeted<'a>(
+    base: VarBuilder<'a>,
+    options: Arc<Options>,
+    vars: VarMap,
+    built: Arc<Mutex<Built>>,
+) -> VarBuilder<'a> {
+    let (dtype, device) = (base.dtype(), base.device().clone());
+    let adapted = {
+        let options = options.clone();
+        move |path: &str| options.selects(path)
+    };
+    let vb = var_builder_with(base, &vars, &options.config, adapted);
+    let vb = match options.seed {
+        Some(seed) => seeded(vb, seed),
+        None => vb,
+    };
+    let backend = Targeted { vb, options, vars, built, filed: Mutex::default() };
+    VarBuilder::from_backend(Box::new(backend), dtype, device)
+}
+
+struct Targeted<'a> {
+    vb: VarBuilder<'a>,
+    options: Arc<Options>,
+    vars: VarMap,
+    built: Arc<Mutex<Built>>,
+    /// Claims live as long as this.
+    filed: Mutex<Vec<Arc<dyn Claim>>>,
+}
+
+impl Targeted<'_> {
+    fn file(&self, name: &str, tensor: &Tensor) {
+        let (path, "weight") = split(name) else { return };
+        if !self.options.selects(path) {
+            return;
+        }
+        built::lock(&self.built).read(path);
+        let claim: Arc<dyn Claim> = Arc::new(Target {
+            path: path.to_owned(),
+            options: self.options.clone(),
+            vars: self.vars.clone(),
+            built: self.built.clone(),
+        });
+        claims::file(tensor, &claim);
+        self.filed.lock().unwrap_or_else(PoisonError::into_inner).push(claim);
+    }
+}
+
+impl SimpleBackend for Targeted<'_> {
+    fn get(&self, s: Shape, name: &str, h: Init, dtype: DType, dev: &Device) -> Result<Tensor> {
+        let tensor =
+            self.vb.clone().set_device(dev.clone()).get_with_hints_dtype(s, name, h, dtype)?;
+        self.file(name, &tensor);
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> Result<Tensor> {
+        let tensor = self.vb.clone().set_device(dev.clone()).get_unchecked_dtype(name, dtype)?;
+        self.file(name, &tensor);
+        Ok(tensor)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.vb.contains_tensor(name)
+    }
+}
+
+/// A target's weight that the model has read.
+struct Target {
+    path: String,
+    options: Arc<Options>,
+    vars: VarMap,
+    built: Arc<Mutex<Built>>,
+}
+
+impl Target {
+    /// A `VarBuilder` at the layer's path that creates factors.
+    fn factors(&self, weight: &Tensor) -> VarBuilder<'static> {
+        let none = VarBuilder::from_tensors(HashMap::new(), weight.dtype(), weight.device());
+        let vb = var_builder(none, &self.vars, Trainable::from(&self.options.config));
+        let vb = match self.options.seed {
+            Some(seed) => seeded(vb, seed),
+            None => vb,
+        };
+        vb.set_prefix(&self.path)
+    }
+}
+
+impl Claim for Target {
+    fn adapt(&self, weight: &Tensor, kind: LayerKind, adapt: &Adapt) -> Option<Weight> {
+        let (options, path) = (&self.options, self.path.as_str());
+        let mut built = built::lock(&self.built);
+        built.claimed(path);
+        if options.targets.is_all_linear() && kind != LayerKind::Linear {
+            return None;
+        }
+        let kind = options.config.kind(path).cloned().unwrap_or(kind);
+        let cfg = options.config.lora_config(path);
+        let vb = self.factors(weight);
+        match adapt(&cfg, &kind, &vb).and_then(|weight| weight.shared(built.mode())) {
+            Ok(weight) => {
+                built.adapted(path, kind, &weight);
+                Some(weight)
+            }
+            Err(error) => {
+                built.failed(path, error.to_string());
+                None
+            }
+        }
+    }
+}

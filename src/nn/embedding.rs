@@ -1,0 +1,66 @@
+//! [`candle_nn::embedding`], adapted by name.
+
+use crate::layers::{
+    self, adapt_embedding, claims, EmbeddingKind, LayerKind, LoraConfig, Placement, Weight,
+};
+use candle_core::{Module, Result, Tensor};
+use candle_nn::VarBuilder;
+use std::ops::Deref;
+
+/// [`candle_nn::Embedding`] with an adapter if its table is a target of an [`Adapter`](crate::Adapter): ids
+/// (..) to (.., dim). It dereferences to [`loralib::Embedding`](crate::Embedding).
+#[derive(Debug, Clone)]
+pub struct Embedding {
+    layer: layers::Embedding,
+    hidden_size: usize,
+}
+
+impl Embedding {
+    /// A layer with `embeddings` (num, dim). An adaptation that fails is reported by
+    /// [`Adapter::check`](crate::Adapter::check).
+    pub fn new(embeddings: Tensor, hidden_size: usize) -> Self {
+        let adapted = claims::take(&embeddings).and_then(|claim| {
+            claim.adapt(&embeddings, LayerKind::Embedding, &|cfg, _, vb| {
+                // The adapter's dropout is for its other layers, as in PEFT.
+                let cfg = LoraConfig { lora_dropout: 0., ..*cfg };
+                adapt_embedding(&embeddings, &cfg, vb)
+            })
+        });
+        let weight =
+            adapted.unwrap_or_else(|| Weight::plain(embeddings, None, Placement::Transposed));
+        Self { layer: layers::Embedding::from_parts(EmbeddingKind, weight), hidden_size }
+    }
+
+    /// The base table (num, dim).
+    pub fn embeddings(&self) -> &Tensor {
+        self.layer.weight()
+    }
+
+    /// dim
+    pub fn hidden_size(&self) -> usize {
+        self.hidden_size
+    }
+}
+
+impl Deref for Embedding {
+    type Target = layers::Embedding;
+
+    fn deref(&self) -> &Self::Target {
+        &self.layer
+    }
+}
+
+impl Module for Embedding {
+    fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        self.layer.forward(ids)
+    }
+}
+
+/// [`candle_nn::embedding`].
+///
+/// # Errors
+/// If `vb` lacks the table or has it in another shape.
+pub fn embedding(num: usize, dim: usize, vb: VarBuilder) -> Result<Embedding> {
+    let base = candle_nn::embedding(num, dim, vb)?;
+    Ok(Embedding::new(base.embeddings().clone(), dim))
+}

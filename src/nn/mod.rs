@@ -1,0 +1,39 @@
+//! candle_nn with gradients and adapters: the same names, paths and signatures.
+//!
+//! A model file written for candle_nn, such as a copy of one of candle-transformers, trains after one line
+//! at its top:
+//!
+//! ```
+//! use loralib::nn as candle_nn;
+//! use candle_nn::{linear, Linear, VarBuilder}; // the file's own imports follow
+//! ```
+//!
+//! Replaced are the operations without a backward ([`ops::softmax_last_dim`], [`ops::rms_norm`],
+//! [`ops::layer_norm`], [`RmsNorm`], [`LayerNorm`], [`rotary_emb`], the caches of [`kv_cache`] and
+//! [`attention::flash_attn`] on the CPU) and the layers that an [`Adapter`](crate::Adapter) can adapt
+//! ([`Linear`], [`Embedding`], [`Conv1d`], [`Conv2d`]). Everything else is candle_nn's.
+//!
+//! - A frozen weight, gain or bias gets no gradient; a variable gets its own.
+//! - On the CPU the replaced operations are fused, forward and backward, and compute in F32 for F16 and
+//!   BF16. On devices they are composed of candle's operations.
+//! - Without a variable behind their inputs they are candle's own.
+//!
+//! candle_nn's `ops::sdpa` and `moe` have no backward and are not replaced; `Tensor::conv1d`, pooling and
+//! other methods of candle_core are beyond the reach of this module.
+
+pub use candle_nn::*;
+
+pub mod attention;
+pub mod conv;
+pub mod embedding;
+pub mod kv_cache;
+pub mod layer_norm;
+pub mod linear;
+pub mod ops;
+pub mod rotary_emb;
+pub mod with_tracing;
+
+pub use conv::{conv1d, conv1d_no_bias, conv2d, conv2d_no_bias, Conv1d, Conv2d};
+pub use embedding::{embedding, Embedding};
+pub use layer_norm::{layer_norm, layer_norm_no_bias, rms_norm, LayerNorm, RmsNorm};
+pub use linear::{linear, linear_b, linear_no_bias, Linear};

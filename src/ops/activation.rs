@@ -1,0 +1,114 @@
+//! GELU and SiLU as one operation each. candle's backward takes several passes and buffers.
+
+use super::backend::Backend;
+use super::cpu::{exp_nonpositive, map_rows};
+use super::fused::fused_or_composed;
+use super::op::{if_tracked, Custom, Op};
+use candle_core::{Layout, Result, Shape, Tensor};
+
+/// An activation with its derivative.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Activation {
+    /// GELU with the tanh approximation: `x·σ(2z)`, `z = √(2/π)·(x + 0.044715·x³)`.
+    Gelu,
+    /// GELU with the normal distribution: `x·Φ(x)`.
+    GeluErf,
+    /// `x·σ(x)`
+    Silu,
+}
+
+/// `x` of any shape.
+pub(crate) fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
+    let composed = |x: &Tensor| match kind {
+        Activation::Gelu => x.gelu(),
+        Activation::GeluErf => x.gelu_erf(),
+        Activation::Silu => x.silu(),
+    };
+    fused_or_composed(x, |x| x.apply_op1(Custom(ActivationOp(kind))), composed)
+}
+
+struct ActivationOp(Activation);
+
+impl Op<1> for ActivationOp {
+    const NAME: &'static str = "activation";
+
+    fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
+        let y = match self.0 {
+            Activation::Gelu => map(x, l, gelu),
+            Activation::GeluErf => map(x, l, gelu_erf),
+            Activation::Silu => map(x, l, silu),
+        }?;
+        Ok((y, l.shape().clone()))
+    }
+
+    fn backward(
+        &self,
+        [x]: [&Tensor; 1],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 1]> {
+        let gx = || match self.0 {
+            Activation::Gelu => map_grad(x, grad, gelu),
+            Activation::GeluErf => map_grad(x, grad, gelu_erf),
+            Activation::Silu => map_grad(x, grad, silu),
+        };
+        Ok([if_tracked(x, gx)?])
+    }
+}
+
+/// `f` returns the value and the derivative.
+#[inline(always)]
+fn map<S: Backend>(x: &S, l: &Layout, f: impl Fn(f32) -> (f32, f32) + Sync) -> Result<S> {
+    S::map_rows(
+        [(x, l)],
+        #[inline(always)]
+        |_, [x], y| y.iter_mut().zip(x).for_each(|(y, x)| *y = f(*x).0),
+    )
+}
+
+#[inline(always)]
+fn map_grad(x: &Tensor, grad: &Tensor, f: impl Fn(f32) -> (f32, f32) + Sync) -> Result<Tensor> {
+    map_rows(
+        [x, &grad.contiguous()?],
+        #[inline(always)]
+        |_, [x, g], gx| {
+            gx.iter_mut().zip(x).zip(g).for_each(|((gx, x), g)| *gx = g * f(*x).1);
+        },
+    )
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    let e = exp_nonpositive(-x.abs());
+    (if x < 0. { e } else { 1. }) / (1. + e)
+}
+
+#[inline(always)]
+fn silu(x: f32) -> (f32, f32) {
+    let s = sigmoid(x);
+    (x * s, s + x * s * (1. - s))
+}
+
+#[inline(always)]
+fn gelu(x: f32) -> (f32, f32) {
+    // √(2/π)
+    const LINEAR: f32 = 0.797_884_6;
+    const CUBIC: f32 = 0.044_715 * LINEAR;
+    let s = sigmoid(2. * x * (LINEAR + CUBIC * x * x));
+    (x * s, s + x * s * (1. - s) * 2. * (LINEAR + 3. * CUBIC * x * x))
+}
+
+/// Φ by Abramowitz and Stegun 7.1.26, to 1e-7.
+#[inline(always)]
+fn gelu_erf(x: f32) -> (f32, f32) {
+    let e = exp_nonpositive(-0.5 * x * x);
+    let t = 1. / (1. + 0.327_591_1 * std::f32::consts::FRAC_1_SQRT_2 * x.abs());
+    let series = t
+        * (0.254_829_6
+            + t * (-0.284_496_74 + t * (1.421_413_7 + t * (-1.453_152 + t * 1.061_405_4))));
+    let tail = 0.5 * series * e;
+    let cdf = if x < 0. { tail } else { 1. - tail };
+    // 1/√(2π)
+    let density = 0.398_942_3 * e;
+    (x * cdf, cdf + x * density)
+}

@@ -1,0 +1,130 @@
+//! Row operations in F32: one pass over memory in all threads, compiled for the widest vector
+//! instructions of the machine. candle's own operations take a pass and a buffer for each step.
+
+use super::buffer::filled;
+use crate::ops::backend::Backend;
+use candle_core::{CpuStorage, Result, Tensor};
+use rayon::prelude::*;
+
+/// Values that one thread works on at a time.
+const BLOCK: usize = 1 << 14;
+
+/// [`Backend::map_rows`] of tensors on the CPU, without a graph: the result has the shape of `xs[0]`.
+pub(in crate::ops) fn map_rows<const N: usize>(
+    xs: [&Tensor; N],
+    f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
+) -> Result<Tensor> {
+    let guards = xs.map(Tensor::storage_and_layout);
+    let storages: Vec<_> =
+        guards.iter().map(|(storage, _)| CpuStorage::of(storage)).collect::<Result<_>>()?;
+    let y = CpuStorage::map_rows(std::array::from_fn(|i| (storages[i], guards[i].1)), f)?;
+    let CpuStorage::F32(y) = y else { candle_core::bail!("map_rows: expected F32") };
+    Tensor::from_vec(y, xs[0].shape(), xs[0].device())
+}
+
+/// Rows of `n` values; see [`Backend::map_rows`]. `f` must be `#[inline(always)]`: only inlined code is
+/// compiled for the vector instructions.
+pub(super) fn rows<const N: usize>(
+    xs: [&[f32]; N],
+    n: usize,
+    f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
+) -> Vec<f32> {
+    let len = xs[0].len();
+    if len == 0 {
+        return vec![];
+    }
+    let (block, mut y) = ((BLOCK / n).max(1), filled(0., len));
+    y.par_chunks_mut(block * n).enumerate().for_each(|(i, y)| {
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, y) in (i * block..).zip(y.chunks_exact_mut(n)) {
+                    let x = |x: &'_ [f32]| if x.len() == len { row * n } else { 0 };
+                    f(row, xs.map(|values| &values[x(values)..][..n]), y);
+                }
+            },
+        );
+    });
+    y
+}
+
+/// Calls `f`, which must be `#[inline(always)]`, compiled for the widest vector instructions.
+pub(super) fn vectorized(f: impl FnOnce()) {
+    pulp::Arch::new().dispatch(Vectorized(f));
+}
+
+struct Vectorized<F>(F);
+
+impl<F: FnOnce()> pulp::WithSimd for Vectorized<F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        (self.0)();
+    }
+}
+
+/// The sum of `f(a, b)` over two rows, in 16 lanes, which the compiler vectorizes.
+#[inline(always)]
+pub(in crate::ops) fn sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let (a, a_rest) = a.as_chunks::<16>();
+    let (b, b_rest) = b.as_chunks::<16>();
+    let rest = a_rest.iter().zip(b_rest).map(|(&a, &b)| f(a, b)).sum::<f32>();
+    let mut lanes = [0f32; 16];
+    for (a, b) in a.iter().zip(b) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += f(a, b);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+/// The maximum of a row. NaN is ignored.
+#[inline(always)]
+pub(in crate::ops) fn max(row: &[f32]) -> f32 {
+    let (chunks, rest) = row.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = lane.max(*x));
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// `eˣ` for x ≤ 0 with a relative error of 2e-7, without a branch: `2ⁿ·eʳ` with |r| ≤ ln 2 / 2. Below
+/// -87 it is 0.
+#[inline(always)]
+pub(in crate::ops) fn exp_nonpositive(x: f32) -> f32 {
+    const LEAST: f32 = -87.;
+    // Not `max`, which would replace NaN.
+    let bounded = if x < LEAST { LEAST } else { x };
+    // Adding 1.5·2²³ rounds to an integer and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.;
+    let shifted = bounded * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    // ln 2 as a sum of two numbers; n times the first is exact.
+    let r = (bounded - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let series = 1.
+        + r * (1. + r * (0.5 + r * (1. / 6. + r * (1. / 24. + r * (1. / 120. + r * (1. / 720.))))));
+    let y = series * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23);
+    if x < LEAST {
+        0.
+    } else {
+        y
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp_nonpositive;
+
+    #[test]
+    fn the_exponential_is_right_to_2e_7() {
+        for i in 0..=87_000 {
+            let x = -(i as f32) / 1000.;
+            let exact = f64::from(x).exp();
+            assert!((f64::from(exp_nonpositive(x)) - exact).abs() <= 2e-7 * exact, "{x}");
+        }
+        assert_eq!(exp_nonpositive(f32::NEG_INFINITY), 0.);
+        assert!(exp_nonpositive(f32::NAN).is_nan());
+    }
+}

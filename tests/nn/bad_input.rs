@@ -1,0 +1,110 @@
+//! A mistake in targets, options or files is an error with the names; nothing is half applied.
+
+use crate::adapter::{base, vb, Model};
+use candle_core::{Device, Result, Tensor};
+use loralib as lora;
+use loralib::layers::LayerKind;
+use loralib::nn as candle_nn;
+use loralib::{Adapter, AdapterConfig, LoraConfig};
+
+const CPU: Device = Device::Cpu;
+
+fn cfg() -> LoraConfig {
+    LoraConfig { r: 2, lora_alpha: 3., ..Default::default() }
+}
+
+fn check(adapter: &Adapter) -> String {
+    let _model = Model::new(adapter.var_builder(vb(&base()))).unwrap();
+    adapter.check().unwrap_err().to_string()
+}
+
+#[test]
+fn a_target_that_matches_nothing_is_named() {
+    let error = check(&Adapter::new(cfg()).targets(["qkv", "q_proj"]));
+    assert!(error.contains("q_proj") && !error.contains("qkv"), "{error}");
+    assert!(check(&Adapter::new(cfg()).targets("layers\\..*x")).contains("layers"));
+    let error = check(&Adapter::new(cfg()).targets("(qkv"));
+    assert!(error.contains("(qkv") && error.contains("regular expression"), "{error}");
+}
+
+#[test]
+fn a_weight_that_no_layer_takes_is_named() -> Result<()> {
+    let adapter = Adapter::new(cfg()).targets(["qkv", "down_proj"]);
+    let vb = adapter.var_builder(vb(&base()));
+    let _taken = candle_nn::linear(8, 24, vb.pp("layers.0.qkv"))?;
+    let weight = vb.get((8, 8), "layers.1.down_proj.weight")?;
+    let _not = candle_nn::Linear::new(weight.t()?, None);
+    let error = adapter.check().unwrap_err().to_string();
+    assert!(error.contains("layers.1.down_proj.weight"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn an_adaptation_that_fails_in_a_constructor_is_told_by_check() {
+    let config =
+        AdapterConfig::from(cfg()).with_layer("qkv", LayerKind::MergedLinear(vec![true; 5]));
+    let error = check(&Adapter::new(config).targets(["qkv"]));
+    assert!(error.contains("layers.0.qkv.weight"), "{error}");
+    let config = LoraConfig { fan_in_fan_out: true, ..cfg() };
+    assert!(check(&Adapter::new(config).targets(["qkv"])).contains("fan_in_fan_out"));
+    let config = LoraConfig { lora_alpha: f64::NAN, ..cfg() };
+    assert!(check(&Adapter::new(config).targets(["qkv"])).contains("lora_alpha"));
+}
+
+#[test]
+fn merged_names_what_the_base_lacks_and_what_does_not_fit() -> lora::Result<()> {
+    let all = base();
+    let adapter = Adapter::new(cfg()).targets(["down_proj"]);
+    Model::new(adapter.var_builder(vb(&all)))?;
+    let mut less = all.clone();
+    less.remove("layers.1.down_proj.weight");
+    let error = adapter.merged(vb(&less)).err().unwrap().to_string();
+    assert!(error.contains("layers.1.down_proj.weight"), "{error}");
+    let mut other = all.clone();
+    let name = "layers.1.down_proj.weight";
+    other.insert(name.to_owned(), Tensor::zeros((8, 9), candle_core::DType::F32, &CPU)?);
+    let error = adapter.merged(vb(&other))?.get((8, 9), name).unwrap_err().to_string();
+    assert!(error.contains(name), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_merge_that_is_not_finite_changes_no_layer() -> lora::Result<()> {
+    let adapter = Adapter::new(cfg()).targets(["qkv", "up_proj"]);
+    let model = Model::new(adapter.var_builder(vb(&base())))?;
+    let ids = Tensor::new(&[[1u32, 2]], &CPU)?;
+    for var in adapter.vars()?.iter().rev().take(1) {
+        var.set(&(var.ones_like()? * f64::NAN)?)?;
+    }
+    for (name, var) in adapter.var_map().data().lock().unwrap().iter() {
+        if name == "layers.2.up_proj.lora_A" {
+            var.set(&(var.ones_like()? * f64::NAN)?)?;
+        }
+    }
+    let error = adapter.eval().unwrap_err().to_string();
+    assert!(error.contains("layers.2.up_proj") && error.contains("finite"), "{error}");
+    assert!(model.forward(&ids)?.track_op(), "still in training");
+    Ok(())
+}
+
+#[test]
+fn an_adapter_for_another_model_is_an_error() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("a.safetensors");
+    let adapter = Adapter::new(cfg()).targets(["qkv", "up_proj"]);
+    Model::new(adapter.var_builder(vb(&base())))?;
+    adapter.save(&path)?;
+    let loaded = Adapter::load(&path, &CPU)?;
+    let vb = loaded.var_builder(vb(&base()));
+    let _part = candle_nn::linear(8, 24, vb.pp("layers.0.qkv"))?;
+    let error = loaded.check().unwrap_err().to_string();
+    assert!(error.contains("up_proj"), "{error}");
+    let other = LoraConfig { r: 4, ..cfg() };
+    let other = Adapter::new(other).targets(["qkv", "up_proj"]);
+    Model::new(other.var_builder(crate::adapter::vb(&base())))?;
+    let error = other.restore(&path).unwrap_err().to_string();
+    assert!(error.contains("r = 2") && error.contains("lora_"), "{error}");
+    std::fs::write(&path, b"junk")?;
+    assert!(Adapter::load(&path, &CPU).unwrap_err().to_string().contains("a.safetensors"));
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! `loralib::nn`: operations with gradients, layers that are adapted by name, and the `Adapter`.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod adapter;
+mod bad_input;
+mod operations;

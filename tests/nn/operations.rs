@@ -1,0 +1,248 @@
+//! Each replaced operation has the values of candle's fused one and the gradients of candle's composed one.
+
+use crate::common::difference;
+use candle_core::{DType, Device, Result, Tensor, Var, D};
+use loralib::nn;
+use nn::attention::{flash_attn, AttnMask};
+
+const CPU: Device = Device::Cpu;
+
+/// Values and gradients of `ours` and `theirs` for random inputs of the given shapes, relative to the
+/// largest. `trained` says which inputs are variables.
+fn compare(
+    name: &str,
+    shapes: &[&[usize]],
+    ours: impl Fn(&[Tensor]) -> Result<Tensor>,
+    theirs: impl Fn(&[Tensor]) -> Result<Tensor>,
+) -> Result<()> {
+    for (dtype, tolerance) in [(DType::F32, 5e-6), (DType::F64, 1e-12), (DType::BF16, 4e-2)] {
+        for trained in 1..1u32 << shapes.len() {
+            let inputs = shapes.iter().map(|dims| {
+                Var::from_tensor(&Tensor::randn(0f64, 1., *dims, &CPU)?.to_dtype(dtype)?)
+            });
+            let vars = inputs.collect::<Result<Vec<_>>>()?;
+            let tracked = |i: usize| trained >> i & 1 == 1;
+            let own: Vec<_> = vars
+                .iter()
+                .enumerate()
+                .map(
+                    |(i, v)| {
+                        if tracked(i) {
+                            v.as_tensor().clone()
+                        } else {
+                            v.as_detached_tensor()
+                        }
+                    },
+                )
+                .collect();
+            // The reference in F64 where half precision is compared.
+            let wide = |t: &Tensor| {
+                if dtype == DType::BF16 {
+                    t.to_dtype(DType::F32)
+                } else {
+                    Ok(t.clone())
+                }
+            };
+            let all: Vec<_> = vars.iter().map(|v| wide(v.as_tensor())).collect::<Result<_>>()?;
+            let (y, expected) = (ours(&own)?, theirs(&all)?);
+            assert_eq!((y.dims(), y.dtype()), (expected.dims(), dtype), "{name}");
+            let relative = |a: &Tensor, b: &Tensor| -> Result<f64> {
+                let (a, b) = (a.to_dtype(DType::F64)?, b.to_dtype(DType::F64)?);
+                let largest = b.abs()?.max_all()?.to_scalar::<f64>()?.max(1e-3);
+                Ok(difference(&a, &b)? / largest)
+            };
+            let apart = relative(&y, &expected)?;
+            assert!(apart < tolerance, "{name} in {dtype:?}: values {apart:e}");
+            let probe = Tensor::randn(0f64, 1., y.shape(), &CPU)?.to_dtype(dtype)?;
+            let grads = (&y * &probe)?.sum_all()?.backward()?;
+            let reference = (&expected * wide(&probe)?)?.sum_all()?.backward()?;
+            for (i, var) in vars.iter().enumerate() {
+                let Some(g) = grads.get(var) else {
+                    assert!(!tracked(i), "{name} in {dtype:?}: no gradient for input {i}");
+                    continue;
+                };
+                assert!(tracked(i), "{name}: input {i} is frozen");
+                let apart = relative(g, reference.get(var).unwrap())?;
+                assert!(apart < tolerance, "{name} in {dtype:?}: gradient {i} {apart:e}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn softmax_has_a_backward() -> Result<()> {
+    for dims in [&[2, 3, 40][..], &[5, 7], &[1, 1]] {
+        compare(
+            "softmax",
+            &[dims],
+            |x| nn::ops::softmax_last_dim(&x[0]),
+            |x| nn::ops::softmax(&x[0], D::Minus1),
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn norms_have_a_backward_for_input_gain_and_bias() -> Result<()> {
+    for dims in [&[2, 3, 40][..], &[4, 7]] {
+        let n = &[dims[dims.len() - 1]][..];
+        compare(
+            "rms_norm",
+            &[dims, n],
+            |x| nn::ops::rms_norm(&x[0], &x[1], 1e-5),
+            |x| nn::ops::rms_norm_slow(&x[0], &x[1], 1e-5),
+        )?;
+        compare(
+            "layer_norm",
+            &[dims, n, n],
+            |x| nn::ops::layer_norm(&x[0], &x[1], &x[2], 1e-5),
+            |x| nn::ops::layer_norm_slow(&x[0], &x[1], &x[2], 1e-5),
+        )?;
+        let zeros = |x: &Tensor| x.zeros_like();
+        compare(
+            "layer_norm without a bias",
+            &[dims, n],
+            |x| nn::Module::forward(&nn::LayerNorm::new_no_bias(x[1].clone(), 1e-5), &x[0]),
+            |x| nn::ops::layer_norm_slow(&x[0], &x[1], &zeros(&x[1])?, 1e-5),
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn activations_equal_candles() -> Result<()> {
+    type Op = fn(&Tensor) -> Result<Tensor>;
+    let all: [(&str, Op, Op); 4] = [
+        ("gelu", nn::ops::gelu, |x| x.gelu()),
+        ("gelu_erf", nn::ops::gelu_erf, |x| x.gelu_erf()),
+        ("silu", nn::ops::silu, |x| x.silu()),
+        ("swiglu", nn::ops::swiglu, candle_nn::ops::swiglu),
+    ];
+    for (name, ours, theirs) in all {
+        compare(name, &[&[3, 50]], |x| ours(&x[0]), |x| theirs(&x[0]))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn rotary_embeddings_are_differentiable_in_each_layout() -> Result<()> {
+    let (b, h, t, d) = (2, 3, 5, 8);
+    let angles = |dims: &[usize], dtype| Tensor::rand(-3f64, 3., dims, &CPU)?.to_dtype(dtype);
+    for batched in [false, true] {
+        // candle reads a longer batched table at wrong offsets.
+        let dims = if batched { vec![b, t, d / 2] } else { vec![t + 2, d / 2] };
+        for dtype in [DType::F32, DType::F64, DType::BF16] {
+            let (cos, sin) = (angles(&dims, dtype)?.cos()?, angles(&dims, dtype)?.sin()?);
+            type Rope = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
+            let all: [(Rope, Rope, [usize; 4]); 3] = [
+                (nn::rotary_emb::rope, candle_nn::rotary_emb::rope, [b, h, t, d]),
+                (nn::rotary_emb::rope_i, candle_nn::rotary_emb::rope_i, [b, h, t, d]),
+                (nn::rotary_emb::rope_thd, candle_nn::rotary_emb::rope_thd, [b, t, h, d]),
+            ];
+            for (ours, theirs, dims) in all {
+                let x = Var::from_tensor(&Tensor::randn(0f64, 1., &dims, &CPU)?.to_dtype(dtype)?)?;
+                let (y, expected) = (ours(&x, &cos, &sin)?, theirs(&x, &cos, &sin)?);
+                let tolerance = if dtype == DType::BF16 { 4e-2 } else { 1e-6 };
+                assert!(difference(&y, &expected)? < tolerance);
+                // The transpose of a linear map: ⟨rope(x), g⟩ = ⟨x, gx⟩ for every g.
+                let g = Tensor::randn(0f64, 1., &dims, &CPU)?.to_dtype(dtype)?;
+                let grads = (&y * &g)?.sum_all()?.backward()?;
+                let back = theirs(&g, &cos, &sin.neg()?)?;
+                assert!(difference(grads.get(&x).unwrap(), &back)? < tolerance);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn attention_equals_its_composition_for_every_mask_and_grouping() -> Result<()> {
+    let (b, s, t, h, d) = (2, 5, 7, 4, 8);
+    let mask = Tensor::randn(0f64, 1., (b, 1, s, t), &CPU)?;
+    for kv in [1, 2, 4] {
+        let q_dims: &[usize] = &[b, s, h, d];
+        let kv_dims: &[usize] = &[b, t, kv, d];
+        for case in ["none", "added", "causal"] {
+            let causal = || {
+                let seen = |i, j| if j <= i + 2 { 0. } else { f64::NEG_INFINITY };
+                let all = (0..s).flat_map(|i| (0..t).map(move |j| seen(i, j)));
+                Tensor::from_vec(all.collect(), (s, t), &CPU)
+            };
+            let ours = |x: &[Tensor]| {
+                let mask = match case {
+                    "none" => AttnMask::None,
+                    "added" => AttnMask::Mask(mask.to_dtype(x[0].dtype())?),
+                    _ => AttnMask::Causal { kv_offset: 2 },
+                };
+                flash_attn::<f32>(&x[0], &x[1], &x[2], 0.5, mask, None, None)
+            };
+            let theirs = |x: &[Tensor]| {
+                let heads = |x: &Tensor| {
+                    let x = x.transpose(1, 2)?.contiguous()?.unsqueeze(2)?;
+                    let (b, k, _, t, d) = x.dims5()?;
+                    x.expand((b, k, h / k, t, d))?.reshape((b, h, t, d))
+                };
+                let scores = (heads(&x[0])?.matmul(&heads(&x[1])?.t()?)? * 0.5)?;
+                let scores = match case {
+                    "none" => scores,
+                    "added" => scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?,
+                    _ => scores.broadcast_add(&causal()?.to_dtype(scores.dtype())?)?,
+                };
+                nn::ops::softmax(&scores, D::Minus1)?.matmul(&heads(&x[2])?)
+            };
+            compare(case, &[q_dims, kv_dims, kv_dims], ours, theirs)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn caches_store_nothing_while_a_gradient_is_wanted() -> Result<()> {
+    let new = |tracked: bool| -> Result<Tensor> {
+        let x = Var::from_tensor(&Tensor::randn(0f32, 1., (1, 2, 3, 4), &CPU)?)?;
+        Ok(if tracked { x.into_inner() } else { x.as_detached_tensor() })
+    };
+    macro_rules! check {
+        ($cache:expr) => {{
+            let mut cache = $cache;
+            let (k, v) = (new(false)?, new(false)?);
+            let (all, _) = cache.append(&k, &v)?;
+            assert_eq!(all.dims(), [1, 2, 3, 4]);
+            let (tracked, v) = (new(true)?, new(true)?);
+            for _ in 0..2 {
+                let (all, _) = cache.append(&tracked, &v)?;
+                assert_eq!(all.dims(), [1, 2, 6, 4]);
+                assert_eq!(difference(&all.narrow(2, 0, 3)?, &k)?, 0.);
+                assert_eq!(all.sum_all()?.backward()?.get_ids().count(), 2, "the graph is whole");
+            }
+            assert_eq!(cache.current_seq_len(), 3);
+            cache.reset();
+            let (all, _) = cache.append(&tracked, &v)?;
+            assert_eq!(all.dims(), [1, 2, 3, 4]);
+        }};
+    }
+    check!(nn::kv_cache::KvCache::new(2, 8));
+    check!(nn::kv_cache::RotatingKvCache::new(2, 8));
+    check!(nn::kv_cache::ConcatKvCache::new(2));
+    Ok(())
+}
+
+#[test]
+fn a_frozen_layer_gets_no_gradient_and_equals_candles() -> Result<()> {
+    let x = Var::from_tensor(&Tensor::randn(0f32, 1., (2, 3, 6), &CPU)?)?;
+    let w = Tensor::randn(0f32, 1., (5, 6), &CPU)?;
+    let b = Tensor::randn(0f32, 1., 5, &CPU)?;
+    let ours = nn::Linear::new(w.clone(), Some(b.clone()));
+    let candle = candle_nn::Linear::new(w, Some(b));
+    let (y, expected) = (nn::Module::forward(&ours, &x)?, nn::Module::forward(&candle, &x)?);
+    assert!(difference(&y, &expected)? < 1e-5);
+    assert_eq!(y.sum_all()?.backward()?.get_ids().count(), 1);
+    // Convolutions take any kernel, also one that is not square.
+    let x = Tensor::randn(0f32, 1., (2, 4, 9, 8), &CPU)?;
+    let w = Tensor::randn(0f32, 1., (6, 4, 3, 2), &CPU)?;
+    let config = nn::Conv2dConfig { padding: 1, ..Default::default() };
+    let y = nn::Module::forward(&nn::Conv2d::new(w.clone(), None, config), &x)?;
+    assert!(difference(&y, &x.conv2d(&w, 1, 1, 1, 1)?)? < 1e-4);
+    Ok(())
+}
