@@ -1,19 +1,18 @@
 //! BERT and RoBERTa with Hugging Face's parameter names.
 //!
-//! What differs from a plain candle BERT: `lora::Linear`, with an update where [`Adapt`] asks for one;
-//! a `lora_module!` line a struct; and attention, GELU and norm that do not cut the graph.
+//! What differs from a BERT on candle_nn: `lora::Linear`, adapted if [`Adapt`] selects it; a `lora_module!`
+//! line for each struct; and the operations of `lora::nn`, which have a backward.
 
 use crate::config::Config;
-use crate::gelu::gelu_erf;
-use crate::nn::attention::attention;
-use crate::nn::norm::Norm;
-use crate::nn::ops::shifted;
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::VarBuilder;
+use lora::nn::attention::multi_head_attention;
+use lora::nn::ops::gelu_erf;
+use lora::nn::{layer_norm, LayerNorm};
 use lora::LoraConfig;
 use loralib as lora;
 
-/// Which linear layers of the encoder are adapted, by the last word of their names, and how.
+/// The linear layers of the encoder that are adapted, by the last component of their names, and how.
 #[derive(Debug, Clone, Default)]
 pub struct Adapt {
     pub lora: LoraConfig,
@@ -23,7 +22,7 @@ pub struct Adapt {
 impl Adapt {
     fn linear(&self, i: usize, o: usize, name: &str, vb: &VarBuilder) -> Result<lora::Linear> {
         let adapted = self.targets.iter().any(|target| target == name);
-        // With r = 0 a layer that costs a frozen weight no gradient.
+        // With r = 0 a layer without an adapter, whose frozen weight gets no gradient.
         let cfg = if adapted { self.lora } else { LoraConfig::default() };
         lora::linear(i, o, cfg, vb.pp(name))
     }
@@ -37,7 +36,7 @@ pub struct Bert {
 lora::lora_module!(Bert { embeddings, layers });
 
 impl Bert {
-    /// The parameters come from `vb`, which decides what of them is trained.
+    /// `vb` gives the parameters and decides which of them are trained.
     pub fn new(cfg: &Config, adapt: &Adapt, vb: VarBuilder) -> Result<Self> {
         let (n, heads) = (cfg.hidden_size, cfg.num_attention_heads);
         if heads == 0 || !n.is_multiple_of(heads) {
@@ -50,8 +49,8 @@ impl Bert {
         })
     }
 
-    /// Ids (batch, tokens) to (batch, tokens, hidden_size). `real` (batch, tokens) is 1 for tokens
-    /// and 0 for the padding behind them; without it there is none.
+    /// Ids (batch, tokens) to (batch, tokens, hidden_size). `real` (batch, tokens) is 1 for tokens and 0 for
+    /// padding; `None` if there is no padding.
     pub fn forward(&self, ids: &Tensor, real: Option<&Tensor>) -> Result<Tensor> {
         // Scores of the padding become -1e9: (batch, 1, 1, tokens), for all heads and tokens.
         let mask = |real: &Tensor| real.affine(1e9, -1e9)?.unsqueeze(1)?.unsqueeze(1);
@@ -65,11 +64,11 @@ struct Embeddings {
     word: lora::Embedding,
     position: lora::Embedding,
     token_type: lora::Embedding,
-    norm: Norm,
+    norm: LayerNorm,
     first_position: usize,
 }
 
-lora::lora_module!(Embeddings { word, position, token_type, norm; first_position });
+lora::lora_module!(Embeddings { word, position, token_type; norm, first_position });
 
 impl Embeddings {
     fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
@@ -79,7 +78,7 @@ impl Embeddings {
             word: table(cfg.vocab_size, "word_embeddings")?,
             position: table(cfg.max_position_embeddings, "position_embeddings")?,
             token_type: table(cfg.type_vocab_size, "token_type_embeddings")?,
-            norm: Norm::new(cfg.hidden_size, cfg.layer_norm_eps, vb.pp("LayerNorm"))?,
+            norm: layer_norm(cfg.hidden_size, cfg.layer_norm_eps, vb.pp("LayerNorm"))?,
             first_position: cfg.first_position,
         })
     }
@@ -121,30 +120,34 @@ impl Layer {
     }
 
     fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        let (q, k, v) = (self.query.forward(x)?, self.key.forward(x)?, self.value.forward(x)?);
-        let x = self.output.forward(&attention(&q, &k, &v, mask, self.heads)?, x)?;
+        let (batch, tokens, n) = x.dims3()?;
+        let heads = (batch, tokens, self.heads, n / self.heads);
+        let heads = |layer: &lora::Linear| layer.forward(x)?.reshape(heads);
+        let (q, k, v) = (heads(&self.query)?, heads(&self.key)?, heads(&self.value)?);
+        let scale = (self.heads as f64 / n as f64).sqrt();
+        let y = multi_head_attention(&q, &k, &v, scale, mask)?.flatten_from(2)?;
+        let x = self.output.forward(&y, x)?;
         self.feed_forward.forward(&gelu_erf(&self.intermediate.forward(&x)?)?, &x)
     }
 }
 
-/// What closes both halves of a layer: a projection, what came in, and a norm.
+/// A projection, the residual connection and a norm, at the end of both halves of a layer.
 struct Output {
     dense: lora::Linear,
-    norm: Norm,
+    norm: LayerNorm,
 }
 
-lora::lora_module!(Output { dense, norm });
+lora::lora_module!(Output { dense; norm });
 
 impl Output {
     fn new(inner: usize, cfg: &Config, adapt: &Adapt, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
             dense: adapt.linear(inner, cfg.hidden_size, "dense", &vb)?,
-            norm: Norm::new(cfg.hidden_size, cfg.layer_norm_eps, vb.pp("LayerNorm"))?,
+            norm: layer_norm(cfg.hidden_size, cfg.layer_norm_eps, vb.pp("LayerNorm"))?,
         })
     }
 
     fn forward(&self, y: &Tensor, x: &Tensor) -> Result<Tensor> {
-        // What enters the first layer of a frozen base is a constant.
-        self.norm.forward(&shifted(&self.dense.forward(y)?, x)?)
+        self.norm.forward(&(self.dense.forward(y)? + x)?)
     }
 }

@@ -2,7 +2,6 @@
 
 use crate::bert::{Adapt, Bert};
 use crate::config::Config;
-use crate::nn::computed::computed;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use lora::LoraConfig;
@@ -54,8 +53,7 @@ impl Classifier {
             (Pooling::Mean, None) => hidden.mean(1),
             (Pooling::Mean, Some(real)) => {
                 let weights = real.broadcast_div(&real.sum_keepdim(1)?)?.unsqueeze(1)?;
-                let mean = weights.matmul(&hidden.detach())?;
-                computed(&hidden, mean, move |grad| weights.t()?.matmul(grad))?.squeeze(1)
+                weights.matmul(&hidden)?.squeeze(1)
             }
         }
     }

@@ -13,7 +13,6 @@ mod config;
 mod data;
 mod evaluate;
 mod fit;
-mod gelu;
 mod names;
 mod quick;
 mod report;
@@ -24,8 +23,6 @@ mod task;
 mod buckets;
 #[path = "../common/lines.rs"]
 mod lines;
-#[path = "../common/nn/mod.rs"]
-mod nn;
 #[path = "../common/peak.rs"]
 mod peak;
 #[path = "../common/rng.rs"]

@@ -198,6 +198,25 @@ fn attention_equals_its_composition_for_every_mask_and_grouping() -> Result<()> 
 }
 
 #[test]
+fn attention_keeps_nan_and_refuses_other_shapes() -> Result<()> {
+    let x = |dims: &[usize]| -> Result<Tensor> {
+        Ok(Var::from_tensor(&Tensor::randn(0f32, 1., dims, &CPU)?)?.into_inner())
+    };
+    let attention = nn::attention::multi_head_attention;
+    let (q, nan) = (x(&[1, 3, 2, 4])?, Tensor::full(f32::NAN, (1, 3, 2, 4), &CPU)?);
+    for (q, mask) in [(&nan, 0.), (&q, f32::NEG_INFINITY)] {
+        let mask = Tensor::full(mask, (3, 3), &CPU)?;
+        let y = attention(q, &x(&[1, 3, 2, 4])?, &x(&[1, 3, 2, 4])?, 0.5, Some(&mask))?;
+        assert!(y.flatten_all()?.to_vec1::<f32>()?.iter().all(|y| y.is_nan()));
+    }
+    for dims in [[1, 3, 0, 4], [1, 3, 3, 4], [2, 3, 2, 4], [1, 3, 2, 5]] {
+        let error = attention(&q, &x(&dims)?, &x(&dims)?, 0.5, None).unwrap_err();
+        assert!(error.to_string().contains("attention: "), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
 fn caches_store_nothing_while_a_gradient_is_wanted() -> Result<()> {
     let new = |tracked: bool| -> Result<Tensor> {
         let x = Var::from_tensor(&Tensor::randn(0f32, 1., (1, 2, 3, 4), &CPU)?)?;
