@@ -1,8 +1,15 @@
+// On docs.rs these definitions of the README's links come first, and so count.
+#![doc = "[design]: docs::design"]
+#![doc = "[benchmarks]: docs::benchmarks"]
+#![doc = "[walkthrough]: docs::candle_transformers"]
+#![doc = ""]
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
 mod adapter;
+#[cfg(doc)]
+pub mod docs;
 mod error;
 pub mod layers;
 pub mod merge;

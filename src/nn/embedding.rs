@@ -1,4 +1,4 @@
-//! [`candle_nn::embedding`], adapted by name.
+//! [`mod@candle_nn::embedding`], adapted by name.
 
 use crate::layers::{
     self, adapt_embedding, claims, EmbeddingKind, LayerKind, LoraConfig, Placement, Weight,
@@ -56,7 +56,7 @@ impl Module for Embedding {
     }
 }
 
-/// [`candle_nn::embedding`].
+/// [`candle_nn::embedding()`].
 ///
 /// # Errors
 /// If `vb` lacks the table or has it in another shape.

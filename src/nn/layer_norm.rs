@@ -1,4 +1,4 @@
-//! [`candle_nn::layer_norm`] with a backward.
+//! [`mod@candle_nn::layer_norm`] with a backward.
 
 use crate::ops;
 use candle_core::{Module, Result, Tensor};
@@ -59,7 +59,7 @@ impl Module for LayerNorm {
     }
 }
 
-/// [`candle_nn::layer_norm`].
+/// [`candle_nn::layer_norm()`].
 ///
 /// # Errors
 /// If `vb` lacks a tensor or has it in another shape.
@@ -74,7 +74,7 @@ pub fn layer_norm<C: Into<LayerNormConfig>>(
 /// [`candle_nn::layer_norm_no_bias`].
 ///
 /// # Errors
-/// As [`layer_norm`].
+/// As [`layer_norm()`].
 pub fn layer_norm_no_bias(size: usize, eps: f64, vb: VarBuilder) -> Result<LayerNorm> {
     Ok(LayerNorm(candle_nn::layer_norm_no_bias(size, eps, vb)?))
 }
@@ -122,7 +122,7 @@ impl Module for RmsNorm {
 /// [`candle_nn::rms_norm`].
 ///
 /// # Errors
-/// As [`layer_norm`].
+/// As [`layer_norm()`].
 pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {
     Ok(RmsNorm(LayerNorm(candle_nn::rms_norm(size, eps, vb)?.into_inner())))
 }

@@ -1,4 +1,4 @@
-//! [`candle_nn::linear`], adapted by name.
+//! [`mod@candle_nn::linear`], adapted by name.
 
 use crate::layers::{
     self, adapt_linear, adapt_merged_linear, claims, LayerKind, Placement, Total, Weight,
@@ -59,7 +59,7 @@ impl Module for Linear {
     }
 }
 
-/// [`candle_nn::linear`]: a layer with a bias from `vb`.
+/// [`candle_nn::linear()`]: a layer with a bias from `vb`.
 ///
 /// # Errors
 /// If `vb` lacks a tensor or has it in another shape.
@@ -70,7 +70,7 @@ pub fn linear(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Linear> {
 /// [`candle_nn::linear_no_bias`].
 ///
 /// # Errors
-/// As [`linear`].
+/// As [`linear()`].
 pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<Linear> {
     linear_b(in_dim, out_dim, false, vb)
 }
@@ -78,7 +78,7 @@ pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<L
 /// [`candle_nn::linear_b`].
 ///
 /// # Errors
-/// As [`linear`].
+/// As [`linear()`].
 pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
     let base = candle_nn::linear_b(in_dim, out_dim, bias, vb)?;
     Ok(Linear::new(base.weight().clone(), base.bias().cloned()))

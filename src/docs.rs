@@ -1,0 +1,10 @@
+//! Pages beside the API.
+
+#[doc = include_str!("../docs/candle-transformers.md")]
+pub mod candle_transformers {}
+
+#[doc = include_str!("../DESIGN.md")]
+pub mod design {}
+
+#[doc = include_str!("../benches/README.md")]
+pub mod benchmarks {}
