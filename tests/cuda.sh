@@ -20,11 +20,11 @@ build() {
   mkdir -p "$folder"
   step "build with ${FEATURES:-cuda}"
   CARGO_PROFILE_RELEASE_STRIP=true cargo build --release --features "${FEATURES:-cuda}" \
-    --test device --examples --benches --message-format=json-render-diagnostics |
+    --test device --test nn --examples --benches --message-format=json-render-diagnostics |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' |
     while read -r program; do
       name=$(basename "$program" | sed 's/-[0-9a-f]\{16\}$//')
-      case " device $EXAMPLES $BENCHES " in *" $name "*) cp "$program" "$folder/$name" ;; esac
+      case " device nn $EXAMPLES $BENCHES " in *" $name "*) cp "$program" "$folder/$name" ;; esac
     done
   cc -shared -fPIC -O1 -o "$folder/to_host.so" tests/device/to_host.c -ldl
   ls -l "$folder"
@@ -52,6 +52,7 @@ run() {
 
   step "tests in F32, F64, BF16 and F16"
   "$folder/device" --test-threads=1
+  "$folder/nn" --test-threads=1
 
   step "nothing of the base's size goes back to the host"
   local watched=(env LD_PRELOAD="$folder/to_host.so" MAX_TO_HOST=4096 "$folder/device" --exact)

@@ -24,7 +24,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         let name = file.split(['/', '.']).next().unwrap_or_default();
         format!("#[path = {:?}]\npub mod {name};\n", to.join(file))
     });
-    fs::write(PathBuf::from(env::var("OUT_DIR")?).join("modules.rs"), modules.concat())?;
+    // Llama once more, on candle's composed operations.
+    let llama = fs::read_to_string(to.join("models/llama.rs"))?;
+    let composed = to.join("composed_llama.rs");
+    fs::write(&composed, llama.replace("loralib::nn as", "crate::composed as"))?;
+    let composed = format!(
+        "pub mod composed_models {{ #[path = {composed:?}] pub mod llama; \
+         pub use crate::composed::with_tracing; }}"
+    );
+    let modules = modules.concat() + &composed;
+    fs::write(PathBuf::from(env::var("OUT_DIR")?).join("modules.rs"), modules)?;
     Ok(())
 }
 
