@@ -6,7 +6,11 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod edges;
 mod golden;
 mod gradients;
+mod kept;
+mod options;
+mod oracle;
 mod seeded;
 mod transfers;

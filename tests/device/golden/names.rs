@@ -55,7 +55,7 @@ fn expected(golden: &Value, word: &str, of: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn what_is_trained_and_saved_agrees_with_loralib() -> Result<()> {
+fn trained_and_saved_names_agree_with_loralib() -> Result<()> {
     let golden = golden();
     let mut state = Tensors::new();
     for (name, shape) in golden["model"]["state"].as_object().unwrap() {
