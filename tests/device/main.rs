@@ -10,6 +10,8 @@ mod edges;
 mod golden;
 mod gradients;
 mod kept;
+mod kinds;
+mod modes;
 mod options;
 mod oracle;
 mod seeded;
