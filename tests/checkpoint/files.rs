@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 #[test]
-fn equal_contents_give_equal_bytes_and_others_readers_take_them() -> Result<()> {
+fn equal_contents_give_equal_bytes() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (_, vars) = adapter(Bias::All)?;
     let state = lora::lora_state_dict(&vars, Bias::All)?;
@@ -33,7 +33,7 @@ fn equal_contents_give_equal_bytes_and_others_readers_take_them() -> Result<()> 
 }
 
 #[test]
-fn every_alpha_fits_the_file_that_it_was_saved_in() -> Result<()> {
+fn alpha_and_dropout_are_stored_exactly() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.safetensors");
     let (_, vars) = adapter(Bias::None)?;
@@ -49,7 +49,7 @@ fn every_alpha_fits_the_file_that_it_was_saved_in() -> Result<()> {
 
 #[cfg(unix)]
 #[test]
-fn a_save_keeps_modes_and_links_and_leaves_nothing_behind() -> Result<()> {
+fn save_keeps_permissions_and_links() -> Result<()> {
     use std::os::unix::fs::{symlink, PermissionsExt};
     let folder = tempfile::tempdir()?;
     let (_, vars) = adapter(Bias::None)?;
@@ -72,7 +72,7 @@ fn a_save_keeps_modes_and_links_and_leaves_nothing_behind() -> Result<()> {
 }
 
 #[test]
-fn what_should_not_be_saved_is_not() -> Result<()> {
+fn invalid_state_is_not_saved() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.safetensors");
     fails(lora::save_state_dict(&StateDict::new(), &CFG, &path), &["a.safetensors", "empty"]);

@@ -9,7 +9,7 @@ use loralib as lora;
 use std::collections::HashMap;
 
 #[test]
-fn a_checkpoint_comes_back_in_a_fresh_model_bit_for_bit() -> Result<()> {
+fn checkpoints_are_restored_bit_for_bit() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("adapter.safetensors");
     let x = rnd(1, &[2, 4], DType::F32)?.to_device(&CPU)?;
@@ -41,7 +41,7 @@ fn a_checkpoint_comes_back_in_a_fresh_model_bit_for_bit() -> Result<()> {
 }
 
 #[test]
-fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
+fn failed_load_sets_nothing() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.safetensors");
     let (_, vars) = adapter(Bias::LoraOnly)?;
@@ -95,7 +95,7 @@ fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
 }
 
 #[test]
-fn one_map_for_all_is_expected_to_get_an_adapter_or_a_whole_base() -> Result<()> {
+fn one_var_map_loads_an_adapter_or_a_base() -> Result<()> {
     let all = VarMap::new();
     Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
     let whole = lora::lora_state_dict(&all, Trainable::all_parameters());
@@ -135,7 +135,7 @@ fn one_map_for_all_is_expected_to_get_an_adapter_or_a_whole_base() -> Result<()>
 }
 
 #[test]
-fn a_convolution_s_second_names_are_understood() -> Result<()> {
+fn second_names_of_convolutions_load() -> Result<()> {
     let weight = rnd(1, &[4, 3, 3, 3], DType::F32)?.to_device(&CPU)?;
     let bias = rnd(2, &[4], DType::F32)?.to_device(&CPU)?;
     let base = HashMap::from([
@@ -162,7 +162,7 @@ fn a_convolution_s_second_names_are_understood() -> Result<()> {
 }
 
 #[test]
-fn a_newly_loaded_adapter_takes_effect_at_the_next_eval() -> Result<()> {
+fn loaded_adapter_takes_effect_at_eval() -> Result<()> {
     let x = rnd(1, &[2, 4], DType::F32)?.to_device(&CPU)?;
     let (mut model, vars) = adapter(Bias::None)?;
     randomize(&vars, 5)?;
@@ -180,7 +180,7 @@ fn a_newly_loaded_adapter_takes_effect_at_the_next_eval() -> Result<()> {
 }
 
 #[test]
-fn variables_in_other_float_types_are_cast() -> Result<()> {
+fn loads_cast_to_the_variables_dtype() -> Result<()> {
     let vars = VarMap::new();
     let a = Var::from_tensor(&Tensor::zeros(2, DType::BF16, &CPU)?)?;
     vars.data().lock().unwrap().insert("x.lora_A".to_owned(), a.clone());

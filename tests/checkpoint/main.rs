@@ -2,12 +2,15 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod errors;
 mod files;
+mod layers;
 mod loading;
 mod misdirected;
 mod resume;
 mod seeded;
 mod selection;
+mod shards;
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};

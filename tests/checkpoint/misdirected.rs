@@ -8,7 +8,7 @@ use lora::{peft, Bias, Strict};
 use loralib as lora;
 
 #[test]
-fn the_error_says_which_function_reads_the_format() -> lora::Result<()> {
+fn errors_name_the_right_function() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let (file, folder) = (dir.path().join("adapter.safetensors"), dir.path().join("peft"));
     let (_, vars) = adapter(Bias::None)?;

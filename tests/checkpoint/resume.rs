@@ -66,7 +66,7 @@ fn resumes(
 }
 
 #[test]
-fn a_loaded_checkpoint_trains_on_bit_for_bit() -> lora::Result<()> {
+fn checkpoints_resume_bit_for_bit() -> lora::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("adapter.safetensors");
     resumes(
@@ -76,7 +76,7 @@ fn a_loaded_checkpoint_trains_on_bit_for_bit() -> lora::Result<()> {
 }
 
 #[test]
-fn a_loaded_peft_adapter_trains_on_bit_for_bit() -> lora::Result<()> {
+fn peft_adapters_resume_bit_for_bit() -> lora::Result<()> {
     let folder = tempfile::tempdir()?;
     let config = AdapterConfig::from(CFG).with_trainable(what())?;
     let save = |vars: &VarMap| {

@@ -20,7 +20,7 @@ fn start(seed: u64, name: &str, init: Init) -> Result<Tensor> {
 const UNIFORM: Init = Init::Uniform { lo: -1., up: 3. };
 
 #[test]
-fn a_seed_and_a_name_fix_the_start_whatever_else_there_is() -> Result<()> {
+fn seed_and_name_determine_the_values() -> Result<()> {
     let vars = VarMap::new();
     let what = Bias::None.and("classifier");
     Model::new(lora::seeded(lora::var_builder(base(false)?, &vars, what.clone()), 7))?;
@@ -47,7 +47,7 @@ fn a_seed_and_a_name_fix_the_start_whatever_else_there_is() -> Result<()> {
 }
 
 #[test]
-fn a_start_has_the_distribution_that_was_asked_for() -> Result<()> {
+fn values_have_the_requested_distribution() -> Result<()> {
     let kaiming = |dist| Init::Kaiming {
         dist,
         fan: FanInOut::FanIn,
@@ -81,7 +81,7 @@ fn a_start_has_the_distribution_that_was_asked_for() -> Result<()> {
 }
 
 #[test]
-fn the_same_seed_gives_the_same_numbers_in_every_version() -> Result<()> {
+fn seeded_values_never_change() -> Result<()> {
     let first = |init| start(42, "q.lora_A", init)?.get(0)?.narrow(0, 0, 4)?.to_vec1::<f32>();
     let normal = Init::Randn { mean: 0., stdev: 1. };
     assert_eq!(first(normal)?, [-0.14876336f32, -0.79017204, 0.09825951, 1.4261299]);
@@ -90,7 +90,7 @@ fn the_same_seed_gives_the_same_numbers_in_every_version() -> Result<()> {
 }
 
 #[test]
-fn what_is_there_keeps_its_value_and_what_is_missing_is_an_error() -> Result<()> {
+fn existing_tensors_keep_their_values() -> Result<()> {
     let vars = VarMap::new();
     let vb = |seed| -> Result<_> {
         Ok(lora::seeded(lora::var_builder(base(true)?, &vars, Bias::All.and("classifier")), seed))
@@ -122,7 +122,7 @@ fn what_is_there_keeps_its_value_and_what_is_missing_is_an_error() -> Result<()>
 }
 
 #[test]
-fn a_start_in_half_precision_is_the_same_one_rounded() -> Result<()> {
+fn half_precision_values_are_rounded() -> Result<()> {
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::BF16, &CPU);
     let half = lora::seeded(vb, 1).get_with_hints((300, 200), "a", UNIFORM)?;
     assert_eq!(half.dtype(), DType::BF16);
@@ -150,7 +150,7 @@ impl SimpleBackend for Plain {
 }
 
 #[test]
-fn a_backend_without_variables_gets_the_same_start_and_whole_numbers_get_none() -> Result<()> {
+fn backends_without_variables_get_the_same_values() -> Result<()> {
     let plain = VarBuilder::from_backend(Box::new(Plain), DType::F32, CPU);
     let plain = lora::seeded(plain, 1).get_with_hints((300, 200), "a", UNIFORM)?;
     assert_eq!(bits(&plain)?, bits(&start(1, "a", UNIFORM)?)?);

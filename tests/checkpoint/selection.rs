@@ -8,7 +8,7 @@ use lora::Bias;
 use loralib as lora;
 
 #[test]
-fn an_adapter_map_holds_what_is_trained_and_nothing_else() -> Result<()> {
+fn adapter_map_holds_the_trained_variables_only() -> Result<()> {
     let lora = ["q.lora_A", "q.lora_B"];
     let cases: [(lora::Trainable, &[&str]); 4] = [
         (Bias::None.into(), &[]),
@@ -37,7 +37,7 @@ fn an_adapter_map_holds_what_is_trained_and_nothing_else() -> Result<()> {
 }
 
 #[test]
-fn trained_biases_start_at_the_base_s_value_and_do_not_change_it() -> Result<()> {
+fn trained_biases_are_copies_of_the_base() -> Result<()> {
     let base = base(true)?;
     let adapter = VarMap::new();
     Model::new(lora::var_builder(base.clone(), &adapter, Bias::All))?;
@@ -51,7 +51,7 @@ fn trained_biases_start_at_the_base_s_value_and_do_not_change_it() -> Result<()>
 }
 
 #[test]
-fn a_wrapped_layer_trains_the_bias_that_the_selection_names() -> Result<()> {
+fn wrapped_layers_train_the_selected_bias() -> Result<()> {
     for (what, trained) in [(Bias::None, false), (Bias::LoraOnly, true), (Bias::All, true)] {
         let adapter = VarMap::new();
         let vb = lora::var_builder(base(true)?, &adapter, what).pp("q");
@@ -63,7 +63,7 @@ fn a_wrapped_layer_trains_the_bias_that_the_selection_names() -> Result<()> {
 }
 
 #[test]
-fn a_base_that_is_cut_out_of_a_var_map_does_not_follow_it() -> Result<()> {
+fn frozen_base_is_a_copy_of_its_var_map() -> Result<()> {
     let vars = VarMap::new();
     Model::new(VarBuilder::from_varmap(&vars, DType::F32, &CPU))?;
     let adapter = VarMap::new();
@@ -78,7 +78,7 @@ fn a_base_that_is_cut_out_of_a_var_map_does_not_follow_it() -> Result<()> {
 }
 
 #[test]
-fn a_missing_base_tensor_is_an_error_and_a_new_head_is_not() -> Result<()> {
+fn only_selected_modules_may_be_new() -> Result<()> {
     let vars = VarMap::new();
     let empty = VarBuilder::from_varmap(&vars, DType::F32, &CPU);
     let error = Model::new(lora::var_builder(empty, &VarMap::new(), Bias::All)).err().unwrap();
@@ -92,7 +92,7 @@ fn a_missing_base_tensor_is_an_error_and_a_new_head_is_not() -> Result<()> {
 }
 
 #[test]
-fn an_empty_selection_is_an_error() -> Result<()> {
+fn empty_selections_are_errors() -> Result<()> {
     let vars = VarMap::new();
     fails(lora::mark_only_lora_as_trainable(&vars, Bias::All), &["0 variables", "all"]);
     fails(lora::lora_state_dict(&vars, Bias::None), &["nothing"]);
@@ -104,7 +104,7 @@ fn an_empty_selection_is_an_error() -> Result<()> {
 }
 
 #[test]
-fn a_weight_under_an_adapter_cannot_be_selected() -> Result<()> {
+fn adapted_weights_cannot_be_selected() -> Result<()> {
     for what in [lora::Trainable::all_parameters(), Bias::None.and("q")] {
         let (_, vars) = adapter(what.clone())?;
         let message = ["\"q.weight\"", "frozen"];
