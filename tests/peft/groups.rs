@@ -39,7 +39,7 @@ fn delta(a: &Tensor, b: &Tensor, groups: usize, scaling: f64) -> lora::Result<Te
 }
 
 #[test]
-fn every_grouped_convolution_keeps_its_update_and_comes_back() -> lora::Result<()> {
+fn grouped_convolutions_round_trip() -> lora::Result<()> {
     for (n, groups, k) in (1..=3usize).flat_map(|n| [(n, 2, 3), (n, 3, 3), (n, 4, 2), (n, 6, 1)]) {
         let (inputs, out) = (12, 24);
         let (u, width) = (usize::pow(k, n as u32 / 2), usize::pow(k, n.div_ceil(2) as u32));
@@ -78,7 +78,7 @@ fn every_grouped_convolution_keeps_its_update_and_comes_back() -> lora::Result<(
 
 /// The fixture is an independent conversion, which PEFT ran.
 #[test]
-fn a_grouped_convolution_computes_what_peft_computes_with_its_factors() -> lora::Result<()> {
+fn grouped_convolution_agrees_with_peft() -> lora::Result<()> {
     let all = lora::read_state_dict(folder("groups").join("model.safetensors"), &CPU)?.tensors;
     let [base, _, x, y] = model("groups")?;
     let (config, adapter) = peft::load_pretrained(folder("groups"), &CPU)?;
@@ -105,7 +105,7 @@ fn a_grouped_convolution_computes_what_peft_computes_with_its_factors() -> lora:
 
 /// Ranks alone do not tell which factors are in loralib's form: here they would go with it.
 #[test]
-fn dense_factors_of_a_rank_like_ours_keep_their_update_or_are_refused() -> lora::Result<()> {
+fn dense_factors_of_equal_rank_keep_their_update() -> lora::Result<()> {
     let groups_of = |groups: usize| -> lora::Result<_> {
         let dir = tempfile::tempdir()?;
         let zeros = |dims: [usize; 2]| Tensor::zeros(&dims[..], DType::F32, &CPU);
@@ -137,7 +137,7 @@ fn dense_factors_of_a_rank_like_ours_keep_their_update_or_are_refused() -> lora:
 }
 
 #[test]
-fn what_no_grouped_kernel_can_hold_is_refused() -> lora::Result<()> {
+fn updates_across_groups_are_refused() -> lora::Result<()> {
     let error = peft::load_pretrained(folder("groups_dense"), &CPU).unwrap_err().to_string();
     assert!(error.contains("conv.lora_A") && error.contains("2 groups"), "{error}");
     let ones = |dims: [usize; 2]| Tensor::ones(&dims[..], DType::F32, &CPU);

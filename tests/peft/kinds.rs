@@ -63,7 +63,7 @@ fn delta(file: &StateDict, path: &str, scaling: f64) -> lora::Result<Tensor> {
 }
 
 #[test]
-fn every_kind_of_layer_keeps_its_update_in_pefts_factors() -> lora::Result<()> {
+fn every_kind_keeps_its_update() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { base, adapter, config } = sample(rslora)?;
         let dir = tempfile::tempdir()?;
@@ -94,7 +94,7 @@ fn every_kind_of_layer_keeps_its_update_in_pefts_factors() -> lora::Result<()> {
 }
 
 #[test]
-fn what_was_saved_comes_back_bit_for_bit() -> lora::Result<()> {
+fn saved_adapters_round_trip_bit_for_bit() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { adapter, config, .. } = sample(rslora)?;
         let dir = tempfile::tempdir()?;
@@ -118,7 +118,7 @@ fn what_was_saved_comes_back_bit_for_bit() -> lora::Result<()> {
 }
 
 #[test]
-fn one_rank_for_all_layers_needs_no_pattern() -> lora::Result<()> {
+fn equal_ranks_need_no_pattern() -> lora::Result<()> {
     let Sample { mut adapter, config, .. } = sample(false)?;
     adapter.retain(|name, _| name.starts_with("h.qkv"));
     let config = AdapterConfig {
@@ -136,7 +136,7 @@ fn one_rank_for_all_layers_needs_no_pattern() -> lora::Result<()> {
 }
 
 #[test]
-fn layers_of_several_ranks_are_saved_with_one_where_a_server_needs_it() -> lora::Result<()> {
+fn one_rank_pads_smaller_factors() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { base, adapter, config } = sample(rslora)?;
         let config = AdapterConfig { one_rank: true, ..config };
