@@ -1,5 +1,4 @@
-//! The example's BERT gives the hidden states of transformers, and trains what it should and nothing
-//! else.
+//! The example's BERT agrees with transformers, and trains the selected variables only.
 
 #[path = "../examples/classify/bert.rs"]
 mod bert;
@@ -55,12 +54,12 @@ impl Fixture {
         VarBuilder::from_tensors(tensors, DType::F32, &device())
     }
 
-    fn classifier(&self, targets: &str, vars: &VarMap, what: Trainable) -> Result<Classifier> {
-        let vb = lora::var_builder(self.base(), vars, what);
+    fn classifier(&self, targets: &str, vars: &VarMap, trainable: Trainable) -> Result<Classifier> {
+        let vb = lora::var_builder(self.base(), vars, trainable);
         Ok(Classifier::new(&self.config, &adapt(targets), LABELS, Pooling::Mean, vb)?)
     }
 
-    /// By how much the hidden states of real tokens differ from those of transformers.
+    /// The difference of the hidden states of real tokens from those of transformers.
     fn error(&self, model: &Bert) -> Result<f64> {
         let hidden = model.forward(&self.ids, Some(&self.real))?;
         let real = self.real.unsqueeze(2)?;
@@ -74,7 +73,7 @@ fn adapt(targets: &str) -> Adapt {
 }
 
 #[test]
-fn hidden_states_are_those_of_transformers() -> Result<()> {
+fn hidden_states_agree_with_transformers() -> Result<()> {
     for name in ["bert", "roberta"] {
         let fixture = Fixture::read(name)?;
         let vars = VarMap::new();
@@ -105,7 +104,7 @@ fn hidden_states_are_those_of_transformers() -> Result<()> {
 }
 
 #[test]
-fn names_are_told_with_and_without_a_prefix_and_strangers_are_an_error() -> Result<()> {
+fn prefixes_and_old_names_are_read() -> Result<()> {
     let Fixture { config, tensors, .. } = Fixture::read("bert")?;
     let named = |rename: &dyn Fn(&str) -> String| {
         let renamed = tensors.iter().map(|(name, t)| (rename(name), t.clone())).collect();
@@ -123,7 +122,7 @@ fn names_are_told_with_and_without_a_prefix_and_strangers_are_an_error() -> Resu
     Ok(())
 }
 
-/// The names without a gradient, and how many gradients there are of what is no variable.
+/// The variables without a gradient, and the number of gradients that belong to no variable.
 fn trained(fixture: &Fixture, model: &Classifier, vars: &VarMap) -> Result<(Vec<String>, usize)> {
     let logits = model.forward(&fixture.ids, Some(&fixture.real))?;
     let targets = Tensor::new(&[0u32, 2], &device())?;
@@ -134,28 +133,28 @@ fn trained(fixture: &Fixture, model: &Classifier, vars: &VarMap) -> Result<(Vec<
 }
 
 #[test]
-fn each_method_makes_gradients_for_what_it_trains_and_for_nothing_else() -> Result<()> {
+fn only_trained_variables_get_gradients() -> Result<()> {
     let fixture = Fixture::read("bert")?;
     let everything = Trainable::all_parameters().and("classifier");
-    for (targets, what, expected) in [
+    for (targets, trainable, expected) in [
         ("", Bias::None.and("classifier"), 2),
         ("query,value", Bias::None.and("classifier"), 2 + 8),
         ("query,value", Bias::LoraOnly.and("classifier"), 2 + 8 + 4),
         ("", everything, 2 + fixture.tensors.len()),
     ] {
         let vars = VarMap::new();
-        let model = fixture.classifier(targets, &vars, what)?;
+        let model = fixture.classifier(targets, &vars, trainable)?;
         assert_eq!(vars.all_vars().len(), expected, "{targets}");
         assert_eq!(trained(&fixture, &model, &vars)?, (vec![], 0), "{targets}, {expected}");
     }
     Ok(())
 }
 
-/// Wide enough for the loops of vector instructions, and a rest.
+/// More values than a vector has lanes, and not a multiple of them.
 const N: usize = 42;
 
 #[test]
-fn gradients_are_those_of_finite_differences() -> Result<()> {
+fn gradients_agree_with_finite_differences() -> Result<()> {
     let (x, g) = (rnd(1, &[2, 5, N], DType::F32)?, rnd(2, &[2, 5, N], DType::F32)?);
     let (y, z) = (rnd(3, &[2, 5, N], DType::F32)?, rnd(4, &[2, 5, N], DType::F32)?);
     let vb = VarBuilder::zeros(DType::F32, &device());
@@ -184,14 +183,14 @@ fn gradients_are_those_of_finite_differences() -> Result<()> {
             (value(&(&x + (&along * step)?)?)? - value(&(&x - (&along * step)?)?)?) / (2. * step);
         let expected = (grad * along)?.sum_all()?.to_scalar::<f32>()?;
         let (expected, size) = (f64::from(expected), f64::from(expected).abs().max(1.));
-        assert!((slope - expected).abs() < 1e-2 * size, "{name}: {expected}, but {slope}");
+        assert!((slope - expected).abs() < 1e-2 * size, "{name}: {expected}, numerically {slope}");
     }
     Ok(())
 }
 
-/// F32 on the CPU has kernels of its own; F64 is composed of candle's operations.
+/// F32 on the CPU has its own kernels; F64 uses candle's operations.
 #[test]
-fn the_kernels_and_candle_s_operations_agree() -> Result<()> {
+fn kernels_agree_with_candle() -> Result<()> {
     type Op = fn(DType, &Tensor) -> candle_core::Result<Tensor>;
     /// Heads of 21 values, and more tokens than a vector has lanes.
     const DIMS: [usize; 3] = [3, 19, N];
@@ -205,7 +204,7 @@ fn the_kernels_and_candle_s_operations_agree() -> Result<()> {
         ("gelu", |_, x| gelu::gelu_erf(&(x * 4.)?)),
         ("norm", |dtype, x| {
             let (weight, bias) = (rnd(5, &[N], dtype)?, rnd(6, &[N], dtype)?);
-            // candle's fused one has no F64: as if it were trained, it is composed.
+            // candle's fused norm has no F64: a variable selects the composed one.
             let weight = match dtype {
                 DType::F64 => candle_core::Var::from_tensor(&weight)?.into_inner(),
                 _ => weight,
@@ -226,16 +225,16 @@ fn the_kernels_and_candle_s_operations_agree() -> Result<()> {
             let mask = (0..19).flat_map(|i| (0..19).map(move |j| seen(i, j)));
             masked(dtype, x, Some(Tensor::from_iter(mask, &device())?.reshape((19, 19))?))
         }),
-        ("a mask of one value a token", |dtype, x| {
+        ("a mask with one value per token", |dtype, x| {
             masked(dtype, x, Some((rnd(7, &[19, 1], dtype)? * 4.)?))
         }),
-        ("a mask of a head's own", |dtype, x| {
+        ("a mask per head", |dtype, x| {
             masked(dtype, x, Some((rnd(7, &[1, 2, 19, 19], dtype)? * 4.)?))
         }),
-        ("a mask of a sentence's own", |dtype, x| {
+        ("a mask per sentence", |dtype, x| {
             masked(dtype, x, Some((rnd(7, &[3, 1, 19, 19], dtype)? * 4.)?))
         }),
-        ("attention of parts", |dtype, x| {
+        ("attention of strided views", |dtype, x| {
             let all = Tensor::cat(&[x, &rnd(3, &DIMS, dtype)?, &rnd(4, &DIMS, dtype)?], 2)?;
             let part = |i| all.narrow(2, i * N, N);
             nn::attention::attention(&part(0)?, &part(1)?, &part(2)?, None, 2)
@@ -259,7 +258,7 @@ fn the_kernels_and_candle_s_operations_agree() -> Result<()> {
 }
 
 #[test]
-fn attention_keeps_what_is_not_finite_and_refuses_what_does_not_fit() -> Result<()> {
+fn attention_propagates_nan_and_checks_shapes() -> Result<()> {
     let x = |dims: &[usize]| rnd(1, dims, DType::F32);
     let (q, nan) = (x(&[1, 3, 6])?, Tensor::full(f32::NAN, (1, 3, 6), &device())?);
     for (q, mask) in [(&nan, 0.), (&q, f32::NEG_INFINITY)] {

@@ -1,4 +1,4 @@
-//! Where variables start with a seed.
+//! Seeded initialisation of variables.
 
 use crate::common::bits;
 use crate::{base, names, randomize, snapshot, Model, CPU};
@@ -22,10 +22,10 @@ const UNIFORM: Init = Init::Uniform { lo: -1., up: 3. };
 #[test]
 fn seed_and_name_determine_the_values() -> Result<()> {
     let vars = VarMap::new();
-    let what = Bias::None.and("classifier");
-    Model::new(lora::seeded(lora::var_builder(base(false)?, &vars, what.clone()), 7))?;
+    let trainable = Bias::None.and("classifier");
+    Model::new(lora::seeded(lora::var_builder(base(false)?, &vars, trainable.clone()), 7))?;
     let again = VarMap::new();
-    Model::new(lora::seeded(lora::var_builder(base(false)?, &again, what), 7))?;
+    Model::new(lora::seeded(lora::var_builder(base(false)?, &again, trainable), 7))?;
     assert_eq!(snapshot(&vars), snapshot(&again));
 
     let all = VarMap::new();
@@ -55,7 +55,7 @@ fn values_have_the_requested_distribution() -> Result<()> {
     };
     let (fan_in, third) = (200f64, 1. / 3f64.sqrt());
     let stdev = 3. / fan_in.sqrt();
-    // Mean, standard deviation, and the largest distance from the mean where there is one.
+    // Mean, standard deviation, and the largest distance from the mean, if it is bounded.
     let cases = [
         (Init::Const(0.5), 0.5, 0., Some(0.)),
         (UNIFORM, 1., 2. * third, Some(2.)),
@@ -66,7 +66,7 @@ fn values_have_the_requested_distribution() -> Result<()> {
     for (init, mean, stdev, most) in cases {
         let away = (start(5, "a", init)?.to_dtype(DType::F64)? - mean)?.flatten_all()?;
         let off = away.mean_all()?.to_scalar::<f64>()?.abs();
-        assert!(off <= 5. * stdev / 60000f64.sqrt(), "{init:?}: the mean is {off} off");
+        assert!(off <= 5. * stdev / 60000f64.sqrt(), "{init:?}: the mean differs by {off}");
         let measured = away.sqr()?.mean_all()?.to_scalar::<f64>()?.sqrt();
         assert!((measured - stdev).abs() <= 0.02 * stdev, "{init:?}: {measured}");
         let farthest = away.abs()?.max(0)?.to_scalar::<f64>()?;
@@ -132,7 +132,7 @@ fn half_precision_values_are_rounded() -> Result<()> {
     Ok(())
 }
 
-/// Makes plain tensors where a `VarMap` makes variables.
+/// A backend that creates plain tensors instead of variables.
 struct Plain;
 
 impl SimpleBackend for Plain {
@@ -154,7 +154,7 @@ fn backends_without_variables_get_the_same_values() -> Result<()> {
     let plain = VarBuilder::from_backend(Box::new(Plain), DType::F32, CPU);
     let plain = lora::seeded(plain, 1).get_with_hints((300, 200), "a", UNIFORM)?;
     assert_eq!(bits(&plain)?, bits(&start(1, "a", UNIFORM)?)?);
-    // An error of candle's, which has no such random numbers.
+    // candle has no random integers.
     assert!(lora::seeded(map(), 1).get_with_hints_dtype(4, "a", UNIFORM, DType::U32).is_err());
     Ok(())
 }

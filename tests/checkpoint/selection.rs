@@ -1,4 +1,4 @@
-//! What is trained, and where it starts.
+//! The trained variables and their initial values.
 
 use crate::common::{bits, rnd, CFG};
 use crate::{adapter, base, fails, names, randomize, Model, CPU};
@@ -16,21 +16,21 @@ fn adapter_map_holds_the_trained_variables_only() -> Result<()> {
         (Bias::All.into(), &["classifier.bias", "k.bias", "q.bias"]),
         (Bias::None.and("classifier"), &["classifier.bias", "classifier.weight"]),
     ];
-    for (what, others) in cases {
-        let (_, vars) = adapter(what.clone())?;
+    for (trainable, others) in cases {
+        let (_, vars) = adapter(trainable.clone())?;
         let mut expected: Vec<String> = lora.iter().chain(others).map(|s| s.to_string()).collect();
         expected.sort();
-        assert_eq!(names(&vars), expected, "{what:?}");
-        let saved = lora::lora_state_dict(&vars, what.clone())?;
+        assert_eq!(names(&vars), expected, "{trainable:?}");
+        let saved = lora::lora_state_dict(&vars, trainable.clone())?;
         assert_eq!(saved.keys().cloned().collect::<Vec<_>>(), expected);
-        let trained = lora::mark_only_lora_as_trainable(&vars, what.clone())?;
+        let trained = lora::mark_only_lora_as_trainable(&vars, trainable.clone())?;
         for (var, (name, tensor)) in trained.iter().zip(&saved) {
             assert_eq!(bits(var)?, bits(tensor)?, "{name}");
         }
-        // The same selection out of one map for all.
+        // The same selection of one VarMap with all variables.
         let all = VarMap::new();
         Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
-        let saved = lora::lora_state_dict(&all, what)?;
+        let saved = lora::lora_state_dict(&all, trainable)?;
         assert_eq!(saved.keys().cloned().collect::<Vec<_>>(), expected);
     }
     Ok(())
@@ -52,12 +52,12 @@ fn trained_biases_are_copies_of_the_base() -> Result<()> {
 
 #[test]
 fn wrapped_layers_train_the_selected_bias() -> Result<()> {
-    for (what, trained) in [(Bias::None, false), (Bias::LoraOnly, true), (Bias::All, true)] {
+    for (trainable, trained) in [(Bias::None, false), (Bias::LoraOnly, true), (Bias::All, true)] {
         let adapter = VarMap::new();
-        let vb = lora::var_builder(base(true)?, &adapter, what).pp("q");
+        let vb = lora::var_builder(base(true)?, &adapter, trainable).pp("q");
         let layer = lora::Linear::new(candle_nn::linear(4, 4, vb.clone())?, CFG, vb)?;
-        assert_eq!(names(&adapter).contains(&"q.bias".to_owned()), trained, "{what}");
-        assert_eq!(layer.bias().unwrap().is_variable(), trained, "{what}");
+        assert_eq!(names(&adapter).contains(&"q.bias".to_owned()), trained, "{trainable}");
+        assert_eq!(layer.bias().unwrap().is_variable(), trained, "{trainable}");
     }
     Ok(())
 }
@@ -83,9 +83,10 @@ fn only_selected_modules_may_be_new() -> Result<()> {
     let empty = VarBuilder::from_varmap(&vars, DType::F32, &CPU);
     let error = Model::new(lora::var_builder(empty, &VarMap::new(), Bias::All)).err().unwrap();
     assert!(error.to_string().contains("\"q.weight\""), "{error}");
-    assert!(names(&vars).is_empty(), "asking creates no variable in the base");
-    let new =
-        |what: lora::Trainable| Model::new(lora::var_builder(base(false)?, &VarMap::new(), what));
+    assert!(names(&vars).is_empty(), "no variable is created in the base");
+    let new = |trainable: lora::Trainable| {
+        Model::new(lora::var_builder(base(false)?, &VarMap::new(), trainable))
+    };
     assert!(new(Bias::None.into()).is_err());
     assert!(new(Bias::None.and("classifier")).is_ok());
     Ok(())
@@ -105,11 +106,11 @@ fn empty_selections_are_errors() -> Result<()> {
 
 #[test]
 fn adapted_weights_cannot_be_selected() -> Result<()> {
-    for what in [lora::Trainable::all_parameters(), Bias::None.and("q")] {
-        let (_, vars) = adapter(what.clone())?;
+    for trainable in [lora::Trainable::all_parameters(), Bias::None.and("q")] {
+        let (_, vars) = adapter(trainable.clone())?;
         let message = ["\"q.weight\"", "frozen"];
-        fails(lora::mark_only_lora_as_trainable(&vars, what.clone()), &message);
-        fails(lora::lora_state_dict(&vars, what), &message);
+        fails(lora::mark_only_lora_as_trainable(&vars, trainable.clone()), &message);
+        fails(lora::lora_state_dict(&vars, trainable), &message);
     }
     Ok(())
 }

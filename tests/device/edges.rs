@@ -1,4 +1,4 @@
-//! Edge cases: empty inputs, sizes about the blocks of the kernels, views, other adapter dtypes.
+//! Edge cases: empty inputs, sizes around the kernels' blocks, views, other adapter dtypes.
 
 use crate::common::{bits, device, difference, rnd, CFG};
 use crate::contract::{check, dense::linear_plain, Case};

@@ -42,7 +42,7 @@ where
     let loss = || (layer.forward(&x)?.sin()? * &probe)?.sum_all();
     let grads = loss()?.backward()?;
     // candle keeps one for the probe, an operand of its multiplication.
-    assert_eq!(grads.get_ids().count(), vars.len() + 1, "{name}: gradients of variables alone");
+    assert_eq!(grads.get_ids().count(), vars.len() + 1, "{name}: gradients of variables only");
     for (variable, var) in vars {
         let grad = grads.get(&var).unwrap_or_else(|| panic!("{name}: {variable} has no gradient"));
         assert_eq!(grad.dims(), var.dims());
@@ -132,11 +132,11 @@ fn gradients_use_the_dropout_mask() -> Result<()> {
     let mask = ((&y - x.matmul(&w.t()?)?)? / 3.)?.detach().div(&x.detach())?;
     let mask_values = values(&mask)?;
     for m in &mask_values {
-        assert!(m.abs() < 1e-6 || (m - 1. / 0.6).abs() < 1e-6, "{m} is no value of a mask");
+        assert!(m.abs() < 1e-6 || (m - 1. / 0.6).abs() < 1e-6, "{m} is not a value of a mask");
     }
     let dropped = mask_values.iter().filter(|m| **m < 0.1).count();
     let share = dropped as f64 / mask_values.len() as f64;
-    assert!((share - 0.4).abs() < 0.07, "{share} were dropped"); // seven standard errors
+    assert!((share - 0.4).abs() < 0.07, "a share of {share} was dropped"); // seven standard errors
     let probe = rnd(3, &[rows, n], DType::F64)?;
     let grads = (&y * &probe)?.sum_all()?.backward()?;
     let dropped = (x.detach() * &mask)?;

@@ -1,4 +1,4 @@
-//! Initial values from a seed are the same on every device.
+//! Seeded initial values are the same on every device.
 
 use crate::common::{bits, device};
 use candle_core::{DType, Device, Result};

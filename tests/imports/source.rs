@@ -76,7 +76,7 @@ pub fn expand(tree: &str) -> Vec<(String, Module)> {
 /// The files that define what `path` names in module `from`; none for another crate's.
 pub fn resolve(files: &Files, from: &[String], path: &[String]) -> BTreeSet<String> {
     let parent = |module: &[String]| module[..module.len().saturating_sub(1)].to_vec();
-    let child = |module: &[String], name: &String| [module, &[name.clone()]].concat();
+    let child = |module: &[String], name: &str| [module, &[name.to_owned()]].concat();
     let (mut at, mut rest) = match path[0].as_str() {
         "crate" => (vec![], &path[1..]),
         "self" => (from.to_vec(), &path[1..]),

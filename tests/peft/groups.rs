@@ -1,4 +1,5 @@
-//! Convolutions of several groups: loralib's update has a form in PEFT, whose own has none here.
+//! Convolutions of several groups: loralib's update converts to PEFT's format, PEFT's own does not convert
+//! back.
 
 use crate::common::{bits, difference, rnd, CFG};
 use crate::{folder, model, CPU};
@@ -20,7 +21,7 @@ fn kind(n: usize, groups: usize) -> LayerKind {
 }
 
 /// A kernel (out, in/groups, k..) as (out, in, k..): zero for the inputs of other groups.
-fn widened(kernel: &Tensor, groups: usize) -> lora::Result<Tensor> {
+fn dense(kernel: &Tensor, groups: usize) -> lora::Result<Tensor> {
     let (outs, inputs) = (kernel.dim(0)? / groups, kernel.dim(1)?);
     let part = |j| {
         kernel.narrow(0, j * outs, outs)?.pad_with_zeros(1, j * inputs, (groups - 1 - j) * inputs)
@@ -29,7 +30,7 @@ fn widened(kernel: &Tensor, groups: usize) -> lora::Result<Tensor> {
     Ok(Tensor::cat(&parts?, 0)?)
 }
 
-/// What PEFT adds to (out, in, k..) by its own formula: B's ranks and outputs in groups, A's inputs not.
+/// PEFT's update of (out, in, k..) by its formula: B has groups of ranks and outputs, A has all inputs.
 fn delta(a: &Tensor, b: &Tensor, groups: usize, scaling: f64) -> lora::Result<Tensor> {
     let (a, b) = (a.flatten_from(1)?, b.flatten_from(1)?);
     let (outs, own) = (b.dim(0)? / groups, b.dim(1)?);
@@ -57,7 +58,7 @@ fn grouped_convolutions_round_trip() -> lora::Result<()> {
         let file = lora::read_state_dict(file, &CPU)?.tensors;
         let factor = |last| &file[&format!("base_model.model.c.{last}.weight")];
         let merged = lora::merge_into(&base, &adapter, &config)?;
-        let expected = widened(&merged["c.weight"], groups)?.flatten_from(1)?;
+        let expected = dense(&merged["c.weight"], groups)?.flatten_from(1)?;
         let theirs = delta(factor("lora_A"), factor("lora_B"), groups, CFG.scaling())?;
         assert!(difference(&theirs, &expected)? < 1e-14, "{n} {groups} {k}");
 
@@ -76,7 +77,7 @@ fn grouped_convolutions_round_trip() -> lora::Result<()> {
     Ok(())
 }
 
-/// The fixture is an independent conversion, which PEFT ran.
+/// The fixture is an independent conversion, whose outputs PEFT computed.
 #[test]
 fn grouped_convolution_agrees_with_peft() -> lora::Result<()> {
     let all = lora::read_state_dict(folder("groups").join("model.safetensors"), &CPU)?.tensors;
@@ -103,7 +104,7 @@ fn grouped_convolution_agrees_with_peft() -> lora::Result<()> {
     Ok(())
 }
 
-/// Ranks alone do not tell which factors are in loralib's form: here they would go with it.
+/// Here the rank alone would fit loralib's factors, but the values do not.
 #[test]
 fn dense_factors_of_equal_rank_keep_their_update() -> lora::Result<()> {
     let groups_of = |groups: usize| -> lora::Result<_> {

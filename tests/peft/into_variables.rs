@@ -1,4 +1,4 @@
-//! A folder into a model's variables: ranks and scalings are compared.
+//! Loading a folder into a model's variables compares ranks and scalings.
 
 use crate::common::bits;
 use crate::kinds::{sample, Sample};

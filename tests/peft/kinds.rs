@@ -1,4 +1,4 @@
-//! Every kind of layer in PEFT's factors, and back.
+//! Every kind of layer as PEFT's factors, and back.
 
 use crate::common::{bits, difference, rnd};
 use crate::CPU;
@@ -50,7 +50,7 @@ pub fn sample(rslora: bool) -> lora::Result<Sample> {
     Ok(Sample { base, adapter, config })
 }
 
-/// ΔW from PEFT's file by PEFT's formula, which knows nothing of loralib's factors.
+/// ΔW from PEFT's file by PEFT's formula, independent of loralib's factors.
 fn delta(file: &StateDict, path: &str, scaling: f64) -> lora::Result<Tensor> {
     let key = |end: &str| file.get(&format!("base_model.model.{path}.{end}")).cloned();
     if let (Some(a), Some(b)) = (key("lora_embedding_A"), key("lora_embedding_B")) {
@@ -83,7 +83,7 @@ fn every_kind_keeps_its_update() -> lora::Result<()> {
             let apart = difference(&(w + delta(&file, path, scaling)?)?, &merged[name])?;
             assert!(apart < 1e-6, "{path}: {apart}");
         }
-        // Without a word on merged layers they come as linear ones; the update is the same.
+        // Undeclared merged layers load as linear ones, with the same update.
         let (loaded, tensors) = peft::load_pretrained(dir.path(), &CPU)?;
         for (name, tensor) in lora::merge_into(&base, &tensors, &loaded)? {
             assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");

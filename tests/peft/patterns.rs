@@ -78,7 +78,7 @@ fn patterns_give_each_layer_its_rank() -> lora::Result<()> {
     let alphas = [
         serde_json::json!({ r"^(?!text).*": 9, r"text\.layers\.\d\.[qk].*": 5 }),
         serde_json::json!({ r"vision\.(.*\.)?(q_proj|down)": 9, r"text\..*(?<!12)\.(q|k)_proj": 5 }),
-        serde_json::json!({ r"^vision.*": 9, r"text.layers.[01]\b(?!.v_proj).*": 5 }),
+        serde_json::json!({ r"text|vision.*": 9, r"text.layers.[01]\b(?!.v_proj).*": 5 }),
     ];
     for (rank_pattern, alphas) in ranks.into_iter().zip(alphas) {
         let (config, tensors) = load(dir.path(), rank_pattern.clone(), alphas)?;

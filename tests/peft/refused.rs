@@ -1,4 +1,4 @@
-//! What cannot be loaded or saved is refused by name.
+//! Adapters that cannot be loaded or saved are errors that name the option or tensor.
 
 use crate::kinds::{sample, Sample};
 use crate::{folder, CPU};

@@ -1,4 +1,5 @@
-//! What PEFT saved: it merges to what PEFT merges to, computes what PEFT computes, and is saved again.
+//! Adapters that PEFT saved: merged weights and outputs agree with PEFT, and saving them again changes
+//! nothing.
 
 use crate::common::{bits, difference};
 use crate::{folder, model, CPU};
@@ -108,7 +109,7 @@ fn layer_options_are_read() -> lora::Result<()> {
     Ok(())
 }
 
-/// What PEFT saved, saved again: PEFT's keys and values, and a configuration that says the same.
+/// Saving a loaded adapter gives PEFT's keys and values, and an equal configuration.
 #[test]
 fn peft_folders_are_saved_unchanged() -> lora::Result<()> {
     for case in CASES {
