@@ -1,5 +1,4 @@
-//! The example's BERT gives the hidden states of transformers, and trains what it should and nothing
-//! else.
+//! The example's BERT agrees with transformers, and trains the selected variables only.
 
 #[path = "../examples/classify/bert.rs"]
 mod bert;
@@ -51,12 +50,12 @@ impl Fixture {
         VarBuilder::from_tensors(tensors, DType::F32, &device())
     }
 
-    fn classifier(&self, targets: &str, vars: &VarMap, what: Trainable) -> Result<Classifier> {
-        let vb = lora::var_builder(self.base(), vars, what);
+    fn classifier(&self, targets: &str, vars: &VarMap, trainable: Trainable) -> Result<Classifier> {
+        let vb = lora::var_builder(self.base(), vars, trainable);
         Ok(Classifier::new(&self.config, &adapt(targets), LABELS, Pooling::Mean, vb)?)
     }
 
-    /// By how much the hidden states of real tokens differ from those of transformers.
+    /// The difference of the hidden states of real tokens from those of transformers.
     fn error(&self, model: &Bert) -> Result<f64> {
         let hidden = model.forward(&self.ids, Some(&self.real))?;
         let real = self.real.unsqueeze(2)?;
@@ -70,7 +69,7 @@ fn adapt(targets: &str) -> Adapt {
 }
 
 #[test]
-fn hidden_states_are_those_of_transformers() -> Result<()> {
+fn hidden_states_agree_with_transformers() -> Result<()> {
     for name in ["bert", "roberta"] {
         let fixture = Fixture::read(name)?;
         let vars = VarMap::new();
@@ -101,7 +100,7 @@ fn hidden_states_are_those_of_transformers() -> Result<()> {
 }
 
 #[test]
-fn names_are_told_with_and_without_a_prefix_and_strangers_are_an_error() -> Result<()> {
+fn prefixes_and_old_names_are_read() -> Result<()> {
     let Fixture { config, tensors, .. } = Fixture::read("bert")?;
     let named = |rename: &dyn Fn(&str) -> String| {
         let renamed = tensors.iter().map(|(name, t)| (rename(name), t.clone())).collect();
@@ -130,17 +129,17 @@ fn trained(fixture: &Fixture, model: &Classifier, vars: &VarMap) -> Result<(Vec<
 }
 
 #[test]
-fn each_method_makes_gradients_for_what_it_trains_and_for_nothing_else() -> Result<()> {
+fn only_trained_variables_get_gradients() -> Result<()> {
     let fixture = Fixture::read("bert")?;
     let everything = Trainable::all_parameters().and("classifier");
-    for (targets, what, expected) in [
+    for (targets, trainable, expected) in [
         ("", Bias::None.and("classifier"), 2),
         ("query,value", Bias::None.and("classifier"), 2 + 8),
         ("query,value", Bias::LoraOnly.and("classifier"), 2 + 8 + 4),
         ("", everything, 2 + fixture.tensors.len()),
     ] {
         let vars = VarMap::new();
-        let model = fixture.classifier(targets, &vars, what)?;
+        let model = fixture.classifier(targets, &vars, trainable)?;
         assert_eq!(vars.all_vars().len(), expected, "{targets}");
         let (missing, constants) = trained(&fixture, &model, &vars)?;
         assert!(missing.is_empty(), "{targets}, {expected}: {missing:?}");

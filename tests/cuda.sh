@@ -6,7 +6,7 @@
 #   tests/cuda.sh run FOLDER     only runs them; needs no Rust and no toolkit, but the driver, CUDA's
 #                                libraries (PyTorch's will do) and this repository's tests/fixtures
 #
-# FEATURES is what is built with, `cuda` unless it says `cudnn`. What it measures goes to the output.
+# FEATURES are the crate's features, `cuda` by default or `cudnn`. Measurements are printed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,7 +30,7 @@ build() {
   ls -l "$folder"
 }
 
-# CUDA's libraries from PyTorch, where the loader does not find others.
+# CUDA's libraries from PyTorch, if the loader finds no others.
 libraries() {
   ldd "$1" | grep -q 'not found' || return 0
   local found
@@ -43,7 +43,7 @@ print(":".join(d for p in nvidia.__path__ for d in sorted(glob.glob(p + "/*/lib"
 run() {
   local folder=$1 name
   folder=$(cd "$folder" && pwd)
-  # Everything below must run on the GPU, in F32 where it says F32.
+  # Everything below must run on the GPU, and F32 must not become TF32.
   export LORALIB_DEVICE=cuda
   unset NVIDIA_TF32_OVERRIDE
   step "device and driver"
@@ -54,7 +54,7 @@ run() {
   "$folder/device" --test-threads=1
   "$folder/nn" --test-threads=1
 
-  step "nothing of the base's size goes back to the host"
+  step "nothing of the base's size is copied to the host"
   local watched=(env LD_PRELOAD="$folder/to_host.so" MAX_TO_HOST=4096 "$folder/device" --exact)
   local ended=0
   "${watched[@]}" --ignored transfers::a_copy_of_the_base_s_size || ended=$?

@@ -1,4 +1,4 @@
-//! The example's GPT-2 gives Hugging Face's logits, and trains what it should and nothing else.
+//! The example's GPT-2 agrees with transformers, and trains the selected variables only.
 
 mod common;
 #[path = "../examples/finetune/gelu.rs"]
@@ -36,7 +36,7 @@ const LORA: LoraConfig = LoraConfig {
     lora_dtype: None,
 };
 
-/// The fixture's weights by Hugging Face's names, its ids and its logits.
+/// The fixture's weights under transformers' names, its ids and its logits.
 fn fixture() -> Result<(StateDict, Tensor, Tensor)> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/gpt2.safetensors");
     let mut tensors = lora::read_state_dict(path, &device())?.tensors;
@@ -54,7 +54,7 @@ fn logits(model: &Gpt2, ids: &Tensor) -> Result<Tensor> {
 }
 
 #[test]
-fn logits_are_hugging_faces() -> Result<()> {
+fn logits_agree_with_transformers() -> Result<()> {
     let (tensors, ids, expected) = fixture()?;
     let mut model = Gpt2::new(&CONFIG, LoraConfig::default(), base(tensors.clone()))?;
     let d = difference(&logits(&model, &ids)?, &expected)?;
@@ -79,7 +79,7 @@ fn logits_are_hugging_faces() -> Result<()> {
     Ok(())
 }
 
-/// The ids of variables, and of what a backward of the model's loss has gradients for.
+/// The number of gradients that belong to no variable, and the variables without a gradient.
 fn trained(model: &Gpt2, vars: &VarMap) -> Result<(usize, Vec<String>)> {
     let (_, ids, _) = fixture()?;
     let targets = ids.narrow(1, 1, 10)?.flatten_all()?;
@@ -99,13 +99,13 @@ fn pretraining_reaches_every_variable() -> Result<()> {
     let model = Gpt2::new(&CONFIG, LoraConfig::default(), vb)?;
     let (_, without) = trained(&model, &vars)?;
     assert_eq!(without, Vec::<String>::new());
-    // Two tables, two values of the last norm, twelve of each block.
+    // Two tables, two tensors of the last norm, twelve of each block.
     assert_eq!(vars.all_vars().len(), 2 + 2 + 2 * 12);
     Ok(())
 }
 
 #[test]
-fn adapting_makes_gradients_for_what_is_trained_and_for_nothing_else() -> Result<()> {
+fn only_trained_variables_get_gradients() -> Result<()> {
     for (bias, expected) in [(Bias::None, 4), (Bias::LoraOnly, 6), (Bias::All, 4 + 13)] {
         let vars = VarMap::new();
         let vb = lora::var_builder(base(fixture()?.0), &vars, bias);
@@ -117,9 +117,9 @@ fn adapting_makes_gradients_for_what_is_trained_and_for_nothing_else() -> Result
     Ok(())
 }
 
-/// F32 on the CPU has kernels of its own; F64 is composed of candle's operations.
+/// F32 on the CPU has its own kernels; F64 uses candle's operations.
 #[test]
-fn gelu_and_its_gradient_are_those_of_candle_s_operations() -> Result<()> {
+fn gelu_agrees_with_candle() -> Result<()> {
     let [fast, slow] = [DType::F32, DType::F64].map(|dtype| {
         let x = (common::rnd(1, &[7, 51], dtype)? * 6.)?;
         let x = candle_core::Var::from_tensor(&x)?;

@@ -1,4 +1,4 @@
-//! What `summary` tells of a model, and what `Trainable::everything` trains.
+//! The table of `summary`, and the variables of `Trainable::all_parameters`.
 
 mod common;
 
@@ -9,7 +9,7 @@ use lora::{Bias, Trainable};
 use loralib as lora;
 
 #[test]
-fn a_summary_has_a_row_for_each_layer_and_each_other_tensor() -> Result<()> {
+fn summary_has_a_row_per_layer_and_tensor() -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
     let _qkv = lora::merged_linear(6, 12, &[true, false, true], CFG, vb.pp("attn.qkv"))?;
@@ -39,15 +39,15 @@ also trained     shape           parameters";
 }
 
 #[test]
-fn everything_starts_from_the_base_and_only_a_named_module_may_be_new() -> Result<()> {
+fn all_parameters_start_at_the_base() -> Result<()> {
     let weight = Tensor::ones((3, 6), DType::F32, &device())?;
     let base = || {
         let tensors = [("fc.weight".to_owned(), weight.clone())].into();
         VarBuilder::from_tensors(tensors, DType::F32, &device())
     };
     let vars = VarMap::new();
-    let what = Trainable::all_parameters().and("head");
-    let vb = lora::var_builder(base(), &vars, what.clone());
+    let trainable = Trainable::all_parameters().and("head");
+    let vb = lora::var_builder(base(), &vars, trainable.clone());
     let fc = lora::linear_no_bias(6, 3, Default::default(), vb.pp("fc"))?;
     assert!(fc.weight().is_variable());
     assert_eq!(fc.weight().to_vec2::<f32>()?, weight.to_vec2::<f32>()?);
@@ -55,7 +55,7 @@ fn everything_starts_from_the_base_and_only_a_named_module_may_be_new() -> Resul
     assert!(error.contains("no tensor \"fc.bias\""), "{error}");
     let _head = lora::linear(3, 2, Default::default(), vb.pp("head"))?;
 
-    let saved = lora::lora_state_dict(&vars, what)?;
+    let saved = lora::lora_state_dict(&vars, trainable)?;
     assert_eq!(saved.keys().collect::<Vec<_>>(), ["fc.weight", "head.bias", "head.weight"]);
     let error = lora::summary(&VarMap::new(), Trainable::all_parameters()).unwrap_err().to_string();
     assert!(error.contains("none of 0 variables matches all parameters"), "{error}");

@@ -1,4 +1,4 @@
-//! State dicts that `torch.save` wrote; `fixtures/checkpoints.py` made them.
+//! State dicts that `torch.save` wrote (`fixtures/checkpoints.py`).
 
 use candle_core::{DType, Device, Tensor};
 use loralib as lora;
@@ -29,20 +29,20 @@ fn assert_same(torch: &str, safetensors: &str) -> lora::Result<usize> {
 }
 
 #[test]
-fn a_state_dict_of_python_loralib_is_read_bit_for_bit() -> lora::Result<()> {
+fn loralib_state_dicts_are_read() -> lora::Result<()> {
     assert_eq!(assert_same("loralib_none.pt", "loralib_none.safetensors")?, 8);
     assert_eq!(assert_same("loralib_all.pt", "loralib_all.safetensors")?, 11);
     Ok(())
 }
 
 #[test]
-fn every_dtype_and_order_of_dimensions_is_read() -> lora::Result<()> {
+fn dtypes_and_strides_are_read() -> lora::Result<()> {
     assert_eq!(assert_same("good.pt", "good.safetensors")?, 15);
     Ok(())
 }
 
 #[test]
-fn the_content_tells_the_format() -> lora::Result<()> {
+fn format_is_detected_from_the_content() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let named = dir.path().join("weights.safetensors");
     std::fs::copy(path("good.pt"), &named)?;
@@ -54,7 +54,7 @@ fn the_content_tells_the_format() -> lora::Result<()> {
 }
 
 #[test]
-fn an_entry_that_cannot_be_read_is_an_error_with_file_and_name() {
+fn errors_name_the_file_and_entry() {
     let entries = [
         "bool", "complex", "gaps", "expanded", "number", "nested", "list", "nan", "negated",
         "sparse",

@@ -1,4 +1,4 @@
-//! Files as they are written.
+//! The files that `save_state_dict` writes.
 
 use crate::common::CFG;
 use crate::{adapter, fails, CPU};
@@ -9,31 +9,31 @@ use std::fs;
 use std::path::Path;
 
 #[test]
-fn equal_contents_give_equal_bytes_and_others_readers_take_them() -> Result<()> {
+fn equal_contents_give_equal_bytes() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (_, vars) = adapter(Bias::All)?;
     let state = lora::lora_state_dict(&vars, Bias::All)?;
     let mut seen = std::collections::HashSet::new();
     for i in 0..20 {
         let path = folder.path().join(format!("{i}.safetensors"));
-        lora::save_state_dict(&state, &CFG, &path)?;
+        lora::save_state_dict(&state, CFG, &path)?;
         seen.insert(fs::read(path)?);
     }
     assert_eq!(seen.len(), 1);
     let path = folder.path().join("0.safetensors");
     let read = candle_core::safetensors::load(&path, &CPU)?;
     assert_eq!(read.len(), state.len());
-    // A file without our metadata has no configuration to compare, and loads.
+    // A file of another program has no configuration to compare, and loads.
     let plain = folder.path().join("plain.safetensors");
     candle_core::safetensors::save(&read, &plain)?;
     assert_eq!(lora::read_state_dict(&plain, &CPU)?.config, None);
-    let report = lora::load_checkpoint(&plain, &vars, &CFG, Strict::Yes)?;
+    let report = lora::load_checkpoint(&plain, &vars, CFG, Strict::Yes)?;
     assert_eq!(report.loaded.len(), state.len());
     Ok(())
 }
 
 #[test]
-fn every_alpha_fits_the_file_that_it_was_saved_in() -> Result<()> {
+fn alpha_and_dropout_are_stored_exactly() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.safetensors");
     let (_, vars) = adapter(Bias::None)?;
@@ -41,7 +41,7 @@ fn every_alpha_fits_the_file_that_it_was_saved_in() -> Result<()> {
     for i in 1..200 {
         let lora_alpha = 16. * f64::from(i).sqrt();
         let cfg = LoraConfig { lora_alpha, lora_dropout: 1. / (i + 1) as f32, ..CFG };
-        lora::save_state_dict(&state, &cfg, &path)?;
+        lora::save_state_dict(&state, cfg, &path)?;
         assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(cfg));
     }
     Ok(())
@@ -49,7 +49,7 @@ fn every_alpha_fits_the_file_that_it_was_saved_in() -> Result<()> {
 
 #[cfg(unix)]
 #[test]
-fn a_save_keeps_modes_and_links_and_leaves_nothing_behind() -> Result<()> {
+fn save_keeps_permissions_and_links() -> Result<()> {
     use std::os::unix::fs::{symlink, PermissionsExt};
     let folder = tempfile::tempdir()?;
     let (_, vars) = adapter(Bias::None)?;
@@ -57,37 +57,37 @@ fn a_save_keeps_modes_and_links_and_leaves_nothing_behind() -> Result<()> {
     let path = folder.path().join("a.safetensors");
     let mode = |path: &Path| fs::metadata(path).map(|m| m.permissions().mode() & 0o777);
     fs::write(folder.path().join("any"), "")?;
-    lora::save_state_dict(&state, &CFG, &path)?;
+    lora::save_state_dict(&state, CFG, &path)?;
     assert_eq!(mode(&path)?, mode(&folder.path().join("any"))?, "the mode of any new file");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o640))?;
     let link = folder.path().join("link");
     symlink("a.safetensors", &link)?;
-    lora::save_state_dict(&state, &CFG, &link)?;
+    lora::save_state_dict(&state, CFG, &link)?;
     assert_eq!(mode(&path)?, 0o640);
     assert!(fs::symlink_metadata(&link)?.file_type().is_symlink());
     assert_eq!(fs::read_dir(folder.path())?.count(), 3);
     let nowhere = folder.path().join("none/a.safetensors");
-    fails(lora::save_state_dict(&state, &CFG, &nowhere), &["none/a.safetensors"]);
+    fails(lora::save_state_dict(&state, CFG, &nowhere), &["none/a.safetensors"]);
     Ok(())
 }
 
 #[test]
-fn what_should_not_be_saved_is_not() -> Result<()> {
+fn invalid_state_is_not_saved() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.safetensors");
-    fails(lora::save_state_dict(&StateDict::new(), &CFG, &path), &["a.safetensors", "empty"]);
+    fails(lora::save_state_dict(&StateDict::new(), CFG, &path), &["a.safetensors", "empty"]);
     let nan = StateDict::from([("q.lora_A".to_owned(), Tensor::new(&[f32::NAN], &CPU)?)]);
-    fails(lora::save_state_dict(&nan, &CFG, &path), &["a.safetensors", "q.lora_A", "finite"]);
+    fails(lora::save_state_dict(&nan, CFG, &path), &["a.safetensors", "q.lora_A", "finite"]);
     let (_, vars) = adapter(Bias::None)?;
     let mut state = lora::lora_state_dict(&vars, Bias::None)?;
     let other = LoraConfig { r: 3, ..CFG };
-    fails(lora::save_state_dict(&state, &other, &path), &["q.lora_A", "rank is 2", "r = 3"]);
+    fails(lora::save_state_dict(&state, other, &path), &["q.lora_A", "rank is 2", "r = 3"]);
     let nan = LoraConfig { lora_alpha: f64::NAN, ..CFG };
-    fails(lora::save_state_dict(&state, &nan, &path), &["lora_alpha is NaN"]);
+    fails(lora::save_state_dict(&state, nan, &path), &["lora_alpha is NaN"]);
     state.insert("__metadata__".to_owned(), Tensor::zeros(1, DType::F32, &CPU)?);
-    fails(lora::save_state_dict(&state, &CFG, &path), &["__metadata__"]);
+    fails(lora::save_state_dict(&state, CFG, &path), &["__metadata__"]);
     state.remove("__metadata__");
-    fails(lora::save_state_dict(&state, &CFG, folder.path()), &["is not a file"]);
+    fails(lora::save_state_dict(&state, CFG, folder.path()), &["is not a file"]);
     assert!(!path.exists());
     Ok(())
 }

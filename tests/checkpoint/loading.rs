@@ -1,4 +1,4 @@
-//! What a load sets, and that an error sets nothing.
+//! The variables that a load sets; an error sets none.
 
 use crate::common::{bits, rnd, values, CFG};
 use crate::{adapter, fails, names, randomize, snapshot, Model, CPU};
@@ -9,27 +9,27 @@ use loralib as lora;
 use std::collections::HashMap;
 
 #[test]
-fn a_checkpoint_comes_back_in_a_fresh_model_bit_for_bit() -> Result<()> {
+fn checkpoints_are_restored_bit_for_bit() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("adapter.safetensors");
     let x = rnd(1, &[2, 4], DType::F32)?.to_device(&CPU)?;
     let (mut model, vars) = adapter(Bias::LoraOnly)?;
     randomize(&vars, 5)?;
     model.eval()?;
-    // Saved in evaluation, loaded in training: what is saved is never merged.
-    lora::save_state_dict(&lora::lora_state_dict(&vars, Bias::LoraOnly)?, &CFG, &path)?;
+    // Saved in evaluation, loaded in training: the saved factors are never merged.
+    lora::save_state_dict(&lora::lora_state_dict(&vars, Bias::LoraOnly)?, CFG, &path)?;
     let (mut fresh, other) = adapter(Bias::LoraOnly)?;
-    let report = lora::load_checkpoint(&path, &other, &CFG, Strict::Yes)?;
+    let report = lora::load_checkpoint(&path, &other, CFG, Strict::Yes)?;
     assert_eq!(report.loaded, ["q.bias", "q.lora_A", "q.lora_B"]);
     assert!(report.missing.is_empty() && report.unexpected.is_empty());
     fresh.eval()?;
     assert_eq!(bits(&fresh.forward(&x)?)?, bits(&model.forward(&x)?)?);
     assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(CFG));
 
-    // Into one map for all too.
+    // Also into one VarMap with all variables.
     let all = VarMap::new();
     Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
-    let report = lora::load_checkpoint(&path, &all, &CFG, Strict::Yes)?;
+    let report = lora::load_checkpoint(&path, &all, CFG, Strict::Yes)?;
     assert_eq!(report.loaded.len(), 3);
 
     // A state dict is a copy: it does not follow the variables.
@@ -41,13 +41,13 @@ fn a_checkpoint_comes_back_in_a_fresh_model_bit_for_bit() -> Result<()> {
 }
 
 #[test]
-fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
+fn failed_load_sets_nothing() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.safetensors");
     let (_, vars) = adapter(Bias::LoraOnly)?;
     randomize(&vars, 5)?;
     let good = lora::lora_state_dict(&vars, Bias::LoraOnly)?;
-    lora::save_state_dict(&good, &CFG, &path)?;
+    lora::save_state_dict(&good, CFG, &path)?;
     randomize(&vars, 50)?;
     let before = snapshot(&vars);
     for (cfg, words) in [
@@ -56,7 +56,7 @@ fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
         (LoraConfig { lora_alpha: 4., ..CFG }, ["lora_alpha = 3", "has 4"]),
         (LoraConfig { rslora: true, ..CFG }, ["rslora = false", "has true"]),
     ] {
-        let result = lora::load_checkpoint(&path, &vars, &cfg, Strict::No);
+        let result = lora::load_checkpoint(&path, &vars, cfg, Strict::No);
         fails(result, &[words[0], words[1], "a.safetensors"]);
     }
     let load = |change: &dyn Fn(&mut StateDict), strict| {
@@ -95,7 +95,7 @@ fn what_does_not_fit_is_an_error_that_changes_nothing() -> Result<()> {
 }
 
 #[test]
-fn one_map_for_all_is_expected_to_get_an_adapter_or_a_whole_base() -> Result<()> {
+fn one_var_map_loads_an_adapter_or_a_base() -> Result<()> {
     let all = VarMap::new();
     Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
     let whole = lora::lora_state_dict(&all, Trainable::all_parameters());
@@ -117,17 +117,17 @@ fn one_map_for_all_is_expected_to_get_an_adapter_or_a_whole_base() -> Result<()>
     for name in base.keys() {
         fails(load(&base, name), &[&format!("missing [{name:?}]")]);
     }
-    // A head that is trained makes no base of an adapter, nor does a base that comes with it.
+    // A state dict with factors is an adapter, also with a head or with the whole base.
     let adapter = lora::lora_state_dict(&all, Bias::None.and("classifier"))?;
     assert_eq!(load(&adapter, "")?.loaded.len(), 4);
     fails(load(&adapter, "q.lora_B"), &["missing [\"q.lora_B\"]"]);
     let both: StateDict = base.into_iter().chain(factors.clone()).collect();
     assert_eq!(load(&both, "k.bias")?.loaded.len(), 7);
     fails(load(&both, "q.lora_A"), &["missing [\"q.lora_A\"]"]);
-    // Nor a wrong name.
+    // Also under wrong names.
     let renamed = factors.into_iter().map(|(name, t)| (format!("model.{name}"), t)).collect();
     fails(load(&renamed, ""), &["missing [\"q.lora_A\", \"q.lora_B\"]", "model.q.lora_A"]);
-    // A layer beside it whose weight is elsewhere changes nothing.
+    // A factor without its layer's weight in the VarMap is expected too.
     let factor = Var::zeros((2, 4), DType::F32, &CPU)?;
     all.data().lock().unwrap().insert("elsewhere.lora_A".to_owned(), factor);
     fails(load(&adapter, ""), &["missing [\"elsewhere.lora_A\"]"]);
@@ -135,7 +135,7 @@ fn one_map_for_all_is_expected_to_get_an_adapter_or_a_whole_base() -> Result<()>
 }
 
 #[test]
-fn a_convolution_s_second_names_are_understood() -> Result<()> {
+fn second_names_of_convolutions_load() -> Result<()> {
     let weight = rnd(1, &[4, 3, 3, 3], DType::F32)?.to_device(&CPU)?;
     let bias = rnd(2, &[4], DType::F32)?.to_device(&CPU)?;
     let base = HashMap::from([
@@ -162,7 +162,7 @@ fn a_convolution_s_second_names_are_understood() -> Result<()> {
 }
 
 #[test]
-fn a_newly_loaded_adapter_takes_effect_at_the_next_eval() -> Result<()> {
+fn loaded_adapter_takes_effect_at_eval() -> Result<()> {
     let x = rnd(1, &[2, 4], DType::F32)?.to_device(&CPU)?;
     let (mut model, vars) = adapter(Bias::None)?;
     randomize(&vars, 5)?;
@@ -180,7 +180,7 @@ fn a_newly_loaded_adapter_takes_effect_at_the_next_eval() -> Result<()> {
 }
 
 #[test]
-fn variables_in_other_float_types_are_cast() -> Result<()> {
+fn loads_cast_to_the_variables_dtype() -> Result<()> {
     let vars = VarMap::new();
     let a = Var::from_tensor(&Tensor::zeros(2, DType::BF16, &CPU)?)?;
     vars.data().lock().unwrap().insert("x.lora_A".to_owned(), a.clone());

@@ -1,13 +1,16 @@
-//! What is trained, saved and loaded, and whether it trains on.
+//! The selection of variables, and checkpoints: saving, loading and resuming.
 
 #[path = "../common/mod.rs"]
 mod common;
+mod errors;
 mod files;
+mod layers;
 mod loading;
 mod misdirected;
 mod resume;
 mod seeded;
 mod selection;
+mod shards;
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
@@ -75,15 +78,15 @@ fn snapshot(vars: &VarMap) -> Vec<Vec<u64>> {
     names.into_iter().map(|name| bits(&vars_by_name[name]).unwrap()).collect()
 }
 
-fn adapter(what: impl Into<lora::Trainable>) -> Result<(Model, VarMap)> {
+fn adapter(trainable: impl Into<lora::Trainable>) -> Result<(Model, VarMap)> {
     let adapter = VarMap::new();
-    let model = Model::new(lora::var_builder(base(true)?, &adapter, what))?;
+    let model = Model::new(lora::var_builder(base(true)?, &adapter, trainable))?;
     Ok((model, adapter))
 }
 
 fn fails(result: lora::Result<impl std::fmt::Debug>, words: &[&str]) {
     let error = result.unwrap_err().to_string();
     for word in words {
-        assert!(error.contains(word), "{error:?} does not say {word:?}");
+        assert!(error.contains(word), "{error:?} does not contain {word:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! A file given to the function for the other format: the error names the right one.
+//! A file in one format given to a function for the other: the error names the right function.
 
 use crate::common::CFG;
 use crate::{adapter, fails, Model, CPU};
@@ -8,20 +8,20 @@ use lora::{peft, Bias, Strict};
 use loralib as lora;
 
 #[test]
-fn the_error_says_which_function_reads_the_format() -> lora::Result<()> {
+fn errors_name_the_right_function() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let (file, folder) = (dir.path().join("adapter.safetensors"), dir.path().join("peft"));
     let (_, vars) = adapter(Bias::None)?;
     let state = lora::lora_state_dict(&vars, Bias::None)?;
-    lora::save_state_dict(&state, &CFG, &file)?;
+    lora::save_state_dict(&state, CFG, &file)?;
     peft::save_pretrained(&folder, &state, CFG)?;
 
     let right = ["`peft::load_adapter`", "`peft::load_pretrained`"];
     fails(lora::read_state_dict(&folder, &CPU), &right);
-    fails(lora::load_checkpoint(&folder, &vars, &CFG, Strict::No), &right);
+    fails(lora::load_checkpoint(&folder, &vars, CFG, Strict::No), &right);
     let inside = folder.join("adapter_model.safetensors");
     let named = [right[0], right[1], "base_model.model.q.lora_A.weight"];
-    fails(lora::load_checkpoint(&inside, &vars, &CFG, Strict::No), &named);
+    fails(lora::load_checkpoint(&inside, &vars, CFG, Strict::No), &named);
     let raw = lora::read_state_dict(&inside, &CPU)?.tensors;
     for strict in [Strict::Yes, Strict::No] {
         fails(lora::load_state_dict(&vars, &raw, strict), &named);
@@ -36,7 +36,7 @@ fn the_error_says_which_function_reads_the_format() -> lora::Result<()> {
     all.data().lock().unwrap().retain(|name, _| !name.contains("lora_"));
     all.save(&base)?;
     let named = ["base.safetensors", "LoRA adapter", "6 tensors", "k.bias", "`load_state_dict`"];
-    fails(lora::load_checkpoint(&base, &vars, &CFG, Strict::No), &named);
+    fails(lora::load_checkpoint(&base, &vars, CFG, Strict::No), &named);
     let nowhere = dir.path().join("nowhere");
     fails(peft::load_pretrained(&nowhere, &CPU), &["nowhere", "No such file"]);
     Ok(())

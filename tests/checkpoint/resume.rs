@@ -1,4 +1,4 @@
-//! An adapter that was saved trains on in a fresh model as it would have without a break.
+//! Training resumes from a saved adapter as if it had not been interrupted.
 //!
 //! SGD has no state, so that every bit must agree.
 
@@ -14,20 +14,20 @@ use loralib as lora;
 
 const STEPS: usize = 5;
 
-fn what() -> Trainable {
+fn trainable() -> Trainable {
     lora::Bias::LoraOnly.and("classifier")
 }
 
-/// A model on the pretrained base, its adapter fresh.
+/// A model on the pretrained base with a new adapter.
 fn fresh() -> Result<(Model, VarMap)> {
     let adapter = VarMap::new();
-    let model = Model::new(lora::var_builder(base(true)?, &adapter, what()))?;
+    let model = Model::new(lora::var_builder(base(true)?, &adapter, trainable()))?;
     Ok((model, adapter))
 }
 
-/// The loss before each step, of a new optimizer.
+/// The loss before each step of a new optimizer.
 fn train(model: &Model, adapter: &VarMap) -> Result<Vec<f32>> {
-    let mut sgd = SGD::new(lora::mark_only_lora_as_trainable(adapter, what())?, 0.1)?;
+    let mut sgd = SGD::new(lora::mark_only_lora_as_trainable(adapter, trainable())?, 0.1)?;
     let x = rnd(31, &[8, 4], DType::F32)?.to_device(&CPU)?;
     let y = rnd(32, &[8, 3], DType::F32)?.to_device(&CPU)?;
     let step = |_| {
@@ -40,7 +40,7 @@ fn train(model: &Model, adapter: &VarMap) -> Result<Vec<f32>> {
     (0..STEPS).map(step).collect()
 }
 
-/// Trains, saves, goes on; and goes on from what `load` makes of the saved one in a fresh model.
+/// Trains, saves and continues; then continues in a new model from the saved adapter.
 fn resumes(
     save: impl Fn(&VarMap) -> lora::Result<()>,
     load: impl Fn(&VarMap) -> lora::Result<()>,
@@ -60,27 +60,27 @@ fn resumes(
     assert_eq!(train(&resumed, &loaded)?, unbroken);
     assert_eq!(snapshot(&loaded), snapshot(&adapter));
     for (now, then) in snapshot(&loaded).iter().zip(&saved) {
-        assert_ne!(now, then, "every variable is trained on");
+        assert_ne!(now, then, "every variable is trained further");
     }
     Ok(())
 }
 
 #[test]
-fn a_loaded_checkpoint_trains_on_bit_for_bit() -> lora::Result<()> {
+fn checkpoints_resume_bit_for_bit() -> lora::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("adapter.safetensors");
     resumes(
-        |vars| lora::save_state_dict(&lora::lora_state_dict(vars, what())?, &CFG, &path),
-        |vars| lora::load_checkpoint(&path, vars, &CFG, Strict::Yes).map(drop),
+        |vars| lora::save_state_dict(&lora::lora_state_dict(vars, trainable())?, CFG, &path),
+        |vars| lora::load_checkpoint(&path, vars, CFG, Strict::Yes).map(drop),
     )
 }
 
 #[test]
-fn a_loaded_peft_adapter_trains_on_bit_for_bit() -> lora::Result<()> {
+fn peft_adapters_resume_bit_for_bit() -> lora::Result<()> {
     let folder = tempfile::tempdir()?;
-    let config = AdapterConfig::from(CFG).with_trainable(what())?;
+    let config = AdapterConfig::from(CFG).with_trainable(trainable())?;
     let save = |vars: &VarMap| {
-        peft::save_pretrained(folder.path(), &lora::lora_state_dict(vars, what())?, &config)
+        peft::save_pretrained(folder.path(), &lora::lora_state_dict(vars, trainable())?, &config)
     };
     resumes(save, |vars| {
         let (_, tensors) = peft::load_pretrained(folder.path(), &CPU)?;

@@ -1,4 +1,4 @@
-//! Where variables start with a seed.
+//! Seeded initialisation of variables.
 
 use crate::common::bits;
 use crate::{base, names, randomize, snapshot, Model, CPU};
@@ -20,12 +20,12 @@ fn start(seed: u64, name: &str, init: Init) -> Result<Tensor> {
 const UNIFORM: Init = Init::Uniform { lo: -1., up: 3. };
 
 #[test]
-fn a_seed_and_a_name_fix_the_start_whatever_else_there_is() -> Result<()> {
+fn seed_and_name_determine_the_values() -> Result<()> {
     let vars = VarMap::new();
-    let what = Bias::None.and("classifier");
-    Model::new(lora::seeded(lora::var_builder(base(false)?, &vars, what.clone()), 7))?;
+    let trainable = Bias::None.and("classifier");
+    Model::new(lora::seeded(lora::var_builder(base(false)?, &vars, trainable.clone()), 7))?;
     let again = VarMap::new();
-    Model::new(lora::seeded(lora::var_builder(base(false)?, &again, what), 7))?;
+    Model::new(lora::seeded(lora::var_builder(base(false)?, &again, trainable), 7))?;
     assert_eq!(snapshot(&vars), snapshot(&again));
 
     let all = VarMap::new();
@@ -47,7 +47,7 @@ fn a_seed_and_a_name_fix_the_start_whatever_else_there_is() -> Result<()> {
 }
 
 #[test]
-fn a_start_has_the_distribution_that_was_asked_for() -> Result<()> {
+fn values_have_the_requested_distribution() -> Result<()> {
     let kaiming = |dist| Init::Kaiming {
         dist,
         fan: FanInOut::FanIn,
@@ -55,7 +55,7 @@ fn a_start_has_the_distribution_that_was_asked_for() -> Result<()> {
     };
     let (fan_in, third) = (200f64, 1. / 3f64.sqrt());
     let stdev = 3. / fan_in.sqrt();
-    // Mean, standard deviation, and the largest distance from the mean where there is one.
+    // Mean, standard deviation, and the largest distance from the mean, if it is bounded.
     let cases = [
         (Init::Const(0.5), 0.5, 0., Some(0.)),
         (UNIFORM, 1., 2. * third, Some(2.)),
@@ -66,7 +66,7 @@ fn a_start_has_the_distribution_that_was_asked_for() -> Result<()> {
     for (init, mean, stdev, most) in cases {
         let away = (start(5, "a", init)?.to_dtype(DType::F64)? - mean)?.flatten_all()?;
         let off = away.mean_all()?.to_scalar::<f64>()?.abs();
-        assert!(off <= 5. * stdev / 60000f64.sqrt(), "{init:?}: the mean is {off} off");
+        assert!(off <= 5. * stdev / 60000f64.sqrt(), "{init:?}: the mean differs by {off}");
         let measured = away.sqr()?.mean_all()?.to_scalar::<f64>()?.sqrt();
         assert!((measured - stdev).abs() <= 0.02 * stdev, "{init:?}: {measured}");
         let farthest = away.abs()?.max(0)?.to_scalar::<f64>()?;
@@ -81,7 +81,7 @@ fn a_start_has_the_distribution_that_was_asked_for() -> Result<()> {
 }
 
 #[test]
-fn the_same_seed_gives_the_same_numbers_in_every_version() -> Result<()> {
+fn seeded_values_never_change() -> Result<()> {
     let first = |init| start(42, "q.lora_A", init)?.get(0)?.narrow(0, 0, 4)?.to_vec1::<f32>();
     let normal = Init::Randn { mean: 0., stdev: 1. };
     assert_eq!(first(normal)?, [-0.14876336f32, -0.79017204, 0.09825951, 1.4261299]);
@@ -90,7 +90,7 @@ fn the_same_seed_gives_the_same_numbers_in_every_version() -> Result<()> {
 }
 
 #[test]
-fn what_is_there_keeps_its_value_and_what_is_missing_is_an_error() -> Result<()> {
+fn existing_tensors_keep_their_values() -> Result<()> {
     let vars = VarMap::new();
     let vb = |seed| -> Result<_> {
         Ok(lora::seeded(lora::var_builder(base(true)?, &vars, Bias::All.and("classifier")), seed))
@@ -122,7 +122,7 @@ fn what_is_there_keeps_its_value_and_what_is_missing_is_an_error() -> Result<()>
 }
 
 #[test]
-fn a_start_in_half_precision_is_the_same_one_rounded() -> Result<()> {
+fn half_precision_values_are_rounded() -> Result<()> {
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::BF16, &CPU);
     let half = lora::seeded(vb, 1).get_with_hints((300, 200), "a", UNIFORM)?;
     assert_eq!(half.dtype(), DType::BF16);
@@ -132,7 +132,7 @@ fn a_start_in_half_precision_is_the_same_one_rounded() -> Result<()> {
     Ok(())
 }
 
-/// Makes plain tensors where a `VarMap` makes variables.
+/// A backend that creates plain tensors instead of variables.
 struct Plain;
 
 impl SimpleBackend for Plain {
@@ -150,11 +150,11 @@ impl SimpleBackend for Plain {
 }
 
 #[test]
-fn a_backend_without_variables_gets_the_same_start_and_whole_numbers_get_none() -> Result<()> {
+fn backends_without_variables_get_the_same_values() -> Result<()> {
     let plain = VarBuilder::from_backend(Box::new(Plain), DType::F32, CPU);
     let plain = lora::seeded(plain, 1).get_with_hints((300, 200), "a", UNIFORM)?;
     assert_eq!(bits(&plain)?, bits(&start(1, "a", UNIFORM)?)?);
-    // An error of candle's, which has no such random numbers.
+    // candle has no random integers.
     assert!(lora::seeded(map(), 1).get_with_hints_dtype(4, "a", UNIFORM, DType::U32).is_err());
     Ok(())
 }

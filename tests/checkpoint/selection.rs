@@ -1,4 +1,4 @@
-//! What is trained, and where it starts.
+//! The trained variables and their initial values.
 
 use crate::common::{bits, rnd, CFG};
 use crate::{adapter, base, fails, names, randomize, Model, CPU};
@@ -8,7 +8,7 @@ use lora::Bias;
 use loralib as lora;
 
 #[test]
-fn an_adapter_map_holds_what_is_trained_and_nothing_else() -> Result<()> {
+fn adapter_map_holds_the_trained_variables_only() -> Result<()> {
     let lora = ["q.lora_A", "q.lora_B"];
     let cases: [(lora::Trainable, &[&str]); 4] = [
         (Bias::None.into(), &[]),
@@ -16,28 +16,28 @@ fn an_adapter_map_holds_what_is_trained_and_nothing_else() -> Result<()> {
         (Bias::All.into(), &["classifier.bias", "k.bias", "q.bias"]),
         (Bias::None.and("classifier"), &["classifier.bias", "classifier.weight"]),
     ];
-    for (what, others) in cases {
-        let (_, vars) = adapter(what.clone())?;
+    for (trainable, others) in cases {
+        let (_, vars) = adapter(trainable.clone())?;
         let mut expected: Vec<String> = lora.iter().chain(others).map(|s| s.to_string()).collect();
         expected.sort();
-        assert_eq!(names(&vars), expected, "{what:?}");
-        let saved = lora::lora_state_dict(&vars, what.clone())?;
+        assert_eq!(names(&vars), expected, "{trainable:?}");
+        let saved = lora::lora_state_dict(&vars, trainable.clone())?;
         assert_eq!(saved.keys().cloned().collect::<Vec<_>>(), expected);
-        let trained = lora::mark_only_lora_as_trainable(&vars, what.clone())?;
+        let trained = lora::mark_only_lora_as_trainable(&vars, trainable.clone())?;
         for (var, (name, tensor)) in trained.iter().zip(&saved) {
             assert_eq!(bits(var)?, bits(tensor)?, "{name}");
         }
-        // The same selection out of one map for all.
+        // The same selection of one VarMap with all variables.
         let all = VarMap::new();
         Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
-        let saved = lora::lora_state_dict(&all, what)?;
+        let saved = lora::lora_state_dict(&all, trainable)?;
         assert_eq!(saved.keys().cloned().collect::<Vec<_>>(), expected);
     }
     Ok(())
 }
 
 #[test]
-fn trained_biases_start_at_the_base_s_value_and_do_not_change_it() -> Result<()> {
+fn trained_biases_are_copies_of_the_base() -> Result<()> {
     let base = base(true)?;
     let adapter = VarMap::new();
     Model::new(lora::var_builder(base.clone(), &adapter, Bias::All))?;
@@ -51,19 +51,19 @@ fn trained_biases_start_at_the_base_s_value_and_do_not_change_it() -> Result<()>
 }
 
 #[test]
-fn a_wrapped_layer_trains_the_bias_that_the_selection_names() -> Result<()> {
-    for (what, trained) in [(Bias::None, false), (Bias::LoraOnly, true), (Bias::All, true)] {
+fn wrapped_layers_train_the_selected_bias() -> Result<()> {
+    for (trainable, trained) in [(Bias::None, false), (Bias::LoraOnly, true), (Bias::All, true)] {
         let adapter = VarMap::new();
-        let vb = lora::var_builder(base(true)?, &adapter, what).pp("q");
+        let vb = lora::var_builder(base(true)?, &adapter, trainable).pp("q");
         let layer = lora::Linear::new(candle_nn::linear(4, 4, vb.clone())?, CFG, vb)?;
-        assert_eq!(names(&adapter).contains(&"q.bias".to_owned()), trained, "{what}");
-        assert_eq!(layer.bias().unwrap().is_variable(), trained, "{what}");
+        assert_eq!(names(&adapter).contains(&"q.bias".to_owned()), trained, "{trainable}");
+        assert_eq!(layer.bias().unwrap().is_variable(), trained, "{trainable}");
     }
     Ok(())
 }
 
 #[test]
-fn a_base_that_is_cut_out_of_a_var_map_does_not_follow_it() -> Result<()> {
+fn frozen_base_is_a_copy_of_its_var_map() -> Result<()> {
     let vars = VarMap::new();
     Model::new(VarBuilder::from_varmap(&vars, DType::F32, &CPU))?;
     let adapter = VarMap::new();
@@ -78,21 +78,22 @@ fn a_base_that_is_cut_out_of_a_var_map_does_not_follow_it() -> Result<()> {
 }
 
 #[test]
-fn a_missing_base_tensor_is_an_error_and_a_new_head_is_not() -> Result<()> {
+fn only_selected_modules_may_be_new() -> Result<()> {
     let vars = VarMap::new();
     let empty = VarBuilder::from_varmap(&vars, DType::F32, &CPU);
     let error = Model::new(lora::var_builder(empty, &VarMap::new(), Bias::All)).err().unwrap();
     assert!(error.to_string().contains("\"q.weight\""), "{error}");
-    assert!(names(&vars).is_empty(), "asking creates no variable in the base");
-    let new =
-        |what: lora::Trainable| Model::new(lora::var_builder(base(false)?, &VarMap::new(), what));
+    assert!(names(&vars).is_empty(), "no variable is created in the base");
+    let new = |trainable: lora::Trainable| {
+        Model::new(lora::var_builder(base(false)?, &VarMap::new(), trainable))
+    };
     assert!(new(Bias::None.into()).is_err());
     assert!(new(Bias::None.and("classifier")).is_ok());
     Ok(())
 }
 
 #[test]
-fn an_empty_selection_is_an_error() -> Result<()> {
+fn empty_selections_are_errors() -> Result<()> {
     let vars = VarMap::new();
     fails(lora::mark_only_lora_as_trainable(&vars, Bias::All), &["0 variables", "all"]);
     fails(lora::lora_state_dict(&vars, Bias::None), &["nothing"]);
@@ -104,12 +105,12 @@ fn an_empty_selection_is_an_error() -> Result<()> {
 }
 
 #[test]
-fn a_weight_under_an_adapter_cannot_be_selected() -> Result<()> {
-    for what in [lora::Trainable::all_parameters(), Bias::None.and("q")] {
-        let (_, vars) = adapter(what.clone())?;
+fn adapted_weights_cannot_be_selected() -> Result<()> {
+    for trainable in [lora::Trainable::all_parameters(), Bias::None.and("q")] {
+        let (_, vars) = adapter(trainable.clone())?;
         let message = ["\"q.weight\"", "frozen"];
-        fails(lora::mark_only_lora_as_trainable(&vars, what.clone()), &message);
-        fails(lora::lora_state_dict(&vars, what), &message);
+        fails(lora::mark_only_lora_as_trainable(&vars, trainable.clone()), &message);
+        fails(lora::lora_state_dict(&vars, trainable), &message);
     }
     Ok(())
 }

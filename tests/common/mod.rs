@@ -1,5 +1,5 @@
-//! What the tests share: the device they run on, and numbers that are the same everywhere.
-#![allow(dead_code)] // Each test file uses a part of it.
+//! Shared by the tests: the device, pseudo-random values, and comparisons.
+#![allow(dead_code)] // Each test uses only some of it.
 
 use candle_core::{DType, Device, Result, Tensor};
 use loralib::LoraConfig;
@@ -17,8 +17,8 @@ pub const CFG: LoraConfig = LoraConfig {
     lora_dtype: None,
 };
 
-/// The device under test: the first GPU when built with `cuda` and there is one, else the CPU, which
-/// is an error where `LORALIB_DEVICE` is `cuda`.
+/// The device under test: the first GPU of a build with `cuda`, or the CPU if there is none. With
+/// `LORALIB_DEVICE=cuda` a missing GPU is an error.
 pub fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
     DEVICE
@@ -26,7 +26,7 @@ pub fn device() -> Device {
             let wanted = std::env::var("LORALIB_DEVICE").is_ok_and(|name| name == "cuda");
             Device::new_cuda(0).unwrap_or_else(|e| {
                 assert!(!wanted, "no GPU to test on: {e}");
-                // Not println!, which a test that passes does not show.
+                // Not println!, whose output a passing test does not show.
                 let _ = writeln!(std::io::stderr(), "run on the CPU, skipped on a GPU: {e}");
                 Device::Cpu
             })
@@ -34,8 +34,7 @@ pub fn device() -> Device {
         .clone()
 }
 
-/// Pseudo-random values in [-1, 1), the same on every device: candle's own cannot be seeded on the
-/// CPU.
+/// Pseudo-random values in [-1, 1), the same on every device: candle's cannot be seeded on the CPU.
 pub fn rnd(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let values = (0..shape.iter().product::<usize>()).map(|_| {
@@ -54,7 +53,7 @@ pub fn values(t: &Tensor) -> Result<Vec<f64>> {
     t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
-/// The bits of every value: floats of all four dtypes are exact in f64.
+/// The bits of every value as f64, which represents all four float dtypes exactly.
 pub fn bits(t: &Tensor) -> Result<Vec<u64>> {
     Ok(values(t)?.into_iter().map(f64::to_bits).collect())
 }

@@ -1,4 +1,4 @@
-//! Files built by hand: what a random change seldom makes.
+//! Hostile files, which random damage seldom produces.
 
 use crate::{alone, CPU, LARGEST};
 use candle_core::{DType, Tensor};
@@ -8,7 +8,7 @@ use std::fs;
 use std::sync::atomic::Ordering;
 
 #[test]
-fn a_hostile_file_is_an_error() {
+fn hostile_files_are_errors() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("hostile.pt");

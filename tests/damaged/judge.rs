@@ -1,4 +1,4 @@
-//! What becomes of damaged files: an error that names the file, or a reason why it loads.
+//! Reads damaged files: each is an error that names the file, or has a reason why it loads.
 
 use crate::mutants::mutants;
 use crate::LARGEST;
@@ -10,10 +10,10 @@ use std::fs;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 
-/// How many mutants ended how.
+/// The number of mutants for each result.
 pub type Ends = BTreeMap<&'static str, usize>;
 
-/// Reads each mutant of `bad`; `judge` gives the reason why one that loads may.
+/// Reads each mutant of the file `bad`; `judge` returns the reason why a mutant may load.
 pub fn judged<T>(
     bad: &Path,
     random: usize,
@@ -24,7 +24,7 @@ pub fn judged<T>(
     let (expected, name) = (read().unwrap(), bad.file_name().unwrap().to_str().unwrap());
     let (mut ends, mut largest) = (Ends::new(), 0);
     mutants(&good, random, |mutant| {
-        // A new file: some file systems flush one that is written over.
+        // A new file, because some file systems flush a file that is overwritten.
         fs::remove_file(bad).unwrap();
         fs::write(bad, mutant).unwrap();
         LARGEST.store(0, Ordering::Relaxed);
@@ -42,7 +42,7 @@ pub fn judged<T>(
         *ends.entry(end).or_default() += 1;
     });
     println!("{}: {ends:?}, {largest} bytes at once", bad.display());
-    // zip has a table of 64 KiB for the end of an archive, a regular expression up to 1 MiB.
+    // zip allocates 64 KiB for the end of an archive, a regular expression up to 1 MiB.
     assert!(largest < 8 * good.len() + (1 << 20), "{largest} bytes for a file of {}", good.len());
     ends
 }
@@ -61,18 +61,18 @@ pub fn same_values(a: &StateDict, b: &StateDict) -> bool {
     a.values().map(bits).eq(b.values().map(bits))
 }
 
-/// The reason for which tensors load from a damaged safetensors file: they are those of the good one,
-/// or others where its data, with which it ends, is damaged.
-pub fn values_or_nothing(tensors: [&StateDict; 2], [good, bad]: [&[u8]; 2]) -> &'static str {
+/// The reason why tensors load from a damaged safetensors file: they are unchanged, or the damage is in
+/// the data at the end of the file.
+pub fn same_or_other_values(tensors: [&StateDict; 2], [good, bad]: [&[u8]; 2]) -> &'static str {
     if same_values(tensors[0], tensors[1]) {
         return "nothing is lost";
     }
     let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
-    assert!(!bad.ends_with(&good[header..]), "values that changed places");
+    assert!(!bad.ends_with(&good[header..]), "tensors exchanged their values");
     "other values"
 }
 
-pub fn all_are_known(ends: &Ends, allowed: &[&str]) {
+pub fn assert_known(ends: &Ends, allowed: &[&str]) {
     assert!(ends["error"] > 1000, "{ends:?}");
     for end in ends.keys().filter(|end| !["error", "the file is as it was"].contains(*end)) {
         assert!(allowed.contains(end), "{ends:?}");

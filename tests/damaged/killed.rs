@@ -1,5 +1,5 @@
-//! A writer that is killed at any moment leaves the old file or the new one, and a folder in PEFT's
-//! format as a whole; and so a reader finds one or the other while a writer is at work.
+//! A writer that is killed at any moment leaves the old file or the new one, and a complete folder in
+//! PEFT's format. A reader during a save finds the old files or the new ones.
 
 use crate::{alone, Random, CPU};
 use candle_core::Tensor;
@@ -20,7 +20,7 @@ fn adapter(value: f32) -> StateDict {
     [("q.lora_A".to_owned(), full([2, 20_000])), ("q.lora_B".to_owned(), full([20_000, 2]))].into()
 }
 
-/// Not a test of its own: what the next one starts, and kills.
+/// Not a test: the process that the next test starts and kills.
 #[test]
 fn writer() {
     let Some(folder) = std::env::var_os(FOLDER).map(PathBuf::from) else { return };
@@ -40,7 +40,7 @@ fn writer() {
     }
 }
 
-/// The number of the save that everything in the files agrees on.
+/// The number of the save that wrote each file, which all of its values must agree on.
 fn saved(folder: &Path) -> lora::Result<[f64; 3]> {
     let file = lora::read_state_dict(folder.join("adapter.safetensors"), &CPU)?;
     let (config, peft) = peft::load_pretrained(folder.join("peft"), &CPU)?;
@@ -51,21 +51,17 @@ fn saved(folder: &Path) -> lora::Result<[f64; 3]> {
             let t = t.flatten_all()?;
             ends.extend([t.min(0)?.to_scalar::<f32>()?, t.max(0)?.to_scalar()?].map(f64::from));
         }
-        assert!(ends.iter().all(|end| *end == ends[0]), "tensors of several saves: {ends:?}");
+        assert!(ends.iter().all(|end| *end == ends[0]), "tensors of different saves: {ends:?}");
         Ok::<_, lora::Error>(ends[0])
     };
     let saved = [all(&file.tensors)?, all(&peft)?, all(&same)?];
-    assert_eq!(
-        saved[0],
-        file.config.unwrap().lora_alpha,
-        "the tensors of one, the options of another"
-    );
-    assert_eq!(saved[1], config.lora.lora_alpha, "the tensors of one, the options of another");
+    assert_eq!(saved[0], file.config.unwrap().lora_alpha, "tensors and options of different saves");
+    assert_eq!(saved[1], config.lora.lora_alpha, "tensors and options of different saves");
     Ok(saved)
 }
 
 #[test]
-fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() -> lora::Result<()> {
+fn killed_writer_leaves_complete_files() -> lora::Result<()> {
     let _alone = alone();
     let dir = tempfile::tempdir()?;
     let cfg = LoraConfig { r: 2, lora_alpha: 0., ..Default::default() };
@@ -92,18 +88,18 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_the_new_one() -> lora::Result<()>
     }
     let left = fs::read_dir(dir.path())?.count() - 3;
     println!(
-        "300 kills: {} writers got to the end of a save, {left} temporary files left by the others, \
-         {between} folders that had only their tensors",
+        "300 kills: {} writers completed a save, the others left {left} temporary files, {between} \
+         folders had only their tensors",
         finished.len()
     );
     assert!(finished.len() > 30, "{}", finished.len());
     Ok(())
 }
 
-/// A pipe in the place of the configuration holds the reader there until the writer is done.
+/// A pipe in place of the configuration blocks the reader until the writer is done.
 #[cfg(unix)]
 #[test]
-fn a_reader_between_the_two_files_of_a_save_reads_again() -> lora::Result<()> {
+fn reader_during_a_save_reads_again() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let [folder, new] = ["folder", "new"].map(|name| dir.path().join(name));
     let cfg = |lora_alpha| LoraConfig { r: 2, lora_alpha, ..Default::default() };

@@ -1,5 +1,5 @@
-//! Files that are not what they should be: an error that names the file, never a panic, never
-//! memory beyond a small multiple of the file; and a writer that is killed at any moment.
+//! A damaged file is an error that names the file: no panic, and no allocation beyond a small multiple of
+//! the file's size. And writers that are killed at any moment.
 
 mod hostile;
 mod judge;
@@ -19,7 +19,7 @@ const CPU: Device = Device::Cpu;
 struct Largest;
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes to the system's allocator as it is.
+// SAFETY: every call is forwarded to the system's allocator.
 unsafe impl GlobalAlloc for Largest {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
@@ -41,8 +41,8 @@ unsafe impl GlobalAlloc for Largest {
 #[global_allocator]
 static ALLOCATOR: Largest = Largest;
 
-/// The tests measure what the process allocates: one at a time, and errors without a backtrace,
-/// which takes megabytes.
+/// The tests measure the allocations of the process: they run one at a time, and their errors have no
+/// backtrace, which allocates megabytes.
 fn alone() -> impl Sized {
     static ONE: Mutex<()> = Mutex::new(());
     let alone = ONE.lock();

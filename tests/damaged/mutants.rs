@@ -1,9 +1,9 @@
-//! Damage of all kinds.
+//! Damaged copies of a file.
 
 use crate::Random;
 
-/// Every truncation, two bits of each byte of the header, then random damage: bits, bytes, words of 0xff, pieces that are removed, doubled
-/// or put elsewhere.
+/// Truncations, two flipped bits in each byte of the header, then random damage: changed bits and bytes,
+/// runs of 0xff or of digits, and pieces that are removed, copied or moved.
 pub fn mutants(good: &[u8], random: usize, mut try_one: impl FnMut(&[u8])) {
     let step = good.len().div_ceil(5000);
     for end in (0..good.len()).step_by(step) {

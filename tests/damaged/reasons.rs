@@ -1,7 +1,7 @@
-//! Damaged files: an error that names the file, or a load for a reason that is told here. A safetensors
-//! file has no checksum, so that other values are another adapter; whatever else is lost is noticed.
+//! A damaged file is an error that names the file, or loads for one of the reasons listed here. A
+//! safetensors file has no checksum, so that changed values are a valid adapter; all other damage is found.
 
-use crate::judge::{all_are_known, judged, same_form, same_values, values_or_nothing};
+use crate::judge::{assert_known, judged, same_form, same_or_other_values, same_values};
 use crate::{alone, fixture, CPU};
 use candle_core::{DType, Var};
 use candle_nn::VarMap;
@@ -26,24 +26,24 @@ fn untouched(vars: &VarMap) -> bool {
 }
 
 #[test]
-fn a_damaged_torch_file_gives_the_same_tensors_or_an_error() {
+fn damaged_torch_file_keeps_its_tensors() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     for name in ["loralib_all.pt", "good.pt"] {
         let bad = dir.path().join(name);
         fs::copy(fixture(&format!("torch/{name}")), &bad).unwrap();
         let read = || Ok(lora::read_state_dict(&bad, &CPU)?.tensors);
-        // The archive has a checksum of each of its files.
+        // The archive has a checksum for each of its files.
         let ends = judged(&bad, 1500, read, |good: &StateDict, bad, _| {
             assert!(same_form(good, &bad) && same_values(good, &bad), "{:?}", bad.keys());
             "nothing is lost"
         });
-        all_are_known(&ends, &["nothing is lost"]);
+        assert_known(&ends, &["nothing is lost"]);
     }
 }
 
 #[test]
-fn a_damaged_checkpoint_loads_with_the_model_s_names_shapes_and_scaling_or_not_at_all() {
+fn damaged_checkpoint_keeps_shapes_and_scaling() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let bad = dir.path().join("bad.safetensors");
@@ -65,9 +65,9 @@ fn a_damaged_checkpoint_loads_with_the_model_s_names_shapes_and_scaling_or_not_a
                 assert_eq!(report.loaded.len(), good.tensors.len());
                 assert!(same_form(&good.tensors, &loaded.tensors), "{:?}", loaded.tensors.keys());
                 let tensors = [&good.tensors, &loaded.tensors];
-                let end = values_or_nothing(tensors, [&good_file, mutant]);
+                let end = same_or_other_values(tensors, [&good_file, mutant]);
                 match loaded.config {
-                    // As in a file that others wrote: there is nothing to compare.
+                    // As in a file of another program, which has no configuration to compare.
                     None => "the configuration's name is lost",
                     Some(other) if other != cfg => {
                         assert_eq!((other.scaling(), other.r), (cfg.scaling(), cfg.r));
@@ -78,7 +78,7 @@ fn a_damaged_checkpoint_loads_with_the_model_s_names_shapes_and_scaling_or_not_a
             }
         }
     });
-    all_are_known(
+    assert_known(
         &ends,
         &[
             "nothing is lost",
@@ -91,7 +91,7 @@ fn a_damaged_checkpoint_loads_with_the_model_s_names_shapes_and_scaling_or_not_a
 }
 
 #[test]
-fn a_damaged_peft_adapter_loads_with_other_values_or_not_at_all() {
+fn damaged_peft_adapter_keeps_shapes() {
     let _alone = alone();
     for case in ["pattern", "modules", "conv", "groups"] {
         let dir = tempfile::tempdir().unwrap();
@@ -107,7 +107,7 @@ fn a_damaged_peft_adapter_loads_with_other_values_or_not_at_all() {
             if bad.0 == good.0 {
                 return "nothing is lost";
             }
-            // A key that is lost would have given its place to a default.
+            // A missing key must not be replaced by a default.
             let json =
                 |text: &[u8]| -> serde_json::Map<_, _> { serde_json::from_slice(text).unwrap() };
             let (good, bad) = (json(&good_json), json(mutant));
@@ -115,7 +115,7 @@ fn a_damaged_peft_adapter_loads_with_other_values_or_not_at_all() {
             assert_eq!(lost, None, "{case}");
             "an option has another value"
         });
-        all_are_known(&ends, &["nothing is lost", "an option has another value"]);
+        assert_known(&ends, &["nothing is lost", "an option has another value"]);
         fs::write(&json, &good_json).unwrap();
         let ends = judged(&tensors, 1500, read, |good: &Loaded, bad, mutant| {
             if !same_form(&good.1, &bad.1) {
@@ -124,8 +124,8 @@ fn a_damaged_peft_adapter_loads_with_other_values_or_not_at_all() {
                 return "the model refuses it";
             }
             assert_eq!(good.0, bad.0, "{case}");
-            values_or_nothing([&good.1, &bad.1], [&good_file, mutant])
+            same_or_other_values([&good.1, &bad.1], [&good_file, mutant])
         });
-        all_are_known(&ends, &["nothing is lost", "other values", "the model refuses it"]);
+        assert_known(&ends, &["nothing is lost", "other values", "the model refuses it"]);
     }
 }

@@ -1,4 +1,4 @@
-//! The crate against Microsoft's loralib: `../fixtures/golden.py` took the values from it.
+//! The crate against Microsoft's loralib, whose values `../fixtures/golden.py` wrote.
 
 mod case;
 mod names;
@@ -27,7 +27,7 @@ fn names(vars: &VarMap) -> BTreeSet<String> {
     vars.data().lock().unwrap().keys().cloned().collect()
 }
 
-/// All that loralib computes, from a layer made anew for each part.
+/// Compares outputs, gradients, merges and training steps, each with a new layer.
 fn check<K>(case: &Case, way: &str, make: impl Fn() -> Result<(Adapted<K>, VarMap)>) -> Result<()>
 where
     Adapted<K>: Module,
@@ -56,15 +56,23 @@ where
     compare("weight", layer.weight())?;
 
     if case.is_half() {
-        // Steps of variables in half precision are the optimizer's roundings.
+        // In half precision the optimizer's steps differ by rounding.
         return Ok(());
     }
     let adamw = ParamsAdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
     let (layer, vars) = make()?;
-    train(&layer, &x, SGD::new(lora::mark_only_lora_as_trainable(&vars, case.what())?, 0.02)?)?;
+    train(
+        &layer,
+        &x,
+        SGD::new(lora::mark_only_lora_as_trainable(&vars, case.trainable())?, 0.02)?,
+    )?;
     compare_trained(case, way, "sgd", &vars)?;
     let (layer, vars) = make()?;
-    train(&layer, &x, AdamW::new(lora::mark_only_lora_as_trainable(&vars, case.what())?, adamw)?)?;
+    train(
+        &layer,
+        &x,
+        AdamW::new(lora::mark_only_lora_as_trainable(&vars, case.trainable())?, adamw)?,
+    )?;
     compare_trained(case, way, "adamw", &vars)
 }
 
@@ -73,14 +81,14 @@ fn train(layer: &impl Module, x: &Tensor, mut optimizer: impl Optimizer) -> Resu
 }
 
 fn compare_trained(case: &Case, way: &str, optimizer: &str, vars: &VarMap) -> Result<()> {
-    let saved = lora::lora_state_dict(vars, case.what())?;
+    let saved = lora::lora_state_dict(vars, case.trainable())?;
     assert_eq!(saved.keys().cloned().collect::<BTreeSet<_>>(), case.trained(), "{way}");
     let mut saved = saved.iter();
     saved.try_for_each(|(name, ours)| case.compare(way, &format!("{optimizer}.{name}"), ours))
 }
 
-/// Every case of a layer, made in every way: `wrap` takes a weight and a bias that the caller has,
-/// `new` takes all from the `VarBuilder`.
+/// Every case of a layer, constructed in every way: `wrap` gets a weight and a bias, `new` takes all tensors
+/// from the `VarBuilder`.
 fn check_all<K>(
     layer: &str,
     wrap: impl Fn(&Case, Tensor, Option<Tensor>, VarBuilder) -> Result<Adapted<K>>,
@@ -113,7 +121,7 @@ where
                 case.parameters().into_iter().partition(is_lora);
             let vars = var_map(factors)?;
             let base = VarBuilder::from_tensors(base, case.dtype, &device());
-            let layer = new(&case, lora::var_builder(base, &vars, case.what()))?;
+            let layer = new(&case, lora::var_builder(base, &vars, case.trainable()))?;
             assert_eq!(names(&vars), case.trained());
             Ok((layer, vars))
         })?;

@@ -1,4 +1,4 @@
-//! Initial values from a seed are the same on every device.
+//! Seeded initial values are the same on every device.
 
 use crate::common::{bits, device};
 use candle_core::{DType, Device, Result};
@@ -6,7 +6,7 @@ use candle_nn::{Init, VarBuilder, VarMap};
 use loralib as lora;
 
 #[test]
-fn a_seed_gives_a_device_the_cpu_s_start() -> Result<()> {
+fn seeded_values_are_the_same_on_every_device() -> Result<()> {
     for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
         for init in [Init::Uniform { lo: -1., up: 3. }, Init::Randn { mean: 0., stdev: 1. }] {
             let start = |device: &Device| {

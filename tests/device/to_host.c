@@ -1,5 +1,5 @@
-/* Loaded before a program with LD_PRELOAD: ends it at a copy of more than MAX_TO_HOST bytes from the
- * GPU to the host. */
+/* Preloaded with LD_PRELOAD: ends the program at a copy of more than MAX_TO_HOST bytes from the GPU to
+ * the host. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>

@@ -1,7 +1,7 @@
-//! What a GPU never sends back: in training and merging, anything of the base's size.
+//! Training and merging on a GPU copy nothing of the base's size to the host.
 //!
-//! candle counts no copies, so `tests/cuda.sh` runs these under `to_host.c`, which ends a program that
-//! copies more to the host than it may.
+//! candle does not count copies, so that `tests/cuda.sh` runs these with `to_host.c`, which ends a program
+//! at a larger copy to the host than allowed.
 
 use crate::common::{device, rnd, values};
 use candle_core::{DType, Module, Result};
@@ -52,9 +52,9 @@ fn steps_and_merges_leave_the_base_on_the_device() -> Result<()> {
     Ok(())
 }
 
-/// What `to_host.c` must end, or it watches nothing.
+/// `to_host.c` must end this one, or it does not see the copies.
 #[test]
-#[ignore = "copies too much on purpose"]
+#[ignore = "copies more than `to_host.c` allows"]
 fn a_copy_of_the_base_s_size() -> Result<()> {
     values(&rnd(1, &[DIM, DIM], DType::F32)?).map(drop)
 }

@@ -1,5 +1,5 @@
-"""Adapters written here and loaded by the real loralib and peft, and the other way round: the largest
-difference of the logits for each case. And the keys of our PEFT folders against what vLLM takes.
+"""Compares logits: adapters written by this crate and loaded by loralib and peft, and the reverse. Prints
+the largest difference of each case, and checks the keys of our PEFT folders against those vLLM accepts.
 
 python tests/interop/interop.py   (torch 2, loralib, peft, safetensors; cargo)
 """
@@ -58,7 +58,7 @@ def compare(case, ours, theirs):
 
 
 def vllm(case, folder):
-    """A/B pairs under one r and alpha: patterns are ignored there, other tensors refused."""
+    """vLLM requires A/B pairs of one r and alpha: it ignores patterns and refuses other tensors."""
     config = json.loads((folder / "adapter_config.json").read_text())
     keys = load_file(folder / "adapter_model.safetensors").keys()
     stray = [k for k in keys if not k.endswith((".lora_A.weight", ".lora_B.weight"))]

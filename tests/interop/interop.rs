@@ -1,4 +1,4 @@
-//! The Rust side of `interop.py`, which says what is compared: `write DIR` and `read DIR`.
+//! The Rust side of `interop.py`, which describes the comparison: `write DIR` and `read DIR`.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -51,7 +51,7 @@ fn declared(cfg: LoraConfig) -> AdapterConfig {
         .with_layer("conv", LayerKind::Conv2d { groups: 1 })
 }
 
-/// The logits of the base with an adapter.
+/// The logits of the base with the adapter.
 fn logits(
     base: &StateDict,
     adapter: &StateDict,

@@ -1,4 +1,5 @@
-//! Convolutions of several groups: loralib's update has a form in PEFT, whose own has none here.
+//! Convolutions of several groups: loralib's update converts to PEFT's format, PEFT's own does not convert
+//! back.
 
 use crate::common::{bits, difference, rnd, CFG};
 use crate::{folder, model, CPU};
@@ -20,7 +21,7 @@ fn kind(n: usize, groups: usize) -> LayerKind {
 }
 
 /// A kernel (out, in/groups, k..) as (out, in, k..): zero for the inputs of other groups.
-fn widened(kernel: &Tensor, groups: usize) -> lora::Result<Tensor> {
+fn dense(kernel: &Tensor, groups: usize) -> lora::Result<Tensor> {
     let (outs, inputs) = (kernel.dim(0)? / groups, kernel.dim(1)?);
     let part = |j| {
         kernel.narrow(0, j * outs, outs)?.pad_with_zeros(1, j * inputs, (groups - 1 - j) * inputs)
@@ -29,7 +30,7 @@ fn widened(kernel: &Tensor, groups: usize) -> lora::Result<Tensor> {
     Ok(Tensor::cat(&parts?, 0)?)
 }
 
-/// What PEFT adds to (out, in, k..) by its own formula: B's ranks and outputs in groups, A's inputs not.
+/// PEFT's update of (out, in, k..) by its formula: B has groups of ranks and outputs, A has all inputs.
 fn delta(a: &Tensor, b: &Tensor, groups: usize, scaling: f64) -> lora::Result<Tensor> {
     let (a, b) = (a.flatten_from(1)?, b.flatten_from(1)?);
     let (outs, own) = (b.dim(0)? / groups, b.dim(1)?);
@@ -39,7 +40,7 @@ fn delta(a: &Tensor, b: &Tensor, groups: usize, scaling: f64) -> lora::Result<Te
 }
 
 #[test]
-fn every_grouped_convolution_keeps_its_update_and_comes_back() -> lora::Result<()> {
+fn grouped_convolutions_round_trip() -> lora::Result<()> {
     for (n, groups, k) in (1..=3usize).flat_map(|n| [(n, 2, 3), (n, 3, 3), (n, 4, 2), (n, 6, 1)]) {
         let (inputs, out) = (12, 24);
         let (u, width) = (usize::pow(k, n as u32 / 2), usize::pow(k, n.div_ceil(2) as u32));
@@ -57,7 +58,7 @@ fn every_grouped_convolution_keeps_its_update_and_comes_back() -> lora::Result<(
         let file = lora::read_state_dict(file, &CPU)?.tensors;
         let factor = |last| &file[&format!("base_model.model.c.{last}.weight")];
         let merged = lora::merge_into(&base, &adapter, &config)?;
-        let expected = widened(&merged["c.weight"], groups)?.flatten_from(1)?;
+        let expected = dense(&merged["c.weight"], groups)?.flatten_from(1)?;
         let theirs = delta(factor("lora_A"), factor("lora_B"), groups, CFG.scaling())?;
         assert!(difference(&theirs, &expected)? < 1e-14, "{n} {groups} {k}");
 
@@ -76,9 +77,9 @@ fn every_grouped_convolution_keeps_its_update_and_comes_back() -> lora::Result<(
     Ok(())
 }
 
-/// The fixture is an independent conversion, which PEFT ran.
+/// The fixture is an independent conversion, whose outputs PEFT computed.
 #[test]
-fn a_grouped_convolution_computes_what_peft_computes_with_its_factors() -> lora::Result<()> {
+fn grouped_convolution_agrees_with_peft() -> lora::Result<()> {
     let all = lora::read_state_dict(folder("groups").join("model.safetensors"), &CPU)?.tensors;
     let [base, _, x, y] = model("groups")?;
     let (config, adapter) = peft::load_pretrained(folder("groups"), &CPU)?;
@@ -103,9 +104,9 @@ fn a_grouped_convolution_computes_what_peft_computes_with_its_factors() -> lora:
     Ok(())
 }
 
-/// Ranks alone do not tell which factors are in loralib's form: here they would go with it.
+/// Here the rank alone would fit loralib's factors, but the values do not.
 #[test]
-fn dense_factors_of_a_rank_like_ours_keep_their_update_or_are_refused() -> lora::Result<()> {
+fn dense_factors_of_equal_rank_keep_their_update() -> lora::Result<()> {
     let groups_of = |groups: usize| -> lora::Result<_> {
         let dir = tempfile::tempdir()?;
         let zeros = |dims: [usize; 2]| Tensor::zeros(&dims[..], DType::F32, &CPU);
@@ -137,7 +138,7 @@ fn dense_factors_of_a_rank_like_ours_keep_their_update_or_are_refused() -> lora:
 }
 
 #[test]
-fn what_no_grouped_kernel_can_hold_is_refused() -> lora::Result<()> {
+fn updates_across_groups_are_refused() -> lora::Result<()> {
     let error = peft::load_pretrained(folder("groups_dense"), &CPU).unwrap_err().to_string();
     assert!(error.contains("conv.lora_A") && error.contains("2 groups"), "{error}");
     let ones = |dims: [usize; 2]| Tensor::ones(&dims[..], DType::F32, &CPU);

@@ -1,4 +1,4 @@
-//! A folder into a model's variables: ranks and scalings are compared.
+//! Loading a folder into a model's variables compares ranks and scalings.
 
 use crate::common::bits;
 use crate::kinds::{sample, Sample};
@@ -11,7 +11,7 @@ use lora::Strict;
 use loralib as lora;
 
 #[test]
-fn an_adapter_is_loaded_where_ranks_and_scalings_agree() -> lora::Result<()> {
+fn load_adapter_compares_ranks_and_scalings() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { adapter, config, .. } = sample(rslora)?;
         let dir = tempfile::tempdir()?;

@@ -1,4 +1,4 @@
-//! Every kind of layer in PEFT's factors, and back.
+//! Every kind of layer as PEFT's factors, and back.
 
 use crate::common::{bits, difference, rnd};
 use crate::CPU;
@@ -50,7 +50,7 @@ pub fn sample(rslora: bool) -> lora::Result<Sample> {
     Ok(Sample { base, adapter, config })
 }
 
-/// ΔW from PEFT's file by PEFT's formula, which knows nothing of loralib's factors.
+/// ΔW from PEFT's file by PEFT's formula, independent of loralib's factors.
 fn delta(file: &StateDict, path: &str, scaling: f64) -> lora::Result<Tensor> {
     let key = |end: &str| file.get(&format!("base_model.model.{path}.{end}")).cloned();
     if let (Some(a), Some(b)) = (key("lora_embedding_A"), key("lora_embedding_B")) {
@@ -63,7 +63,7 @@ fn delta(file: &StateDict, path: &str, scaling: f64) -> lora::Result<Tensor> {
 }
 
 #[test]
-fn every_kind_of_layer_keeps_its_update_in_pefts_factors() -> lora::Result<()> {
+fn every_kind_keeps_its_update() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { base, adapter, config } = sample(rslora)?;
         let dir = tempfile::tempdir()?;
@@ -83,7 +83,7 @@ fn every_kind_of_layer_keeps_its_update_in_pefts_factors() -> lora::Result<()> {
             let apart = difference(&(w + delta(&file, path, scaling)?)?, &merged[name])?;
             assert!(apart < 1e-6, "{path}: {apart}");
         }
-        // Without a word on merged layers they come as linear ones; the update is the same.
+        // Undeclared merged layers load as linear ones, with the same update.
         let (loaded, tensors) = peft::load_pretrained(dir.path(), &CPU)?;
         for (name, tensor) in lora::merge_into(&base, &tensors, &loaded)? {
             assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");
@@ -94,7 +94,7 @@ fn every_kind_of_layer_keeps_its_update_in_pefts_factors() -> lora::Result<()> {
 }
 
 #[test]
-fn what_was_saved_comes_back_bit_for_bit() -> lora::Result<()> {
+fn saved_adapters_round_trip_bit_for_bit() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { adapter, config, .. } = sample(rslora)?;
         let dir = tempfile::tempdir()?;
@@ -118,7 +118,7 @@ fn what_was_saved_comes_back_bit_for_bit() -> lora::Result<()> {
 }
 
 #[test]
-fn one_rank_for_all_layers_needs_no_pattern() -> lora::Result<()> {
+fn equal_ranks_need_no_pattern() -> lora::Result<()> {
     let Sample { mut adapter, config, .. } = sample(false)?;
     adapter.retain(|name, _| name.starts_with("h.qkv"));
     let config = AdapterConfig {
@@ -136,7 +136,7 @@ fn one_rank_for_all_layers_needs_no_pattern() -> lora::Result<()> {
 }
 
 #[test]
-fn layers_of_several_ranks_are_saved_with_one_where_a_server_needs_it() -> lora::Result<()> {
+fn one_rank_pads_smaller_factors() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { base, adapter, config } = sample(rslora)?;
         let config = AdapterConfig { one_rank: true, ..config };

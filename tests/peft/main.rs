@@ -1,11 +1,12 @@
-//! PEFT's format: adapters that PEFT saved (`fixtures/checkpoints.py`), and all kinds of layers to
-//! PEFT's factors and back.
+//! PEFT's format: adapters that PEFT saved (`fixtures/checkpoints.py`), and all kinds of layers converted
+//! to PEFT's factors and back.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod groups;
 mod into_variables;
 mod kinds;
+mod patterns;
 mod refused;
 mod saved_by_peft;
 
@@ -20,7 +21,7 @@ fn folder(case: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/peft").join(case)
 }
 
-/// The base, what PEFT merges to, and the inputs and outputs.
+/// The base, PEFT's merged weights, and the inputs and outputs of the layers.
 fn model(case: &str) -> lora::Result<[StateDict; 4]> {
     let all = lora::read_state_dict(folder(case).join("model.safetensors"), &CPU)?.tensors;
     Ok(["base.", "merged.", "x.", "y."].map(|prefix| {

@@ -1,4 +1,4 @@
-//! What cannot be loaded or saved is refused by name.
+//! Adapters that cannot be loaded or saved are errors that name the option or tensor.
 
 use crate::kinds::{sample, Sample};
 use crate::{folder, CPU};
@@ -29,7 +29,7 @@ fn refused(change: impl Fn(&mut serde_json::Value), tensors: impl Fn(&mut StateD
 }
 
 #[test]
-fn what_changes_the_mathematics_is_refused_by_name() {
+fn options_that_change_the_update_are_refused() {
     let options = [
         ("use_dora", serde_json::json!(true)),
         ("init_lora_weights", "pissa".into()),
@@ -54,7 +54,7 @@ fn what_changes_the_mathematics_is_refused_by_name() {
 }
 
 #[test]
-fn a_tensor_that_does_not_fit_is_refused_by_name() {
+fn tensors_that_do_not_fit_are_refused() {
     let a = "base_model.model.layers.0.q.lora_A.weight";
     let b = "base_model.model.layers.0.q.lora_B.weight";
     let error = |change: &dyn Fn(&mut StateDict)| refused(|_| {}, change);
@@ -86,7 +86,7 @@ fn a_tensor_that_does_not_fit_is_refused_by_name() {
 }
 
 #[test]
-fn what_cannot_be_saved_is_refused_by_name() -> lora::Result<()> {
+fn adapters_that_do_not_fit_are_not_saved() -> lora::Result<()> {
     let Sample { adapter, config, .. } = sample(false)?;
     let dir = tempfile::tempdir()?;
     let refused = |adapter: &StateDict, config: &AdapterConfig| {

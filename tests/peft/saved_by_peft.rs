@@ -1,4 +1,5 @@
-//! What PEFT saved: it merges to what PEFT merges to, computes what PEFT computes, and is saved again.
+//! Adapters that PEFT saved: merged weights and outputs agree with PEFT, and saving them again changes
+//! nothing.
 
 use crate::common::{bits, difference};
 use crate::{folder, model, CPU};
@@ -24,7 +25,7 @@ const CASES: [&str; 10] = [
 ];
 
 #[test]
-fn what_peft_saved_merges_to_what_peft_merges_to() -> lora::Result<()> {
+fn merged_weights_agree_with_peft() -> lora::Result<()> {
     for case in CASES {
         let [base, merged, ..] = model(case)?;
         let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
@@ -43,7 +44,7 @@ fn what_peft_saved_merges_to_what_peft_merges_to() -> lora::Result<()> {
 }
 
 #[test]
-fn a_layer_with_a_loaded_adapter_computes_what_peft_computes() -> lora::Result<()> {
+fn outputs_agree_with_peft() -> lora::Result<()> {
     for case in CASES {
         let [base, _, x, y] = model(case)?;
         let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
@@ -85,7 +86,7 @@ fn a_layer_with_a_loaded_adapter_computes_what_peft_computes() -> lora::Result<(
 }
 
 #[test]
-fn options_and_ranks_of_a_layer_are_read() -> lora::Result<()> {
+fn layer_options_are_read() -> lora::Result<()> {
     let (config, _) = peft::load_pretrained(folder("pattern"), &CPU)?;
     let own = |path: &str| (config.lora_config(path).r, config.lora_config(path).lora_alpha);
     assert_eq!(own("layers.0.q"), (5, 7.));
@@ -108,9 +109,9 @@ fn options_and_ranks_of_a_layer_are_read() -> lora::Result<()> {
     Ok(())
 }
 
-/// What PEFT saved, saved again: PEFT's keys and values, and a configuration that says the same.
+/// Saving a loaded adapter gives PEFT's keys and values, and an equal configuration.
 #[test]
-fn what_peft_saved_is_saved_as_it_was() -> lora::Result<()> {
+fn peft_folders_are_saved_unchanged() -> lora::Result<()> {
     for case in CASES {
         let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
         let dir = tempfile::tempdir()?;
@@ -135,7 +136,7 @@ fn what_peft_saved_is_saved_as_it_was() -> lora::Result<()> {
 }
 
 #[test]
-fn a_dense_update_fits_a_merged_layer_with_every_part_enabled() -> lora::Result<()> {
+fn dense_update_loads_as_merged_linear() -> lora::Result<()> {
     let [base, merged, ..] = model("gpt2")?;
     let kind = LayerKind::MergedLinear(vec![true; 3]);
     let (config, adapter) =

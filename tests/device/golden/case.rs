@@ -8,16 +8,16 @@ use loralib as lora;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
 
-/// From where cargo runs tests, so that a program built elsewhere finds it too.
+/// Relative to the folder where cargo runs tests, so that a program built elsewhere finds it.
 const FOLDER: &str = "tests/fixtures/golden";
-/// The largest difference, relative to the tensor's largest value: some roundings of it. In half
-/// precision the inputs, loralib's values and the variables are rounded too.
+/// The largest difference relative to the tensor's largest value, a few roundings. In half precision the
+/// inputs, loralib's values and the variables are rounded too.
 const TOLERANCES: [(DType, f64); 4] =
     [(DType::F64, 1e-13), (DType::F32, 1e-5), (DType::F16, 5e-3), (DType::BF16, 4e-2)];
 
 pub type Tensors = HashMap<String, Tensor>;
 
-/// One layer with one set of options: what went into it, and what came out of loralib's.
+/// One layer with one set of options: its inputs, and loralib's results.
 pub struct Case {
     pub options: Value,
     pub dtype: DType,
@@ -86,16 +86,17 @@ impl Case {
         matches!(self.dtype, DType::F16 | DType::BF16)
     }
 
-    /// What loralib trains; of a layer without an adapter also the weight.
+    /// The variables that loralib trains: without an adapter also the weight.
     pub fn trained(&self) -> BTreeSet<String> {
         strings(&self.options["trained"])
     }
 
-    /// The selection that trains the same.
-    pub fn what(&self) -> Trainable {
-        match self.trained().contains("weight") {
-            true => Bias::All.and("weight"),
-            false => Bias::All.into(),
+    /// The selection of the same variables.
+    pub fn trainable(&self) -> Trainable {
+        if self.trained().contains("weight") {
+            Bias::All.and("weight")
+        } else {
+            Bias::All.into()
         }
     }
 

@@ -1,4 +1,4 @@
-//! The names that are trained and saved, against loralib's.
+//! The trained and saved names against loralib's.
 
 use super::case::{golden, strings, Tensors};
 use super::{names, var_map};
@@ -10,7 +10,7 @@ use loralib as lora;
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-/// The layers of `Model` in the script.
+/// The layers of `Model` in golden.py.
 fn model(vb: VarBuilder) -> Result<()> {
     let cfg = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
     candle_nn::embedding(4, 2, vb.pp("attention_bias"))?;
@@ -24,7 +24,7 @@ fn model(vb: VarBuilder) -> Result<()> {
     Ok(())
 }
 
-/// What is selected of `vars`, which must be the same to train and to save.
+/// The selected names of `vars`, which must be the same for training and saving.
 fn selected(vars: &VarMap, bias: Bias) -> Result<BTreeSet<String>> {
     let saved: BTreeSet<_> = lora::lora_state_dict(vars, bias)?.into_keys().collect();
     let marked = lora::mark_only_lora_as_trainable(vars, bias)?;
@@ -35,27 +35,27 @@ fn selected(vars: &VarMap, bias: Bias) -> Result<BTreeSet<String>> {
     Ok(saved)
 }
 
-/// loralib's names with what is deliberately different here.
+/// loralib's names with the deliberate differences of this crate.
 fn expected(golden: &Value, word: &str, of: &str) -> BTreeSet<String> {
     let mut names = strings(&golden["model"][word][of]);
     let (only_theirs, only_ours): (&[&str], &[&str]) = match (word, of) {
-        // loralib looks for "bias" anywhere in a name: it would train and save a plain layer.
+        // loralib searches the whole name for "bias": it would train and save an embedding.
         ("all", _) => (&["attention_bias.weight"], &[]),
-        // A convolution's bias is at `conv.bias` below the layer; loralib looks for it at `bias`,
-        // where it never is, and so forgets it.
+        // A convolution's bias is `conv.bias` below the layer; loralib looks for `bias`, and does not
+        // find it.
         ("lora_only", "saved") => (&[], &["conv.conv.bias"]),
-        // It also trains the bias of a layer without an adapter, which it then does not save.
+        // It also trains the bias of a layer without an adapter, but does not save it.
         ("lora_only", _) => (&["r0.bias"], &["conv.conv.bias"]),
         _ => (&[], &[]),
     };
-    // A deviation that is none, now or in a later loralib, is an error.
+    // A difference that does not exist is an error.
     assert!(only_theirs.iter().all(|name| names.remove(*name)), "{word}, {of}");
     assert!(only_ours.iter().all(|name| names.insert(name.to_string())), "{word}, {of}");
     names
 }
 
 #[test]
-fn what_is_trained_and_saved_agrees_with_loralib() -> Result<()> {
+fn trained_and_saved_names_agree_with_loralib() -> Result<()> {
     let golden = golden();
     let mut state = Tensors::new();
     for (name, shape) in golden["model"]["state"].as_object().unwrap() {
@@ -80,7 +80,7 @@ fn what_is_trained_and_saved_agrees_with_loralib() -> Result<()> {
         assert_eq!(names(&vars), all, "{word}, one VarMap");
         assert_eq!(selected(&vars, bias)?, names_of("saved"), "{word}, one VarMap");
 
-        // A new model has a convolution's weight and bias where all other layers have theirs.
+        // A new model has a convolution's weight and bias under the same names as other layers.
         let vars = VarMap::new();
         model(VarBuilder::from_varmap(&vars, DType::F32, &device()))?;
         let plain = |names: &BTreeSet<String>| -> BTreeSet<String> {

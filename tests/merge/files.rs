@@ -1,0 +1,88 @@
+//! Merges from file to file.
+
+use crate::common::bits;
+use crate::{cfg, model, CPU};
+use candle_core::{DType, Tensor};
+use loralib as lora;
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+fn write(path: &Path, tensors: &[(&str, &Tensor)]) {
+    let all: HashMap<_, _> = tensors.iter().map(|(n, t)| (n.to_string(), (*t).clone())).collect();
+    candle_core::safetensors::save(&all, path).unwrap();
+}
+
+#[test]
+fn sharded_base_keeps_its_files() -> lora::Result<()> {
+    let (base, adapter) = model(DType::BF16);
+    let expected = lora::merge_into(&base, &adapter, cfg())?;
+    let dir = tempfile::tempdir()?;
+    let from = dir.path().join("base");
+    fs::create_dir(&from)?;
+    let (mut map, mut size) = (serde_json::Map::new(), 0);
+    let names: Vec<_> = base.keys().map(String::as_str).collect();
+    for (i, names) in names.chunks(2).enumerate() {
+        let shard = format!("model-{i}.safetensors");
+        write(&from.join(&shard), &names.iter().map(|n| (*n, &base[*n])).collect::<Vec<_>>());
+        for name in names {
+            map.insert(name.to_string(), shard.clone().into());
+            size += base[*name].elem_count() * base[*name].dtype().size_in_bytes();
+        }
+    }
+    let index = from.join("model.safetensors.index.json");
+    fs::write(&index, serde_json::json!({"metadata": {}, "weight_map": map}).to_string())?;
+    for base in [from.clone(), index.clone()] {
+        let out = tempfile::tempdir()?;
+        let mut last = None;
+        lora::merge_files(&base, &adapter, cfg(), out.path(), |p| last = Some(p))?;
+        let last = last.unwrap();
+        assert_eq!((last.done, last.total), (size as u64, size as u64));
+        let whole = lora::read_state_dict(out.path(), &CPU)?.tensors;
+        assert!(whole.keys().eq(expected.keys()));
+        assert!(lora::merge_into(&whole, &[].into(), cfg()).is_err(), "an empty adapter");
+        let mut seen = 0;
+        for shard in ["model-0", "model-1", "model-2"] {
+            let file = out.path().join(format!("{shard}.safetensors"));
+            for (name, t) in lora::read_state_dict(file, &CPU)?.tensors {
+                assert_eq!(bits(&t)?, bits(&expected[&name])?, "{name}");
+                assert_eq!(t.dtype(), expected[&name].dtype());
+                seen += 1;
+            }
+        }
+        assert_eq!(seen, expected.len());
+        assert_eq!(fs::read(out.path().join(index.file_name().unwrap()))?, fs::read(&index)?);
+    }
+    let whole = lora::read_state_dict(&from, &CPU)?.tensors;
+    for (name, t) in lora::merge_into(&whole, &adapter, cfg())? {
+        assert_eq!(bits(&t)?, bits(&expected[&name])?, "{name}");
+    }
+    let before = fs::read(from.join("model-0.safetensors"))?;
+    let own = lora::merge_files(&from, &adapter, cfg(), &from, |_| {}).unwrap_err().to_string();
+    assert!(own.contains("own folder"), "{own}");
+    assert_eq!(fs::read(from.join("model-0.safetensors"))?, before);
+    let bad = index.with_file_name("bad.index.json");
+    fs::write(&bad, r#"{"weight_map": {"a.weight": "../secret.safetensors"}}"#)?;
+    let error = lora::read_state_dict(&bad, &CPU).unwrap_err().to_string();
+    assert!(error.contains("secret"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn single_file_keeps_its_header() -> lora::Result<()> {
+    let (base, mut adapter) = model(DType::F32);
+    let dir = tempfile::tempdir()?;
+    let (from, to) = (dir.path().join("base.safetensors"), dir.path().join("out.safetensors"));
+    let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
+    fs::write(&from, safetensors::serialize(&base, metadata).unwrap())?;
+    lora::merge_files(&from, &adapter, cfg(), &to, |_| {})?;
+    let (old, new) = (fs::read(&from)?, fs::read(&to)?);
+    let start = 8 + u64::from_le_bytes(old[..8].try_into().unwrap()) as usize;
+    assert_eq!(old[..start], new[..start]);
+    assert_ne!(old[start..], new[start..]);
+    adapter.insert("a.lora_A".into(), Tensor::full(f32::NAN, (2, 4), &CPU)?);
+    assert!(lora::merge_files(&from, &adapter, cfg(), &to, |_| {}).is_err());
+    assert_eq!(fs::read(&to)?, new);
+    assert_eq!(dir.path().read_dir()?.count(), 2, "no temporary file is left");
+    Ok(())
+}

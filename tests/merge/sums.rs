@@ -1,0 +1,57 @@
+//! Weighted sums of adapters.
+
+use crate::common::difference;
+use crate::tensor;
+use candle_core::DType;
+use lora::layers::LayerKind;
+use lora::{AdapterConfig, LoraConfig, StateDict};
+use loralib as lora;
+
+#[test]
+fn weighted_sum_adds_the_updates() -> lora::Result<()> {
+    let weights = [(0.7, 2usize, 10u64), (-0.4, 3, 20), (1.5, 1, 30)];
+    let config = |r: usize| {
+        // One scaling for all: 1.5.
+        AdapterConfig::from(LoraConfig { r, lora_alpha: 1.5 * r as f64, ..Default::default() })
+            .with_layer("qkv", LayerKind::MergedLinear(vec![true, false, true]))
+    };
+    let base: StateDict = [("q", [6, 4]), ("qkv", [9, 4])]
+        .map(|(path, dims)| (format!("{path}.weight"), tensor(1, &dims, DType::F64)))
+        .into();
+    let adapters: Vec<StateDict> = weights
+        .iter()
+        .map(|&(_, r, seed)| {
+            let all = [
+                ("q.lora_A", [r, 4]),
+                ("q.lora_B", [6, r]),
+                ("qkv.lora_A", [2 * r, 4]),
+                ("qkv.lora_B", [6, r]),
+            ];
+            let all = all.iter().enumerate();
+            let named = |(i, (n, d)): (usize, &(&str, [usize; 2]))| {
+                (n.to_string(), tensor(seed + i as u64, d, DType::F64))
+            };
+            all.map(named).collect()
+        })
+        .collect();
+    let pairs: Vec<_> = adapters.iter().zip(weights).map(|(a, (w, ..))| (a, w)).collect();
+    let sum = lora::add_weighted(&pairs)?;
+    assert_eq!(sum["qkv.lora_A"].dims(), [12, 4]);
+    let merged = lora::merge_into(&base, &sum, config(6))?;
+    for (name, w) in &base {
+        let mut expected = w.clone();
+        for ((adapter, weight), (_, r, _)) in pairs.iter().zip(weights) {
+            let own = lora::merge_into(&base, adapter, config(r))?;
+            expected = (expected + ((&own[name] - w)? * *weight)?)?;
+        }
+        assert!(difference(&merged[name], &expected)? < 1e-14, "{name}");
+    }
+    let mut other = adapters[1].clone();
+    other.remove("q.lora_A");
+    assert!(lora::add_weighted(&[(&adapters[0], 1.), (&other, 1.)]).is_err());
+    other.remove("q.lora_B");
+    assert!(lora::add_weighted(&[(&adapters[0], 1.), (&other, 1.)]).is_err());
+    assert!(lora::add_weighted(&[(&adapters[0], f64::NAN)]).is_err());
+    assert!(lora::add_weighted(&[]).is_err());
+    Ok(())
+}

@@ -1,0 +1,84 @@
+//! Merged weights, and errors that name the tensor.
+
+use crate::common::{bits, difference};
+use crate::{cfg, model, CPU};
+use candle_core::{DType, Tensor};
+use candle_nn::VarBuilder;
+use lora::layers::LayerKind;
+use lora::{AdapterConfig, LoraConfig, StateDict};
+use loralib as lora;
+
+#[test]
+fn merged_weight_is_that_of_the_layer() -> lora::Result<()> {
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+        let (base, adapter) = model(dtype);
+        let merged = lora::merge_into(&base, &adapter, cfg())?;
+        assert!(merged.keys().eq(base.keys()));
+        for (name, t) in &merged {
+            assert_eq!((t.dtype(), t.dims()), (base[name].dtype(), base[name].dims()), "{name}");
+            if !name.starts_with("a.") {
+                assert_eq!(bits(t)?, bits(&base[name])?, "{name}");
+            }
+        }
+        let all = base.iter().chain(&adapter).map(|(n, t)| (n.clone(), t.clone()));
+        let vb = VarBuilder::from_tensors(all.collect(), dtype, &CPU);
+        let cfg = LoraConfig { lora_dtype: Some(DType::F32), ..cfg() };
+        let layer = lora::linear_no_bias(4, 5, cfg, vb.pp("a"))?;
+        assert_eq!(bits(&merged["a.weight"])?, bits(&layer.merged_weight()?)?, "{dtype:?}");
+        assert_eq!(bits(&merged["a.bias"])?, bits(&adapter["a.bias"].to_dtype(dtype)?)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn transposed_weights_and_second_names_are_found() -> lora::Result<()> {
+    let (base, mut adapter) = model(DType::F32);
+    let expected = lora::merge_into(&base, &adapter, cfg())?["a.weight"].clone();
+    let mut transposed = base.clone();
+    transposed.insert("a.weight".into(), base["a.weight"].t()?.contiguous()?);
+    let merged = lora::merge_into(&transposed, &adapter, cfg())?;
+    assert_eq!(difference(&merged["a.weight"].t()?, &expected)?, 0.);
+    let mut second = base;
+    let (w, b) = (second.remove("a.weight").unwrap(), second.remove("a.bias").unwrap());
+    second.insert("a.conv.weight".into(), w);
+    second.insert("a.conv.bias".into(), b);
+    let merged = lora::merge_into(&second, &adapter, cfg())?;
+    assert_eq!(difference(&merged["a.conv.weight"], &expected)?, 0.);
+    assert_eq!(bits(&merged["a.conv.bias"])?, bits(&adapter.remove("a.bias").unwrap())?);
+    Ok(())
+}
+
+#[test]
+fn errors_name_the_tensor() {
+    let (base, adapter) = model(DType::F32);
+    let refused = |adapter: &StateDict, cfg: AdapterConfig| {
+        lora::merge_into(&base, adapter, cfg).unwrap_err().to_string()
+    };
+    let with = |name: &str, t: Tensor| {
+        let mut adapter = adapter.clone();
+        adapter.insert(name.into(), t);
+        adapter
+    };
+    let plain = || AdapterConfig::from(cfg());
+    let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &CPU).unwrap();
+    assert!(refused(&with("head.weight", zeros(&[2])), plain()).contains("head.weight"));
+    let pefts = "base_model.model.a.lora_A.weight";
+    assert!(refused(&with(pefts, zeros(&[2, 4])), plain()).contains("`peft::load_pretrained`"));
+    assert!(refused(&with("x.lora_A", zeros(&[2, 4])), plain()).contains("x.lora_A"));
+    assert!(refused(&with("a.bias", zeros(&[2])), plain()).contains("a.bias"));
+    assert!(refused(&with("a.lora_A", zeros(&[2, 3])), plain()).contains("a.weight"));
+    assert!(refused(&with("a.lora_B", zeros(&[4, 2])), plain()).contains("a.weight"));
+    assert!(refused(&with("a.weight", zeros(&[5, 4])), plain()).contains("a.weight"));
+    let nan = Tensor::full(f32::NAN, (2, 4), &CPU).unwrap();
+    assert!(refused(&with("a.lora_A", nan), plain()).contains("a.weight"));
+    assert!(refused(&StateDict::new(), plain()).contains("empty"));
+    assert!(refused(&adapter, LoraConfig { r: 0, ..cfg() }.into()).contains("r = 0"));
+    for r in [1, 4] {
+        let error = refused(&adapter, LoraConfig { r, ..cfg() }.into());
+        let words = format!("rank is 2, the configuration has r = {r}");
+        assert!(error.contains("a.weight") && error.contains(&words), "{error}");
+    }
+    assert!(refused(&adapter, plain().with_layer("b", LayerKind::Embedding)).contains("b.lora_A"));
+    assert!(refused(&adapter, plain().with_layer("a", LayerKind::Conv2d { groups: 1 }))
+        .contains("Conv2d"));
+}
