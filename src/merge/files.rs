@@ -1,8 +1,8 @@
 //! Merges from file to file, with one weight of the base in memory at a time.
 
-use super::merge_into;
 use super::plan::Plan;
 use super::safetensors_file::SafetensorsFile;
+use super::tensors::merge_into;
 use crate::utils::checkpoint::shards::Shards;
 use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize, torch};
 use crate::utils::{AdapterConfig, StateDict};

@@ -2,11 +2,12 @@
 
 use super::convert::from_peft;
 use super::factors::same_scaling;
+use super::files::{malformed, BIN, CONFIG, SAFETENSORS};
+use super::keys;
 use super::module_pattern::ModulePattern;
 use super::pairs::group;
 use super::rank_alpha::with_layers;
 use super::read_config::{read_config, Json};
-use super::{keys, malformed, BIN, CONFIG, SAFETENSORS};
 use crate::layers::LayerKind;
 use crate::utils::checkpoint::read;
 use crate::utils::names::join;

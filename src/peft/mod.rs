@@ -38,6 +38,7 @@
 mod conv;
 mod convert;
 mod factors;
+mod files;
 mod keys;
 mod load;
 mod load_adapter;
@@ -52,13 +53,3 @@ mod write_config;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use load_adapter::load_adapter;
 pub use save::save_pretrained;
-
-use crate::Error;
-
-const CONFIG: &str = "adapter_config.json";
-const SAFETENSORS: &str = "adapter_model.safetensors";
-const BIN: &str = "adapter_model.bin";
-
-fn malformed(reason: impl ToString) -> Error {
-    Error::Format { format: "PEFT adapter", reason: reason.to_string() }
-}

@@ -1,7 +1,7 @@
 //! The tensors of a PEFT file, grouped by layer.
 
+use super::files::malformed;
 use super::keys::{self, Key};
-use super::malformed;
 use crate::utils::names::{is_lora, join};
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};

@@ -1,7 +1,7 @@
 //! Reads `adapter_config.json`. An unknown key with a value is an error, because it might change the
 //! update.
 
-use super::malformed;
+use super::files::malformed;
 use super::module_pattern::ModulePattern;
 use crate::layers::LoraConfig;
 use crate::utils::{AdapterConfig, Bias};

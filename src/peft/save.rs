@@ -2,8 +2,9 @@
 
 use super::convert::to_peft;
 use super::factors::{same_scaling, Factors};
+use super::files::{BIN, CONFIG, SAFETENSORS};
+use super::keys;
 use super::write_config::write_config;
-use super::{keys, BIN, CONFIG, SAFETENSORS};
 use crate::layers::LayerKind;
 use crate::utils::checkpoint::{atomic_file::Staged, safetensors::serialize};
 use crate::utils::names::{is_lora, join, split};

@@ -1,6 +1,6 @@
 //! Writes `adapter_config.json`.
 
-use super::malformed;
+use super::files::malformed;
 use super::module_pattern::ModulePattern;
 use super::rank_alpha::common_or_most_frequent;
 use crate::utils::AdapterConfig;

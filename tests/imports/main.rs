@@ -8,16 +8,16 @@ use source::{expand, regex, resolve, source, Files, Module};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The folders, each above those that it may import from. `error.rs` is below all.
-const ORDER: [&str; 6] = ["merge", "peft", "utils", "nn", "layers", "ops"];
+const ORDER: [&str; 7] = ["adapter", "merge", "peft", "utils", "nn", "layers", "ops"];
 
 /// The files that each file imports.
 type Graph = BTreeMap<String, BTreeSet<String>>;
 
-/// What each file imports. A re-export is not an import of the file that has it, but of those that use it.
+/// What each file imports; a re-export is an import too.
 fn graph(files: &Files) -> Graph {
     let inline = regex(r"(?<![\w:$.])[a-z_]\w*(?:::\w+)+");
     let imports = files.iter().map(|(module, file)| {
-        let uses = file.uses.iter().filter(|(_, _, reexport)| !reexport).map(|u| u.1.clone());
+        let uses = file.uses.iter().map(|(_, path)| path.clone());
         let paths = inline.find_iter(&file.code).map(|found| found.unwrap().as_str());
         let paths = paths.map(|path| path.split("::").map(str::to_owned).collect());
         let mut all: BTreeSet<_> =

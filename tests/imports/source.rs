@@ -13,8 +13,8 @@ pub struct File {
     pub name: String,
     /// Without comments, strings, visibilities, tests and `use` declarations.
     pub code: String,
-    /// What `use` declares: the name, its path, and whether it is a re-export.
-    pub uses: Vec<(String, Module, bool)>,
+    /// The names that `use` declares, with their paths.
+    pub uses: Vec<(String, Module)>,
 }
 
 pub type Files = BTreeMap<Module, File>;
@@ -43,13 +43,9 @@ fn read(folder: &Path, module: &[String], files: &mut Files) {
 fn parse(name: String, text: &str) -> File {
     let code = regex(r#"//[^\n]*|pub\(in [^)]*\)|"(?:[^"\\]|\\.)*""#).replace_all(text, "");
     let code = regex(r"(?s)#\[cfg\(test\)\]\s*mod \w+ \{.*?\n\}").replace_all(&code, "");
-    let declaration = regex(r"(?m)^\s*(pub(?:\([^)]*\))? )?use ([^;]+);");
-    let is_facade = name.ends_with("mod.rs") || name == "lib.rs";
-    let uses = declaration.captures_iter(&code).map(Result::unwrap).flat_map(|found| {
-        let reexport = is_facade && found.get(1).is_some();
-        expand(&found[2]).into_iter().map(move |(name, path)| (name, path, reexport))
-    });
-    let uses = uses.collect();
+    let declaration = regex(r"(?m)^\s*(?:pub(?:\([^)]*\))? )?use ([^;]+);");
+    let uses =
+        declaration.captures_iter(&code).flat_map(|found| expand(&found.unwrap()[1])).collect();
     File { name, code: declaration.replace_all(&code, "").into_owned(), uses }
 }
 
@@ -84,8 +80,8 @@ pub fn resolve(files: &Files, from: &[String], path: &[String]) -> BTreeSet<Stri
         _ if files.contains_key(&child(from, &path[0])) => (from.to_vec(), path),
         name => {
             let mut uses = files[from].uses.iter();
-            return match uses.find(|(own, used, _)| own == name && used[0] != *name) {
-                Some((_, used, _)) => resolve(files, from, &[used, &path[1..]].concat()),
+            return match uses.find(|(own, used)| own == name && used[0] != *name) {
+                Some((_, used)) => resolve(files, from, &[used, &path[1..]].concat()),
                 None => BTreeSet::new(),
             };
         }
@@ -110,7 +106,7 @@ pub fn resolve(files: &Files, from: &[String], path: &[String]) -> BTreeSet<Stri
 fn defining(files: &Files, at: &[String], item: &String) -> BTreeSet<String> {
     let file = &files[at];
     let mut found = BTreeSet::new();
-    for (name, path, _) in &file.uses {
+    for (name, path) in &file.uses {
         if name == item || item == "*" {
             found.extend(resolve(files, at, path));
         } else if name == "*" {
