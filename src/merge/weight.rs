@@ -63,8 +63,7 @@ pub(crate) fn merged_weight(
             // A has the inputs of all groups.
             let width = k.saturating_pow((w.rank() as u32 - 2).div_ceil(2));
             let groups = inputs.checked_div(per_group.saturating_mul(width)).unwrap_or(0);
-            let given = kind.and_then(LayerKind::spatial);
-            if given.is_some_and(|given| given != (w.rank() - 2, groups)) {
+            if let Some(kind) = kind.filter(|kind| kind.spatial() != Some((w.rank() - 2, groups))) {
                 bail!("its shape {:?} with {groups} groups is not that of a {kind:?}", w.dims())
             }
             let cfg = LoraConfig { fan_in_fan_out: false, ..cfg };
@@ -85,7 +84,8 @@ pub(crate) fn merged_weight(
                 }
             }
         }
-        (kind, dims) => bail!("its shape {dims:?} is not that of a {kind:?}"),
+        (Some(kind), dims) => bail!("its shape {dims:?} is not that of a {kind:?}"),
+        (None, dims) => bail!("its shape {dims:?} is not that of an adapted layer"),
     }
 }
 

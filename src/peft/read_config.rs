@@ -79,6 +79,13 @@ pub(super) fn read_config(text: &[u8]) -> Result<Json> {
                 _ => return Err(unsupported(key, value, "it changes the base model")),
             },
             key if HARMLESS_KEYS.contains(&key) => {}
+            "use_dora" => {
+                return Err(unsupported(
+                    key,
+                    value,
+                    "DoRA also normalizes and scales the base's weight",
+                ))
+            }
             key => return Err(unsupported(key, value, "this option of PEFT is not known here")),
         }
     }

@@ -110,7 +110,7 @@ fn dora_folder() -> lora::Result<()> {
     let dora = json.replace("\"use_dora\": false", "\"use_dora\": true");
     assert_ne!(json, dora);
     fs::write(&path, dora)?;
-    let named = ["adapter_config.json", "use_dora", "not supported"];
+    let named = ["adapter_config.json", "use_dora", "not supported", "DoRA also"];
     says(peft::load_pretrained(&folder, &CPU), &named);
     let (_, vars) = adapter(Bias::None)?;
     says(peft::load_adapter(&folder, &vars, CFG, Strict::Yes), &named);
