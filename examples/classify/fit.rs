@@ -59,7 +59,7 @@ pub fn fit(
     let peak = peak::peak();
 
     let path = method.checkpoint(&args.out);
-    lora::save_state_dict(&lora::lora_state_dict(&vars, what)?, &lora, &path)?;
+    lora::save_state_dict(&lora::lora_state_dict(&vars, what)?, lora, &path)?;
     task.save(&args.out)?;
     Ok(Row {
         method: method.name(),

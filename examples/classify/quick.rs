@@ -102,6 +102,6 @@ fn base(vocab_size: usize, folder: &std::path::Path) -> Result<()> {
             put(format!("encoder.layer.{i}.{name}"), dims)?;
         }
     }
-    lora::save_state_dict(&tensors, &LoraConfig::default(), folder.join("model.safetensors"))?;
+    lora::save_state_dict(&tensors, LoraConfig::default(), folder.join("model.safetensors"))?;
     Ok(())
 }

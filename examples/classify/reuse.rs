@@ -29,7 +29,7 @@ impl Saved {
         // Building the model is what makes the variables.
         base.model(&task, lora, &vars)?;
         // Strict: what is missing or left over is an error.
-        let _ = lora::load_checkpoint(&path, &vars, &lora, Strict::Yes)?;
+        let _ = lora::load_checkpoint(&path, &vars, lora, Strict::Yes)?;
         Ok(Self { base, task, lora, vars })
     }
 }

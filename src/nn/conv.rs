@@ -18,8 +18,10 @@ fn weight<C: ConvConfig>(weight: Tensor, bias: Option<Tensor>, config: C) -> Wei
 
 macro_rules! conv {
     ($($name:ident, $config:ident, $with_bias:ident, $without:ident;)*) => {$(
-        #[doc = concat!("[`candle_nn::", stringify!($name), "`] with an adapter if its kernel is a target of \
-            an [`Adapter`](crate::Adapter). It dereferences to the layer of [`layers`].")]
+        #[doc = concat!("[`candle_nn::", stringify!($name), "`], adapted by name.")]
+        ///
+        /// It has an adapter if its kernel is a target of an [`Adapter`](crate::Adapter), and dereferences to
+        /// the layer of [`layers`].
         #[derive(Debug, Clone)]
         pub struct $name {
             layer: layers::$name,

@@ -97,7 +97,7 @@ fn write(dir: &Path) -> Result<()> {
     peft::save_pretrained(dir.join("rust_served"), &served, config)?;
     for (name, rslora) in [("rust", false), ("rust_rslora", true)] {
         let cfg = LoraConfig { rslora, ..CFG };
-        lora::save_state_dict(&adapter, &cfg, dir.join(format!("{name}.safetensors")))?;
+        lora::save_state_dict(&adapter, cfg, dir.join(format!("{name}.safetensors")))?;
         peft::save_pretrained(dir.join(format!("{name}_peft")), &adapter, declared(cfg))?;
         let one = AdapterConfig { one_rank: true, ..declared(cfg) };
         peft::save_pretrained(dir.join(format!("{name}_one")), &adapter, one)?;

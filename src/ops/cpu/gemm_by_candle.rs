@@ -18,13 +18,14 @@ pub(in crate::ops) fn gemm_into<T>(_: &mut [T], _: bool, _: Operand, _: Operand)
 /// Attention is composed of candle's operations.
 pub(in crate::ops) const FUSED_ATTENTION: bool = false;
 
-pub(super) fn gemm_view(
-    _: (&mut [f32], View),
+pub(super) fn gemm_view<T>(
+    _: (&mut [T], View),
     _: bool,
-    _: (&[f32], View),
-    _: (&[f32], View),
+    _: (&[T], View),
+    _: (&[T], View),
     _: f32,
-) {
+) -> bool {
+    false
 }
 
 #[derive(Clone, Copy)]

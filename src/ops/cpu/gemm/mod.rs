@@ -147,20 +147,22 @@ impl<'a, T: Copy> Lines<'a, T> {
 /// Whether [`gemm_view`] is available.
 pub(in crate::ops) const FUSED_ATTENTION: bool = true;
 
-/// `y = scale·a·b` or, with `add`, `y += scale·a·b`, in this thread.
-pub(super) fn gemm_view(
-    (y, yv): (&mut [f32], View),
+/// `y = scale·a·b` or, with `add`, `y += scale·a·b`, in this thread. Returns false and leaves `y` as it is if
+/// it is not available.
+pub(super) fn gemm_view<T: Real>(
+    (y, yv): (&mut [T], View),
     add: bool,
-    (a, av): (&[f32], View),
-    (b, bv): (&[f32], View),
+    (a, av): (&[T], View),
+    (b, bv): (&[T], View),
     scale: f32,
-) {
+) -> bool {
     let accum = if add { Accum::Add } else { Accum::Replace };
     // As a transpose: faer 0.24's constructor by rows confuses the strides.
     let View { offset, rows, cols, row_stride, .. } = yv;
     let y = &mut y[offset..];
     let y = MatMut::from_column_major_slice_with_stride_mut(y, cols, rows, row_stride);
-    single_gemm(y.transpose_mut(), accum, av.of(a), bv.of(b), scale);
+    single_gemm(y.transpose_mut(), accum, av.of(a), bv.of(b), T::from_f64_impl(f64::from(scale)));
+    true
 }
 
 /// A matrix in a larger row-major buffer, possibly transposed.
@@ -184,7 +186,7 @@ impl View {
 }
 
 impl View {
-    fn of(self, values: &[f32]) -> MatRef<'_, f32> {
+    fn of<T>(self, values: &[T]) -> MatRef<'_, T> {
         let Self { offset, rows, cols, row_stride, transposed } = self;
         let values = &values[offset..];
         let m = MatRef::from_row_major_slice_with_stride(values, rows, cols, row_stride);

@@ -9,27 +9,14 @@ use faer::{Accum, MatMut, MatRef, Par};
 pub(in crate::ops) trait Real: RealField + Copy {}
 impl<T: RealField + Copy> Real for T {}
 
-/// Multiplications below which one thread is faster than two.
-const PARALLEL_MIN_FLOPS: usize = if cfg!(test) { 1 << 10 } else { 1 << 20 };
+/// The least number of multiplications for a second thread.
+const PARALLEL_MIN: usize = if cfg!(test) { 1 << 10 } else { 1 << 20 };
 
-/// Columns that faer's kernels, which take 96, 48, 24 or 12 at a time, compute without a remainder.
+/// Columns of `y` for each call of faer (BLAS's nc): a multiple of its micro-kernels' 96, 48, 24 and 12.
+/// Without it a product takes up to 1.29 of the time.
 const NC: usize = if cfg!(test) { 24 } else { 192 };
 
-/// Products summed at a time: of more, faer 0.24 gives its kernels fewer columns than they can take,
-/// where it does not know the caches and assumes 256 KiB.
-const KC: usize = if cfg!(test) { 48 } else { 384 };
-
-/// Rows of `y` that count as few, if there are four times as many products to sum: a result by columns
-/// that is transposed then costs less than the packing of `b` which faer needs for one by rows.
-const FEW_ROWS: usize = 256;
-
-/// Values of `b` from which that is so: more than a core's cache holds.
-const LARGE_WEIGHT: usize = if cfg!(test) { 1 << 9 } else { 1 << 20 };
-
-/// Columns of such a result at a time.
-const FEW_ROWS_NC: usize = if cfg!(test) { 24 } else { 512 };
-
-/// `y = a·b`, or `y += a·b`, with the longer side of `y` halved until each thread has a part.
+/// `y = a·b`, or `y += a·b`, with the longer side of `y` halved until each thread has a block.
 pub(super) fn parallel_gemm<T: Real>(
     y: MatMut<T>,
     accum: Accum,
@@ -38,26 +25,23 @@ pub(super) fn parallel_gemm<T: Real>(
     threads: usize,
 ) {
     let (m, n) = y.shape();
-    if threads < 2
-        || m.max(n) < 2
-        || m.saturating_mul(n).saturating_mul(a.ncols()) < PARALLEL_MIN_FLOPS
-    {
+    if threads < 2 || m.max(n) < 2 || m.saturating_mul(n).saturating_mul(a.ncols()) < PARALLEL_MIN {
         return single_threaded(y, accum, a, b);
     }
     let first = threads / 2;
-    // In whole vectors where there are enough.
-    let part = |len: usize| match len * first / threads {
-        part if part < 16 => part.max(1),
-        part => part / 16 * 16,
+    // Whole vectors, if there are enough.
+    let share = |len: usize| match len * first / threads {
+        share if share < 16 => share.max(1),
+        share => share / 16 * 16,
     };
     if m < n {
-        let ((y1, y2), (b1, b2)) = (y.split_at_col_mut(part(n)), b.split_at_col(part(n)));
+        let ((y1, y2), (b1, b2)) = (y.split_at_col_mut(share(n)), b.split_at_col(share(n)));
         both(
             || parallel_gemm(y1, accum, a, b1, first),
             || parallel_gemm(y2, accum, a, b2, threads - first),
         );
     } else {
-        let ((y1, y2), (a1, a2)) = (y.split_at_row_mut(part(m)), a.split_at_row(part(m)));
+        let ((y1, y2), (a1, a2)) = (y.split_at_row_mut(share(m)), a.split_at_row(share(m)));
         both(
             || parallel_gemm(y1, accum, a1, b, first),
             || parallel_gemm(y2, accum, a2, b, threads - first),
@@ -65,57 +49,16 @@ pub(super) fn parallel_gemm<T: Real>(
     }
 }
 
-/// In this thread, in the way that suits faer's kernels. `y` is to be zeros where there is nothing to
-/// sum.
-fn single_threaded<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
-    let (depth, n) = b.shape();
-    match y.nrows() {
-        // faer has another way with a single row, which reads `b` once in any case.
-        1 => faer_gemm(y, accum, a, b),
-        rows if rows <= FEW_ROWS.min(depth / 4)
-            && depth * n >= LARGE_WEIGHT
-            && b.row_stride() == 1 =>
-        {
-            few_rows(y, accum, a, b)
-        }
-        _ => blocked(y, accum, a, b, NC),
+/// In this thread, in strips of [`NC`] columns.
+fn single_threaded<T: Real>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
+    let n = y.ncols();
+    // faer has another algorithm for a single row, which reads `b` once in any case.
+    let strip = if y.nrows() == 1 { n.max(1) } else { NC };
+    for from in (0..n).step_by(strip) {
+        let width = strip.min(n - from);
+        let (y, b) = (y.as_mut().subcols_mut(from, width), b.subcols(from, width));
+        single_gemm(y, accum, a, b, T::one_impl());
     }
-}
-
-/// Part after part by columns, which are transposed into `y`.
-fn few_rows<T: Real>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
-    let (rows, n) = y.shape();
-    let mut part = vec![T::zero_impl(); rows * FEW_ROWS_NC.min(n)];
-    for from in (0..n).step_by(FEW_ROWS_NC) {
-        let width = FEW_ROWS_NC.min(n - from);
-        let mut y = y.as_mut().subcols_mut(from, width);
-        let mut part = MatMut::from_column_major_slice_mut(&mut part[..rows * width], rows, width);
-        if let Accum::Add = accum {
-            part.copy_from(&y);
-        }
-        blocked(part.as_mut(), accum, a, b.subcols(from, width), width);
-        y.copy_from(part);
-    }
-}
-
-/// As many products at a time as suits faer's kernels, for `strip` columns of `y` after the other.
-fn blocked<T: Real>(mut y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>, strip: usize) {
-    let (n, depth) = (y.ncols(), a.ncols());
-    let step = depth.div_ceil(depth.div_ceil(KC).max(1)).max(1);
-    for from in (0..depth).step_by(step) {
-        let step = step.min(depth - from);
-        let (a, b) = (a.subcols(from, step), b.subrows(from, step));
-        let accum = if from == 0 { accum } else { Accum::Add };
-        for from in (0..n).step_by(strip) {
-            let width = strip.min(n - from);
-            let (y, b) = (y.as_mut().subcols_mut(from, width), b.subcols(from, width));
-            faer_gemm(y, accum, a, b);
-        }
-    }
-}
-
-fn faer_gemm<T: Real>(y: MatMut<T>, accum: Accum, a: MatRef<T>, b: MatRef<T>) {
-    single_gemm(y, accum, a, b, T::one_impl());
 }
 
 /// `y = scale·a·b`, or `y += scale·a·b`, by one call of faer.
@@ -130,8 +73,8 @@ pub(super) fn single_gemm<T: Real>(
     vzeroupper();
 }
 
-/// As `rayon::join`, which hands over both and sleeps where the caller is no thread of rayon's; here
-/// the caller always takes the first.
+/// Like `rayon::join`, but the caller always executes the first: from a thread that is not rayon's, `join`
+/// hands over both and sleeps.
 fn both(here: impl FnOnce() + Send, there: impl FnOnce() + Send) {
     rayon::in_place_scope(|scope| {
         scope.spawn(|_| there());
