@@ -234,3 +234,37 @@ fn dropout_is_active_in_training_alone() -> lora::Result<()> {
     assert_eq!(apart()?, 0.);
     Ok(())
 }
+
+#[test]
+fn biases_are_selected_as_for_loralibs_layers() -> lora::Result<()> {
+    for (bias, expected) in [(Bias::None, 0), (Bias::LoraOnly, 1), (Bias::All, 3)] {
+        let adapter = Adapter::new(CFG).targets(["qkv"]).trainable(bias)?;
+        let model = Model::new(adapter.var_builder(vb(&base())))?;
+        adapter.check()?;
+        assert_eq!(adapter.vars()?.len(), 2 + expected, "{bias}");
+        randomize(&adapter)?;
+        let grads = model.forward(&ids())?.sqr()?.sum_all()?.backward()?;
+        assert!(lora::missing_grads(adapter.var_map(), &grads).is_empty(), "{bias}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_bf16_base_has_f32_factors_and_trains() -> lora::Result<()> {
+    let base = base();
+    let adapter = Adapter::new(CFG).targets(["embed", "qkv", "down_proj", "up_proj"]);
+    let half = VarBuilder::from_tensors(base.clone(), DType::BF16, &CPU);
+    let model = Model::new(adapter.var_builder(half))?;
+    adapter.check()?;
+    assert!(adapter.vars()?.iter().all(|var| var.dtype() == DType::F32));
+    randomize(&adapter)?;
+    let y = model.forward(&ids())?;
+    assert_eq!(y.dtype(), DType::BF16);
+    let grads = y.to_dtype(DType::F32)?.sqr()?.mean_all()?.backward()?;
+    assert!(lora::missing_grads(adapter.var_map(), &grads).is_empty());
+    adapter.eval()?;
+    assert!(difference(&model.forward(&ids())?, &y)? < 5e-2, "merged in BF16");
+    let whole = Model::new(adapter.var_builder(vb(&base)))?;
+    assert!(difference(&y, &whole.forward(&ids())?)? < 5e-2, "as in F32");
+    Ok(())
+}
