@@ -45,7 +45,7 @@ pub fn adapt(args: &Args, base: &Base, examples: &[Example], device: &Device) ->
         |batch| batch_loss(&model, batch),
     )?;
     let path = args.out.join("adapter.safetensors");
-    lora::save_state_dict(&lora::lora_state_dict(&vars, args.bias)?, &cfg, &path)?;
+    lora::save_state_dict(&lora::lora_state_dict(&vars, args.bias)?, cfg, &path)?;
     Ok(Adapter { vars, model, trainable, path })
 }
 
@@ -54,6 +54,6 @@ pub fn load(base: &Base, adapter: &Path, cfg: LoraConfig, bias: Bias) -> Result<
     let vars = VarMap::new();
     let model = base.adapted(cfg, &vars, bias)?;
     // Strict: what is missing or left over is an error.
-    let _ = lora::load_checkpoint(adapter, &vars, &cfg, Strict::Yes)?;
+    let _ = lora::load_checkpoint(adapter, &vars, cfg, Strict::Yes)?;
     Ok(model)
 }

@@ -56,7 +56,7 @@ impl Base {
         let tensors: StateDict =
             data.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
         let path = folder.join("base.safetensors");
-        lora::save_state_dict(&tensors, &LoraConfig::default(), &path)?;
+        lora::save_state_dict(&tensors, LoraConfig::default(), &path)?;
         fs::write(folder.join("config.json"), to_json(config))?;
         tokenizer.save(&folder.join("tokenizer.json"))?;
         Ok(path)

@@ -1,15 +1,13 @@
 //! GPT-2 with Hugging Face's parameter names, its queries and values adapted as in the LoRA paper.
 //!
-//! The same code is pretrained (r = 0 over a `VarMap`), adapted (frozen base and adapter) and
-//! evaluated. candle's fused `softmax_last_dim` and `LayerNorm` would cut the graph without an error;
-//! `examples/common/nn` has them with a backward.
+//! The same code is pretrained (r = 0 over a `VarMap`), adapted (frozen base and adapter) and evaluated. Its
+//! norm, attention and GELU are those of `lora::nn`, which have a backward.
 
-use crate::gelu::gelu;
-use crate::nn::attention::attention;
-use crate::nn::norm::Norm;
-use crate::nn::ops::shifted;
 use candle_core::{bail, Device, Module, Result, Tensor, D};
 use candle_nn::{Init, VarBuilder};
+use lora::nn::attention::multi_head_attention;
+use lora::nn::ops::gelu;
+use lora::nn::{layer_norm, LayerNorm};
 use lora::LoraConfig;
 use loralib as lora;
 
@@ -28,14 +26,14 @@ pub struct Gpt2 {
     wte: candle_nn::Embedding,
     wpe: Tensor,
     h: Vec<Block>,
-    ln_f: Norm,
+    ln_f: LayerNorm,
     head: lora::Linear,
 }
 
-lora::lora_module!(Gpt2 { h, ln_f, head; wte, wpe });
+lora::lora_module!(Gpt2 { h, head; ln_f, wte, wpe });
 
 impl Gpt2 {
-    /// The parameters come from `vb`, which decides what of them is trained.
+    /// `vb` gives the parameters and decides which of them are trained.
     pub fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
         if cfg.n_head == 0 || !cfg.n_embd.is_multiple_of(cfg.n_head) {
             bail!("n_embd = {} does not divide into n_head = {} heads", cfg.n_embd, cfg.n_head)
@@ -48,7 +46,7 @@ impl Gpt2 {
             wpe: table(cfg.n_positions, "wpe")?,
             h: (0..cfg.n_layer).map(block).collect::<Result<_>>()?,
             ln_f: norm(cfg, vb.pp("ln_f"))?,
-            // The head is the table itself, as a layer that costs a frozen table no gradient.
+            // The head is tied to the table. As a layer of `lora` it costs a frozen table no gradient.
             head: lora::Linear::new(
                 candle_nn::Linear::new(wte.clone(), None),
                 LoraConfig::default(),
@@ -76,7 +74,7 @@ impl Gpt2 {
     }
 }
 
-/// 0 where a token sees another, -∞ behind it. Padding on the right needs no mask of its own.
+/// 0 where a token attends to another, else -∞. Padding on the right needs no mask of its own.
 fn causal_mask(tokens: usize, device: &Device) -> Result<Tensor> {
     let seen = |i, j| if j <= i { 0. } else { f32::NEG_INFINITY };
     let mask = (0..tokens).flat_map(|i| (0..tokens).map(move |j| seen(i, j)));
@@ -84,13 +82,13 @@ fn causal_mask(tokens: usize, device: &Device) -> Result<Tensor> {
 }
 
 struct Block {
-    ln_1: Norm,
+    ln_1: LayerNorm,
     attn: Attention,
-    ln_2: Norm,
+    ln_2: LayerNorm,
     mlp: Mlp,
 }
 
-lora::lora_module!(Block { ln_1, attn, ln_2, mlp });
+lora::lora_module!(Block { attn, mlp; ln_1, ln_2 });
 
 impl Block {
     fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
@@ -103,17 +101,16 @@ impl Block {
     }
 
     fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        // What enters the first block of a frozen base is a constant.
-        let x = shifted(&self.attn.forward(&self.ln_1.forward(x)?, mask)?, x)?;
+        let x = (x + self.attn.forward(&self.ln_1.forward(x)?, mask)?)?;
         &x + self.mlp.forward(&self.ln_2.forward(&x)?)?
     }
 }
 
-fn norm(cfg: &Config, vb: VarBuilder) -> Result<Norm> {
-    Norm::new(cfg.n_embd, cfg.layer_norm_epsilon, vb)
+fn norm(cfg: &Config, vb: VarBuilder) -> Result<LayerNorm> {
+    layer_norm(cfg.n_embd, cfg.layer_norm_epsilon, vb)
 }
 
-/// A projection stored (in, out), without an adapter: no gradient where it is frozen.
+/// A projection without an adapter, stored as (in, out).
 fn conv1d(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<lora::Linear> {
     let cfg = LoraConfig { fan_in_fan_out: true, ..Default::default() };
     lora::linear(in_dim, out_dim, cfg, vb)
@@ -139,10 +136,13 @@ impl Attention {
     }
 
     fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        let (n, qkv) = (x.dim(D::Minus1)?, self.c_attn.forward(x)?);
-        let part = |i: usize| qkv.narrow(D::Minus1, i * n, n);
-        let (q, k, v) = (part(0)?, part(1)?, part(2)?);
-        self.c_proj.forward(&attention(&q, &k, &v, Some(mask), self.heads)?)
+        let (batch, tokens, n) = x.dims3()?;
+        let qkv = self.c_attn.forward(x)?;
+        let heads = (batch, tokens, self.heads, n / self.heads);
+        let split = |i: usize| qkv.narrow(D::Minus1, i * n, n)?.reshape(heads);
+        let scale = (self.heads as f64 / n as f64).sqrt();
+        let y = multi_head_attention(&split(0)?, &split(1)?, &split(2)?, scale, Some(mask))?;
+        self.c_proj.forward(&y.flatten_from(2)?)
     }
 }
 

@@ -12,7 +12,6 @@ mod compare;
 mod corpus;
 mod data;
 mod evaluate;
-mod gelu;
 mod generate;
 mod gpt2;
 mod pretrain;
@@ -24,8 +23,6 @@ mod tokenizer;
 mod buckets;
 #[path = "../common/lines.rs"]
 mod lines;
-#[path = "../common/nn/mod.rs"]
-mod nn;
 #[path = "../common/rng.rs"]
 mod rng;
 #[path = "../common/train.rs"]
