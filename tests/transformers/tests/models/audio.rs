@@ -5,9 +5,8 @@ use candle::{Device, Result, Tensor};
 use loralib::nn::VarBuilder;
 use serde_json::json;
 
-const WHISPER: [&str; 8] = [
-    "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "conv1", "conv2",
-];
+const WHISPER: [&str; 8] =
+    ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "conv1", "conv2"];
 
 model!(whisper, WHISPER, F32, |m, vb| {
     let cfg: m::Config = config(json!({
@@ -34,7 +33,8 @@ model!(whisper, WHISPER, F32, |m, vb| {
 const MIMI: [&str; 8] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "input_proj", "output_projs.0"];
 
-// The transformer alone; behind its quantiser there is no gradient.
+// The transformer alone; behind its quantiser there is no gradient. One sound: candle's own Linear is wrong
+// for a transposed batch on the CPU.
 model!(mimi, MIMI, |m, vb| {
     let cfg = m::transformer::Config {
         d_model: 32,
@@ -59,7 +59,7 @@ model!(mimi, MIMI, |m, vb| {
         dim_feedforward: 48,
         conv_layout: true,
     };
-    let sound = input((2, 24, 7), &vb)?;
+    let sound = input((1, 24, 7), &vb)?;
     forward(move || {
         let mut model = m::transformer::ProjectedTransformer::new(24, &[20], &cfg, vb.clone())?;
         Ok(model.forward(&sound)?.remove(0))

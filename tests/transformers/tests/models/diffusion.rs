@@ -15,9 +15,8 @@ model!(stable_diffusion, UNET, |m, vb| {
         attention_head_dim: 2,
     };
     let cfg = m::unet_2d::UNet2DConditionModelConfig {
-        blocks: vec![block(16, Some(1)), block(32, None)],
+        blocks: vec![block(64, Some(1)), block(64, None)],
         layers_per_block: 1,
-        norm_num_groups: 4,
         cross_attention_dim: 24,
         ..Default::default()
     };
@@ -27,21 +26,27 @@ model!(stable_diffusion, UNET, |m, vb| {
 });
 
 const PRIOR: [&str; 9] = [
-    "projection", "cond_mapper.0", "depthwise", "channelwise.0", "mapper", "to_q", "to_k", "to_v",
+    "projection",
+    "cond_mapper.0",
+    "depthwise",
+    "channelwise.0",
+    "mapper",
+    "to_q",
+    "to_k",
+    "to_v",
     "to_out.0",
 ];
 
-// The prior alone.
+// The prior alone. It divides by values near 0.
 model!(wuerstchen, PRIOR, F32, |m, vb| {
     let model = m::prior::WPrior::new(4, 32, 24, 16, 1, 4, false, vb.clone())?;
     let (image, text) = (input((1, 4, 6, 6), &vb)?, input((1, 5, 24), &vb)?);
     let time = (input(1, &vb)?.abs()? * 0.1)?;
-    forward(move || model.forward(&image, &time, &text))
+    forward(move || model.forward(&image, &time, &text)?.clamp(-10., 10.))
 });
 
-const FLUX: [&str; 9] = [
-    "img_in", "txt_in", "in_layer", "qkv", "proj", "img_mlp.0", "linear1", "linear2", "linear",
-];
+const FLUX: [&str; 9] =
+    ["img_in", "txt_in", "in_layer", "qkv", "proj", "img_mlp.0", "linear1", "linear2", "linear"];
 
 model!(flux, FLUX, |m, vb| {
     use m::WithForward;
@@ -66,19 +71,10 @@ model!(flux, FLUX, |m, vb| {
     forward(move || model.forward(&image, &image_ids, &text, &text_ids, &time, &y, None))
 });
 
-// The blocks alone: the embedding of the time is in F16, whatever the weights are in.
-model!(mmdit, ["qkv", "proj", "fc1", "fc2", "adaLN_modulation.1", "linear"], |m, vb| {
-    let model = m::model::MMDiTCore::new(2, 32, 4, 2, 4, false, vb.clone())?;
-    let (image, text) = (input((1, 9, 32), &vb)?, input((1, 5, 32), &vb)?);
-    let time = input((1, 32), &vb)?;
-    forward(move || model.forward(&text, &image, &time, None))
-});
+const Z_IMAGE: [&str; 9] =
+    ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "cap_embedder.1", "adaLN_modulation.0"];
 
-const Z_IMAGE: [&str; 9] = [
-    "to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "cap_embedder.1", "adaLN_modulation.0",
-];
-
-model!(z_image, Z_IMAGE, |m, vb| {
+model!(z_image, Z_IMAGE, F32, |m, vb| {
     let cfg: m::transformer::Config = config(json!({
         "in_channels": 4,
         "dim": 32,

@@ -34,7 +34,12 @@ fn types() -> Result<Tensor> {
 }
 
 const BERT: [&str; 7] = [
-    "query", "key", "value", "dense", "word_embeddings", "position_embeddings",
+    "query",
+    "key",
+    "value",
+    "dense",
+    "word_embeddings",
+    "position_embeddings",
     "token_type_embeddings",
 ];
 
@@ -111,9 +116,7 @@ model!(modernbert, ["Wqkv", "Wi", "Wo", "tok_embeddings"], F32, |m, vb| {
     forward(move || model.forward(&ids(2, 7)?, &mask()?))
 });
 
-const DEBERTA: [&str; 7] = [
-    "query_proj", "key_proj", "value_proj", "dense", "word_embeddings", "rel_embeddings", "conv",
-];
+const DEBERTA: [&str; 5] = ["query_proj", "key_proj", "value_proj", "dense", "word_embeddings"];
 
 model!(debertav2, DEBERTA, F32, |m, vb| {
     let mut keys = bert();
@@ -125,8 +128,6 @@ model!(debertav2, DEBERTA, F32, |m, vb| {
         "position_buckets": 8,
         "share_att_key": true,
         "norm_rel_ebd": "layer_norm",
-        "conv_kernel_size": 3,
-        "conv_act": "gelu",
     });
     keys.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     let model = m::DebertaV2Model::load(vb, &config(keys)?)?;
@@ -158,7 +159,7 @@ model!(stella_en_v5, STELLA, F32, |m, vb| {
 });
 
 // Its linear layers are its own.
-model!(t5, ["shared", "relative_attention_bias"], |m, vb| {
+model!(t5, ["embed_tokens", "relative_attention_bias"], F32, |m, vb| {
     let cfg: m::Config = config(json!({
         "vocab_size": 40,
         "d_model": 32,
@@ -171,6 +172,9 @@ model!(t5, ["shared", "relative_attention_bias"], |m, vb| {
         "layer_norm_epsilon": 1e-6,
         "initializer_factor": 1.,
         "feed_forward_proj": "gated-gelu",
+        "is_decoder": false,
+        "is_encoder_decoder": true,
+        "use_cache": false,
         "tie_word_embeddings": false,
         "pad_token_id": 0,
         "eos_token_id": 1,
@@ -182,7 +186,7 @@ model!(t5, ["shared", "relative_attention_bias"], |m, vb| {
     })
 });
 
-model!(marian, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], |m, vb| {
+model!(marian, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], F32, |m, vb| {
     let cfg: m::Config = config(json!({
         "vocab_size": 40,
         "max_position_embeddings": 16,
@@ -211,15 +215,15 @@ model!(marian, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], |m, vb|
     })
 });
 
-model!(blip_text, ["query", "key", "value", "dense", "word_embeddings"], |m, vb| {
+model!(blip_text, ["query", "key", "value", "dense", "word_embeddings"], F32, |m, vb| {
     let mut keys = bert();
     keys["encoder_hidden_size"] = json!(24);
     keys["projection_dim"] = json!(32);
     keys["is_decoder"] = json!(true);
     let mut model = m::TextLMHeadModel::new(&config(keys)?, vb.clone())?;
-    let image = input((2, 4, 24), &vb)?;
+    let image = input((1, 4, 24), &vb)?;
     forward(move || {
         model.reset_kv_cache();
-        model.forward(&ids(2, 7)?, &image)
+        model.forward(&ids(1, 7)?, &image)
     })
 });

@@ -144,7 +144,8 @@ impl Adapted {
 
     fn by_name(&self, grads: &GradStore) -> HashMap<String, Tensor> {
         let vars = self.adapter.var_map().data().lock().unwrap();
-        let grad = |(name, var): (&String, &candle::Var)| (name.clone(), grads.get(var).unwrap().clone());
+        let grad =
+            |(name, var): (&String, &candle::Var)| (name.clone(), grads.get(var).unwrap().clone());
         vars.iter().map(grad).collect()
     }
 }

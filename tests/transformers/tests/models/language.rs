@@ -5,9 +5,8 @@ use candle::Result;
 use loralib::nn::VarBuilder;
 use serde_json::{json, Value};
 
-const LLAMA: [&str; 8] = [
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens",
-];
+const LLAMA: [&str; 8] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"];
 /// For a head that is tied to the embedding.
 const TIED: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
@@ -48,7 +47,7 @@ model!(llama, LLAMA, |m, vb| {
     forward(move || model.forward(&ids(2, 7)?, 0, &mut cache))
 });
 
-model!(llama2_c, LLAMA, |m, vb| {
+model!(llama2_c, LLAMA, F32, |m, vb| {
     let cfg = m::Config {
         dim: 32,
         hidden_dim: 48,
@@ -85,17 +84,59 @@ macro_rules! decoder {
     };
 }
 
-decoder!(qwen2, LLAMA, ModelForCausalLM, Config, {});
-decoder!(qwen3, LLAMA, ModelForCausalLM, Config, {});
 decoder!(mistral, LLAMA, Model, Config, {});
 decoder!(helium, LLAMA, Model, Config, { "bos_token_id": 1, "eos_token_id": 2, "mlp_bias": false });
 decoder!(olmo, LLAMA, Model, Config, { "clip_qkv": 2. });
 decoder!(olmo2, LLAMA, Model, Config, {});
 decoder!(phi3, PHI3, Model, Config, {});
-decoder!(starcoder2, STARCODER2, Model, Config, { "use_bias": true });
 
 const PHI3: [&str; 5] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "embed_tokens"];
+model!(starcoder2, STARCODER2, F32, |m, vb| {
+    let cfg: m::Config = config(tiny(json!({ "use_bias": true })))?;
+    let mut model = m::Model::new(&cfg, vb)?;
+    forward(move || {
+        model.clear_kv_cache();
+        model.forward(&ids(2, 7)?, 0)
+    })
+});
+
 const STARCODER2: [&str; 6] = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"];
+
+const HYBRID: [&str; 6] = ["q_proj", "k_proj", "v_proj", "o_proj", "input_linear", "output_linear"];
+
+model!(granitemoehybrid, HYBRID, F32, |m, vb| {
+    let cfg: m::GraniteMoeHybridConfig = config(tiny(json!({
+        "layer_types": ["attention", "attention"],
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.,
+    })))?;
+    let cfg = cfg.into_config(false);
+    let model = m::GraniteMoeHybrid::load(vb.clone(), &cfg)?;
+    let mut cache = m::GraniteMoeHybridCache::new(false, vb.dtype(), &cfg, vb.device())?;
+    forward(move || model.forward(&ids(2, 7)?, 0, &mut cache))
+});
+
+model!(qwen2, LLAMA, |m, vb| {
+    // Without it the head is tied to the embedding.
+    vb.get((40, 32), "lm_head.weight")?;
+    let cfg: m::Config = config(tiny(json!({})))?;
+    let mut model = m::ModelForCausalLM::new(&cfg, vb)?;
+    forward(move || {
+        model.clear_kv_cache();
+        model.forward(&ids(2, 7)?, 0)
+    })
+});
+
+model!(qwen3, LLAMA, F32, |m, vb| {
+    let cfg: m::Config = config(tiny(json!({})))?;
+    let mut model = m::ModelForCausalLM::new(&cfg, vb)?;
+    forward(move || {
+        model.clear_kv_cache();
+        model.forward(&ids(2, 7)?, 0)
+    })
+});
 
 model!(smol, LLAMA, |m, vb| {
     let cfg: m::smollm3::Config = config(tiny(json!({ "no_rope_layer_interval": 2 })))?;
@@ -106,8 +147,8 @@ model!(smol, LLAMA, |m, vb| {
     })
 });
 
-model!(phi, ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"], |m, vb| {
-    let more = json!({ "partial_rotary_factor": 0.5, "qk_layernorm": true, "hidden_act": "gelu" });
+model!(phi, ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "embed_tokens"], |m, vb| {
+    let more = json!({ "partial_rotary_factor": 0.5, "qk_layernorm": false, "hidden_act": "gelu" });
     let cfg: m::Config = config(tiny(more))?;
     let mut model = m::Model::new(&cfg, vb)?;
     forward(move || {
@@ -130,14 +171,16 @@ macro_rules! gemma {
     };
 }
 
-gemma!(gemma, { "hidden_activation": "gelu" });
+gemma!(gemma, { "hidden_act": null, "hidden_activation": "gelu" });
 gemma!(gemma2, {
     "hidden_activation": "gelu",
     "final_logit_softcapping": 30.,
     "attn_logit_softcapping": 50.,
     "query_pre_attn_scalar": 8,
 });
+// candle's cache does not take the keys of several heads.
 gemma!(gemma3, {
+    "num_key_value_heads": 1,
     "hidden_activation": "gelu",
     "final_logit_softcapping": null,
     "attn_logit_softcapping": null,
@@ -153,7 +196,7 @@ model!(stable_lm, LLAMA, |m, vb| {
     forward(move || m::Model::new(&cfg, vb.clone())?.forward(&ids(2, 7)?, 0))
 });
 
-model!(falcon, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], |m, vb| {
+model!(falcon, GLM, |m, vb| {
     let cfg = m::Config {
         vocab_size: 40,
         hidden_size: 32,
@@ -205,12 +248,13 @@ model!(mixformer, ["wte", "Wqkv", "out_proj", "fc1", "fc2"], |m, vb| {
     })
 });
 
-const GLM: [&str; 4] = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"];
+const GLM: [&str; 5] =
+    ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "word_embeddings"];
 
 /// ChatGLM's Config has no serde.
 macro_rules! glm {
-    ($name:ident $(, $field:ident: $value:expr)*) => {
-        model!($name, GLM, |m, vb| {
+    ($name:ident, $dtype:ident $(, $field:ident: $value:expr)*) => {
+        model!($name, GLM, $dtype, |m, vb| {
             let cfg = m::Config {
                 num_layers: 2,
                 padded_vocab_size: 40,
@@ -242,10 +286,18 @@ macro_rules! glm {
     };
 }
 
-glm!(chatglm);
-glm!(codegeex4_9b, rope_ratio: 1);
-glm!(glm4, rope_ratio: 1, eos_token_id: None);
+glm!(chatglm, F32);
+glm!(codegeex4_9b, F64, rope_ratio: 1);
+glm!(glm4, F64, rope_ratio: 1, eos_token_id: None);
 
-decoder!(glm4_new, PHI3_SPLIT, ModelForCausalLM, Config, { "partial_rotary_factor": 0.5 });
+model!(glm4_new, PHI3_SPLIT, |m, vb| {
+    let cfg: m::Config = config(tiny(json!({ "partial_rotary_factor": 0.5 })))?;
+    let mut model = m::ModelForCausalLM::new(&cfg, vb)?;
+    forward(move || {
+        model.clear_kv_cache();
+        model.forward(&ids(1, 7)?, 0)
+    })
+});
 
-const PHI3_SPLIT: [&str; 6] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"];
+const PHI3_SPLIT: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj", "embed_tokens"];

@@ -5,20 +5,20 @@ use candle::{Result, Tensor, D};
 use loralib::nn::VarBuilder;
 use serde_json::json;
 
-model!(mamba, ["in_proj", "x_proj", "dt_proj", "out_proj"], |m, vb| {
-    let cfg =
-        m::Config { d_model: 32, n_layer: 2, vocab_size: 40, pad_vocab_size_multiple: 8 };
+model!(mamba, ["in_proj", "x_proj", "dt_proj", "out_proj"], F32, |m, vb| {
+    let cfg = m::Config { d_model: 32, n_layer: 2, vocab_size: 40, pad_vocab_size_multiple: 8 };
     let model = m::Model::new(&cfg, vb.clone())?;
     forward(move || {
-        let mut state = m::State::new(2, &cfg, vb.dtype(), vb.device())?;
+        let mut state = m::State::new(1, &cfg, vb.dtype(), vb.device())?;
         let step = |column: Result<Tensor>| model.forward(&column?, &mut state);
-        let ids = ids(2, 5)?;
-        let steps: Result<Vec<_>> = (0..5).map(|i| ids.get_on_dim(D::Minus1, i)).map(step).collect();
+        let ids = ids(1, 5)?;
+        let steps: Result<Vec<_>> =
+            (0..5).map(|i| ids.get_on_dim(D::Minus1, i)).map(step).collect();
         Tensor::stack(&steps?, 1)
     })
 });
 
-model!(mamba2, ["in_proj", "out_proj"], |m, vb| {
+model!(mamba2, ["in_proj", "out_proj"], F32, |m, vb| {
     let cfg: m::Config = config(json!({
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -53,7 +53,9 @@ macro_rules! rwkv {
             let model = m::Model::new(&cfg, vb.clone())?;
             forward(move || {
                 let mut state = m::State::new(1, &cfg, vb.device())?;
-                model.forward(&ids(1, 5)?, &mut state)
+                let ids = ids(1, 5)?;
+                let step = |i| model.forward(&ids.narrow(1, i, 1)?, &mut state);
+                Tensor::cat(&(0..5).map(step).collect::<Result<Vec<_>>>()?, 0)
             })
         });
     };
@@ -62,7 +64,8 @@ macro_rules! rwkv {
 rwkv!(rwkv_v5);
 rwkv!(rwkv_v6);
 
-const LFM2: [&str; 8] = ["q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"];
+const LFM2: [&str; 9] =
+    ["q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3", "embed_tokens"];
 
 model!(lfm2, LFM2, |m, vb| {
     let cfg: m::Lfm2Config = config(json!({
@@ -82,8 +85,16 @@ model!(lfm2, LFM2, |m, vb| {
 });
 
 const GRIFFIN: [&str; 10] = [
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_y",
-    "linear_x", "linear_out",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "linear_y",
+    "linear_x",
+    "linear_out",
 ];
 
 model!(recurrent_gemma, GRIFFIN, |m, vb| {
@@ -111,7 +122,7 @@ model!(recurrent_gemma, GRIFFIN, |m, vb| {
 const BASED: [&str; 8] =
     ["in_proj", "out_proj", "conv.conv", "proj_q", "proj_k", "proj_v", "Wqkv", "fc1"];
 
-model!(based, BASED, |m, vb| {
+model!(based, BASED, F32, |m, vb| {
     let cfg: m::Config = config(json!({
         "vocab_size": 40,
         "n_embd": 32,
@@ -124,5 +135,5 @@ model!(based, BASED, |m, vb| {
         "alt_mixer": { "num_heads": 4, "feature_dim": 4, "feature_map": { "input_dim": 4 } },
         "alt_mixer_2": { "num_heads": 4, "window_size": 8 },
     }))?;
-    forward(move || m::Model::new(&cfg, vb.clone())?.forward(&ids(2, 7)?, 0))
+    forward(move || m::Model::new(&cfg, vb.clone())?.forward(&ids(1, 7)?, 0))
 });

@@ -1,7 +1,7 @@
 //! Models of images, and of images and text.
 
 use crate::harness::{config, forward, ids, input, model, Forward};
-use candle::{Module, Result};
+use candle::{Module, Result, Tensor};
 use loralib::nn::VarBuilder;
 use serde_json::{json, Value};
 
@@ -54,32 +54,15 @@ model!(convnext, ["stages.0.blocks.1.conv_dw", "stages.3.blocks.1.mlp.fc1", "ste
     forward(move || model.forward(&image))
 });
 
-model!(efficientnet, ["features.1.0.block.0.0", "features.7.0.block.2.fc1", "classifier.1"], |m, vb| {
-    let model = m::EfficientNet::new(vb.clone(), m::MBConvConfig::b0(), 10)?;
-    let image = input((1, 3, 32, 32), &vb)?;
-    forward(move || model.forward(&image))
-});
-
-model!(mobilenetv4, ["conv_stem", "blocks.3.0.pw_exp.conv", "conv_head", "classifier"], |m, vb| {
-    let model = m::mobilenetv4(&m::Config::small(), 10, vb.clone())?;
-    let image = input((1, 3, 32, 32), &vb)?;
-    forward(move || model.forward(&image))
-});
-
-const FASTVIT: [&str; 6] = ["qkv", "proj", "fc1", "fc2", "pos_enc", "head.fc"];
-
-model!(fastvit, FASTVIT, |m, vb| {
-    let cfg = m::Config {
-        exp_ratio: 2,
-        in_channels: 32,
-        blocks: [1, 1, 1, 1],
-        attn: true,
-        lkc_use_act: false,
-    };
-    let model = m::fastvit(&cfg, 10, vb.clone())?;
-    let image = input((1, 3, 64, 64), &vb)?;
-    forward(move || model.forward(&image))
-});
+model!(
+    efficientnet,
+    ["features.1.0.block.0.0", "features.7.0.block.2.fc1", "classifier.1"],
+    |m, vb| {
+        let model = m::EfficientNet::new(vb.clone(), m::MBConvConfig::b0(), 10)?;
+        let image = input((1, 3, 32, 32), &vb)?;
+        forward(move || model.forward(&image))
+    }
+);
 
 // The gradient does not reach its stem's max_pool2d, which has no backward for these sizes.
 model!(resnet, ["layer4.1.conv1", "layer4.0.downsample.0", "fc"], |m, vb| {
@@ -113,7 +96,13 @@ model!(segformer, SEGFORMER, |m, vb| {
 });
 
 const SIGLIP: [&str; 8] = [
-    "q_proj", "k_proj", "v_proj", "self_attn.out_proj", "fc1", "fc2", "patch_embedding",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "self_attn.out_proj",
+    "fc1",
+    "fc2",
+    "patch_embedding",
     "token_embedding",
 ];
 
@@ -139,8 +128,16 @@ model!(siglip, SIGLIP, |m, vb| {
     forward(move || Ok(model.forward(&image, &ids(2, 7)?)?.1))
 });
 
-const CLIP: [&str; 8] = [
-    "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "patch_embedding", "text_projection",
+const CLIP: [&str; 9] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "out_proj",
+    "fc1",
+    "fc2",
+    "patch_embedding",
+    "token_embedding",
+    "text_projection",
 ];
 
 model!(clip, CLIP, |m, vb| {
@@ -170,9 +167,49 @@ model!(clip, CLIP, |m, vb| {
         logit_scale_init_value: 2.6592,
         image_size: 16,
     };
+    // Without it the model draws one.
+    vb.pp("vision_model.embeddings").get(32, "class_embedding")?;
     let model = m::ClipModel::new(vb.clone(), &cfg)?;
     let image = input((2, 3, 16, 16), &vb)?;
-    forward(move || Ok(model.forward(&image, &ids(2, 7)?)?.1))
+    forward(move || {
+        let text = model.get_text_features(&ids(2, 7)?)?;
+        Tensor::cat(&[text, model.get_image_features(&image)?], 0)
+    })
+});
+
+model!(
+    chinese_clip,
+    ["query", "dense", "patch_embedding", "fc1", "k_proj", "text_projection"],
+    F32,
+    |m, vb| {
+        let mut cfg = m::ChineseClipConfig::clip_vit_base_patch16();
+        let text = &mut cfg.text_config;
+        (text.vocab_size, text.max_position_embeddings) = (40, 16);
+        (text.hidden_size, text.intermediate_size) = (32, 48);
+        (text.num_hidden_layers, text.num_attention_heads) = (1, 4);
+        let vision = &mut cfg.vision_config;
+        (vision.hidden_size, vision.intermediate_size) = (32, 48);
+        (vision.num_hidden_layers, vision.num_attention_heads) = (1, 4);
+        (vision.image_size, vision.patch_size, vision.projection_dim) = (16, 8, 24);
+        (cfg.projection_dim, cfg.image_size) = (24, 16);
+        // Without it the model draws one.
+        vb.pp("vision_model.embeddings").get(32, "class_embedding")?;
+        let model = m::ChineseClipModel::new(vb.clone(), &cfg)?;
+        let image = input((2, 3, 16, 16), &vb)?;
+        forward(move || {
+            let text = model.get_text_features(&ids(2, 7)?, None, None)?;
+            Tensor::cat(&[text, model.get_image_features(&image)?], 0)
+        })
+    }
+);
+
+model!(pixtral, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "patch_conv"], |m, vb| {
+    let mut keys = vit();
+    keys["rope_theta"] = json!(1000.);
+    let cfg = config(keys)?;
+    let model = m::vision_model::Model::new(&cfg, vb.clone())?;
+    let image = input((1, 3, 16, 16), &vb)?;
+    forward(move || model.forward(&image))
 });
 
 // Its queries, keys and values are one tensor without a layer.
@@ -191,51 +228,71 @@ model!(openclip, ["out_proj", "c_fc", "c_proj", "token_embedding"], |m, vb| {
     forward(move || model.forward(&ids(2, 7)?))
 });
 
-model!(segment_anything, ["qkv", "attn.proj", "lin1", "lin2", "patch_embed.proj", "neck.2"], |m, vb| {
-    // Its relative positions cut the graph in candle.
-    let model = m::image_encoder::ImageEncoderViT::new(
-        32, 8, 3, 32, 2, 4, 16, true, false, true, 2, &[1], vb.clone(),
-    )?;
-    let image = input((1, 3, 32, 32), &vb)?;
-    forward(move || model.forward(&image))
-});
+model!(
+    segment_anything,
+    ["qkv", "attn.proj", "lin1", "lin2", "patch_embed.proj", "neck.2"],
+    |m, vb| {
+        // Its relative positions cut the graph in candle.
+        let model = m::image_encoder::ImageEncoderViT::new(
+            32,
+            8,
+            3,
+            32,
+            2,
+            4,
+            16,
+            true,
+            false,
+            true,
+            2,
+            &[1],
+            vb.clone(),
+        )?;
+        let image = input((1, 3, 32, 32), &vb)?;
+        forward(move || model.forward(&image))
+    }
+);
 
-model!(blip, ["qkv", "projection", "fc1", "fc2", "query", "key", "value", "dense"], |m, vb| {
-    let mut vision = vit();
-    vision["projection_dim"] = json!(32);
-    let text = json!({
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "encoder_hidden_size": 32,
-        "intermediate_size": 48,
-        "projection_dim": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 16,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "is_decoder": true,
-    });
-    let cfg: m::Config = config(json!({
-        "text_config": text,
-        "vision_config": vision,
-        "projection_dim": 32,
-        "image_text_hidden_size": 32,
-    }))?;
-    let mut model = m::BlipForConditionalGeneration::new(&cfg, vb.clone())?;
-    let image = input((2, 3, 16, 16), &vb)?;
-    forward(move || {
-        model.reset_kv_cache();
-        let image = model.vision_model().forward(&image)?;
-        model.text_decoder().forward(&ids(2, 7)?, &image)
-    })
-});
+model!(
+    blip,
+    ["qkv", "projection", "fc1", "fc2", "query", "key", "value", "dense"],
+    F32,
+    |m, vb| {
+        let mut vision = vit();
+        vision["projection_dim"] = json!(32);
+        let text = json!({
+            "vocab_size": 40,
+            "hidden_size": 32,
+            "encoder_hidden_size": 32,
+            "intermediate_size": 48,
+            "projection_dim": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 16,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "is_decoder": true,
+        });
+        let cfg: m::Config = config(json!({
+            "text_config": text,
+            "vision_config": vision,
+            "projection_dim": 32,
+            "image_text_hidden_size": 32,
+        }))?;
+        let mut model = m::BlipForConditionalGeneration::new(&cfg, vb.clone())?;
+        let image = input((1, 3, 16, 16), &vb)?;
+        forward(move || {
+            model.reset_kv_cache();
+            let image = model.vision_model().forward(&image)?;
+            model.text_decoder().forward(&ids(1, 7)?, &image)
+        })
+    }
+);
 
-const TROCR: [&str; 9] = [
-    "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "query", "value", "projection",
-];
+const TROCR: [&str; 9] =
+    ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "query", "value", "projection"];
 
-model!(trocr, TROCR, |m, vb| {
+model!(trocr, TROCR, F32, |m, vb| {
     let decoder: m::TrOCRConfig = config(json!({
         "vocab_size": 40,
         "d_model": 32,
@@ -264,7 +321,8 @@ model!(trocr, TROCR, |m, vb| {
     let image = input((2, 3, 16, 16), &vb)?;
     forward(move || {
         model.reset_kv_cache();
+        // As many tokens as patches: the mask of the one is added to the scores of the other.
         let image = model.encoder().forward(&image)?;
-        model.decode(&ids(2, 7)?, &image, 0)
+        model.decode(&ids(2, 5)?, &image, 0)
     })
 });

@@ -17,7 +17,14 @@ impl Weights {
 }
 
 impl SimpleBackend for Weights {
-    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, _: &Device) -> Result<Tensor> {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        _: &Device,
+    ) -> Result<Tensor> {
         let mut tensors = self.0.lock().unwrap();
         if !tensors.contains_key(name) {
             tensors.insert(name.to_owned(), weight(&shape, name, init)?);
