@@ -1,0 +1,185 @@
+//! The test that each model has to pass.
+
+use crate::weights::{random, Weights};
+use candle::backprop::GradStore;
+use candle::{DType, Device, Result, Shape, Tensor};
+use loralib::nn::VarBuilder;
+use loralib::{self as lora, Adapter, LoraConfig};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+/// A model on its input.
+pub type Forward = Box<dyn FnMut() -> Result<Tensor>>;
+
+/// A model's constructor.
+pub type Build = fn(VarBuilder<'static>) -> Result<Forward>;
+
+pub struct Case {
+    pub name: &'static str,
+    pub targets: &'static [&'static str],
+    /// Whether the model computes in F64 too.
+    pub double: bool,
+    pub copied: Build,
+    pub unmodified: Build,
+}
+
+/// A module with the test of a model, from its file's name, the targets and its constructor, which is
+/// compiled twice: `m` is the copied file and then the original. `F32` says that its code has F32 constants.
+macro_rules! model {
+    ($name:ident, $targets:expr, |$m:ident, $vb:ident| $body:expr) => {
+        $crate::harness::model!($name, $targets, F64, |$m, $vb| $body);
+    };
+    ($name:ident, $targets:expr, $dtype:ident, |$m:ident, $vb:ident| $body:expr) => {
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn trains_and_serves() -> loralib::Result<()> {
+                fn copied($vb: VarBuilder<'static>) -> Result<Forward> {
+                    use transformers::models::$name as $m;
+                    $body
+                }
+                fn unmodified($vb: VarBuilder<'static>) -> Result<Forward> {
+                    use candle_transformers::models::$name as $m;
+                    $body
+                }
+                let double = candle::DType::$dtype == candle::DType::F64;
+                let (name, targets) = (stringify!($name), &$targets);
+                $crate::harness::Case { name, targets, double, copied, unmodified }.check()
+            }
+        }
+    };
+}
+pub(crate) use model;
+
+/// The largest difference of gradients in F32 from those in F64, relative to a tensor's largest value.
+const GRADIENTS: f64 = 1e-4;
+/// The largest difference of outputs in F32, relative to the largest value.
+const OUTPUTS: f64 = 1e-5;
+
+const CFG: LoraConfig = LoraConfig {
+    r: 2,
+    lora_alpha: 3.,
+    lora_dropout: 0.,
+    merge_weights: true,
+    fan_in_fan_out: false,
+    rslora: false,
+    lora_dtype: None,
+};
+
+impl Case {
+    pub fn check(&self) -> lora::Result<()> {
+        let weights = Weights::default();
+        // Names and initialisations of all weights.
+        let before = (self.unmodified)(weights.var_builder(DType::F32))?()?;
+        let single = Adapted::new(self, &weights, DType::F32)?;
+        let (output, grads) = single.backward()?;
+        assert!(relative(&output, &before)? > 1e-3, "the adapter has an effect");
+        let gradients = if self.double {
+            let double = Adapted::new(self, &weights, DType::F64)?;
+            let (_, expected) = double.backward()?;
+            lora::check_grads(double.adapter.var_map(), &expected, || double.loss())?;
+            let (grads, expected) = (single.by_name(&grads), double.by_name(&expected));
+            let mut most = 0f64;
+            for (name, grad) in &grads {
+                let difference = relative(grad, &expected[name])?;
+                assert!(difference < GRADIENTS, "{name}: {difference:.1e}");
+                most = most.max(difference);
+            }
+            format!("{most:.0e}")
+        } else {
+            lora::check_grads(single.adapter.var_map(), &grads, || single.loss())?;
+            "-".to_owned()
+        };
+        single.adapter.eval()?;
+        let evaluated = single.output()?;
+        assert!(!evaluated.track_op(), "no graph in evaluation");
+        let merged = single.adapter.merged(weights.var_builder(DType::F32))?;
+        let served = (self.unmodified)(merged)?()?;
+        let (eval, merged) = (relative(&evaluated, &output)?, relative(&served, &output)?);
+        assert!(eval < OUTPUTS && merged < OUTPUTS, "eval {eval:.1e}, merged {merged:.1e}");
+        let (name, adapted) = (self.name, single.adapter.adapted().len());
+        println!("| {name} | {adapted} | {gradients} | {eval:.0e} | {merged:.0e} |");
+        Ok(())
+    }
+}
+
+/// A model with an adapter whose factors are random.
+struct Adapted {
+    adapter: Adapter,
+    model: RefCell<Forward>,
+}
+
+impl Adapted {
+    fn new(case: &Case, weights: &Weights, dtype: DType) -> lora::Result<Self> {
+        let adapter = Adapter::new(CFG).targets(case.targets);
+        let model = (case.copied)(adapter.var_builder(weights.var_builder(dtype)))?;
+        let new = Self { adapter, model: RefCell::new(model) };
+        // Some build the model here, to have an empty cache.
+        new.output()?;
+        new.adapter.check()?;
+        for (name, var) in new.adapter.var_map().data().lock().unwrap().iter() {
+            var.set(&random(name, var.shape(), 0.2)?.to_dtype(dtype)?)?;
+        }
+        Ok(new)
+    }
+
+    fn output(&self) -> Result<Tensor> {
+        self.model.borrow_mut()()
+    }
+
+    fn loss(&self) -> Result<Tensor> {
+        loss(&self.output()?)
+    }
+
+    fn backward(&self) -> lora::Result<(Tensor, GradStore)> {
+        let output = self.output()?;
+        let grads = loss(&output)?.backward()?;
+        let missing = lora::missing_grads(self.adapter.var_map(), &grads);
+        assert!(missing.is_empty(), "no gradient: {missing:?}");
+        Ok((output, grads))
+    }
+
+    fn by_name(&self, grads: &GradStore) -> HashMap<String, Tensor> {
+        let vars = self.adapter.var_map().data().lock().unwrap();
+        let grad =
+            |(name, var): (&String, &candle::Var)| (name.clone(), grads.get(var).unwrap().clone());
+        vars.iter().map(grad).collect()
+    }
+}
+
+/// A weighted sum, so that no output's gradient is the same as another's.
+fn loss(output: &Tensor) -> Result<Tensor> {
+    (output * random("loss", output.shape(), 1.)?.to_dtype(output.dtype())?)?.sum_all()
+}
+
+/// The largest difference relative to the largest value of `b`.
+fn relative(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let (a, b) = (a.to_dtype(DType::F64)?, b.to_dtype(DType::F64)?);
+    let largest = |t: &Tensor| t.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>();
+    let (difference, size) = (largest(&(a - &b)?)?, largest(&b)?);
+    assert!(size > 0. && difference.is_finite(), "{difference} of {size}");
+    Ok(difference / size)
+}
+
+/// A model's configuration from the keys of its config.json.
+pub fn config<T: DeserializeOwned>(keys: Value) -> Result<T> {
+    serde_json::from_value(keys).map_err(candle::Error::wrap)
+}
+
+pub fn forward(forward: impl FnMut() -> Result<Tensor> + 'static) -> Result<Forward> {
+    Ok(Box::new(forward))
+}
+
+/// Token ids below 16, (batch, len).
+pub fn ids(batch: u32, len: u32) -> Result<Tensor> {
+    let ids: Vec<_> = (0..batch * len).map(|i| (7 * i + i / len + 3) % 16).collect();
+    Tensor::from_vec(ids, (batch as usize, len as usize), &Device::Cpu)
+}
+
+/// Random values in the dtype of the weights.
+pub fn input(shape: impl Into<Shape>, vb: &VarBuilder) -> Result<Tensor> {
+    random("input", &shape.into(), 1.)?.to_dtype(vb.dtype())
+}
