@@ -55,7 +55,7 @@ model!(jina_bert, ["query", "key", "value", "dense", "gated_layers", "wo"], F32,
     forward(move || ids(2, 7)?.apply(&model))
 });
 
-model!(nomic_bert, ["Wqkv", "out_proj", "fc11", "fc12", "fc2", "word_embeddings"], F32, |m, vb| {
+model!(nomic_bert, ["Wqkv", "out_proj", "fc11", "fc12", "fc2", "word_embeddings"], |m, vb| {
     let cfg = config(json!({
         "vocab_size": 40,
         "n_embd": 32,
