@@ -18,6 +18,9 @@ impl Adapter {
     /// asks for. `base` may be mapped, sharded or in memory; beside the model, one tensor and its merged
     /// copy are in memory at a time.
     ///
+    /// A head that is tied to an adapted embedding computes with the merged table here, and with the base's table
+    /// in a model on [`var_builder`](Self::var_builder): adapt tied tables only if the model unties the head.
+    ///
     /// # Errors
     /// If the base lacks the weight of an adapted layer, or one of its factors is missing. A weight that does
     /// not fit its factors, or a merged value that is not finite, is an error when the model asks for it.

@@ -50,6 +50,10 @@ impl LayerNorm {
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let eps = self.eps() as f32;
+        if self.bias().is_none() && self.weight().rank() != 1 {
+            // A gain that broadcasts to x, as MMDiT's: composed by candle, with gradients.
+            return self.0.forward(x);
+        }
         match (self.remove_mean(), self.bias()) {
             (true, bias) => ops::layer_norm(x, self.weight(), bias, eps),
             (false, None) => ops::rms_norm(x, self.weight(), eps),

@@ -11,13 +11,13 @@ use super::fused::fused_or_composed;
 use super::low_rank::compute_dtype;
 use super::matmul::matmul;
 use super::op::{if_tracked, Custom, Op};
-use candle_core::{bail, Layout, Result, Shape, Tensor, D};
+use candle_core::{bail, DType, Layout, Result, Shape, Tensor, D};
 
 /// RMS norm of `x` (.., n) with the gain `w` (n).
 pub(crate) fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
     let op = NormOp { eps, remove_mean: false };
     check_shape(x, w)?;
-    if !(x.track_op() || w.track_op()) {
+    if candles_own(x) && !(x.track_op() || w.track_op()) {
         return candle_nn::ops::rms_norm(&x.contiguous()?, &w.contiguous()?, eps);
     }
     let fused = |x: &Tensor| x.apply_op2(&w.to_dtype(x.dtype())?.contiguous()?, Custom(op));
@@ -34,7 +34,7 @@ pub(crate) fn layer_norm(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f32) -
         return fused_or_composed(x, fused, |x| op.composed(x, w, None));
     };
     check_shape(x, b)?;
-    if !(x.track_op() || w.track_op() || b_tracked) {
+    if candles_own(x) && !(x.track_op() || w.track_op() || b_tracked) {
         return candle_nn::ops::layer_norm(
             &x.contiguous()?,
             &w.contiguous()?,
@@ -47,6 +47,11 @@ pub(crate) fn layer_norm(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f32) -
         x.apply_op3(&own(w)?, &own(b)?, Custom(op))
     };
     fused_or_composed(x, fused, |x| op.composed(x, w, Some(b)))
+}
+
+/// Whether candle's kernels take the dtype: on the CPU they have no F64.
+fn candles_own(x: &Tensor) -> bool {
+    x.dtype() != DType::F64
 }
 
 fn check_shape(x: &Tensor, w: &Tensor) -> Result<()> {

@@ -71,10 +71,18 @@ model!(flux, FLUX, |m, vb| {
     forward(move || model.forward(&image, &image_ids, &text, &text_ids, &time, &y, None))
 });
 
+// The blocks alone: the embedding of the time is in F16, whatever the weights are in.
+model!(mmdit, ["qkv", "proj", "fc1", "fc2", "adaLN_modulation.1", "linear"], |m, vb| {
+    let model = m::model::MMDiTCore::new(2, 32, 4, 2, 4, false, vb.clone())?;
+    let (image, text) = (input((1, 9, 32), &vb)?, input((1, 5, 32), &vb)?);
+    let time = input((1, 32), &vb)?;
+    forward(move || model.forward(&text, &image, &time, None))
+});
+
 const Z_IMAGE: [&str; 9] =
     ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "cap_embedder.1", "adaLN_modulation.0"];
 
-model!(z_image, Z_IMAGE, F32, |m, vb| {
+model!(z_image, Z_IMAGE, |m, vb| {
     let cfg: m::transformer::Config = config(json!({
         "in_channels": 4,
         "dim": 32,

@@ -91,7 +91,7 @@ decoder!(olmo2, LLAMA, Model, Config, {});
 decoder!(phi3, PHI3, Model, Config, {});
 
 const PHI3: [&str; 5] = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "embed_tokens"];
-model!(starcoder2, STARCODER2, F32, |m, vb| {
+model!(starcoder2, STARCODER2, |m, vb| {
     let cfg: m::Config = config(tiny(json!({ "use_bias": true })))?;
     let mut model = m::Model::new(&cfg, vb)?;
     forward(move || {
@@ -104,7 +104,7 @@ const STARCODER2: [&str; 6] = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "
 
 const HYBRID: [&str; 6] = ["q_proj", "k_proj", "v_proj", "o_proj", "input_linear", "output_linear"];
 
-model!(granitemoehybrid, HYBRID, F32, |m, vb| {
+model!(granitemoehybrid, HYBRID, |m, vb| {
     let cfg: m::GraniteMoeHybridConfig = config(tiny(json!({
         "layer_types": ["attention", "attention"],
         "attention_multiplier": 0.3,

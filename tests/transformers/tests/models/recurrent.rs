@@ -5,7 +5,7 @@ use candle::{Result, Tensor, D};
 use loralib::nn::VarBuilder;
 use serde_json::json;
 
-model!(mamba, ["in_proj", "x_proj", "dt_proj", "out_proj"], F32, |m, vb| {
+model!(mamba, ["in_proj", "x_proj", "dt_proj", "out_proj"], |m, vb| {
     let cfg = m::Config { d_model: 32, n_layer: 2, vocab_size: 40, pad_vocab_size_multiple: 8 };
     let model = m::Model::new(&cfg, vb.clone())?;
     forward(move || {
@@ -18,7 +18,7 @@ model!(mamba, ["in_proj", "x_proj", "dt_proj", "out_proj"], F32, |m, vb| {
     })
 });
 
-model!(mamba2, ["in_proj", "out_proj"], F32, |m, vb| {
+model!(mamba2, ["in_proj", "out_proj"], |m, vb| {
     let cfg: m::Config = config(json!({
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -122,7 +122,7 @@ model!(recurrent_gemma, GRIFFIN, |m, vb| {
 const BASED: [&str; 8] =
     ["in_proj", "out_proj", "conv.conv", "proj_q", "proj_k", "proj_v", "Wqkv", "fc1"];
 
-model!(based, BASED, F32, |m, vb| {
+model!(based, BASED, |m, vb| {
     let cfg: m::Config = config(json!({
         "vocab_size": 40,
         "n_embd": 32,

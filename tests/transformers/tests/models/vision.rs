@@ -180,7 +180,6 @@ model!(clip, CLIP, |m, vb| {
 model!(
     chinese_clip,
     ["query", "dense", "patch_embedding", "fc1", "k_proj", "text_projection"],
-    F32,
     |m, vb| {
         let mut cfg = m::ChineseClipConfig::clip_vit_base_patch16();
         let text = &mut cfg.text_config;
