@@ -28,11 +28,11 @@ pub fn adapt(args: &Args, base: &Base, examples: &[Example], device: &Device) ->
     let mut model = base.adapted(cfg, &vars, args.bias)?;
     let trained = lora::mark_only_lora_as_trainable(&vars, args.bias)?;
     let trainable = trained.iter().map(|var| var.elem_count()).sum();
-    let shown: usize = if args.quick { 300 } else { 3000 };
+    let shown: usize = if args.quick { 300 } else { 7000 };
     let plan = Plan {
         what: "adapting",
         epochs: args.epochs.map_or(shown.div_ceil(examples.len()), |n| n as usize),
-        lr: args.lr.unwrap_or(if base.config.n_embd < 768 { 5e-3 } else { 2e-4 }),
+        lr: args.lr.unwrap_or(if base.config.n_embd < 768 { 1e-2 } else { 2e-4 }),
         seed: args.seed,
     };
     model.train()?;

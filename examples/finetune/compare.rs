@@ -4,17 +4,14 @@ use crate::adapt::{load, Adapter};
 use crate::args::Args;
 use crate::base::Base;
 use crate::data::{batches, encode, Line};
+use crate::describe::describe;
 use crate::evaluate::{difference, loss, speeds};
-use crate::generate::generate;
-use crate::report::{Figures, Report, Sentences};
+use crate::report::{Figures, Report};
 use crate::Result;
 use candle_core::Device;
 use lora::{LoraConfig, LoraModule};
 use loralib as lora;
 use std::fs;
-
-/// How many descriptions are put into words.
-const SENTENCES: usize = 3;
 
 pub fn compare(
     args: &Args,
@@ -43,16 +40,7 @@ pub fn compare(
     let batch = &batches[batches.len() / 2];
     let speeds = speeds([&plain, &unmerged, &merged], batch)?;
 
-    let mut sentences = vec![];
-    for line in valid.iter().step_by(valid.len().div_ceil(SENTENCES)) {
-        let say = |model| generate(model, base, &line.description, device);
-        sentences.push(Sentences {
-            description: line.description.clone(),
-            base: say(&plain)?,
-            adapted: say(&merged)?,
-            reference: line.sentence.clone(),
-        });
-    }
+    let (slots, sentences) = describe(args, base, &plain, &merged, valid, device)?;
     Ok(Report {
         trainable,
         total: base.parameters() + lora_parameters(&vars)?,
@@ -61,6 +49,7 @@ pub fn compare(
         models: ["base", "unmerged", "merged"],
         figures: [0, 1, 2].map(|i| Figures { loss: losses[i], tokens_per_second: speeds[i] }),
         difference: difference(&unmerged, &merged, batch)?,
+        slots,
         sentences,
     })
 }

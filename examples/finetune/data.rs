@@ -3,6 +3,7 @@
 use crate::buckets::buckets;
 use crate::lines::lines;
 use crate::rng::Rng;
+use crate::slots::values;
 use crate::tokenizer::Tokenizer;
 use crate::Result;
 use candle_core::{Device, Tensor};
@@ -15,6 +16,8 @@ pub struct Line {
     pub at: String,
     pub description: String,
     pub sentence: String,
+    /// For each value of the description, its forms: one of them should stand in the sentence.
+    pub slots: Vec<Vec<String>>,
 }
 
 /// The lines of a file; empty ones are skipped. An error names the file and the line.
@@ -31,7 +34,8 @@ fn parse(at: String, line: &str) -> Result<Line> {
         sentence if sentence.contains("||") => Err(bad("two `||`").into()),
         sentence => {
             let (description, sentence) = (description.trim().to_owned(), sentence.to_owned());
-            Ok(Line { at, description, sentence })
+            let slots = values(&description).map(|value| vec![value.to_owned()]).collect();
+            Ok(Line { at, description, sentence, slots })
         }
     }
 }

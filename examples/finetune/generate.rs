@@ -6,7 +6,7 @@ use crate::base::Base;
 use crate::data::check_description;
 use crate::gpt2::Gpt2;
 use crate::Result;
-use candle_core::{Device, IndexOp, Tensor};
+use candle_core::{Device, Tensor};
 use lora::{Bias, LoraModule};
 use loralib as lora;
 
@@ -25,7 +25,8 @@ pub fn say(args: &Args, description: &str, device: &Device) -> Result<()> {
     let mut adapted = load(&base, &path, saved.config.unwrap_or(args.lora()), bias)?;
     for (who, model) in [("base", &mut plain), ("adapted", &mut adapted)] {
         model.eval()?;
-        println!("{who:<8} {}", generate(model, &base, description, device)?);
+        let sentences = generate(model, &base, &[description], device)?;
+        println!("{who:<8} {}", sentences.concat());
     }
     Ok(())
 }
@@ -40,21 +41,44 @@ fn saved_bias<'a>(names: impl Iterator<Item = &'a String>) -> Bias {
     }
 }
 
-pub fn generate(model: &Gpt2, base: &Base, description: &str, device: &Device) -> Result<String> {
+/// A sentence for each description, all at once.
+pub fn generate(
+    model: &Gpt2,
+    base: &Base,
+    descriptions: &[&str],
+    device: &Device,
+) -> Result<Vec<String>> {
     let (tokenizer, positions) = (&base.tokenizer, base.config.n_positions);
-    let mut ids = tokenizer.prompt(description)?;
-    let start = ids.len();
-    if start > positions {
+    let texts = descriptions.iter().map(|description| tokenizer.prompt(description));
+    let mut texts = texts.collect::<Result<Vec<_>>>()?;
+    let starts: Vec<_> = texts.iter().map(Vec::len).collect();
+    if let Some(start) = starts.iter().find(|&&start| start > positions) {
         return Err(format!("{start} tokens of description, the model takes {positions}").into());
     }
-    while ids.len() < positions.min(start + LONGEST) {
-        let hidden = model.hidden(&Tensor::new(&ids[..], device)?.unsqueeze(0)?)?;
-        let logits = model.head(&hidden.i((0, ids.len() - 1))?)?;
-        let next = logits.argmax(0)?.to_scalar()?;
-        if next == tokenizer.end() {
+    let mut open: Vec<_> = (0..texts.len()).collect();
+    loop {
+        open.retain(|&i| texts[i].len() < positions.min(starts[i] + LONGEST));
+        if open.is_empty() {
             break;
         }
-        ids.push(next);
+        let unfinished: Vec<_> = open.iter().map(|&i| &texts[i][..]).collect();
+        let next = next(model, &unfinished, device)?;
+        open.iter().zip(&next).for_each(|(&i, &id)| texts[i].push(id));
+        open.retain(|&i| texts[i].last() != Some(&tokenizer.end()));
     }
-    tokenizer.decode(&ids[start..])
+    texts.iter().zip(starts).map(|(ids, start)| tokenizer.decode(&ids[start..])).collect()
+}
+
+/// The likeliest next token of each text.
+fn next(model: &Gpt2, texts: &[&[u32]], device: &Device) -> Result<Vec<u32>> {
+    let width = texts.iter().map(|text| text.len()).max().unwrap_or(0);
+    let (mut ids, mut last) = (vec![], vec![]);
+    for text in texts {
+        last.push((ids.len() + text.len() - 1) as u32);
+        ids.extend_from_slice(text);
+        ids.resize(last.len() * width, 0);
+    }
+    let ids = Tensor::from_vec(ids, (texts.len(), width), device)?;
+    let hidden = model.hidden(&ids)?.flatten(0, 1)?.index_select(&Tensor::new(last, device)?, 0)?;
+    Ok(model.head(&hidden)?.argmax(1)?.to_vec1()?)
 }

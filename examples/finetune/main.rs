@@ -2,8 +2,9 @@
 //! adapter is trained, saved, loaded, merged and measured.
 //!
 //! `cargo run --release --example finetune` trains a small base on embedded text about hotels first,
-//! then adapts it to cafes; `-- --help` lists what else there is. What it writes goes to
-//! `target/finetune`, unless `--out` names another folder.
+//! then adapts it to cafes, and counts the values of new descriptions that the sentences say before and
+//! after; `-- --help` lists the options. Its files go to `target/finetune`, unless `--out` names another
+//! folder.
 
 mod adapt;
 mod args;
@@ -11,11 +12,13 @@ mod base;
 mod compare;
 mod corpus;
 mod data;
+mod describe;
 mod evaluate;
 mod generate;
 mod gpt2;
 mod pretrain;
 mod report;
+mod slots;
 mod text;
 mod tokenizer;
 

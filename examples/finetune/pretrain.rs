@@ -31,7 +31,7 @@ pub fn pretrain(args: &Args, text: &Text, device: &Device) -> Result<Base> {
     let vars = VarMap::new();
     let vb = loralib::seeded(VarBuilder::from_varmap(&vars, DType::F32, device), args.seed);
     let model = Gpt2::new(&config, LoraConfig::default(), vb)?;
-    let shown: usize = if args.quick { 400 } else { 5000 };
+    let shown: usize = if args.quick { 400 } else { 7000 };
     let plan = Plan {
         what: "pretraining",
         epochs: shown.div_ceil(text.pretrain.len()),

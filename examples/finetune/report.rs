@@ -1,5 +1,6 @@
 //! The table at the end, and the same as JSON.
 
+use crate::slots::Slots;
 use serde_json::{json, Value};
 use std::fmt;
 
@@ -26,6 +27,7 @@ pub struct Report {
     pub figures: [Figures; 3],
     /// The largest between merged and unmerged logits.
     pub difference: f32,
+    pub slots: Slots,
     pub sentences: Vec<Sentences>,
 }
 
@@ -47,6 +49,7 @@ impl Report {
                 "reference": s.reference,
             })
         });
+        let Slots { before, after, of, descriptions, counted } = self.slots;
         json!({
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,
@@ -54,6 +57,13 @@ impl Report {
             "base_bytes": self.base_bytes,
             "models": figures.collect::<Vec<_>>(),
             "largest_logit_difference": self.difference,
+            "slot_accuracy": {
+                "base": before as f64 / of as f64,
+                "adapted": after as f64 / of as f64,
+                "slots": of,
+                "descriptions": descriptions,
+                "counted_where": counted,
+            },
             "sentences": sentences.collect::<Vec<_>>(),
         })
     }
@@ -76,6 +86,12 @@ impl fmt::Display for Report {
         }
         writeln!(f, "\nmerged and unmerged logits differ by {:.1e} at most", self.difference)?;
         writeln!(f, "the adapter, loaded into a new model, gives the same loss to the last bit")?;
+        let Slots { before, after, of, descriptions, counted } = self.slots;
+        writeln!(f, "\nslot accuracy, of {of} slots of {descriptions} descriptions")?;
+        for (when, said) in [("before", before), ("after", after)] {
+            writeln!(f, "  {when:<10} {:>5.1} %", 100. * said as f64 / of as f64)?;
+        }
+        writeln!(f, "a slot counts where {counted}")?;
         for s in &self.sentences {
             writeln!(f, "\n{}", s.description)?;
             writeln!(f, "  before     {}", s.base)?;

@@ -16,29 +16,25 @@ impl Text {
     pub fn read(args: &Args) -> Result<Self> {
         let pretrain = match &args.pretrain {
             Some(path) => data::read(path)?,
-            None => corpus::hotels(800)?,
+            None => corpus::hotels(7000)?,
         };
         let (train, valid) = match (&args.train, &args.valid) {
             (Some(train), Some(valid)) => (data::read(train)?, data::read(valid)?),
-            _ => {
-                let mut train = corpus::cafes(600)?;
-                let valid = train.split_off(500);
-                (train, valid)
-            }
+            _ => (corpus::cafes(7000)?, corpus::other_cafes(100)?),
         };
         Ok(match args.quick {
             true => Self {
-                pretrain: thinned(pretrain, 300),
-                train: thinned(train, 200),
-                valid: thinned(valid, 40),
+                pretrain: thinned(&pretrain, 300),
+                train: thinned(&train, 200),
+                valid: thinned(&valid, 40),
             },
             false => Self { pretrain, train, valid },
         })
     }
 }
 
-/// About `n` lines, evenly from all of them: files are often sorted.
-fn thinned(lines: Vec<Line>, n: usize) -> Vec<Line> {
+/// At most `n` lines, evenly from all of them: files are often sorted.
+pub fn thinned(lines: &[Line], n: usize) -> Vec<Line> {
     let step = lines.len().div_ceil(n).max(1);
-    lines.into_iter().step_by(step).collect()
+    lines.iter().step_by(step).cloned().collect()
 }

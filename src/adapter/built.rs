@@ -1,22 +1,24 @@
 //! The layers of an adapter, as the model's constructors report them.
 
-use super::targets::Targets;
+use super::options::Options;
 use crate::layers::{LayerKind, Mode, SharedWeight, Weight};
 use crate::utils::names::{join, split};
-use crate::utils::variables;
+use crate::utils::{variables, Bias};
 use crate::{Error, Result};
 use candle_nn::VarMap;
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// What is known of the layers so far.
 #[derive(Debug, Default)]
 pub(super) struct Built {
     mode: Option<Mode>,
     layers: BTreeMap<String, (LayerKind, Vec<Weak<SharedWeight>>)>,
-    /// Weights of targets that the model has read and no layer has taken.
-    unclaimed: BTreeSet<String>,
+    /// The layers whose weights the model has read and no layer has taken, with the weights' ranks.
+    unclaimed: BTreeMap<String, usize>,
     failures: BTreeMap<String, String>,
+    /// The options of the last model.
+    options: Option<Arc<Options>>,
 }
 
 pub(super) fn lock(built: &Mutex<Built>) -> MutexGuard<'_, Built> {
@@ -28,9 +30,14 @@ impl Built {
         self.mode.unwrap_or(Mode::Train)
     }
 
+    /// A model is built with these options.
+    pub fn options(&mut self, options: &Arc<Options>) {
+        self.options = Some(options.clone());
+    }
+
     /// The model has read the weight of a target.
-    pub fn read(&mut self, path: &str) {
-        self.unclaimed.insert(path.to_owned());
+    pub fn weight_read(&mut self, path: &str, rank: usize) {
+        self.unclaimed.insert(path.to_owned(), rank);
     }
 
     /// A layer has taken the weight.
@@ -54,37 +61,52 @@ impl Built {
         self.layers.iter().map(|(path, (kind, _))| (path.as_str(), kind))
     }
 
-    /// Sets the mode of all layers that are alive or, on an error, of none.
-    pub fn set_mode(&mut self, mode: Mode) -> candle_core::Result<()> {
-        let mut prepared = vec![];
-        for (path, (_, layers)) in &self.layers {
-            for layer in layers.iter().filter_map(Weak::upgrade) {
-                let state = layer.prepare(mode).map_err(|e| e.context(path.clone()))?;
-                prepared.push((layer, state));
-            }
-        }
-        prepared.into_iter().for_each(|(layer, state)| layer.set(state));
-        self.mode = Some(mode);
-        Ok(())
+    /// The layers that are alive, with their paths.
+    pub fn alive(&self) -> Vec<(String, Arc<SharedWeight>)> {
+        let alive = |(path, (_, layers)): (&String, &(_, Vec<Weak<SharedWeight>>))| {
+            let path = path.clone();
+            layers
+                .iter()
+                .filter_map(Weak::upgrade)
+                .map(move |l| (path.clone(), l))
+                .collect::<Vec<_>>()
+        };
+        self.layers.iter().flat_map(alive).collect()
     }
 
-    pub fn check(&self, targets: &Targets, vars: &VarMap) -> Result<()> {
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.mode = Some(mode);
+    }
+
+    pub fn check(&self, options: &Arc<Options>, vars: &VarMap) -> Result<()> {
+        if self.options.as_ref().is_some_and(|built| !Arc::ptr_eq(built, options)) {
+            let reason =
+                "the options of the adapter were changed after `var_builder`: set them before";
+            return Err(Error::Invalid(reason.to_owned()));
+        }
         if let Some((path, reason)) = self.failures.iter().next() {
             return Err(Error::tensor(join(path, "weight"), reason));
         }
-        targets
-            .check(self.layers.keys().map(String::as_str).chain(
-                // Reported below, with another reason.
-                self.unclaimed.iter().map(String::as_str),
-            ))
+        let all_linear = options.targets.is_all_linear();
+        if all_linear && options.config.bias == Bias::LoraOnly {
+            let reason =
+                "which biases belong to adapted layers is not known in advance: name the targets";
+            return Err(Error::unsupported("`Bias::LoraOnly` with all linear layers", reason));
+        }
+        // An unclaimed weight is reported below, with another reason.
+        let unclaimed = self.unclaimed.keys().filter(|_| !all_linear);
+        let known = self.layers.keys().chain(unclaimed).map(String::as_str);
+        options
+            .targets
+            .check(known)
+            .and_then(|()| options.exclude.valid())
             .map_err(Error::Invalid)?;
-        if !targets.is_all_linear() {
-            if let Some(path) = self.unclaimed.first() {
-                let reason =
-                    "it is a target, but the model builds no layer of `lora::nn` around it: it \
-                              may use the tensor itself, transpose, cast or split it";
-                return Err(Error::tensor(join(path, "weight"), reason));
-            }
+        // All-linear also reads the weights of norms and other layers.
+        if let Some((path, _)) = self.unclaimed.iter().find(|(_, rank)| !all_linear || **rank == 2)
+        {
+            let reason = "it is a target, but the model builds no layer of `lora::nn` around it: it may use \
+                          the tensor itself, transpose, cast or split it; `exclude` it";
+            return Err(Error::tensor(join(path, "weight"), reason));
         }
         let of_layer =
             |name: &String| split(name).1 == "lora_A" && !self.layers.contains_key(split(name).0);

@@ -1,12 +1,12 @@
 //! An adapter's files: this crate's format and PEFT's.
 
 use super::{Adapter, Targets};
-use crate::utils::names::{is_lora, split};
+use crate::utils::names::{is_lora, join, split};
 use crate::utils::{
     load_state_dict, read_adapter, save_state_dict, AdapterConfig, LoadReport, StateDict, Strict,
 };
 use crate::{peft, Error, Result};
-use candle_core::{Device, Var};
+use candle_core::{DType, Device, Var};
 use std::path::Path;
 use std::sync::PoisonError;
 
@@ -37,20 +37,26 @@ impl Adapter {
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         let (config, tensors) = read(path, device)?;
-        let layers: Vec<_> = tensors
-            .keys()
-            .map(|name| split(name))
-            .filter(|n| n.1 == "lora_A")
-            .map(|n| n.0)
-            .collect();
-        let adapter = Self::new(config).targets(Targets::from(layers));
+        let layers = tensors.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");
+        let adapter = Self::new(config).targets(Targets::paths(layers.map(|(path, _)| path)));
+        // PEFT saves the table of an adapted embedding, and loads it in place of the base's.
+        let under_factors =
+            |name: &str| tensors.contains_key(&join(split(name).0, "lora_A")) && !is_lora(name);
+        let replaces = |name: &str| split(name).1 == "weight" && under_factors(name);
+        let (frozen, vars): (StateDict, StateDict) =
+            tensors.clone().into_iter().partition(|(name, _)| replaces(name));
         {
-            let mut vars = adapter.vars.data().lock().unwrap_or_else(PoisonError::into_inner);
-            for (name, tensor) in &tensors {
-                vars.insert(name.clone(), Var::from_tensor(tensor)?);
+            let mut data = adapter.vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+            for (name, tensor) in vars {
+                // In half precision AdamW does not train factors; PEFT converts them too.
+                let tensor = match tensor.dtype() {
+                    DType::F16 | DType::BF16 if is_lora(&name) => tensor.to_dtype(DType::F32)?,
+                    _ => tensor,
+                };
+                data.insert(name, Var::from_tensor(&tensor)?);
             }
         }
-        Ok(adapter)
+        Ok(adapter.with(|options| options.frozen = frozen))
     }
 
     /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with

@@ -14,8 +14,8 @@ impl Adapter {
     /// modules in place of the base's: for a model that does not know this crate, such as
     /// candle-transformers'.
     ///
-    /// A weight is merged when the model asks for it, in F32 and rounded once to the dtype that the model
-    /// asks for. `base` may be mapped, sharded or in memory; beside the model, one tensor and its merged
+    /// A weight is merged when the model asks for it, in F32, and rounded to the dtype that the model asks
+    /// for, in which the base is read. `base` may be mapped, sharded or in memory; beside the model, one tensor and its merged
     /// copy are in memory at a time.
     ///
     /// A head that is tied to an adapted embedding computes with the merged table here, and with the base's table
@@ -26,7 +26,8 @@ impl Adapter {
     /// not fit its factors, or a merged value that is not finite, is an error when the model asks for it.
     pub fn merged<'a>(&self, base: VarBuilder<'a>) -> Result<VarBuilder<'a>> {
         let (dtype, device) = (base.dtype(), base.device().clone());
-        let (adapter, config) = (self.state_dict()?, self.config());
+        let (mut adapter, config) = (self.state_dict()?, self.config());
+        adapter.extend(self.options.frozen.clone());
         for name in adapter.keys().filter(|name| is_lora(name)) {
             let (path, last) = split(name);
             let other = join(path, if last == "lora_A" { "lora_B" } else { "lora_A" });

@@ -92,7 +92,8 @@ impl Adapter {
     /// [`LayerKind::MergedLinear`](crate::layers::LayerKind).
     pub fn new(config: impl Into<AdapterConfig>) -> Self {
         let (targets, exclude) = (Targets::none(), Targets::none());
-        let options = Options { config: config.into(), targets, exclude, layers: None, seed: None };
+        let (config, frozen) = (config.into(), StateDict::new());
+        let options = Options { config, targets, exclude, layers: None, seed: None, frozen };
         Self { options: Arc::new(options), vars: VarMap::new(), built: Default::default() }
     }
 
@@ -112,9 +113,11 @@ impl Adapter {
     }
 
     /// Adapts only the transformer layers of these indices, as PEFT's `layers_to_transform`: the index is
-    /// the last number between dots in a path, as 3 in `model.layers.3.self_attn.q_proj`.
+    /// the last number between dots in a path, as 3 in `model.layers.3.self_attn.q_proj`. None selects all, as
+    /// in PEFT.
     pub fn layers(self, indices: impl IntoIterator<Item = usize>) -> Self {
-        self.with(|options| options.layers = Some(indices.into_iter().collect()))
+        let indices: Vec<_> = indices.into_iter().collect();
+        self.with(|options| options.layers = (!indices.is_empty()).then_some(indices))
     }
 
     /// The biases and modules to train and save with the adapter, such as `Bias::None.and("classifier")`.
@@ -141,12 +144,12 @@ impl Adapter {
     /// An error unless every target is an adapted layer. Call it after the model is built.
     ///
     /// # Errors
-    /// If a target matches no layer; if the model reads a target's weight without building a layer of
+    /// If the options were changed after `var_builder`; if a target matches no layer; if the model reads a
+    /// target's weight without building a layer of
     /// [`nn`](crate::nn) around it, for instance transposed; if a layer could not be adapted; and if the
     /// adapter has factors for a layer that the model lacks. The error has the names.
     pub fn check(&self) -> Result<()> {
-        let built = built::lock(&self.built);
-        built.check(&self.options.targets, &self.vars)
+        built::lock(&self.built).check(&self.options, &self.vars)
     }
 
     /// The paths of the adapted layers, sorted.
@@ -172,13 +175,14 @@ impl Adapter {
     /// [`var_builder`](Self::var_builder), wherever the model holds them.
     ///
     /// # Errors
-    /// None so far.
+    /// Never; it returns a `Result` as [`eval`](Self::eval) does.
     pub fn train(&self) -> Result<()> {
         self.set_mode(Mode::Train)
     }
 
-    /// Sets [`Mode::Eval`] in all layers: without dropout and without a graph, and merged unless
-    /// `merge_weights` is off. Call it again after loading other values.
+    /// Sets [`Mode::Eval`] in all adapted layers: without dropout and without a graph, and merged unless
+    /// `merge_weights` is off. Call it again after loading other values. Biases and modules that are trained
+    /// outside of adapted layers still record a graph: to serve such a model, use [`merged`](Self::merged).
     ///
     /// # Errors
     /// If a merged weight is not finite; then no layer has changed.
@@ -187,7 +191,15 @@ impl Adapter {
     }
 
     fn set_mode(&self, mode: Mode) -> Result<()> {
-        Ok(built::lock(&self.built).set_mode(mode)?)
+        let layers = built::lock(&self.built).alive();
+        // All or nothing, and without the lock: merging waits for other threads.
+        let states: Vec<_> = layers
+            .iter()
+            .map(|(path, layer)| layer.prepare(mode).map_err(|e| e.context(path.clone())))
+            .collect::<candle_core::Result<_>>()?;
+        built::lock(&self.built).set_mode(mode);
+        layers.iter().zip(states).for_each(|((_, layer), state)| layer.set(state));
+        Ok(())
     }
 
     /// The options, with the kinds, ranks and alphas of the adapted layers.

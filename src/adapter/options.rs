@@ -2,7 +2,7 @@
 
 use super::targets::Targets;
 use crate::utils::names::is_within;
-use crate::utils::AdapterConfig;
+use crate::utils::{AdapterConfig, StateDict};
 
 #[derive(Debug, Clone)]
 pub(super) struct Options {
@@ -12,6 +12,8 @@ pub(super) struct Options {
     /// Indices of transformer layers; `None` for all.
     pub layers: Option<Vec<usize>>,
     pub seed: Option<u64>,
+    /// Base tensors that a loaded adapter replaces.
+    pub frozen: StateDict,
 }
 
 impl Options {

@@ -1,7 +1,8 @@
 //! Which layers are adapted, by PEFT's rules for `target_modules` and `exclude_modules`.
 
-use crate::utils::names::ends_in;
+use crate::utils::names::{ends_in, full_match};
 use fancy_regex::Regex;
+use std::collections::BTreeSet;
 
 /// A selection of layers by name.
 ///
@@ -9,13 +10,15 @@ use fancy_regex::Regex;
 /// |---|---|
 /// | `["q_proj", "v_proj"]`, a list | layers whose path is a name or ends in it after a dot |
 /// | `r".*\.self_attn\..*"`, a string | layers whose whole path matches the regular expression |
-/// | `"all-linear"` or [`Targets::all_linear`] | every `Linear` but the output head `lm_head` |
+/// | `"all-linear"` or [`Targets::all_linear`] | every `Linear` but `lm_head`; exclude heads of other names |
 #[derive(Debug, Clone)]
 pub struct Targets(Rule);
 
 #[derive(Debug, Clone)]
 enum Rule {
     Names(Vec<String>),
+    /// Whole paths, of an adapter that was loaded.
+    Paths(BTreeSet<String>),
     Regex(String, Result<Regex, String>),
     AllLinear,
 }
@@ -30,6 +33,20 @@ impl Targets {
         Self(Rule::Names(vec![]))
     }
 
+    pub(super) fn paths<'a>(paths: impl Iterator<Item = &'a str>) -> Self {
+        Self(Rule::Paths(paths.map(str::to_owned).collect()))
+    }
+
+    /// An error for an invalid regular expression.
+    pub(super) fn valid(&self) -> Result<(), String> {
+        match &self.0 {
+            Rule::Regex(text, Err(error)) => {
+                Err(format!("the target {text:?} is not a regular expression: {error}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn is_all_linear(&self) -> bool {
         matches!(self.0, Rule::AllLinear)
     }
@@ -38,6 +55,7 @@ impl Targets {
     pub(super) fn matches(&self, path: &str) -> bool {
         match &self.0 {
             Rule::Names(names) => names.iter().any(|name| ends_in(path, name)),
+            Rule::Paths(paths) => paths.contains(path),
             Rule::Regex(_, regex) => {
                 regex.as_ref().is_ok_and(|regex| regex.is_match(path).unwrap_or(false))
             }
@@ -48,10 +66,8 @@ impl Targets {
     /// An error for what selects none of the adapted layers.
     pub(super) fn check<'a>(&self, adapted: impl Iterator<Item = &'a str>) -> Result<(), String> {
         let adapted: Vec<_> = adapted.collect();
+        self.valid()?;
         let unmatched: Vec<_> = match &self.0 {
-            Rule::Regex(text, Err(error)) => {
-                return Err(format!("the target {text:?} is not a regular expression: {error}"))
-            }
             Rule::Names(names) => {
                 let unmatched = |name: &&String| !adapted.iter().any(|path| ends_in(path, name));
                 names.iter().filter(unmatched).map(String::as_str).collect()
@@ -73,9 +89,8 @@ impl From<&str> for Targets {
         if text.eq_ignore_ascii_case("all-linear") {
             return Self::all_linear();
         }
-        // Python's `re.fullmatch`; compiled alone first, so that its parentheses are balanced.
-        let compiled = Regex::new(text).and_then(|_| Regex::new(&format!(r"\A(?:{text})\z")));
-        Self(Rule::Regex(text.to_owned(), compiled.map_err(|e| e.to_string())))
+        // Python's `re.fullmatch`.
+        Self(Rule::Regex(text.to_owned(), full_match("", text)))
     }
 }
 

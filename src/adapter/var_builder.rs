@@ -6,7 +6,7 @@ use crate::layers::claims::{self, Adapt, Claim};
 use crate::layers::{LayerKind, Weight};
 use crate::utils::names::split;
 use crate::utils::{seeded, var_builder, var_builder_with, Trainable};
-use candle_core::{DType, Device, Result, Shape, Tensor};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::{Init, VarMap};
 use std::collections::HashMap;
@@ -21,6 +21,7 @@ pub(super) fn targeted<'a>(
     built: Arc<Mutex<Built>>,
 ) -> VarBuilder<'a> {
     let (dtype, device) = (base.dtype(), base.device().clone());
+    built::lock(&built).options(&options);
     let adapted = {
         let options = options.clone();
         move |path: &str| options.selects(path)
@@ -30,7 +31,7 @@ pub(super) fn targeted<'a>(
         Some(seed) => seeded(vb, seed),
         None => vb,
     };
-    let backend = Targeted { vb, options, vars, built, filed: Mutex::default() };
+    let backend = Targeted { vb, options, vars, built, claims: Mutex::default() };
     VarBuilder::from_backend(Box::new(backend), dtype, device)
 }
 
@@ -40,39 +41,51 @@ struct Targeted<'a> {
     vars: VarMap,
     built: Arc<Mutex<Built>>,
     /// Claims live as long as this.
-    filed: Mutex<Vec<Arc<dyn Claim>>>,
+    claims: Mutex<Vec<Arc<dyn Claim>>>,
 }
 
 impl Targeted<'_> {
-    fn file(&self, name: &str, tensor: &Tensor) {
-        let (path, "weight") = split(name) else { return };
+    /// Registers a claim if this is a target's weight. The tensor then gets an id of its own, since a base in
+    /// memory gives the same tensor to every reader.
+    fn register(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
+        let (path, "weight") = split(name) else { return Ok(tensor) };
         if !self.options.selects(path) {
-            return;
+            return Ok(tensor);
         }
-        built::lock(&self.built).read(path);
+        let tensor = tensor.unsqueeze(0)?.squeeze(0)?;
+        built::lock(&self.built).weight_read(path, tensor.rank());
         let claim: Arc<dyn Claim> = Arc::new(Target {
             path: path.to_owned(),
             options: self.options.clone(),
             vars: self.vars.clone(),
             built: self.built.clone(),
         });
-        claims::file(tensor, &claim);
-        self.filed.lock().unwrap_or_else(PoisonError::into_inner).push(claim);
+        claims::register(&tensor, &claim);
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner).push(claim);
+        Ok(tensor)
     }
 }
 
 impl SimpleBackend for Targeted<'_> {
     fn get(&self, s: Shape, name: &str, h: Init, dtype: DType, dev: &Device) -> Result<Tensor> {
-        let tensor =
-            self.vb.clone().set_device(dev.clone()).get_with_hints_dtype(s, name, h, dtype)?;
-        self.file(name, &tensor);
-        Ok(tensor)
+        let tensor = match self.options.frozen.get(name) {
+            Some(own) if own.shape() != &s => {
+                bail!("the adapter has {name:?} as {:?}, expected {s:?}", own.shape())
+            }
+            Some(own) => own.to_device(dev)?.to_dtype(dtype)?,
+            None => {
+                self.vb.clone().set_device(dev.clone()).get_with_hints_dtype(s, name, h, dtype)?
+            }
+        };
+        self.register(name, tensor)
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> Result<Tensor> {
-        let tensor = self.vb.clone().set_device(dev.clone()).get_unchecked_dtype(name, dtype)?;
-        self.file(name, &tensor);
-        Ok(tensor)
+        let tensor = match self.options.frozen.get(name) {
+            Some(own) => own.to_device(dev)?.to_dtype(dtype)?,
+            None => self.vb.clone().set_device(dev.clone()).get_unchecked_dtype(name, dtype)?,
+        };
+        self.register(name, tensor)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
@@ -104,21 +117,31 @@ impl Target {
 impl Claim for Target {
     fn adapt(&self, weight: &Tensor, kind: LayerKind, adapt: &Adapt) -> Option<Weight> {
         let (options, path) = (&self.options, self.path.as_str());
-        let mut built = built::lock(&self.built);
-        built.claimed(path);
+        let mode = {
+            let mut built = built::lock(&self.built);
+            built.claimed(path);
+            built.mode()
+        };
         if options.targets.is_all_linear() && kind != LayerKind::Linear {
             return None;
         }
-        let kind = options.config.kind(path).cloned().unwrap_or(kind);
-        let cfg = options.config.lora_config(path);
-        let vb = self.factors(weight);
-        match adapt(&cfg, &kind, &vb).and_then(|weight| weight.shared(built.mode())) {
+        let declared = options.config.kind(path).cloned().unwrap_or(kind.clone());
+        let adapted = if declared == kind || (kind == LayerKind::Linear && declared.is_linear()) {
+            // Without the lock: merging waits for other threads.
+            adapt(&options.config.lora_config(path), &declared, &self.factors(weight))
+                .and_then(|weight| weight.shared(mode))
+                .map_err(|error| error.to_string())
+        } else {
+            Err(format!("its layer is a {kind:?}, declared as a {declared:?}"))
+        };
+        let mut built = built::lock(&self.built);
+        match adapted {
             Ok(weight) => {
-                built.adapted(path, kind, &weight);
+                built.adapted(path, declared, &weight);
                 Some(weight)
             }
-            Err(error) => {
-                built.failed(path, error.to_string());
+            Err(reason) => {
+                built.failed(path, reason);
                 None
             }
         }

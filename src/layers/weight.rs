@@ -4,7 +4,7 @@ use super::config::LoraConfig;
 use super::mode::Mode;
 use crate::ops::{self, LowRank};
 use candle_core::{bail, Result, Tensor};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 /// How `B·A` is stored in the weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +99,14 @@ impl Weight {
         let Self::Own(tensors, _) = self else { return Ok(self) };
         let state = RwLock::new(tensors.state(mode)?);
         Ok(Self::Shared(Arc::new(SharedWeight { tensors, state })))
+    }
+
+    /// The handle by which an adapter sets the mode.
+    pub fn handle(&self) -> Option<Weak<SharedWeight>> {
+        match self {
+            Self::Own(..) => None,
+            Self::Shared(shared) => Some(Arc::downgrade(shared)),
+        }
     }
 
     fn tensors(&self) -> &Tensors {

@@ -2,7 +2,9 @@
 //!
 //! candle's caches cut the graph of keys and values, and leave those of a training step to the next one.
 //! Here `append` returns the cached and the new values with their graph and does not store the new ones if
-//! one of them leads to a variable. All other methods are those of the cache behind it.
+//! one of them leads to a variable. Layers before the first adapted key or value still store theirs: clear the
+//! cache before each step. All other methods are those of the cache behind it; `Cache`, `RotatingCache` and
+//! `ScatteredKvCache` are candle's.
 
 use candle_core::{Result, Tensor};
 use std::ops::{Deref, DerefMut};

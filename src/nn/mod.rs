@@ -14,12 +14,13 @@
 //! ([`Linear`], [`Embedding`], [`Conv1d`], [`Conv2d`]). Everything else is candle_nn's.
 //!
 //! - A frozen weight, gain or bias gets no gradient; a variable gets its own.
-//! - On the CPU the replaced operations are fused, forward and backward, and compute in F32 for F16 and
-//!   BF16. On devices they are composed of candle's operations.
-//! - Without a variable behind their inputs they are candle's own.
+//! - On the CPU the replaced operations are fused, forward and backward, in F32; norms, softmax, activations and
+//!   rotations also compute F16 and BF16 in F32. In F64 and on devices they are composed of candle's operations.
+//! - Without a variable behind their inputs softmax, norms, rotations and attention are candle's own.
 //!
-//! candle_nn's `ops::sdpa` and `moe` have no backward and are not replaced; `Tensor::conv1d`, pooling and
-//! other methods of candle_core are beyond the reach of this module.
+//! Not replaced, and without a backward: `ops::sdpa`, `moe`, `attention::cpu_flash`, the attention of variable
+//! lengths, and the caches that [`kv_cache`] does not list. `Tensor::conv1d`, pooling and other methods of
+//! candle_core are beyond the reach of this module.
 
 pub use candle_nn::*;
 

@@ -38,7 +38,7 @@ pub fn silu(xs: &Tensor) -> Result<Tensor> {
     activation(xs, Activation::Silu)
 }
 
-/// [`candle_nn::ops::swiglu`] with a fused backward: `silu(a)·b` of the two halves of the last dimension.
+/// [`candle_nn::ops::swiglu`] with a fused `silu`: `silu(a)·b` of the two halves of the last dimension.
 ///
 /// # Errors
 /// If the last dimension is odd.

@@ -17,7 +17,7 @@ use candle_core::{bail, DType, Layout, Result, Shape, Tensor, D};
 pub(crate) fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
     let op = NormOp { eps, remove_mean: false };
     check_shape(x, w)?;
-    if candles_own(x) && !(x.track_op() || w.track_op()) {
+    if constant(x, &[w]) {
         return candle_nn::ops::rms_norm(&x.contiguous()?, &w.contiguous()?, eps);
     }
     let fused = |x: &Tensor| x.apply_op2(&w.to_dtype(x.dtype())?.contiguous()?, Custom(op));
@@ -28,13 +28,12 @@ pub(crate) fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
 pub(crate) fn layer_norm(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f32) -> Result<Tensor> {
     let op = NormOp { eps, remove_mean: true };
     check_shape(x, w)?;
-    let b_tracked = b.is_some_and(Tensor::track_op);
     let Some(b) = b else {
         let fused = |x: &Tensor| x.apply_op2(&w.to_dtype(x.dtype())?.contiguous()?, Custom(op));
         return fused_or_composed(x, fused, |x| op.composed(x, w, None));
     };
     check_shape(x, b)?;
-    if candles_own(x) && !(x.track_op() || w.track_op() || b_tracked) {
+    if constant(x, &[w, b]) {
         return candle_nn::ops::layer_norm(
             &x.contiguous()?,
             &w.contiguous()?,
@@ -49,9 +48,10 @@ pub(crate) fn layer_norm(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f32) -
     fused_or_composed(x, fused, |x| op.composed(x, w, Some(b)))
 }
 
-/// Whether candle's kernels take the dtype: on the CPU they have no F64.
-fn candles_own(x: &Tensor) -> bool {
-    x.dtype() != DType::F64
+/// Whether candle's kernels do: without a gradient, and for operands of one dtype other than F64.
+fn constant(x: &Tensor, others: &[&Tensor]) -> bool {
+    let fits = |t: &Tensor| !t.track_op() && t.dtype() == x.dtype();
+    x.dtype() != DType::F64 && x.elem_count() > 0 && fits(x) && others.iter().all(|t| fits(t))
 }
 
 fn check_shape(x: &Tensor, w: &Tensor) -> Result<()> {
@@ -107,6 +107,9 @@ impl NormOp {
 
     /// The same of candle's operations, in the compute dtype.
     fn composed(self, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+        if x.elem_count() == 0 {
+            return Ok(x.clone());
+        }
         let dtype = x.dtype();
         let mut x = x.to_dtype(compute_dtype(dtype))?;
         if self.remove_mean {

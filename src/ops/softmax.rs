@@ -8,6 +8,9 @@ use candle_core::{Layout, Result, Shape, Tensor, D};
 
 /// (.., n) to (.., n), each row summing to 1.
 pub(crate) fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
+    if x.elem_count() == 0 {
+        return Ok(x.clone());
+    }
     if !x.track_op() {
         return candle_nn::ops::softmax_last_dim(x);
     }

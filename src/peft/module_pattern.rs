@@ -1,10 +1,8 @@
 //! The keys of `rank_pattern` and `alpha_pattern`: Python regular expressions that match the end of a path
 //! after a dot, as PEFT's `re.match(r"(.*\.)?(KEY)$", path)`.
 
-use fancy_regex::{Regex, RegexBuilder};
-
-/// Bytes of a compiled expression, which a hostile file must not exceed.
-const SIZE_LIMIT: usize = 1 << 20;
+use crate::utils::names::full_match;
+use fancy_regex::Regex;
 
 /// A compiled key.
 #[derive(Debug, Clone)]
@@ -12,9 +10,7 @@ pub(super) struct ModulePattern(Regex);
 
 impl ModulePattern {
     pub fn new(key: &str) -> Result<Self, String> {
-        // Alone first, so that a key's parentheses cannot close those around it.
-        let compile = |key: &str| RegexBuilder::new(key).delegate_size_limit(SIZE_LIMIT).build();
-        let compiled = compile(key).and_then(|_| compile(&format!(r"\A(?:.*\.)?(?:{key})\z")));
+        let compiled = full_match(r"(?:.*\.)?", key);
         compiled.map(Self).map_err(|e| format!("{key:?} is not a regular expression: {e}"))
     }
 

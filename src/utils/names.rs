@@ -1,6 +1,10 @@
 //! Names of tensors: a dotted path whose last component says what the tensor is.
 
 use crate::{Error, Result};
+use fancy_regex::{Regex, RegexBuilder};
+
+/// Bytes of a compiled expression, which a hostile file must not exceed.
+const SIZE_LIMIT: usize = 1 << 20;
 
 /// The path of the layer and the last component.
 pub(crate) fn split(name: &str) -> (&str, &str) {
@@ -29,6 +33,15 @@ pub(crate) fn ends_in(path: &str, module: &str) -> bool {
         Some(before) => before.is_empty() || before.ends_with('.') || module.is_empty(),
         None => false,
     }
+}
+
+/// Compiles `prefix` and then `expression`, to match a whole text.
+pub(crate) fn full_match(prefix: &str, expression: &str) -> std::result::Result<Regex, String> {
+    // Alone first, so that the expression's parentheses cannot close those around it.
+    let compile = |text: &str| RegexBuilder::new(text).delegate_size_limit(SIZE_LIMIT).build();
+    compile(expression)
+        .and_then(|_| compile(&format!(r"\A{prefix}(?:{expression})\z")))
+        .map_err(|e| e.to_string())
 }
 
 /// An error if one of these names is a factor's in PEFT's format.

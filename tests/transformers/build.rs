@@ -66,6 +66,14 @@ fn copy(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
             let text = match entry.file_name().to_str() {
                 // Its inner module has `use super::*` and names candle_nn in a function: ambiguous.
                 Some("metavoice.rs") => text,
+                // It has a Linear of its own, by the same constructor and forward.
+                Some("t5.rs") => {
+                    let from = rest.find("#[derive(Debug, Clone)]\npub struct Linear");
+                    let to = rest.find("fn default_relative_attention");
+                    let (from, to) = (from.ok_or("t5.rs: no Linear")?, to.ok_or("t5.rs: no end")?);
+                    let own = "pub use candle_nn::{linear_no_bias, Linear};\n\n";
+                    format!("{head}{LINE}{}{own}{}", &rest[..from], &rest[to..])
+                }
                 // It re-exports candle_nn already.
                 _ if rest.contains("pub use candle_nn;") => {
                     text.replace("pub use candle_nn;", "pub use loralib::nn as candle_nn;")

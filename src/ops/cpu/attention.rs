@@ -1,4 +1,4 @@
-//! Attention in F32, one batch item and group of heads at a time in each thread.
+//! Attention in F32, one batch item at a time in each thread.
 
 use super::gemm::{gemm_view, View};
 use super::rows::{exp_nonpositive, max, sum, vectorized};
@@ -107,12 +107,16 @@ fn softmax<'m>(scores: &mut [f32], n: usize, mask: impl Fn(usize) -> Option<&'m 
             row.iter_mut().zip(mask).for_each(|(s, m)| *s += m);
         }
         let max = max(row);
-        row.iter_mut().for_each(|s| *s -= max);
+        // A row without any key stays at -∞, instead of NaN.
+        if max != f32::NEG_INFINITY {
+            row.iter_mut().for_each(|s| *s -= max);
+        }
     }
     // One loop over all rows: a short row has few whole vectors.
     scores.iter_mut().for_each(|s| *s = exp_nonpositive(*s));
     for row in scores.chunks_exact_mut(n) {
-        let scale = 1. / sum(row, row, |s, _| s);
+        let sum = sum(row, row, |s, _| s);
+        let scale = if sum == 0. { 0. } else { 1. / sum };
         row.iter_mut().for_each(|s| *s *= scale);
     }
 }
