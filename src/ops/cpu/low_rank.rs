@@ -60,12 +60,28 @@ pub(super) fn lookup<T: Element>(
     dim: usize,
     term: &LowRankTerm,
 ) -> Result<Vec<T>> {
-    let mut y = Vec::with_capacity(ids.len() * dim);
-    for id in ids {
-        y.extend_from_slice(&table[*id as usize * dim..][..dim]);
-    }
+    let mut y = gather_rows(table, ids, dim);
     add(&mut y, dim, None, std::slice::from_ref(term))?;
     Ok(y)
+}
+
+/// Values that are copied at a time.
+const LINE: usize = 16;
+
+/// Rows of a contiguous (num, dim) table, copied by all threads into memory that is not zeroed before.
+fn gather_rows<T: WithDType>(table: &[T], ids: &[i64], dim: usize) -> Vec<T> {
+    let row = |id: i64| &table[id as usize * dim..][..dim];
+    if dim == 0 || !dim.is_multiple_of(LINE) {
+        return ids.iter().flat_map(|id| row(*id)).copied().collect();
+    }
+    let lines = dim / LINE;
+    let line = |i: usize| -> [T; LINE] {
+        let row = row(ids[i / lines]).as_chunks::<LINE>().0;
+        row[i % lines]
+    };
+    let y: Vec<_> =
+        (0..ids.len() * lines).into_par_iter().with_min_len(1 << 10).map(line).collect();
+    y.into_flattened()
 }
 
 /// Columns of a contiguous (r, num) matrix, as rows (ids, r). candle's `index_select` copies one value at
