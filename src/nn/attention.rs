@@ -39,6 +39,9 @@ pub fn flash_attn<T: WithDType + num_traits::Float>(
 /// keys, kv_heads, d) to (batch, queries, heads, d). `mask` is added to the scores, to which (batch, heads,
 /// queries, keys) it broadcasts. Not in candle_nn.
 ///
+/// A query whose mask is -∞ for every key gives zeros where the operation is fused (F32 on an x86-64 CPU with the
+/// feature `faer`), as [`flash_attn`] does, and NaN elsewhere, as [`softmax`](crate::nn::ops::softmax) does.
+///
 /// # Errors
 /// If the shapes do not fit.
 pub fn multi_head_attention(
