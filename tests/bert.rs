@@ -5,7 +5,7 @@ mod bert;
 #[path = "../examples/classify/classifier.rs"]
 mod classifier;
 mod common;
-#[allow(dead_code)]
+#[allow(dead_code)] // the example uses more of it
 #[path = "../examples/classify/config.rs"]
 mod config;
 #[path = "../examples/classify/names.rs"]

@@ -1,7 +1,7 @@
 //! The example's GPT-2 agrees with transformers, and trains the selected variables only.
 
 mod common;
-#[allow(dead_code)]
+#[allow(dead_code)] // the example uses more of it
 #[path = "../examples/finetune/gpt2.rs"]
 mod gpt2;
 

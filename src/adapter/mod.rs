@@ -7,7 +7,7 @@ mod options;
 mod targets;
 mod var_builder;
 
-use crate::layers::Mode;
+use crate::layers::{LayerKind, Mode};
 use crate::utils::{
     lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, LayerConfig, StateDict,
     Summary, Trainable,
@@ -145,9 +145,9 @@ impl Adapter {
     ///
     /// # Errors
     /// If the options were changed after `var_builder`; if a target matches no layer; if the model reads a
-    /// target's weight without building a layer of
-    /// [`nn`](crate::nn) around it, for instance transposed; if a layer could not be adapted; and if the
-    /// adapter has factors for a layer that the model lacks. The error has the names.
+    /// target's weight without building a layer of [`nn`](crate::nn) around it, for instance transposed; if a
+    /// layer could not be adapted; and if the adapter has factors for a layer that the model lacks. The error
+    /// has the names.
     pub fn check(&self) -> Result<()> {
         built::lock(&self.built).check(&self.options, &self.vars)
     }
@@ -206,12 +206,10 @@ impl Adapter {
     pub fn config(&self) -> AdapterConfig {
         let mut config = self.options.config.clone();
         let built = built::lock(&self.built);
-        let layer = |(path, kind): (&str, &_)| {
+        let layer = |(path, kind): (&str, &LayerKind)| {
             let own = self.options.config.layer(path).map(|(_, layer)| layer.clone());
-            (
-                path.to_owned(),
-                LayerConfig { kind: Some(Clone::clone(kind)), ..own.unwrap_or_default() },
-            )
+            let layer = LayerConfig { kind: Some(kind.clone()), ..own.unwrap_or_default() };
+            (path.to_owned(), layer)
         };
         let layers: Vec<_> = built.kinds().map(layer).collect();
         if !layers.is_empty() {

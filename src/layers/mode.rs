@@ -65,7 +65,7 @@ macro_rules! tuples {
     ($(($($name:ident)*))*) => {$(
         impl<$($name: LoraModule),*> LoraModule for ($($name,)*) {
             fn set_mode(&mut self, mode: Mode) -> Result<()> {
-                #[allow(non_snake_case)]
+                #[allow(non_snake_case)] // the type parameters name the elements too
                 let ($($name,)*) = self;
                 $($name.set_mode(mode)?;)*
                 Ok(())

@@ -115,7 +115,7 @@ impl Op<3> for AttentionOp {
     }
 }
 
-/// The same of candle's operations.
+/// Attention composed of candle's operations.
 fn composed(
     q: &Tensor,
     k: &Tensor,
