@@ -268,3 +268,26 @@ fn a_bf16_base_has_f32_factors_and_trains() -> lora::Result<()> {
     assert!(difference(&y, &whole.forward(&ids())?)? < 5e-2, "as in F32");
     Ok(())
 }
+
+#[test]
+fn an_adapter_saved_in_bf16_loads_as_f32_variables() -> lora::Result<()> {
+    let (base, dir) = (base(), tempfile::tempdir()?);
+    let cfg = LoraConfig { lora_dtype: Some(DType::BF16), ..CFG };
+    let adapter = Adapter::new(cfg).targets(["qkv", "embed"]);
+    let _model = Model::new(adapter.var_builder(vb(&base)))?;
+    adapter.check()?;
+    randomize(&adapter)?;
+    let saved = adapter.state_dict()?;
+    assert!(saved.values().all(|tensor| tensor.dtype() == DType::BF16));
+    let (file, folder) = (dir.path().join("a.safetensors"), dir.path().join("folder"));
+    adapter.save(&file)?;
+    adapter.save_pretrained(&folder)?;
+    for path in [&file, &folder] {
+        let loaded = Adapter::load(path, &CPU)?;
+        assert!(loaded.vars()?.iter().all(|var| var.dtype() == DType::F32), "{path:?}");
+        for (name, tensor) in loaded.state_dict()? {
+            assert_eq!(bits(&tensor)?, bits(&saved[&name])?, "{name}");
+        }
+    }
+    Ok(())
+}

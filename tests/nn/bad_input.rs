@@ -5,7 +5,7 @@ use candle_core::{Device, Result, Tensor};
 use loralib as lora;
 use loralib::layers::LayerKind;
 use loralib::nn as candle_nn;
-use loralib::{Adapter, AdapterConfig, LoraConfig};
+use loralib::{Adapter, AdapterConfig, Bias, Error, LoraConfig, Targets};
 
 const CPU: Device = Device::Cpu;
 
@@ -28,6 +28,37 @@ fn a_target_that_matches_nothing_is_named() {
 }
 
 #[test]
+fn an_excluded_expression_that_is_invalid_is_named() {
+    let error = check(&Adapter::new(cfg()).targets(["qkv"]).exclude("(head"));
+    assert!(error.contains("(head") && error.contains("regular expression"), "{error}");
+}
+
+#[test]
+fn all_linear_without_a_linear_layer_is_an_error() {
+    let error = check(&Adapter::new(cfg()).targets(Targets::all_linear()).exclude(".*"));
+    assert!(error.contains("all-linear"), "{error}");
+}
+
+#[test]
+fn biases_of_adapted_layers_need_named_targets() -> lora::Result<()> {
+    let adapter = Adapter::new(cfg()).targets("all-linear").trainable(Bias::LoraOnly)?;
+    let _model = Model::new(adapter.var_builder(vb(&base())))?;
+    let error = adapter.check().unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("LoraOnly"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn options_that_change_after_var_builder_are_an_error() {
+    let adapter = Adapter::new(cfg()).targets(["qkv"]);
+    let _model = Model::new(adapter.var_builder(vb(&base()))).unwrap();
+    adapter.check().unwrap();
+    let error = adapter.targets(["qkv", "up_proj"]).check().unwrap_err().to_string();
+    assert!(error.contains("var_builder"), "{error}");
+}
+
+#[test]
 fn a_weight_that_no_layer_takes_is_named() -> Result<()> {
     let adapter = Adapter::new(cfg()).targets(["qkv", "down_proj"]);
     let vb = adapter.var_builder(vb(&base()));
@@ -45,6 +76,10 @@ fn an_adaptation_that_fails_in_a_constructor_is_told_by_check() {
         AdapterConfig::from(cfg()).with_layer("qkv", LayerKind::MergedLinear(vec![true; 5]));
     let error = check(&Adapter::new(config).targets(["qkv"]));
     assert!(error.contains("layers.0.qkv.weight"), "{error}");
+    let config = AdapterConfig::from(cfg()).with_layer("embed", LayerKind::Linear);
+    let error = check(&Adapter::new(config).targets(["embed"]));
+    assert!(error.contains("embed.weight"), "{error}");
+    assert!(error.contains("is a Embedding, declared as a Linear"), "{error}");
     let config = LoraConfig { fan_in_fan_out: true, ..cfg() };
     assert!(check(&Adapter::new(config).targets(["qkv"])).contains("fan_in_fan_out"));
     let config = LoraConfig { lora_alpha: f64::NAN, ..cfg() };
