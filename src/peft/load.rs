@@ -2,12 +2,11 @@
 
 use super::convert::from_peft;
 use super::factors::same_scaling;
-use super::files::{malformed, BIN, CONFIG, SAFETENSORS};
+use super::files::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
-use super::module_pattern::ModulePattern;
 use super::pairs::group;
 use super::rank_alpha::with_layers;
-use super::read_config::{read_config, Json};
+use super::read_config::{object, read_config, Json};
 use crate::layers::LayerKind;
 use crate::utils::checkpoint::read;
 use crate::utils::names::join;
@@ -64,7 +63,8 @@ pub fn load_pretrained_as<S: AsRef<str>>(
         return Err(Error::Invalid(reason.to_owned()).at(dir));
     }
     let (text, path, tensors) = read_both(dir, device)?;
-    let mut json = read_config(&text).map_err(|e| e.at(&dir.join(CONFIG)))?;
+    let json = object(&text).and_then(|map| read_config(&map));
+    let mut json = json.map_err(|e| e.at(&dir.join(CONFIG)))?;
     for (module, kind) in kinds {
         json.config = json.config.with_layer(module.as_ref(), kind.clone());
     }
@@ -117,8 +117,8 @@ fn convert(json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDict)>
                 return Err(Error::tensor(key, format!("it holds {:?}", factor.dtype())));
             }
         }
-        let r = own(&json.ranks, &path)?.unwrap_or(given.r);
-        let alpha = own(&json.alphas, &path)?.unwrap_or(given.lora_alpha);
+        let r = json.patterns.rank(&path)?.unwrap_or(given.r);
+        let alpha = json.patterns.alpha(&path)?.unwrap_or(given.lora_alpha);
         if a.dims().first() != Some(&r) {
             let reason = format!("its shape is {:?}, the configuration's rank {r}", a.dims());
             return Err(Error::tensor(a_key, reason));
@@ -132,23 +132,6 @@ fn convert(json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDict)>
         layers.push((path, kind, factors.r, alpha));
     }
     Ok((with_layers(json.config, layers), loaded))
-}
-
-/// The value of the patterns that match a path. PEFT takes the first in the order of the file, which is
-/// not known here.
-fn own<T: Copy + PartialEq>(patterns: &[(ModulePattern, T)], path: &str) -> Result<Option<T>> {
-    let mut found = None;
-    for (pattern, value) in patterns {
-        if !pattern.matches(path).map_err(malformed)? {
-            continue;
-        }
-        if found.is_some_and(|found| found != *value) {
-            let reason = format!("the first of several patterns that match {path:?} is not known");
-            return Err(Error::unsupported("an adapter with ambiguous patterns", reason));
-        }
-        found = Some(*value);
-    }
-    Ok(found)
 }
 
 /// The kind by the shapes of the factors. An error if it contradicts the `given` one.

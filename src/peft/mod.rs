@@ -45,6 +45,7 @@ mod load_adapter;
 mod merged;
 mod module_pattern;
 mod pairs;
+mod patterns;
 mod rank_alpha;
 mod read_config;
 mod save;

@@ -1,8 +1,8 @@
-//! Reads `adapter_config.json`. An unknown key with a value is an error, because it might change the
+//! Reads the options of `adapter_config.json`. An unknown key with a value is an error, because it might change the
 //! update.
 
 use super::files::malformed;
-use super::module_pattern::ModulePattern;
+use super::patterns::{patterns, Patterns};
 use crate::layers::LoraConfig;
 use crate::utils::{AdapterConfig, Bias};
 use crate::{Error, Result};
@@ -12,8 +12,7 @@ use serde_json::{Map, Value};
 #[derive(Debug)]
 pub(super) struct Json {
     pub config: AdapterConfig,
-    pub ranks: Vec<(ModulePattern, usize)>,
-    pub alphas: Vec<(ModulePattern, f64)>,
+    pub patterns: Patterns,
 }
 
 /// Keys that do not change the update: how the adapter was made, and which modules have one, which the
@@ -38,16 +37,19 @@ const HARMLESS_KEYS: [&str; 14] = [
 /// Initialisations that do not change the base.
 const HARMLESS_INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
-pub(super) fn read_config(text: &[u8]) -> Result<Json> {
-    let map: Map<String, Value> = serde_json::from_slice(text).map_err(malformed)?;
+pub(super) fn object(text: &[u8]) -> Result<Map<String, Value>> {
+    serde_json::from_slice(text).map_err(malformed)
+}
+
+pub(super) fn read_config(map: &Map<String, Value>) -> Result<Json> {
     let mut config = AdapterConfig::default();
-    let (mut ranks, mut alphas) = (vec![], vec![]);
+    let mut own = Patterns::default();
     for required in ["peft_type", "r", "lora_alpha"] {
         if !map.contains_key(required) {
             return Err(malformed(format!("the configuration has no {required:?}")));
         }
     }
-    for (key, value) in &map {
+    for (key, value) in map {
         let wrong = || malformed(format!("{key} = {value}"));
         let empty = is_empty(value);
         let lora: &mut LoraConfig = &mut config.lora;
@@ -66,13 +68,8 @@ pub(super) fn read_config(text: &[u8]) -> Result<Json> {
             }
             "task_type" => config.task_type = Some(value.as_str().ok_or_else(wrong)?.into()),
             "modules_to_save" => config.modules_to_save = strings(value).ok_or_else(wrong)?,
-            "rank_pattern" => {
-                ranks = patterns(value, rank).map_err(|e| malformed(format!("{key}: {e}")))?
-            }
-            "alpha_pattern" => {
-                alphas =
-                    patterns(value, Value::as_f64).map_err(|e| malformed(format!("{key}: {e}")))?;
-            }
+            "rank_pattern" => own.ranks = patterns(key, value, rank)?,
+            "alpha_pattern" => own.alphas = patterns(key, value, Value::as_f64)?,
             "init_lora_weights" => match value {
                 Value::Bool(_) => {}
                 Value::String(how) if HARMLESS_INITS.contains(&how.as_str()) => {}
@@ -89,15 +86,15 @@ pub(super) fn read_config(text: &[u8]) -> Result<Json> {
             key => return Err(unsupported(key, value, "this option of PEFT is not known here")),
         }
     }
-    Ok(Json { config, ranks, alphas })
+    Ok(Json { config, patterns: own })
 }
 
-fn unsupported(key: &str, value: &Value, reason: &str) -> Error {
+pub(super) fn unsupported(key: &str, value: &Value, reason: &str) -> Error {
     Error::unsupported(format!("the option {key} = {value}"), reason)
 }
 
 /// Null, false or empty.
-fn is_empty(value: &Value) -> bool {
+pub(super) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::String(text) => text.is_empty(),
@@ -115,18 +112,6 @@ fn dropout(value: &Value) -> Option<f32> {
     value.as_f64().filter(|p| (0. ..1.).contains(p)).map(|p| p as f32)
 }
 
-fn strings(value: &Value) -> Option<Vec<String>> {
+pub(super) fn strings(value: &Value) -> Option<Vec<String>> {
     value.as_array()?.iter().map(|item| Some(item.as_str()?.to_owned())).collect()
-}
-
-type Patterns<T> = std::result::Result<Vec<(ModulePattern, T)>, String>;
-
-fn patterns<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Patterns<T> {
-    let map = value.as_object().ok_or_else(|| format!("it is {value}, expected an object"))?;
-    map.iter()
-        .map(|(pattern, value)| {
-            let read = read(value).ok_or_else(|| format!("the value of {pattern:?} is {value}"))?;
-            Ok((ModulePattern::new(pattern)?, read))
-        })
-        .collect()
 }
