@@ -1,9 +1,9 @@
 //! The layers of an adapter, as the model's constructors report them.
 
 use super::options::Options;
-use crate::layers::{LayerKind, Mode, SharedWeight, Weight};
+use crate::layers::{Mode, SharedWeight, Weight};
 use crate::utils::names::{join, split};
-use crate::utils::{variables, Bias};
+use crate::utils::{variables, Bias, LayerConfig};
 use crate::{Error, Result};
 use candle_nn::VarMap;
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 #[derive(Debug, Default)]
 pub(super) struct Built {
     mode: Option<Mode>,
-    layers: BTreeMap<String, (LayerKind, Vec<Weak<SharedWeight>>)>,
+    layers: BTreeMap<String, (LayerConfig, Vec<Weak<SharedWeight>>)>,
     /// The layers whose weights the model has read and no layer has taken, with the weights' ranks.
     unclaimed: BTreeMap<String, usize>,
     failures: BTreeMap<String, String>,
@@ -45,9 +45,9 @@ impl Built {
         self.unclaimed.remove(path);
     }
 
-    pub fn adapted(&mut self, path: &str, kind: LayerKind, weight: &Weight) {
-        let entry = self.layers.entry(path.to_owned()).or_insert_with(|| (kind.clone(), vec![]));
-        entry.0 = kind;
+    pub fn adapted(&mut self, path: &str, config: LayerConfig, weight: &Weight) {
+        let entry = self.layers.entry(path.to_owned()).or_default();
+        entry.0 = config;
         entry.1.retain(|layer| layer.strong_count() > 0);
         entry.1.extend(weight.handle());
         self.failures.remove(path);
@@ -57,8 +57,9 @@ impl Built {
         self.failures.insert(path.to_owned(), reason);
     }
 
-    pub fn kinds(&self) -> impl Iterator<Item = (&str, &LayerKind)> {
-        self.layers.iter().map(|(path, (kind, _))| (path.as_str(), kind))
+    /// The options of the adapted layers, with their kinds.
+    pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerConfig)> {
+        self.layers.iter().map(|(path, (config, _))| (path.as_str(), config))
     }
 
     /// The layers that are alive, with their paths.
@@ -96,11 +97,9 @@ impl Built {
         // An unclaimed weight is reported below, with another reason.
         let unclaimed = self.unclaimed.keys().filter(|_| !all_linear);
         let known = self.layers.keys().chain(unclaimed).map(String::as_str);
-        options
-            .targets
-            .check(known)
-            .and_then(|()| options.exclude.valid())
-            .map_err(Error::Invalid)?;
+        options.valid().map_err(Error::Invalid)?;
+        let hinted = |reason: String| Error::Invalid(reason + options.layers.hint());
+        options.targets.check(known).map_err(hinted)?;
         // All-linear also reads the weights of norms and other layers.
         if let Some((path, _)) = self.unclaimed.iter().find(|(_, rank)| !all_linear || **rank == 2)
         {

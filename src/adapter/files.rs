@@ -59,6 +59,45 @@ impl Adapter {
         Ok(adapter.with(|options| options.frozen = frozen))
     }
 
+    /// A new adapter with the options of PEFT's `adapter_config.json`, the file or its folder, such as
+    /// `LoraConfig(...).save_pretrained(folder)` writes. The file gives r, lora_alpha and the other options,
+    /// the targets, excluded modules and transformer layers, ranks and alphas by `rank_pattern` and
+    /// `alpha_pattern`, and the biases and modules to train. Weights beside it are not read; see
+    /// [`load`](Self::load).
+    ///
+    /// Methods such as [`targets`](Self::targets) and [`trainable`](Self::trainable) replace what the file
+    /// says. PEFT adds heads to `modules_to_save` by the task: both `classifier` and `score` for `SEQ_CLS`. Name
+    /// the one that the model has. The rank of a convolution is loralib's, times its kernel.
+    ///
+    /// ```no_run
+    /// # fn main() -> loralib::Result<()> {
+    /// # let base = || candle_nn::VarBuilder::zeros(candle_core::DType::F32, &candle_core::Device::Cpu);
+    /// let adapter = loralib::Adapter::from_peft_config("adapter_config.json")?.seed(0);
+    /// let vb = adapter.var_builder(base()); // for the model
+    /// # let _ = vb; Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// If the file cannot be read or is malformed; if it has an option that is not supported, as in
+    /// [`peft::load_pretrained`], or an initialisation other than `true`; if it names no targets; and if a
+    /// regular expression is invalid. The error names the file and the option. A layer with several patterns
+    /// of other values is an error of [`check`](Self::check), since the order of a JSON object is not kept.
+    pub fn from_peft_config(path: impl AsRef<Path>) -> Result<Self> {
+        let file = peft::config_file(path.as_ref());
+        let read = || {
+            let fresh = peft::read_fresh(&file)?;
+            let adapter = Self::new(fresh.config)
+                .targets(fresh.targets)
+                .exclude(fresh.exclude)
+                .layers(fresh.layers)
+                .layers_pattern(fresh.layers_pattern)
+                .with(|options| options.patterns = fresh.patterns);
+            adapter.options.valid().map_err(Error::Invalid)?;
+            Ok(adapter)
+        };
+        read().map_err(|e: Error| e.at(&file))
+    }
+
     /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with
     /// a saved run. A merged model uses the new values after the next `eval()`.
     ///

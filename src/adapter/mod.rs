@@ -5,12 +5,14 @@ mod files;
 mod merged;
 mod options;
 mod targets;
+mod transformer_layers;
 mod var_builder;
 
-use crate::layers::{LayerKind, Mode};
+use crate::layers::Mode;
+use crate::peft::Patterns;
 use crate::utils::{
-    lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, LayerConfig, StateDict,
-    Summary, Trainable,
+    lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, StateDict, Summary,
+    Trainable,
 };
 use crate::Result;
 use built::Built;
@@ -19,6 +21,8 @@ use candle_nn::{VarBuilder, VarMap};
 use options::Options;
 use std::fmt;
 use std::sync::{Arc, Mutex};
+
+use transformer_layers::TransformerLayers;
 
 pub use targets::Targets;
 
@@ -93,7 +97,8 @@ impl Adapter {
     pub fn new(config: impl Into<AdapterConfig>) -> Self {
         let (targets, exclude) = (Targets::none(), Targets::none());
         let (config, frozen) = (config.into(), StateDict::new());
-        let options = Options { config, targets, exclude, layers: None, seed: None, frozen };
+        let (layers, patterns) = (TransformerLayers::default(), Patterns::default());
+        let options = Options { config, targets, exclude, layers, patterns, seed: None, frozen };
         Self { options: Arc::new(options), vars: VarMap::new(), built: Default::default() }
     }
 
@@ -113,11 +118,27 @@ impl Adapter {
     }
 
     /// Adapts only the transformer layers of these indices, as PEFT's `layers_to_transform`: the index is
-    /// the last number between dots in a path, as 3 in `model.layers.3.self_attn.q_proj`. None selects all, as
-    /// in PEFT.
+    /// the first number between dots in a path with two components or more before it, as 3 in
+    /// `model.layers.3.mlp.experts.0.up_proj`. For other paths see [`layers_pattern`](Self::layers_pattern).
+    /// None selects all, and a target that is a layer's whole path is adapted whatever its index, as in PEFT.
+    /// PEFT refuses indices beside a regular expression or `"all-linear"`; here they count.
     pub fn layers(self, indices: impl IntoIterator<Item = usize>) -> Self {
-        let indices: Vec<_> = indices.into_iter().collect();
-        self.with(|options| options.layers = (!indices.is_empty()).then_some(indices))
+        self.with(|options| options.layers.indices = indices.into_iter().collect())
+    }
+
+    /// The names before the index of [`layers`](Self::layers), as PEFT's `layers_pattern`: with `["h"]` the
+    /// index of `h.3.attn.c_attn` is 3. Each name is a regular expression; the first that matches counts, at
+    /// the first place in a path where it does. None is PEFT's rule without names.
+    ///
+    /// ```
+    /// use loralib::{Adapter, LoraConfig};
+    /// let cfg = LoraConfig { r: 8, lora_alpha: 16., ..Default::default() };
+    /// // The first two layers of the decoder alone.
+    /// let adapter =
+    ///     Adapter::new(cfg).targets(["q_proj"]).layers([0, 1]).layers_pattern([r"decoder\.layers"]);
+    /// ```
+    pub fn layers_pattern<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
+        self.with(|options| options.layers.set_patterns(names.into_iter().map(Into::into)))
     }
 
     /// The biases and modules to train and save with the adapter, such as `Bias::None.and("classifier")`.
@@ -154,7 +175,7 @@ impl Adapter {
 
     /// The paths of the adapted layers, sorted.
     pub fn adapted(&self) -> Vec<String> {
-        built::lock(&self.built).kinds().map(|(path, _)| path.to_owned()).collect()
+        built::lock(&self.built).layers().map(|(path, _)| path.to_owned()).collect()
     }
 
     /// The variables to train, sorted by name, for an optimizer.
@@ -206,14 +227,9 @@ impl Adapter {
     pub fn config(&self) -> AdapterConfig {
         let mut config = self.options.config.clone();
         let built = built::lock(&self.built);
-        let layer = |(path, kind): (&str, &LayerKind)| {
-            let own = self.options.config.layer(path).map(|(_, layer)| layer.clone());
-            let layer = LayerConfig { kind: Some(kind.clone()), ..own.unwrap_or_default() };
-            (path.to_owned(), layer)
-        };
-        let layers: Vec<_> = built.kinds().map(layer).collect();
-        if !layers.is_empty() {
-            config.layers = layers.into_iter().collect();
+        let mut layers = built.layers().peekable();
+        if layers.peek().is_some() {
+            config.layers = layers.map(|(path, layer)| (path.to_owned(), layer.clone())).collect();
         }
         config
     }

@@ -1,16 +1,20 @@
 //! The options of an adapter, and which layers they select.
 
 use super::targets::Targets;
+use super::transformer_layers::TransformerLayers;
+use crate::peft::Patterns;
 use crate::utils::names::is_within;
-use crate::utils::{AdapterConfig, StateDict};
+use crate::utils::{AdapterConfig, LayerConfig, StateDict};
+use crate::Result;
 
 #[derive(Debug, Clone)]
 pub(super) struct Options {
     pub config: AdapterConfig,
     pub targets: Targets,
     pub exclude: Targets,
-    /// Indices of transformer layers; `None` for all.
-    pub layers: Option<Vec<usize>>,
+    pub layers: TransformerLayers,
+    /// Ranks and alphas by PEFT's patterns; those of `config` come first.
+    pub patterns: Patterns,
     pub seed: Option<u64>,
     /// Base tensors that a loaded adapter replaces.
     pub frozen: StateDict,
@@ -19,12 +23,24 @@ pub(super) struct Options {
 impl Options {
     /// Whether the layer at `path` is a target.
     pub fn selects(&self, path: &str) -> bool {
-        let in_layers = self.layers.as_ref().is_none_or(|indices| {
-            let index = path.rsplit('.').skip(1).find_map(|part| part.parse::<usize>().ok());
-            index.is_some_and(|index| indices.contains(&index))
-        });
+        // PEFT adapts a layer that is named by its whole path, whatever its index.
+        let in_layers = self.layers.contain(path) || self.targets.names(path);
         // A module that is trained as a whole has no adapters.
         let whole = self.config.modules_to_save.iter().any(|module| is_within(path, module));
         in_layers && !whole && self.targets.matches(path) && !self.exclude.matches(path)
+    }
+
+    /// The options of the layer at `path` that are not the adapter's. An error if its patterns are
+    /// ambiguous.
+    pub fn layer(&self, path: &str) -> Result<LayerConfig> {
+        let layer = self.config.layer(path).map(|(_, layer)| layer.clone()).unwrap_or_default();
+        let r = layer.r.map_or_else(|| self.patterns.rank(path), |r| Ok(Some(r)))?;
+        let alpha = layer.lora_alpha.map_or_else(|| self.patterns.alpha(path), |a| Ok(Some(a)))?;
+        Ok(LayerConfig { r, lora_alpha: alpha, ..layer })
+    }
+
+    /// An error for an expression that is invalid, or has no effect.
+    pub fn valid(&self) -> std::result::Result<(), String> {
+        self.targets.valid().and_then(|()| self.exclude.valid()).and_then(|()| self.layers.valid())
     }
 }

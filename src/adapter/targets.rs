@@ -1,5 +1,6 @@
 //! Which layers are adapted, by PEFT's rules for `target_modules` and `exclude_modules`.
 
+use crate::peft::Modules;
 use crate::utils::names::{ends_in, full_match};
 use fancy_regex::Regex;
 use std::collections::BTreeSet;
@@ -63,10 +64,14 @@ impl Targets {
         }
     }
 
+    /// Whether a name of the list is this whole path.
+    pub(super) fn names(&self, path: &str) -> bool {
+        matches!(&self.0, Rule::Names(names) if names.iter().any(|name| name == path))
+    }
+
     /// An error for what selects none of the adapted layers.
     pub(super) fn check<'a>(&self, adapted: impl Iterator<Item = &'a str>) -> Result<(), String> {
         let adapted: Vec<_> = adapted.collect();
-        self.valid()?;
         let unmatched: Vec<_> = match &self.0 {
             Rule::Names(names) => {
                 let unmatched = |name: &&String| !adapted.iter().any(|path| ends_in(path, name));
@@ -80,6 +85,15 @@ impl Targets {
             Ok(())
         } else {
             Err(format!("the targets {unmatched:?} match no layer of the model"))
+        }
+    }
+}
+
+impl From<Modules> for Targets {
+    fn from(modules: Modules) -> Self {
+        match modules {
+            Modules::Names(names) => names.into(),
+            Modules::Expression(text) => text.into(),
         }
     }
 }

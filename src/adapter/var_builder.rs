@@ -3,9 +3,9 @@
 use super::built::{self, Built};
 use super::options::Options;
 use crate::layers::claims::{self, Adapt, Claim};
-use crate::layers::{LayerKind, Weight};
+use crate::layers::{LayerKind, Mode, Weight};
 use crate::utils::names::split;
-use crate::utils::{seeded, var_builder, var_builder_with, Trainable};
+use crate::utils::{seeded, var_builder, var_builder_with, LayerConfig, Trainable};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::{Init, VarMap};
@@ -112,6 +112,26 @@ impl Target {
         };
         vb.set_prefix(&self.path)
     }
+
+    /// The adapted weight, and the options of its layer.
+    fn adapted(
+        &self,
+        weight: &Tensor,
+        kind: LayerKind,
+        adapt: &Adapt,
+        mode: Mode,
+    ) -> std::result::Result<(Weight, LayerConfig), String> {
+        let layer = self.options.layer(&self.path).map_err(|error| error.to_string())?;
+        let declared = layer.kind.clone().unwrap_or(kind.clone());
+        if declared != kind && !(kind == LayerKind::Linear && declared.is_linear()) {
+            return Err(format!("its layer is a {kind:?}, declared as a {declared:?}"));
+        }
+        let cfg = layer.over(self.options.config.lora);
+        let weight = adapt(&cfg, &declared, &self.factors(weight))
+            .and_then(|weight| weight.shared(mode))
+            .map_err(|error| error.to_string())?;
+        Ok((weight, LayerConfig { kind: Some(declared), ..layer }))
+    }
 }
 
 impl Claim for Target {
@@ -125,19 +145,12 @@ impl Claim for Target {
         if options.targets.is_all_linear() && kind != LayerKind::Linear {
             return None;
         }
-        let declared = options.config.kind(path).cloned().unwrap_or(kind.clone());
-        let adapted = if declared == kind || (kind == LayerKind::Linear && declared.is_linear()) {
-            // Without the lock: merging waits for other threads.
-            adapt(&options.config.lora_config(path), &declared, &self.factors(weight))
-                .and_then(|weight| weight.shared(mode))
-                .map_err(|error| error.to_string())
-        } else {
-            Err(format!("its layer is a {kind:?}, declared as a {declared:?}"))
-        };
+        // Without the lock: merging waits for other threads.
+        let adapted = self.adapted(weight, kind, adapt, mode);
         let mut built = built::lock(&self.built);
         match adapted {
-            Ok(weight) => {
-                built.adapted(path, declared, &weight);
+            Ok((weight, layer)) => {
+                built.adapted(path, layer, &weight);
                 Some(weight)
             }
             Err(reason) => {

@@ -48,9 +48,13 @@ mod pairs;
 mod patterns;
 mod rank_alpha;
 mod read_config;
+mod read_fresh;
 mod save;
 mod write_config;
 
+pub(crate) use files::config_file;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use load_adapter::load_adapter;
+pub(crate) use patterns::Patterns;
+pub(crate) use read_fresh::{read_fresh, Modules};
 pub use save::save_pretrained;

@@ -56,6 +56,21 @@ pub struct LayerConfig {
     pub fan_in_fan_out: Option<bool>,
 }
 
+impl LayerConfig {
+    /// The adapter's options `cfg` with the layer's own in their place.
+    pub(crate) fn over(&self, mut cfg: LoraConfig) -> LoraConfig {
+        cfg.r = self.r.unwrap_or(cfg.r);
+        cfg.lora_alpha = self.lora_alpha.unwrap_or(cfg.lora_alpha);
+        cfg.fan_in_fan_out = self.fan_in_fan_out.unwrap_or(cfg.fan_in_fan_out);
+        let kind = self.kind.as_ref();
+        cfg.fan_in_fan_out &= kind.is_none_or(LayerKind::is_linear);
+        if kind == Some(&LayerKind::Embedding) {
+            cfg.lora_dropout = 0.;
+        }
+        cfg
+    }
+}
+
 impl From<LoraConfig> for AdapterConfig {
     fn from(lora: LoraConfig) -> Self {
         Self { lora, ..Default::default() }
@@ -113,16 +128,7 @@ impl AdapterConfig {
     /// The options of the layer at `path`: the adapter's, with the layer's own rank, alpha and
     /// orientation, and without options that its kind does not support.
     pub fn lora_config(&self, path: &str) -> LoraConfig {
-        let (mut cfg, Some((_, layer))) = (self.lora, self.layer(path)) else { return self.lora };
-        cfg.r = layer.r.unwrap_or(cfg.r);
-        cfg.lora_alpha = layer.lora_alpha.unwrap_or(cfg.lora_alpha);
-        cfg.fan_in_fan_out = layer.fan_in_fan_out.unwrap_or(cfg.fan_in_fan_out);
-        let kind = layer.kind.as_ref();
-        cfg.fan_in_fan_out &= kind.is_none_or(LayerKind::is_linear);
-        if kind == Some(&LayerKind::Embedding) {
-            cfg.lora_dropout = 0.;
-        }
-        cfg
+        self.layer(path).map_or(self.lora, |(_, layer)| layer.over(self.lora))
     }
 
     /// The kind of the layer at `path`, if it is known.

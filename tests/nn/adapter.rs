@@ -117,7 +117,11 @@ fn targets_follow_pefts_rules() -> lora::Result<()> {
     let linear = ["head", ALL[1], ALL[2], ALL[3], ALL[4]];
     assert_eq!(adapted(new().targets("all-linear"))?, linear);
     assert_eq!(adapted(new().targets(Targets::all_linear()).exclude(["head"]))?, ALL[1..]);
-    assert_eq!(adapted(new().targets(["up_proj"]).layers([2]))?, ALL[4..]);
+    let second = || new().targets(["up_proj"]).layers([2]);
+    assert_eq!(adapted(second().layers_pattern(["layers"]))?, ALL[4..]);
+    assert_eq!(adapted(second().layers([]))?, ALL[3..]);
+    let first = new().targets("all-linear").layers([0, 1]).layers_pattern(["layers"]);
+    assert_eq!(adapted(first)?, ALL[1..4]);
     Ok(())
 }
 

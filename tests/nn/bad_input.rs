@@ -50,6 +50,20 @@ fn biases_of_adapted_layers_need_named_targets() -> lora::Result<()> {
 }
 
 #[test]
+fn a_pattern_of_layers_that_selects_nothing_is_told() {
+    let adapter = || Adapter::new(cfg()).targets(["up_proj"]);
+    let error = check(&adapter().layers_pattern(["layers"]));
+    assert!(error.contains("layers") && error.contains("indices"), "{error}");
+    let error = check(&adapter().layers([1]).layers_pattern(["layers("]));
+    assert!(error.contains("layers(") && error.contains("regular expression"), "{error}");
+    // As in PEFT, an index needs two components before it without a pattern.
+    let error = check(&adapter().layers([1]));
+    assert!(error.contains("up_proj") && error.contains("layers_pattern"), "{error}");
+    let error = check(&adapter().layers([9]).layers_pattern(["layers"]));
+    assert!(error.contains("up_proj") && !error.contains("layers_pattern"), "{error}");
+}
+
+#[test]
 fn options_that_change_after_var_builder_are_an_error() {
     let adapter = Adapter::new(cfg()).targets(["qkv"]);
     let _model = Model::new(adapter.var_builder(vb(&base()))).unwrap();

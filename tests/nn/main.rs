@@ -6,3 +6,4 @@ mod common;
 mod adapter;
 mod bad_input;
 mod operations;
+mod peft_config;

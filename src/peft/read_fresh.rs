@@ -1,0 +1,113 @@
+//! Reads `adapter_config.json` for a new adapter: its options, and the layers that tensors do not tell yet.
+
+use super::files::malformed;
+use super::patterns::Patterns;
+use super::read_config::{is_empty, object, read_config, strings, unsupported, Json};
+use crate::utils::AdapterConfig;
+use crate::Result;
+use serde_json::{Map, Value};
+use std::fs;
+use std::path::Path;
+
+/// The options of an adapter that has no tensors yet.
+#[derive(Debug)]
+pub(crate) struct Fresh {
+    pub config: AdapterConfig,
+    pub patterns: Patterns,
+    pub targets: Modules,
+    pub exclude: Modules,
+    /// `layers_to_transform`; empty for all.
+    pub layers: Vec<usize>,
+    pub layers_pattern: Vec<String>,
+}
+
+/// Modules by name, or by a regular expression.
+#[derive(Debug)]
+pub(crate) enum Modules {
+    Names(Vec<String>),
+    Expression(String),
+}
+
+/// Reads the configuration's file.
+pub(crate) fn read_fresh(file: &Path) -> Result<Fresh> {
+    let map = &object(&fs::read(file)?)?;
+    let Json { config, patterns } = read_config(map)?;
+    check_initialisation(map)?;
+    let targets = given(map, "target_modules", modules)?.ok_or_else(|| {
+        let null = map.get("target_modules").unwrap_or(&Value::Null);
+        unsupported(
+            "target_modules",
+            null,
+            "PEFT then selects by the model's type: name the targets",
+        )
+    })?;
+    if matches!(targets, Modules::Expression(_)) {
+        refuse_layers(map, "with a string as target_modules PEFT refuses it: use a list")?;
+    }
+    let layers = given(map, "layers_to_transform", indices)?.unwrap_or_default();
+    let layers_pattern = given(map, "layers_pattern", names)?.unwrap_or_default();
+    if layers.is_empty() {
+        refuse_layers(map, "it needs layers_to_transform")?;
+    }
+    let exclude = given(map, "exclude_modules", modules)?.unwrap_or(Modules::Names(vec![]));
+    Ok(Fresh { config, patterns, targets, exclude, layers, layers_pattern })
+}
+
+/// An error for what changes a new adapter, though not one that was saved.
+fn check_initialisation(map: &Map<String, Value>) -> Result<()> {
+    match map.get("init_lora_weights") {
+        None | Some(Value::Bool(true)) => {}
+        Some(how) => {
+            let reason = "a new adapter is initialised as loralib's, which is `true`";
+            return Err(unsupported("init_lora_weights", how, reason));
+        }
+    }
+    match map.get("ensure_weight_tying") {
+        Some(tied) if !is_empty(tied) => {
+            let reason = "each layer has an adapter of its own";
+            Err(unsupported("ensure_weight_tying", tied, reason))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An error if the configuration selects transformer layers.
+fn refuse_layers(map: &Map<String, Value>, reason: &str) -> Result<()> {
+    let selected = |key: &&str| map.get(*key).is_some_and(|value| !is_empty(value));
+    match ["layers_to_transform", "layers_pattern"].into_iter().find(selected) {
+        None => Ok(()),
+        Some(key) => Err(unsupported(key, &map[key], reason)),
+    }
+}
+
+/// The value of a key, or `None` if it is null or empty.
+fn given<T>(
+    map: &Map<String, Value>,
+    key: &str,
+    read: impl Fn(&Value) -> Option<T>,
+) -> Result<Option<T>> {
+    let value = map.get(key).filter(|value| !is_empty(value));
+    let read = |value| read(value).ok_or_else(|| malformed(format!("{key} = {value}")));
+    value.map(read).transpose()
+}
+
+fn modules(value: &Value) -> Option<Modules> {
+    match value {
+        Value::String(text) => Some(Modules::Expression(text.clone())),
+        value => strings(value).map(Modules::Names),
+    }
+}
+
+/// One name, or several.
+fn names(value: &Value) -> Option<Vec<String>> {
+    value.as_str().map(|name| vec![name.to_owned()]).or_else(|| strings(value))
+}
+
+/// One index, or several.
+fn indices(value: &Value) -> Option<Vec<usize>> {
+    let index = |value: &Value| value.as_u64()?.try_into().ok();
+    match value {
+        Value::Array(items) => items.iter().map(index).collect(),
+        value => Some(vec![index(value)?]),
+    }
+}
