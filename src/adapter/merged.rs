@@ -1,6 +1,7 @@
 //! A `VarBuilder` over a base with an adapter merged into it, for any candle model.
 
 use super::Adapter;
+use crate::layers::dequantized;
 use crate::merge::merged_weight;
 use crate::utils::names::{is_lora, join, split};
 use crate::utils::{AdapterConfig, StateDict};
@@ -16,7 +17,7 @@ impl Adapter {
     ///
     /// A weight is merged when the model asks for it, in F32, and rounded to the dtype that the model asks
     /// for, in which the base is read. `base` may be mapped, sharded or in memory; beside the model, one tensor and its merged
-    /// copy are in memory at a time.
+    /// copy are in memory at a time. A quantised base is dequantised, every weight of it.
     ///
     /// A head that is tied to an adapted embedding computes with the merged table here, and with the base's table
     /// in a model on [`var_builder`](Self::var_builder): adapt tied tables only if the model unties the head.
@@ -93,7 +94,7 @@ impl SimpleBackend for Merged<'_> {
             Some(own) => own,
             None => {
                 let base = self.base.clone().set_device(device.clone());
-                base.get_with_hints_dtype(shape, name, hint, dtype)?
+                dequantized(base.get_with_hints_dtype(shape, name, hint, dtype)?)?
             }
         };
         self.merge(name, weight)
@@ -108,7 +109,8 @@ impl SimpleBackend for Merged<'_> {
         let weight = match self.own(name, dtype, device)? {
             Some(own) => own,
             None => {
-                self.base.clone().set_device(device.clone()).get_unchecked_dtype(name, dtype)?
+                let base = self.base.clone().set_device(device.clone());
+                dequantized(base.get_unchecked_dtype(name, dtype)?)?
             }
         };
         self.merge(name, weight)

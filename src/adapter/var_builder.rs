@@ -3,7 +3,7 @@
 use super::built::{self, Built};
 use super::options::Options;
 use crate::layers::claims::{self, Adapt, Claim};
-use crate::layers::{LayerKind, Mode, Weight};
+use crate::layers::{alias_quantized, LayerKind, Mode, Weight};
 use crate::utils::names::split;
 use crate::utils::{seeded, var_builder, var_builder_with, LayerConfig, Trainable};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
@@ -52,7 +52,9 @@ impl Targeted<'_> {
         if !self.options.selects(path) {
             return Ok(tensor);
         }
-        let tensor = tensor.unsqueeze(0)?.squeeze(0)?;
+        let own = tensor.unsqueeze(0)?.squeeze(0)?;
+        alias_quantized(&tensor, &own);
+        let tensor = own;
         built::lock(&self.built).weight_read(path, tensor.rank());
         let claim: Arc<dyn Claim> = Arc::new(Target {
             path: path.to_owned(),

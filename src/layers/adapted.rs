@@ -3,8 +3,10 @@
 use super::kind::LayerKind;
 use super::mode::{LoraModule, Mode};
 use super::weight::Weight;
+use candle_core::quantized::QTensor;
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
+use std::sync::Arc;
 
 /// A layer of kind `K` around a frozen base weight: [`Linear`](crate::Linear),
 /// [`MergedLinear`](crate::MergedLinear), [`Embedding`](crate::Embedding), [`Conv1d`](crate::Conv1d),
@@ -43,11 +45,21 @@ impl<K: Kind> Adapted<K> {
 
 impl<K> Adapted<K> {
     /// The base weight as it is stored. It is the same in every mode.
+    ///
+    /// For a quantised base it is a placeholder of the weight's shape whose values are NaN: it serves to build
+    /// another layer on the same weight, such as a tied head. See
+    /// [`quantized_weight`](Self::quantized_weight).
     pub fn weight(&self) -> &Tensor {
-        self.weight.base()
+        self.weight.base().tensor()
     }
 
-    /// The merged weight `W + ΔW` in the base's shape and dtype, rounded once, without a graph.
+    /// The base weight (out, in), if it is quantised.
+    pub fn quantized_weight(&self) -> Option<&Arc<QTensor>> {
+        self.weight.base().blocks()
+    }
+
+    /// The merged weight `W + ΔW` in the base's shape and dtype, rounded once, without a graph. A quantised
+    /// base is dequantised.
     ///
     /// # Errors
     /// If a merged value is not finite.
@@ -80,7 +92,8 @@ impl<K> Adapted<K> {
         self.weight.mode()
     }
 
-    /// Whether the layer computes with a merged copy of its weight. Always false if r = 0.
+    /// Whether the layer computes with a merged copy of its weight. Always false if r = 0 or the base is
+    /// quantised.
     pub fn is_merged(&self) -> bool {
         self.weight.is_merged()
     }

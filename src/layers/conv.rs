@@ -2,6 +2,7 @@
 //! `B` (out/g·k^⌊n/2⌋, r·k).
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
+use super::base::expect_dense;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
@@ -161,7 +162,7 @@ impl<C: ConvConfig> Adapted<C> {
         };
         let mut kernel = [1; 3];
         for (size, dim) in
-            kernel[3 - C::N..].iter_mut().zip(self.weight.base().dims().iter().skip(2))
+            kernel[3 - C::N..].iter_mut().zip(self.weight.base().tensor().dims().iter().skip(2))
         {
             *size = *dim;
         }
@@ -227,6 +228,7 @@ impl<C: ConvConfig> Module for Adapted<C> {
     /// (batch, in, spatial..) to (batch, out, spatial..).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Effective { weight, bias, update } = self.weight.effective();
+        let weight = expect_dense(weight)?;
         let y = ops::conv(x, &weight, update.as_ref(), self.geometry())?;
         match bias {
             None => Ok(y),

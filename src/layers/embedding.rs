@@ -1,13 +1,16 @@
 //! The embedding.
 
 use super::adapted::{sealed::Sealed, Adapted, Kind};
+use super::base::quantized_handle;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{low_rank, FactorInit};
 use super::kind::LayerKind;
 use super::weight::{Effective, Placement, Weight};
 use crate::ops;
+use candle_core::quantized::QTensor;
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
+use std::sync::Arc;
 
 /// The kind of [`Embedding`].
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +53,17 @@ impl Embedding {
     /// tensors of other shapes.
     pub fn new(base: candle_nn::Embedding, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         Ok(Self { kind: EmbeddingKind, weight: adapt(base.embeddings(), &cfg, &vb)? })
+    }
+
+    /// Wraps a quantised table (num, dim), which stays quantised: only the rows of the ids are decoded, to
+    /// `vb`'s dtype. `vb` gives what it gives to [`Embedding::new`].
+    ///
+    /// # Errors
+    /// If the table is not a matrix, or as [`Embedding::new`].
+    pub fn quantized(table: Arc<QTensor>, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
+        let (_, dim) = table.shape().dims2()?;
+        let handle = quantized_handle(&table, vb.dtype())?;
+        Self::new(candle_nn::Embedding::new(handle, dim), cfg, vb)
     }
 
     /// The candle_nn layer with the merged table.

@@ -1,13 +1,16 @@
 //! The linear layer.
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
+use super::base::quantized_handle;
 use super::config::LoraConfig;
 use super::init::{low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
 use super::weight::{Effective, MergedCopy, Placement, Weight};
 use crate::ops;
+use candle_core::quantized::QTensor;
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::VarBuilder;
+use std::sync::Arc;
 
 /// The kind of [`Linear`].
 #[derive(Debug, Clone, Copy, Default)]
@@ -45,6 +48,39 @@ impl Linear {
         let weight = adapt(base.weight(), &cfg, &vb)?;
         let weight = weight.with_bias(wrapped_bias(base.bias(), &vb)?);
         Ok(Self { kind: LinearKind::new(&cfg), weight })
+    }
+
+    /// Wraps a quantised weight (out, in), which stays quantised: it is decoded in parts, forward and backward,
+    /// and computes as its dequantised values would, in `vb`'s dtype. `vb` gives what it gives to
+    /// [`Linear::new`]. Evaluation does not merge: a merged copy would be several times the size.
+    ///
+    /// ```
+    /// use candle_core::quantized::{GgmlDType, QTensor};
+    /// use candle_core::{DType, Device, Module, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    /// use loralib as lora;
+    /// use std::sync::Arc;
+    ///
+    /// let weight = Tensor::randn(0f32, 1., (16, 64), &Device::Cpu)?;
+    /// let blocks = Arc::new(QTensor::quantize(&weight, GgmlDType::Q4_0)?);
+    /// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+    /// let cfg = lora::LoraConfig { r: 4, lora_alpha: 8., ..Default::default() };
+    /// let layer = lora::Linear::quantized(blocks, None, cfg, vb)?;
+    /// let y = layer.forward(&Tensor::ones((2, 64), DType::F32, &Device::Cpu)?)?;
+    /// assert_eq!(y.dims(), [2, 16]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If the weight is not a matrix, or as [`Linear::new`].
+    pub fn quantized(
+        weight: Arc<QTensor>,
+        bias: Option<Tensor>,
+        cfg: LoraConfig,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let handle = quantized_handle(&weight, vb.dtype())?;
+        Self::new(candle_nn::Linear::new(handle, bias), cfg, vb)
     }
 
     /// The candle_nn layer with the merged weight (out, in).

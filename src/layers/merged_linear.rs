@@ -1,14 +1,17 @@
 //! The linear layer of several fused projections.
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
+use super::base::quantized_handle;
 use super::config::LoraConfig;
 use super::init::{split_low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
 use super::linear::LinearKind;
 use super::weight::Weight;
 use crate::ops::{checked_product, Split};
+use candle_core::quantized::QTensor;
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::VarBuilder;
+use std::sync::Arc;
 
 /// The kind of [`MergedLinear`].
 #[derive(Debug, Clone)]
@@ -88,6 +91,21 @@ impl MergedLinear {
         let weight = weight.with_bias(wrapped_bias(base.bias(), &vb)?);
         let (linear, splits) = (LinearKind::new(&cfg), splits.to_vec());
         Ok(Self { kind: MergedLinearKind { linear, splits }, weight })
+    }
+
+    /// [`MergedLinear::with_splits`] over a quantised weight (out, in), as [`Linear::quantized`](super::Linear::quantized).
+    ///
+    /// # Errors
+    /// If the weight is not a matrix, or as [`MergedLinear::with_splits`].
+    pub fn quantized(
+        weight: Arc<QTensor>,
+        bias: Option<Tensor>,
+        splits: &[(usize, bool)],
+        cfg: LoraConfig,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let handle = quantized_handle(&weight, vb.dtype())?;
+        Self::with_splits(candle_nn::Linear::new(handle, bias), splits, cfg, vb)
     }
 
     /// The splits of the outputs, each (outputs, enabled).

@@ -1,6 +1,7 @@
 //! LoRA layers around frozen base weights.
 
 mod adapted;
+mod base;
 pub(crate) mod claims;
 mod config;
 mod conv;
@@ -13,6 +14,7 @@ mod mode;
 mod weight;
 
 pub use adapted::{Adapted, Kind};
+pub(crate) use base::{alias_quantized, dequantized, quantized_handle};
 pub use config::LoraConfig;
 pub(crate) use conv::adapt as adapt_conv;
 pub use conv::{

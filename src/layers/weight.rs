@@ -1,8 +1,9 @@
 //! The unit of adaptation: a frozen weight and its bias, the update, the mode, and the merged copy.
 
+use super::base::Base;
 use super::config::LoraConfig;
 use super::mode::Mode;
-use crate::ops::{self, LowRank};
+use crate::ops::{self, LowRank, Matrix};
 use candle_core::{bail, Result, Tensor};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 
@@ -33,7 +34,7 @@ pub(crate) struct SharedWeight {
 
 #[derive(Debug, Clone)]
 pub(crate) struct Tensors {
-    base: Tensor,
+    base: Base,
     bias: Option<Tensor>,
     update: Option<LowRank>,
     placement: Placement,
@@ -55,7 +56,7 @@ pub(crate) struct MergedCopy {
 
 /// The weight, the bias and the update of one forward.
 pub(crate) struct Effective {
-    pub weight: Tensor,
+    pub weight: Matrix,
     pub bias: Option<Tensor>,
     /// The update that `weight` does not contain.
     pub update: Option<LowRank>,
@@ -75,8 +76,8 @@ impl Weight {
                 base.device().location(),
                 update.a().device().location()
             ),
-            Some(_) => base.detach(),
-            None => base,
+            Some(_) => Base::new(base).detach(),
+            None => Base::new(base),
         };
         let merge_weights = cfg.merge_weights;
         let tensors = Tensors { base, bias: None, update, placement, merge_weights };
@@ -85,6 +86,7 @@ impl Weight {
 
     /// A weight without an update.
     pub fn plain(base: Tensor, bias: Option<Tensor>, placement: Placement) -> Self {
+        let base = Base::new(base);
         let tensors = Tensors { base, bias, update: None, placement, merge_weights: true };
         Self::Own(tensors, State::Train)
     }
@@ -123,7 +125,7 @@ impl Weight {
         }
     }
 
-    pub fn base(&self) -> &Tensor {
+    pub fn base(&self) -> &Base {
         &self.tensors().base
     }
 
@@ -150,10 +152,12 @@ impl Weight {
     pub fn effective(&self) -> Effective {
         let Tensors { base, bias, update, .. } = self.tensors();
         let (weight, bias, update) = self.with_state(|state| match state {
-            State::Train => (base.clone(), bias.clone(), update.clone()),
-            State::Eval { merged: Some(copy) } => (copy.weight.clone(), copy.bias.clone(), None),
+            State::Train => (base.matrix(), bias.clone(), update.clone()),
+            State::Eval { merged: Some(copy) } => {
+                (Matrix::Dense(copy.weight.clone()), copy.bias.clone(), None)
+            }
             State::Eval { merged: None } => (
-                base.detach(),
+                base.matrix().detach(),
                 bias.as_ref().map(Tensor::detach),
                 update.as_ref().map(LowRank::detached),
             ),
@@ -191,13 +195,13 @@ impl SharedWeight {
 }
 
 impl Tensors {
-    /// Merges for [`Mode::Eval`], unless `merge_weights` is off.
+    /// Merges for [`Mode::Eval`], unless `merge_weights` is off or the base is quantised: a merged copy would
+    /// be several times its size.
     fn state(&self, mode: Mode) -> Result<State> {
+        let merges = self.merge_weights && self.update.is_some() && self.base.blocks().is_none();
         Ok(match mode {
             Mode::Train => State::Train,
-            Mode::Eval if self.merge_weights && self.update.is_some() => {
-                State::Eval { merged: Some(self.merged_copy()?) }
-            }
+            Mode::Eval if merges => State::Eval { merged: Some(self.merged_copy()?) },
             Mode::Eval => State::Eval { merged: None },
         })
     }
@@ -210,16 +214,15 @@ impl Tensors {
 
     /// `W + ΔW` in W's layout, without a graph. The base is never written.
     fn merged(&self) -> Result<Tensor> {
+        let base = self.base.dense()?;
         let Some(update) = &self.update else {
-            let base = if self.base.is_variable() { self.base.copy()? } else { self.base.clone() };
-            return Ok(base.detach());
+            return Ok(if base.is_variable() { base.copy()?.detach() } else { base.detach() });
         };
         let matrix = match self.placement {
-            Placement::AsIs | Placement::Transposed => self.base.dims2()?,
+            Placement::AsIs | Placement::Transposed => base.dims2()?,
             Placement::Reshaped => (update.b().dim(0)?, update.a().dim(1)?),
         };
         let transposed = self.placement == Placement::Transposed;
-        let terms = update.terms(self.base.dtype(), matrix, transposed)?;
-        ops::merge(&self.base, matrix, terms)
+        ops::merge(&base, matrix, update.terms(base.dtype(), matrix, transposed)?)
     }
 }

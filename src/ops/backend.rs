@@ -2,6 +2,7 @@
 //! Metal use the defaults; the CPU has its own implementation in [`cpu`](super::cpu).
 
 use super::low_rank::LowRankTerm;
+use super::matrix::Quantized;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::Add;
 use candle_core::{bail, CudaStorage, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor};
@@ -14,6 +15,12 @@ pub(crate) trait Backend: BackendStorage {
     /// caller rounds the result by [`Backend::round_to`].
     fn gemm(&self, l: &Layout, rhs: &Self, rl: &Layout) -> Result<Self> {
         candle_gemm(self, l, rhs, rl)
+    }
+
+    /// [`Backend::gemm`] with a quantised `rhs`. By default the whole of it is dequantised, in the dtype of
+    /// `self`, and freed after the product.
+    fn gemm_quantized(&self, l: &Layout, rhs: &Quantized) -> Result<Self> {
+        dequantized_gemm(self, l, rhs)
     }
 
     /// `self`, a contiguous tensor, in `dtype`.
@@ -78,6 +85,12 @@ impl Backend for MetalStorage {
 pub(super) fn candle_gemm<S: Backend>(x: &S, l: &Layout, rhs: &S, rl: &Layout) -> Result<S> {
     let ((m, k), (_, n)) = (l.shape().dims2()?, rl.shape().dims2()?);
     x.matmul(rhs, (1, m, n, k), l, rl)
+}
+
+pub(super) fn dequantized_gemm<S: Backend>(x: &S, l: &Layout, rhs: &Quantized) -> Result<S> {
+    let rhs = rhs.dequantize()?;
+    let (rhs, rl) = rhs.storage_and_layout();
+    x.gemm(l, S::of(&rhs)?, rl)
 }
 
 pub(super) fn candle_round_to<S: Backend>(y: S, shape: &Shape, dtype: DType) -> Result<S> {

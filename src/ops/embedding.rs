@@ -1,16 +1,17 @@
 //! `y = W[ids] + (Aᵀ)[ids]·(s·B)ᵀ`: rows of a frozen table and of its low-rank update as one operation.
-//! Only A's own gradient has the size of the table.
+//! Only A's own gradient has the size of the table. The table may be quantised.
 
 use super::backend::Backend;
 use super::cpu::gather_columns;
 use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
+use super::matrix::Matrix;
 use super::op::{if_tracked, Custom, Op};
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor, WithDType};
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
 /// (r, num) and B (dim, r).
-pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> Result<Tensor> {
+pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> Result<Tensor> {
     let (num, dim) = w.dims2()?;
     if !ids.dtype().is_int() {
         bail!("embedding: the ids are {:?}, expected integers", ids.dtype())
@@ -19,14 +20,18 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
     dims.push(dim);
     if ids.elem_count() == 0 {
         // Some backends refuse an empty lookup.
-        return Tensor::zeros(dims, w.dtype(), w.device());
+        return Tensor::zeros(dims, w.dtype(), &w.device());
     }
     // candle reads the largest value of an index dtype as padding: id 255 of a u8 or u32::MAX would
     // give zeros without an error. In i64 they are ordinary ids.
     let ids = to_i64(&ids.flatten_all()?)?;
     let host_ids = validated_ids(&ids, num)?;
+    let rows = |w: &Matrix| match w {
+        Matrix::Dense(w) => w.contiguous()?.index_select(&ids, 0),
+        Matrix::Quantized(w) => w.rows(&ids),
+    };
     let out = match update {
-        None => w.contiguous()?.index_select(&ids, 0),
+        None => rows(w),
         Some(update) => {
             let factor = update.detached().factors(w.dtype())?.remove(0);
             let u = match host_ids {
@@ -34,8 +39,12 @@ pub(crate) fn embedding(ids: &Tensor, w: &Tensor, update: Option<&LowRank>) -> R
                 None => factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?,
             };
             let term = LowRankTerm { u, v: factor.b.t()?, rows: 0..ids.elem_count(), cols: 0..dim };
-            let w = w.detach().contiguous()?;
-            let op = LoraEmbeddingOp { w, ids, term, scaling: update.scaling() };
+            let (w, at) = match w {
+                Matrix::Dense(w) => (w.detach().contiguous()?, ids.clone()),
+                // Its rows are a table in which the i-th id is i.
+                w => (rows(w)?, Tensor::arange(0, ids.elem_count() as i64, ids.device())?),
+            };
+            let op = LoraEmbeddingOp { w, at, ids, term, scaling: update.scaling() };
             update.a().apply_op2(update.b(), Custom(op))
         }
     };
@@ -82,6 +91,8 @@ fn columns(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
 /// The operands are `A` and `B`; the table is a field, so that candle's backward gives it no gradient.
 struct LoraEmbeddingOp {
     w: Tensor,
+    /// The rows of `w` that the ids mean.
+    at: Tensor,
     ids: Tensor,
     term: LowRankTerm,
     scaling: f64,
@@ -91,9 +102,9 @@ impl Op<2> for LoraEmbeddingOp {
     const NAME: &'static str = "lora-embedding";
 
     fn forward<S: Backend>(&self, _: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
-        let ((w, wl), (ids, idl)) = (self.w.storage_and_layout(), self.ids.storage_and_layout());
+        let ((w, wl), (at, al)) = (self.w.storage_and_layout(), self.at.storage_and_layout());
         let dims = (self.term.rows.len(), self.term.cols.len());
-        Ok((S::of(&w)?.lookup(wl, S::of(&ids)?, idl, &self.term)?, dims.into()))
+        Ok((S::of(&w)?.lookup(wl, S::of(&at)?, al, &self.term)?, dims.into()))
     }
 
     fn backward(

@@ -1,5 +1,5 @@
 //! `y = x·W + x̃·Aᵀ·(s·B)ᵀ + bias`, with x̃ = dropout(x): the product with a frozen weight and its
-//! low-rank update as one operation, with gradients for `x`, `A` and `B` alone.
+//! low-rank update as one operation, with gradients for `x`, `A` and `B` alone. W may be quantised.
 //!
 //! Forward computes `u = x̃·Aᵀ` (m, r) and adds `u·(s·B)ᵀ` and the bias to `x·W` while a block of rows
 //! is in the cache. Backward computes `h = g·(s·B)` (m, r), then `gA = hᵀ·x̃`, `gB = s·gᵀ·u` and
@@ -10,16 +10,17 @@ use super::dropout::dropout_mask;
 use super::elementwise::add_bias;
 use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
+use super::matrix::Matrix;
 use super::op::{if_tracked, Custom, Op};
 use candle_core::{bail, Layout, Result, Shape, Tensor, D};
 
 /// `x` (.., in) to (.., out), with `w` (in, out) in any layout and `bias` (out).
 ///
-/// With an update `w` is frozen. Without one this is a linear layer that computes a gradient only for
-/// operands that lead to a variable.
+/// With an update `w` is frozen, as a quantised one always is. Without one this is a linear layer that
+/// computes a gradient only for operands that lead to a variable.
 pub(crate) fn linear(
     x: &Tensor,
-    w: &Tensor,
+    w: &Matrix,
     bias: Option<&Tensor>,
     update: Option<&LowRank>,
 ) -> Result<Tensor> {
@@ -34,7 +35,7 @@ pub(crate) fn linear(
         bail!("linear: the input is {:?} and the weight {:?}", x.dtype(), w.dtype())
     }
     let fits = |b: &Tensor| {
-        b.dims() == [n] && b.dtype() == w.dtype() && b.device().same_device(w.device())
+        b.dims() == [n] && b.dtype() == w.dtype() && b.device().same_device(&w.device())
     };
     if let Some(b) = bias.filter(|b| !fits(b)) {
         bail!("linear: the bias is {b:?}, expected {n} values beside {w:?}")
@@ -45,15 +46,20 @@ pub(crate) fn linear(
         let y = Tensor::zeros([leading, &[n]].concat(), x.dtype(), x.device())?;
         return bias.map_or(Ok(y.clone()), |bias| add_bias(&y, bias, y.rank() - 1));
     }
-    let (x, w) = (x.contiguous()?, &gemm_layout(w.clone())?);
+    let x = x.contiguous()?;
+    let w = match w {
+        Matrix::Dense(w) => Matrix::Dense(gemm_layout(w.clone())?),
+        quantized => quantized.clone(),
+    };
     let (tracked, frozen) = match bias {
         Some(b) if b.track_op() => (Some(b), None),
         b => (None, b),
     };
     let linear = LinearOp { m, bias: frozen.map(Tensor::detach), terms: vec![] };
-    let y = match update {
-        None => x.apply_op2(w, Custom(linear))?,
-        Some(update) => {
+    let y = match (update, w) {
+        (None, Matrix::Dense(w)) => x.apply_op2(&w, Custom(linear))?,
+        (None, w) => x.apply_op1(Custom(FrozenLinearOp { w, linear }))?,
+        (Some(update), w) => {
             let mask = dropout_mask(&x, update.dropout(), compute_dtype(x.dtype()))?;
             let frozen = update.detached();
             let u = matmul(
@@ -91,11 +97,11 @@ impl LinearOp {
     fn run<S: Backend>(
         &self,
         (x, xl): (&S, &Layout),
-        (w, wl): (&S, &Layout),
+        (k, n): (usize, usize),
+        gemm: impl FnOnce(&S, &Layout) -> Result<S>,
     ) -> Result<(S, Shape)> {
-        let (k, n) = wl.shape().dims2()?;
         let rows = Layout::contiguous_with_offset((self.m, k), xl.start_offset());
-        let y = x.gemm(&rows, w, wl)?;
+        let y = gemm(x, &rows)?;
         let y = y.add_low_rank((self.m, n), self.bias.as_ref(), &self.terms)?;
         let mut dims = xl.dims().to_vec();
         dims.pop();
@@ -103,13 +109,25 @@ impl LinearOp {
         let shape = dims.into();
         Ok((y.round_to(&shape, x.dtype())?, shape))
     }
+
+    /// With a weight that is no operand, so that candle's backward gives it no gradient.
+    fn run_frozen<S: Backend>(&self, x: (&S, &Layout), w: &Matrix) -> Result<(S, Shape)> {
+        let dims = w.dims2()?;
+        match w {
+            Matrix::Dense(w) => {
+                let (w, wl) = w.storage_and_layout();
+                self.run(x, dims, |x, xl| x.gemm(xl, S::of(&w)?, wl))
+            }
+            Matrix::Quantized(w) => self.run(x, dims, |x, xl| x.gemm_quantized(xl, w)),
+        }
+    }
 }
 
 impl Op<2> for LinearOp {
     const NAME: &'static str = "linear";
 
-    fn forward<S: Backend>(&self, [x, w]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
-        self.run(x, w)
+    fn forward<S: Backend>(&self, [x, (w, wl)]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
+        self.run(x, wl.shape().dims2()?, |x, xl| x.gemm(xl, w, wl))
     }
 
     fn backward(
@@ -120,7 +138,9 @@ impl Op<2> for LinearOp {
     ) -> Result<[Option<Tensor>; 2]> {
         let (k, n) = w.dims2()?;
         let grad = grad.contiguous()?;
-        let gx = if_tracked(x, || linear_no_grad(&grad, &w.detach().t()?, self.m, vec![]))?;
+        let gx = if_tracked(x, || {
+            linear_no_grad(&grad, Matrix::Dense(w.detach().t()?), self.m, vec![])
+        })?;
         // candle's GEMM is faster where both operands are contiguous along the summed dimension.
         let gw = if_tracked(w, || {
             x.detach().reshape((self.m, k))?.t()?.matmul(&grad.reshape((self.m, n))?)
@@ -129,14 +149,36 @@ impl Op<2> for LinearOp {
     }
 }
 
+/// `x·W` plus a bias, with a frozen weight.
+struct FrozenLinearOp {
+    w: Matrix,
+    linear: LinearOp,
+}
+
+impl Op<1> for FrozenLinearOp {
+    const NAME: &'static str = "frozen-linear";
+
+    fn forward<S: Backend>(&self, [x]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
+        self.linear.run_frozen(x, &self.w)
+    }
+
+    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        let gx = if_tracked(x, || {
+            linear_no_grad(&grad.contiguous()?, self.w.t()?, self.linear.m, vec![])
+        })?;
+        Ok([gx])
+    }
+}
+
 /// `x·w` plus low-rank terms, without a graph.
-fn linear_no_grad(x: &Tensor, w: &Tensor, m: usize, terms: Vec<LowRankTerm>) -> Result<Tensor> {
-    x.apply_op2_no_bwd(w, &Custom(LinearOp { m, bias: None, terms }))
+fn linear_no_grad(x: &Tensor, w: Matrix, m: usize, terms: Vec<LowRankTerm>) -> Result<Tensor> {
+    let linear = LinearOp { m, bias: None, terms };
+    x.apply_op1_no_bwd(&Custom(FrozenLinearOp { w, linear }))
 }
 
 /// The operands are `x`, `A` and `B`. W is a field, so that candle's backward gives it no gradient.
 struct LoraLinearOp {
-    w: Tensor,
+    w: Matrix,
     linear: LinearOp,
     update: LowRank,
     /// `x̃·Aᵀ` (m, ranks)
@@ -163,8 +205,7 @@ impl Op<3> for LoraLinearOp {
     const NAME: &'static str = "lora-linear";
 
     fn forward<S: Backend>(&self, [x, ..]: [(&S, &Layout); 3]) -> Result<(S, Shape)> {
-        let (w, wl) = self.w.storage_and_layout();
-        self.linear.run(x, (S::of(&w)?, wl))
+        self.linear.run_frozen(x, &self.w)
     }
 
     fn backward(
@@ -194,11 +235,11 @@ impl Op<3> for LoraLinearOp {
             match &self.mask {
                 None => {
                     let term = LowRankTerm { u: h, v: a, rows: 0..m, cols: 0..k };
-                    linear_no_grad(&grad, &wt, m, vec![term])
+                    linear_no_grad(&grad, wt, m, vec![term])
                 }
                 Some(mask) => {
                     let through = (matmul(&h, &a)?.reshape(x.shape())? * mask)?;
-                    linear_no_grad(&grad, &wt, m, vec![])? + through.to_dtype(x.dtype())?
+                    linear_no_grad(&grad, wt, m, vec![])? + through.to_dtype(x.dtype())?
                 }
             }
         })?;

@@ -2,6 +2,7 @@
 
 use super::names::{is_lora, split};
 use super::trainable::{variables, Trainable};
+use crate::layers::dequantized;
 use candle_core::{bail, DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::{Init, VarMap};
@@ -56,7 +57,7 @@ impl Split<'_> {
             .selects(name, |n| self.holds(n) || (is_lora(n) && (self.adapted)(split(n).0)))
     }
 
-    /// The base's value, or `None` if the tensor may be new.
+    /// The base's value, which may be a placeholder of a quantised one, or `None` if the tensor may be new.
     fn base(&self, shape: &Shape, name: &str, dtype: DType) -> Result<Option<Tensor>> {
         let may_be_new = is_lora(name) || self.trainable.in_module(name);
         if !self.base.contains_tensor(name) {
@@ -89,7 +90,7 @@ impl SimpleBackend for Split<'_> {
         }
         if !self.holds(name) {
             let var = match self.base(&shape, name, dtype)? {
-                Some(tensor) => Var::from_tensor(&tensor.to_device(device)?)?,
+                Some(tensor) => Var::from_tensor(&dequantized(tensor)?.to_device(device)?)?,
                 None => init.var(shape.clone(), dtype, device)?,
             };
             let mut data = self.adapter.data().lock().unwrap_or_else(PoisonError::into_inner);

@@ -14,5 +14,6 @@ mod kinds;
 mod modes;
 mod options;
 mod oracle;
+mod quantized;
 mod seeded;
 mod transfers;

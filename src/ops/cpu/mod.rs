@@ -2,6 +2,7 @@
 
 pub(super) mod attention;
 mod buffer;
+mod decode;
 #[cfg(all(
     feature = "faer",
     target_arch = "x86_64",
@@ -18,8 +19,11 @@ mod gemm;
 mod low_rank;
 mod rows;
 
-use crate::ops::backend::{add_low_rank_by_passes, candle_gemm, candle_round_to, Backend};
+use crate::ops::backend::{
+    add_low_rank_by_passes, candle_gemm, candle_round_to, dequantized_gemm, Backend,
+};
 use crate::ops::low_rank::LowRankTerm;
+use crate::ops::matrix::Quantized;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 
@@ -40,6 +44,13 @@ impl Backend for CpuStorage {
         match gemm::gemm((self, l), (rhs, rl)) {
             Some(y) => Ok(y),
             None => candle_gemm(self, l, rhs, rl),
+        }
+    }
+
+    fn gemm_quantized(&self, l: &Layout, rhs: &Quantized) -> Result<Self> {
+        match gemm::gemm_quantized((self, l), rhs)? {
+            Some(y) => Ok(y),
+            None => dequantized_gemm(self, l, rhs),
         }
     }
 

@@ -5,7 +5,9 @@ mod schedule;
 mod vzeroupper;
 
 use super::buffer::filled;
-use candle_core::{CpuStorage, Layout, WithDType};
+use super::decode::Blocks;
+use crate::ops::matrix::Quantized;
+use candle_core::{CpuStorage, Layout, Result, WithDType};
 use faer::{Accum, MatMut, MatRef};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
@@ -15,6 +17,9 @@ pub(in crate::ops) use schedule::Real;
 
 /// Values of a half-precision weight that are upcast at a time.
 const UPCAST: usize = if cfg!(test) { 1 << 11 } else { 1 << 22 };
+
+/// Values of a quantised weight that are decoded at a time.
+const DECODED: usize = if cfg!(test) { 1 << 11 } else { 1 << 18 };
 
 /// The least number of values that a thread upcasts.
 const UPCAST_PER_THREAD: usize = 1 << 14;
@@ -70,25 +75,73 @@ fn half_precision<T: Copy + Sync>(a: Lines<T>, b: Lines<T>) -> Vec<f32>
 where
     [T]: HalfFloatSliceExt,
 {
-    let threads = rayon::current_num_threads();
     let (mut a32, mut b32) = (vec![], vec![]);
     let a = a.upcast(&mut a32).matrix();
-    let (m, n) = (a.nrows(), if b.columns { b.count } else { b.len });
-    let mut y = filled(0., m * n);
-    let mut out = MatMut::from_row_major_slice_mut(&mut y, m, n);
-    let step = (UPCAST / b.len.max(1)).max(1);
-    for from in (0..b.count).step_by(step) {
-        let width = step.min(b.count - from);
-        let part = b.part(from, width).upcast(&mut b32).matrix();
-        if b.columns {
-            let out = out.as_mut().subcols_mut(from, width);
-            parallel_gemm(out, Accum::Replace, a, part, threads);
-        } else {
-            let accum = if from == 0 { Accum::Replace } else { Accum::Add };
-            parallel_gemm(out.as_mut(), accum, a.subcols(from, width), part, threads);
-        }
+    let n = if b.columns { b.count } else { b.len };
+    let mut y = filled(0., a.nrows() * n);
+    let out = MatMut::from_row_major_slice_mut(&mut y, a.nrows(), n);
+    let mut product = Product { out, a, columns: b.columns };
+    for (from, count) in parts(b.count, UPCAST / b.len.max(1)) {
+        product.add_part(from, b.part(from, count).upcast(&mut b32).matrix());
     }
     y
+}
+
+/// `a·b` in F32, with the weight decoded in parts. `None` for other dtypes of `a`, and for layouts in which
+/// neither rows nor columns are contiguous.
+pub(in crate::ops) fn gemm_quantized(
+    (a, al): (&CpuStorage, &Layout),
+    b: &Quantized,
+) -> Result<Option<CpuStorage>> {
+    let mut buffer = vec![];
+    let a = match a {
+        CpuStorage::F32(a) => Lines::new(a, al),
+        CpuStorage::F16(a) => Lines::new(a, al).map(|a| a.upcast(&mut buffer)),
+        CpuStorage::BF16(a) => Lines::new(a, al).map(|a| a.upcast(&mut buffer)),
+        _ => None,
+    };
+    let Some(a) = a else { return Ok(None) };
+    let (a, b, columns) = (a.matrix(), Blocks::new(b.blocks())?, b.is_transposed());
+    let n = if columns { b.rows } else { b.columns };
+    let mut y = filled(0., a.nrows() * n);
+    let out = MatMut::from_row_major_slice_mut(&mut y, a.nrows(), n);
+    let mut product = Product { out, a, columns };
+    let step = DECODED / b.columns.max(1);
+    let mut decoded = filled(0., step.clamp(1, b.rows.max(1)) * b.columns);
+    for (from, count) in parts(b.rows, step) {
+        let decoded = &mut decoded[..count * b.columns];
+        b.decode_in_parallel(from, decoded)?;
+        let part = MatRef::from_row_major_slice(decoded, count, b.columns);
+        product.add_part(from, if columns { part.transpose() } else { part });
+    }
+    Ok(Some(CpuStorage::F32(y)))
+}
+
+/// `0..count` in parts of at most `step`, each (from, count).
+fn parts(count: usize, step: usize) -> impl Iterator<Item = (usize, usize)> {
+    let step = step.max(1);
+    (0..count).step_by(step).map(move |from| (from, step.min(count - from)))
+}
+
+/// `out = a·b`, with `b` given in parts: of its columns, or else of its rows, the first part first.
+struct Product<'a> {
+    out: MatMut<'a, f32>,
+    a: MatRef<'a, f32>,
+    columns: bool,
+}
+
+impl Product<'_> {
+    fn add_part(&mut self, from: usize, part: MatRef<f32>) {
+        let threads = rayon::current_num_threads();
+        let Self { out, a, columns } = self;
+        if *columns {
+            let out = out.as_mut().subcols_mut(from, part.ncols());
+            parallel_gemm(out, Accum::Replace, *a, part, threads);
+        } else {
+            let accum = if from == 0 { Accum::Replace } else { Accum::Add };
+            parallel_gemm(out.as_mut(), accum, a.subcols(from, part.nrows()), part, threads);
+        }
+    }
 }
 
 /// A matrix as lines of contiguous values: its rows, or with `columns` its columns.

@@ -1,0 +1,148 @@
+//! Quantised blocks to F32, where they lie. candle decodes whole tensors in one thread.
+
+mod formats;
+
+use super::rows::vectorized;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{bail, CpuStorage, Result};
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+/// Values that a thread decodes at a time: a multiple of every format's block.
+const SHARE: usize = 1 << 15;
+
+/// A quantised matrix on the CPU. A block is a run of values of one row.
+pub(super) struct Blocks<'a> {
+    dtype: GgmlDType,
+    bytes: Cow<'a, [u8]>,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+impl<'a> Blocks<'a> {
+    pub fn new(w: &'a QTensor) -> Result<Self> {
+        let ((rows, columns), dtype) = (w.shape().dims2()?, w.dtype());
+        let blocks = Self { dtype, bytes: w.data()?, rows, columns };
+        let (len, block) = (blocks.bytes_of(rows), dtype.block_size());
+        if !columns.is_multiple_of(block) || blocks.bytes.len() < len {
+            bail!(
+                "a {dtype:?} weight of {rows} rows of {columns} values has {} bytes, expected {len} in \
+                 blocks of {block} values",
+                blocks.bytes.len()
+            )
+        }
+        Ok(blocks)
+    }
+
+    fn bytes_of(&self, rows: usize) -> usize {
+        rows * (self.columns / self.dtype.block_size()) * self.dtype.type_size()
+    }
+
+    /// The rows from `from` on that fill `out`, in this thread.
+    pub fn decode(&self, from: usize, out: &mut [f32]) -> Result<()> {
+        decode(self.dtype, &self.bytes[self.bytes_of(from)..], out)
+    }
+
+    /// [`Blocks::decode`] by all threads.
+    pub fn decode_in_parallel(&self, from: usize, out: &mut [f32]) -> Result<()> {
+        let share_of_bytes = SHARE / self.dtype.block_size() * self.dtype.type_size();
+        let bytes = &self.bytes[self.bytes_of(from)..];
+        out.par_chunks_mut(SHARE)
+            .zip(bytes.par_chunks(share_of_bytes))
+            .try_for_each(|(out, bytes)| decode(self.dtype, bytes, out))
+    }
+}
+
+/// The first blocks of `bytes`, as many as fill `out`.
+fn decode(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+    match dtype {
+        GgmlDType::F32 => by_blocks(bytes, out, formats::f32),
+        GgmlDType::F16 => by_blocks(bytes, out, formats::f16),
+        GgmlDType::BF16 => by_blocks(bytes, out, formats::bf16),
+        GgmlDType::Q4_0 => by_blocks(bytes, out, formats::q4_0),
+        GgmlDType::Q4_1 => by_blocks(bytes, out, formats::q4_1),
+        GgmlDType::Q5_0 => by_blocks(bytes, out, formats::q5_0),
+        GgmlDType::Q5_1 => by_blocks(bytes, out, formats::q5_1),
+        GgmlDType::Q8_0 => by_blocks(bytes, out, formats::q8_0),
+        GgmlDType::Q4K => by_blocks(bytes, out, formats::q4_k),
+        GgmlDType::Q5K => by_blocks(bytes, out, formats::q5_k),
+        GgmlDType::Q6K => by_blocks(bytes, out, formats::q6_k),
+        GgmlDType::Q8_1 | GgmlDType::Q2K | GgmlDType::Q3K | GgmlDType::Q8K => {
+            let size = out.len() / dtype.block_size() * dtype.type_size();
+            match dtype.from_data(Cow::Borrowed(&bytes[..size])).dequantize(out.len())? {
+                CpuStorage::F32(values) => out.copy_from_slice(&values),
+                values => bail!("{dtype:?} blocks were decoded to another dtype: {values:?}"),
+            }
+        }
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn by_blocks<const SIZE: usize, const BLOCK: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+    f: impl Fn(&[u8; SIZE], &mut [f32; BLOCK]),
+) {
+    vectorized(
+        #[inline(always)]
+        || {
+            let (blocks, outs) = (bytes.as_chunks::<SIZE>().0, out.as_chunks_mut::<BLOCK>().0);
+            for (block, out) in blocks.iter().zip(outs) {
+                f(block, out);
+            }
+        },
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::quantized::QStorage;
+    use candle_core::Device;
+    use rand::{RngCore, SeedableRng};
+
+    const FORMATS: [GgmlDType; 15] = [
+        GgmlDType::F32,
+        GgmlDType::F16,
+        GgmlDType::BF16,
+        GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
+        GgmlDType::Q5_0,
+        GgmlDType::Q5_1,
+        GgmlDType::Q8_0,
+        GgmlDType::Q8_1,
+        GgmlDType::Q2K,
+        GgmlDType::Q3K,
+        GgmlDType::Q4K,
+        GgmlDType::Q5K,
+        GgmlDType::Q6K,
+        GgmlDType::Q8K,
+    ];
+
+    /// Any bytes are blocks: subnormal, infinite and NaN scales among them.
+    #[test]
+    fn every_format_is_decoded_as_by_candle_to_the_bit() -> Result<()> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        for dtype in FORMATS.into_iter().filter(|dtype| *dtype != GgmlDType::Q8_1) {
+            let (rows, columns) = (200, 512);
+            let mut bytes = vec![0; rows * columns / dtype.block_size() * dtype.type_size()];
+            rng.fill_bytes(&mut bytes);
+            let storage = QStorage::from_data(bytes.into(), &Device::Cpu, dtype)?;
+            let w = QTensor::new(storage, (rows, columns))?;
+            let expected = w.dequantize(&Device::Cpu)?.to_vec2::<f32>()?;
+            let blocks = Blocks::new(&w)?;
+            for from in [0, 3] {
+                let mut out = vec![0.; (rows - from) * columns];
+                let expected: Vec<_> = expected[from..].concat();
+                let differ = |a: &f32, b: &f32| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan());
+                blocks.decode(from, &mut out)?;
+                assert!(!out.iter().zip(&expected).any(|(a, b)| differ(a, b)), "{dtype:?}");
+                out.fill(0.);
+                blocks.decode_in_parallel(from, &mut out)?;
+                assert!(!out.iter().zip(&expected).any(|(a, b)| differ(a, b)), "{dtype:?}");
+            }
+        }
+        Ok(())
+    }
+}
