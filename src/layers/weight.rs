@@ -157,7 +157,7 @@ impl Weight {
                 (Matrix::Dense(copy.weight.clone()), copy.bias.clone(), None)
             }
             State::Eval { merged: None } => (
-                base.matrix().detach(),
+                base.matrix().for_evaluation(),
                 bias.as_ref().map(Tensor::detach),
                 update.as_ref().map(LowRank::detached),
             ),

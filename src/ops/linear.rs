@@ -162,7 +162,12 @@ impl Op<1> for FrozenLinearOp {
         self.linear.run_frozen(x, &self.w)
     }
 
-    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+    fn backward(
+        &self,
+        [x]: [&Tensor; 1],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 1]> {
         let gx = if_tracked(x, || {
             linear_no_grad(&grad.contiguous()?, self.w.t()?, self.linear.m, vec![])
         })?;

@@ -27,6 +27,14 @@ impl Matrix {
         }
     }
 
+    /// The same values for a layer in evaluation, which needs no graph and no gradient.
+    pub fn for_evaluation(&self) -> Self {
+        match self {
+            Self::Dense(w) => Self::Dense(w.detach()),
+            Self::Quantized(w) => Self::Quantized(Quantized { evaluation: true, ..w.clone() }),
+        }
+    }
+
     pub fn dims2(&self) -> Result<(usize, usize)> {
         match self {
             Self::Dense(w) => w.dims2(),
@@ -56,12 +64,13 @@ pub(crate) struct Quantized {
     blocks: Arc<QTensor>,
     transposed: bool,
     dtype: DType,
+    evaluation: bool,
 }
 
 impl Quantized {
     /// The matrix as it is stored, beside operands of `dtype`.
     pub fn new(blocks: Arc<QTensor>, dtype: DType) -> Self {
-        Self { blocks, transposed: false, dtype }
+        Self { blocks, transposed: false, dtype, evaluation: false }
     }
 
     fn t(&self) -> Self {
@@ -81,6 +90,12 @@ impl Quantized {
     /// Whether this is the transpose of the stored matrix.
     pub fn is_transposed(&self) -> bool {
         self.transposed
+    }
+
+    /// Whether a product may round its other operand to 8 bits, as candle's does. Through the layers of a model
+    /// this changes gradients by 1e-3, and a token's logits by less than quantising the weights has.
+    pub fn in_evaluation(&self) -> bool {
+        self.evaluation
     }
 
     /// The values, in the dtype.

@@ -26,7 +26,12 @@ pub(super) fn conv(x: &Tensor, w: &Tensor, s: &Sizes) -> Result<Tensor> {
         .reshape((s.batch, groups, n, s.column_rows()))?;
     let w = w.reshape((groups, s.c_out / groups, s.column_rows()))?;
     let outputs = (0..groups).map(|g| {
-        let y = linear(&columns.narrow(1, g, 1)?.squeeze(1)?, &Matrix::Dense(w.get(g)?.t()?), None, None)?;
+        let y = linear(
+            &columns.narrow(1, g, 1)?.squeeze(1)?,
+            &Matrix::Dense(w.get(g)?.t()?),
+            None,
+            None,
+        )?;
         y.transpose(1, 2)
     });
     Tensor::cat(&outputs.collect::<Result<Vec<_>>>()?, 1)

@@ -3,6 +3,7 @@
 pub(super) mod attention;
 mod buffer;
 mod decode;
+mod few_rows;
 #[cfg(all(
     feature = "faer",
     target_arch = "x86_64",
@@ -48,6 +49,9 @@ impl Backend for CpuStorage {
     }
 
     fn gemm_quantized(&self, l: &Layout, rhs: &Quantized) -> Result<Self> {
+        if let Some(y) = few_rows::gemm_quantized(self, l, rhs)? {
+            return Ok(y);
+        }
         match gemm::gemm_quantized((self, l), rhs)? {
             Some(y) => Ok(y),
             None => dequantized_gemm(self, l, rhs),

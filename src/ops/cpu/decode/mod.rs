@@ -135,7 +135,8 @@ mod tests {
             for from in [0, 3] {
                 let mut out = vec![0.; (rows - from) * columns];
                 let expected: Vec<_> = expected[from..].concat();
-                let differ = |a: &f32, b: &f32| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan());
+                let differ =
+                    |a: &f32, b: &f32| a.to_bits() != b.to_bits() && !(a.is_nan() && b.is_nan());
                 blocks.decode(from, &mut out)?;
                 assert!(!out.iter().zip(&expected).any(|(a, b)| differ(a, b)), "{dtype:?}");
                 out.fill(0.);
