@@ -1,0 +1,5 @@
+//! GGUF files.
+
+mod config;
+mod metadata;
+mod tokenizer;
