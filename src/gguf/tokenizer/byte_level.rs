@@ -1,8 +1,8 @@
 //! Byte-level BPE: the bytes of a text, written as printable characters, are merged within the pieces
 //! into which regular expressions split it.
 
+use super::parts::Parts;
 use super::vocabulary::Vocabulary;
-use super::Parts;
 use crate::gguf::metadata::{required, Metadata};
 use crate::{Error, Result};
 use candle_core::quantized::gguf_file;

@@ -1,6 +1,7 @@
 //! A model's `tokenizer.json`, as Hugging Face writes it, from a file's metadata.
 
 mod byte_level;
+mod parts;
 mod sentencepiece;
 #[cfg(test)]
 mod tests;
@@ -9,19 +10,10 @@ mod vocabulary;
 use super::metadata::{required, Metadata};
 use crate::{Error, Result};
 use candle_core::quantized::gguf_file;
+use parts::Parts;
 use serde_json::{json, Value};
 use std::collections::HashMap;
 use vocabulary::Vocabulary;
-
-/// What differs between the kinds of tokenizers.
-struct Parts {
-    normalizer: Value,
-    pre_tokenizer: Value,
-    decoder: Value,
-    model: Value,
-    /// Whether a text starts with the BOS token if the file does not tell.
-    adds_bos: bool,
-}
 
 /// The content of the file, which `tokenizers::Tokenizer::from_bytes` reads.
 pub(super) fn tokenizer(metadata: &HashMap<String, gguf_file::Value>) -> Result<Value> {

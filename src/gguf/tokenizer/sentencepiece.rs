@@ -1,8 +1,8 @@
 //! SentencePiece's BPE: the characters of the whole text, with `▁` for spaces, are merged by the scores
 //! of the results, and a character that is no token becomes its bytes.
 
+use super::parts::Parts;
 use super::vocabulary::{Type, Vocabulary};
-use super::Parts;
 use crate::gguf::metadata::{required, Metadata};
 use crate::{Error, Result};
 use candle_core::quantized::gguf_file;
