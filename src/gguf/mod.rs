@@ -1,5 +1,45 @@
-//! GGUF files.
+//! GGUF files, the format of llama.cpp: quantised models as the frozen base of an adapter.
+//!
+//! ```no_run
+//! # fn main() -> loralib::Result<()> {
+//! use candle_core::{DType, Device};
+//! use loralib::{self as lora, gguf, LoraConfig};
+//! # struct Config;
+//! # impl<'de> serde::Deserialize<'de> for Config {
+//! #     fn deserialize<D: serde::Deserializer<'de>>(_: D) -> Result<Self, D::Error> { Ok(Self) }
+//! # }
+//! # struct Model;
+//! # impl Model { fn new(_: &Config, _: lora::nn::VarBuilder) -> candle_core::Result<Self> { Ok(Self) } }
+//! let device = Device::Cpu;
+//! let file = gguf::File::open("model-q4_0.gguf")?;
+//! let config: Config = file.config()?;
+//!
+//! // A model of candle-transformers whose code uses `lora::nn`. The base stays as it is in the file.
+//! let cfg = LoraConfig { r: 8, lora_alpha: 16., ..Default::default() };
+//! let adapter = lora::Adapter::new(cfg).targets(["q_proj", "v_proj"]);
+//! let vb = adapter.var_builder(file.var_builder(DType::F32, &device)?);
+//! let model = Model::new(&config, vb)?;
+//! adapter.check()?;
+//! # let _ = model; Ok(()) }
+//! ```
 
+mod architecture;
 mod config;
+mod file;
+mod file_var_builder;
+#[cfg(test)]
+mod fixture;
+mod ggml_dtype;
+mod header;
 mod metadata;
+mod model;
+mod names;
+mod reader;
+mod rows;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
+mod var_builder;
+
+pub use file::File;
+pub use var_builder::var_builder;

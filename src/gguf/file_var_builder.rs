@@ -1,0 +1,130 @@
+//! A `VarBuilder` that reads a file's tensors by Hugging Face's names.
+
+use super::file::{blocks, File};
+use super::names::Names;
+use super::rows;
+use super::var_builder::{stays_quantized, wrong_shape};
+use crate::layers::quantized_handle;
+use crate::{Error, Result};
+use candle_core::quantized::QTensor;
+use candle_core::{DType, Device, DeviceLocation, Shape, Tensor};
+use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use candle_nn::Init;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub(super) fn file_var_builder(
+    file: &File,
+    dtype: DType,
+    device: &Device,
+) -> Result<VarBuilder<'static>> {
+    let disk = Disk::new(file)?;
+    Ok(VarBuilder::from_backend(Box::new(disk), dtype, device.clone()))
+}
+
+/// The tensors of a file, by Hugging Face's names.
+pub(super) struct Disk {
+    file: File,
+    architecture: Names,
+    /// The file's names by Hugging Face's.
+    names: BTreeMap<String, String>,
+    /// What has been read. The lock is held while reading: one tensor at a time.
+    blocks: Mutex<HashMap<(String, DeviceLocation), Arc<QTensor>>>,
+    dense: Mutex<HashMap<(String, DeviceLocation, DType), Tensor>>,
+}
+
+impl Disk {
+    pub fn new(file: &File) -> Result<Self> {
+        let architecture = Names::of(file)?;
+        let names = architecture.all(file)?;
+        let (blocks, dense) = Default::default();
+        Ok(Self { file: file.clone(), architecture, names, blocks, dense })
+    }
+
+    /// The blocks of a tensor, with the rows in Hugging Face's order.
+    fn read(&self, gguf: &str, device: &Device) -> Result<QTensor> {
+        let info = self.file.info(gguf)?;
+        let bytes = self.file.bytes(info)?;
+        let bytes = match self.architecture.interleaved(gguf) {
+            None => bytes,
+            Some(heads) => {
+                let rows = info.dims.first().copied().unwrap_or(0);
+                let moved = rows::in_file(rows, heads)
+                    .and_then(|order| rows::reordered(&bytes, info.row_bytes, &order));
+                moved.ok_or_else(|| Error::tensor(gguf, format!("it has no {heads} heads")))?
+            }
+        };
+        blocks(info, bytes, device).map_err(|e| Error::tensor(gguf, e))
+    }
+
+    /// The blocks of a matrix, always the same ones.
+    pub fn blocks(&self, gguf: &str, device: &Device) -> Result<Arc<QTensor>> {
+        let mut read = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (gguf.to_owned(), device.location());
+        if let Some(blocks) = read.get(&key) {
+            return Ok(blocks.clone());
+        }
+        let blocks = Arc::new(self.read(gguf, device)?);
+        read.insert(key, blocks.clone());
+        Ok(blocks)
+    }
+
+    fn dense(&self, gguf: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let mut read = self.dense.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (gguf.to_owned(), device.location(), dtype);
+        if let Some(tensor) = read.get(&key) {
+            return Ok(tensor.clone());
+        }
+        // In F32 on the CPU, where every dtype can be decoded.
+        let tensor = self.read(gguf, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+        let tensor = match self.architecture.shift(gguf) {
+            0. => tensor,
+            shift => (tensor + shift)?,
+        };
+        let tensor = tensor.to_dtype(dtype)?.to_device(device)?;
+        read.insert(key, tensor.clone());
+        Ok(tensor)
+    }
+
+    fn give(
+        &self,
+        name: &str,
+        wanted: Option<&Shape>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let Some(gguf) = self.names.get(name) else {
+            return Err(Error::tensor(name, "the file does not have it"));
+        };
+        let info = self.file.info(gguf)?;
+        if let Some(wanted) = wanted.filter(|wanted| wanted.dims() != info.dims) {
+            return Err(wrong_shape(name, &info.dims, wanted));
+        }
+        if stays_quantized(info.dtype, &info.dims) {
+            Ok(quantized_handle(&self.blocks(gguf, device)?, dtype)?)
+        } else {
+            self.dense(gguf, dtype, device)
+        }
+    }
+}
+
+impl SimpleBackend for Disk {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        dev: &Device,
+    ) -> candle_core::Result<Tensor> {
+        self.give(name, Some(&shape), dtype, dev).map_err(|e| e.at(self.file.path()).into())
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        self.give(name, None, dtype, dev).map_err(|e| e.at(self.file.path()).into())
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+}

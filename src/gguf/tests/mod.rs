@@ -1,0 +1,5 @@
+//! What a file gives a model.
+
+mod damaged;
+mod errors;
+mod fidelity;
