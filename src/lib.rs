@@ -17,6 +17,7 @@ pub mod merge;
 pub mod nn;
 mod ops;
 pub mod peft;
+pub mod train;
 pub mod utils;
 
 pub use adapter::{Adapter, Targets};

@@ -83,6 +83,11 @@ impl Linear {
         Self::new(candle_nn::Linear::new(handle, bias), cfg, vb)
     }
 
+    /// out
+    pub(crate) fn out_features(&self) -> Result<usize> {
+        Ok(self.kind.dims(self.weight())?.0)
+    }
+
     /// The candle_nn layer with the merged weight (out, in).
     ///
     /// # Errors

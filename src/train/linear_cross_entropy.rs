@@ -1,0 +1,225 @@
+//! The loss of a language model's head without all of its logits.
+
+use crate::layers::Linear;
+use crate::ops::{cross_entropy, upstream, with_grads};
+use candle_core::{bail, DType, Module, Result, Tensor, TensorId, Var};
+use std::collections::HashMap;
+
+/// Logits that are in memory at a time.
+const LOGITS: usize = if cfg!(test) { 100 } else { 1 << 23 };
+
+/// The mean cross-entropy of `head(x)`, as `torch.nn.functional.cross_entropy` computes it, from the hidden
+/// states `x` (.., in) and the labels (..), integers less than the head's outputs. A negative label, such as
+/// torch's -100, leaves its position out. A scalar, in F32 (F64 beside F64).
+///
+/// The logits of a few rows at a time are computed and turned into gradients at once, so that the memory
+/// for them depends on the number of classes and not on that of tokens: 32 MiB in F32 for up to 8 million
+/// logits. Gradients reach `x` and what the head trains: its weight, its bias, its factors. They are
+/// computed with the loss, unless there is nothing to train.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor, Var};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use loralib as lora;
+///
+/// let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// let head = lora::linear_no_bias(4, 10, lora::LoraConfig::default(), vb)?;
+/// let hidden = Var::ones((1, 3, 4), DType::F32, &Device::Cpu)?;
+/// let labels = Tensor::new(&[[7i64, 9, -100]], &Device::Cpu)?; // the last position does not count
+/// let loss = lora::train::linear_cross_entropy(&hidden, &head, &labels)?;
+/// assert!(loss.backward()?.get(&hidden).is_some());
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// If the labels do not fit `x`, one is not less than the number of classes, or none counts.
+pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Result<Tensor> {
+    let classes = head.out_features()?;
+    let Some((&last, leading)) = x.dims().split_last() else {
+        bail!("linear_cross_entropy: x is a scalar, expected (.., in)")
+    };
+    if labels.dims() != leading {
+        bail!("linear_cross_entropy: x is {:?} and the labels {:?}", x.dims(), labels.dims())
+    }
+    let (rows, counted) = counted(labels, classes)?;
+    let x = x.reshape((labels.elem_count(), last))?;
+    let rows = (rows.len() < x.dims()[0])
+        .then(|| Tensor::from_vec(rows, counted.len(), x.device()))
+        .transpose()?;
+    let chosen = match &rows {
+        Some(rows) => x.detach().index_select(rows, 0)?,
+        None => x.detach(),
+    };
+
+    let trained: Vec<_> = [Some(head.weight()), head.bias(), head.lora_a(), head.lora_b()]
+        .into_iter()
+        .flatten()
+        .filter(|t| t.track_op())
+        .collect();
+    let wants_grad = x.track_op() || !trained.is_empty();
+    let mut loss: Option<Tensor> = None;
+    let (mut gx, mut sums) = (vec![], HashMap::<TensorId, Tensor>::new());
+    let step = (LOGITS / classes).max(1);
+    for (i, labels) in counted.chunks(step).enumerate() {
+        let part = chosen.narrow(0, i * step, labels.len())?;
+        let part = if x.track_op() { Var::from_tensor(&part)?.into_inner() } else { part };
+        let logits = head.forward(&part)?;
+        let (sum, grad) = cross_entropy(&logits, labels, 1. / counted.len() as f64)?;
+        loss = Some(loss.map_or(Ok(sum.clone()), |loss| loss + sum)?);
+        if !wants_grad {
+            continue;
+        }
+        let mut grads = upstream(&logits, grad)?.backward()?;
+        gx.extend(grads.remove(&part).filter(|_| x.track_op()));
+        for t in &trained {
+            let Some(grad) = grads.remove(t) else { continue };
+            let sum = sums.remove(&t.id()).map_or(Ok(grad.clone()), |sum| sum + grad)?;
+            sums.insert(t.id(), sum);
+        }
+    }
+    let Some(loss) = loss else { bail!("linear_cross_entropy: no label counts") };
+    let mut grads = vec![];
+    if x.track_op() {
+        let gx = Tensor::cat(&gx, 0)?;
+        let gx = match &rows {
+            Some(rows) => x.detach().zeros_like()?.index_add(rows, &gx, 0)?,
+            None => gx,
+        };
+        grads.push((x, gx));
+    }
+    for t in trained {
+        grads.extend(sums.remove(&t.id()).map(|sum| (t.clone(), sum)));
+    }
+    with_grads((loss / counted.len() as f64)?, grads)
+}
+
+/// The positions that count, and their labels.
+fn counted(labels: &Tensor, classes: usize) -> Result<(Vec<u32>, Vec<u32>)> {
+    if !labels.dtype().is_int() {
+        bail!("linear_cross_entropy: the labels are {:?}, expected integers", labels.dtype())
+    }
+    let labels = labels.flatten_all()?.to_device(&candle_core::Device::Cpu)?;
+    let labels = labels.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let (mut rows, mut counted) = (vec![], vec![]);
+    for (row, label) in labels.into_iter().enumerate().filter(|(_, label)| *label >= 0) {
+        match u32::try_from(label) {
+            Ok(label) if (label as usize) < classes => counted.push(label),
+            _ => {
+                bail!("linear_cross_entropy: label {label} at position {row} of {classes} classes")
+            }
+        }
+        rows.push(row as u32);
+    }
+    if counted.is_empty() {
+        bail!("linear_cross_entropy: no label counts: all are negative")
+    }
+    Ok((rows, counted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::LoraConfig;
+    use candle_core::Device;
+    use candle_nn::{VarBuilder, VarMap};
+
+    const CLASSES: usize = 30;
+
+    /// A head that trains its weight, its bias and its factors.
+    fn head(dtype: DType) -> Result<Linear> {
+        let (vars, device) = (VarMap::new(), &Device::Cpu);
+        for (name, shape) in [("lora_A", (2, 5)), ("lora_B", (CLASSES, 2))] {
+            let var = Var::randn(0f32, 1., shape, device)?.to_dtype(dtype)?;
+            vars.data().lock().unwrap().insert(name.into(), Var::from_tensor(&var)?);
+        }
+        let vb = VarBuilder::from_varmap(&vars, dtype, device);
+        crate::linear(5, CLASSES, LoraConfig { r: 2, ..Default::default() }, vb)
+    }
+
+    fn apart(a: &Tensor, b: &Tensor) -> Result<f64> {
+        (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.max_all()?.to_scalar()
+    }
+
+    #[test]
+    fn loss_and_gradients_are_those_of_all_logits_at_once() -> Result<()> {
+        let all: Vec<i64> = (0..14).map(|i| (i * 7) % CLASSES as i64).collect();
+        let some = all.iter().map(|label| if label % 3 == 0 { -100 } else { *label }).collect();
+        for labels in [all, some] {
+            let head = head(DType::F64)?;
+            let x = Var::randn(0f64, 1., (2, 7, 5), &Device::Cpu)?;
+            let count: Vec<u32> = (0..14).filter(|i| labels[*i as usize] >= 0).collect();
+            let rows = Tensor::new(count.as_slice(), &Device::Cpu)?;
+            let labels = Tensor::from_vec(labels, (2, 7), &Device::Cpu)?;
+            let logits = head.forward(&x)?.reshape((14, CLASSES))?.index_select(&rows, 0)?;
+            let expected = candle_nn::loss::cross_entropy(
+                &logits,
+                &labels.flatten_all()?.index_select(&rows, 0)?,
+            )?;
+            let loss = linear_cross_entropy(&x, &head, &labels)?;
+            assert!(apart(&loss, &expected)? < 1e-12);
+            // The upstream gradient is 3.
+            let (grads, expected) = ((loss * 3.)?.backward()?, (expected * 3.)?.backward()?);
+            let tracked = [x.as_tensor(), head.lora_a().unwrap(), head.lora_b().unwrap()];
+            for t in tracked {
+                assert!(apart(grads.get(t).unwrap(), expected.get(t).unwrap())? < 1e-12);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_trained_weight_and_bias_have_their_gradients() -> Result<()> {
+        let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu);
+        let head = crate::linear(5, CLASSES, LoraConfig::default(), vb)?;
+        let x = Tensor::randn(0f64, 1., (14, 5), &Device::Cpu)?;
+        let labels = Tensor::arange(0i64, 14, &Device::Cpu)?;
+        let expected = candle_nn::loss::cross_entropy(&head.forward(&x)?, &labels)?.backward()?;
+        let grads = linear_cross_entropy(&x, &head, &labels)?.backward()?;
+        for t in [head.weight(), head.bias().unwrap()] {
+            assert!(apart(grads.get(t).unwrap(), expected.get(t).unwrap())? < 1e-12);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn half_precision_states_give_an_f32_loss_and_gradients_of_their_dtype() -> Result<()> {
+        let head = head(DType::BF16)?;
+        let x = Tensor::randn(0f32, 1., (14, 5), &Device::Cpu)?.to_dtype(DType::BF16)?;
+        let x = Var::from_tensor(&x)?;
+        let labels = Tensor::arange(0u32, 14, &Device::Cpu)?;
+        let loss = linear_cross_entropy(&x, &head, &labels)?;
+        let logits = head.forward(&x)?.to_dtype(DType::F32)?;
+        let expected = candle_nn::loss::cross_entropy(&logits, &labels)?;
+        assert!(loss.dtype() == DType::F32 && apart(&loss, &expected)? < 1e-5);
+        let (grads, expected) = (loss.backward()?, expected.backward()?);
+        let (grad, expected) = (grads.get(&x).unwrap(), expected.get(&x).unwrap());
+        assert!(grad.dtype() == DType::BF16 && apart(grad, expected)? < 2e-3);
+        Ok(())
+    }
+
+    #[test]
+    fn nothing_to_train_records_no_graph() -> Result<()> {
+        let head = head(DType::F32)?;
+        let head = Linear::new(head.into_merged()?, LoraConfig::default(), vb()?)?;
+        let x = Tensor::zeros((3, 5), DType::F32, &Device::Cpu)?;
+        let labels = Tensor::zeros(3, DType::U8, &Device::Cpu)?;
+        assert!(!linear_cross_entropy(&x, &head, &labels)?.track_op());
+        Ok(())
+    }
+
+    fn vb() -> Result<VarBuilder<'static>> {
+        Ok(VarBuilder::from_tensors(HashMap::new(), DType::F32, &Device::Cpu))
+    }
+
+    #[test]
+    fn labels_that_do_not_fit_are_errors() -> Result<()> {
+        let (head, x) = (head(DType::F32)?, Tensor::zeros((2, 5), DType::F32, &Device::Cpu)?);
+        let error = |labels: Tensor| linear_cross_entropy(&x, &head, &labels).unwrap_err();
+        let labels = |values: [i64; 2]| Tensor::new(&values, &Device::Cpu);
+        assert!(error(labels([0, 30])?).to_string().contains("label 30 at position 1"));
+        assert!(error(labels([-1, -100])?).to_string().contains("no label counts"));
+        assert!(error(labels([0, 0])?.unsqueeze(0)?).to_string().contains("[1, 2]"));
+        assert!(error(labels([0, 0])?.to_dtype(DType::F32)?).to_string().contains("F32"));
+        Ok(())
+    }
+}
