@@ -9,16 +9,7 @@ use crate::Result;
 use candle_core::{Device, Tensor};
 use std::path::Path;
 
-/// A description and the sentence for it.
-#[derive(Clone)]
-pub struct Line {
-    /// Where it stands, for messages.
-    pub at: String,
-    pub description: String,
-    pub sentence: String,
-    /// For each value of the description, its forms: one of them should stand in the sentence.
-    pub slots: Vec<Vec<String>>,
-}
+pub use crate::corpus::Line;
 
 /// The lines of a file; empty ones are skipped. An error names the file and the line.
 pub fn read(path: &Path) -> Result<Vec<Line>> {

@@ -10,7 +10,6 @@ mod adapt;
 mod args;
 mod base;
 mod compare;
-mod corpus;
 mod data;
 mod describe;
 mod evaluate;
@@ -24,6 +23,8 @@ mod tokenizer;
 
 #[path = "../common/buckets.rs"]
 mod buckets;
+#[path = "../common/corpus.rs"]
+mod corpus;
 #[path = "../common/lines.rs"]
 mod lines;
 #[path = "../common/rng.rs"]

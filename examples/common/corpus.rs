@@ -11,13 +11,23 @@
 //! description of validation was trained on. The name's two words stand in other names, and its
 //! other values in other lines.
 
-use crate::data::Line;
 use crate::rng::Rng;
 use crate::Result;
 use std::collections::HashSet;
 
 const HOTELS: &str = include_str!("hotels.txt");
 const CAFES: &str = include_str!("cafes.txt");
+
+/// A description and the sentence for it.
+#[derive(Clone)]
+pub struct Line {
+    /// Where it stands, for messages.
+    pub at: String,
+    pub description: String,
+    pub sentence: String,
+    /// For each value of the description, its forms: one of them should stand in the sentence.
+    pub slots: Vec<Vec<String>>,
+}
 
 /// `n` lines about hotels, always the same.
 pub fn hotels(n: usize) -> Result<Vec<Line>> {
