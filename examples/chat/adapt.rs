@@ -1,0 +1,85 @@
+//! An adapter for a base: trained, measured before and after, and saved.
+
+use crate::args::Args;
+use crate::base::Base;
+use crate::data::{self, Document};
+use crate::examples::examples;
+use crate::loss::{batch_loss, mean_loss};
+use crate::peak;
+use crate::rng::Rng;
+use crate::train::{train, Plan};
+use crate::Result;
+use lora::{Adapter, AdapterConfig};
+use loralib as lora;
+use std::path::Path;
+
+/// More examples would cost time, and hardly make the measure better.
+const HELD_OUT: usize = 256;
+
+/// Trains on a file, saves the adapter in `--out` and gives a document to talk about.
+pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
+    let length = (args.length as usize).min(base.config.longest());
+    let (train_on, mut valid) = documents(args, base, file)?;
+    let (training, cut) = examples(&train_on, &base.tokens, length)?;
+    let (measured, _) = examples(&valid, &base.tokens, length)?;
+    println!("{} examples to train on, {} to measure on", training.len(), measured.len());
+    if cut > 0 {
+        println!("{cut} of {} are cut off after {length} tokens: see --length", training.len());
+    }
+
+    let config = AdapterConfig {
+        base_model_name_or_path: Some(base.path.display().to_string()),
+        task_type: Some("CAUSAL_LM".to_owned()),
+        ..args.lora().into()
+    };
+    let adapter = Adapter::new(config).targets(args.targets()).seed(args.seed);
+    let model = base.model(adapter.var_builder(base.var_builder()?))?;
+    adapter.check()?;
+    let summary = adapter.summary()?;
+    println!("{} parameters in {} layers", summary.trainable(), summary.adapted.len());
+
+    let measure = |when| -> Result<()> {
+        adapter.eval()?; // without a graph
+        let loss = mean_loss(&model, &measured, args.batch as usize, &base.device)?;
+        println!("validation loss {when}  {loss:.4}, perplexity {:.3}", loss.exp());
+        Ok(adapter.train()?)
+    };
+    measure("before")?;
+    peak::reset();
+    let plan = Plan {
+        what: "adapting",
+        steps: args.steps as usize,
+        lr: args.lr.unwrap_or(if args.model.is_some() { 2e-4 } else { 5e-3 }),
+        batch: args.batch as usize,
+        accumulate: args.accumulate as usize,
+        seed: args.seed,
+    };
+    let mut times =
+        train(adapter.var_map(), adapter.vars()?, &plan, &training, &base.device, |batch| {
+            batch_loss(&model, batch)
+        })?;
+    times.sort();
+    println!("a step took {:.0} ms (median)", times[times.len() / 2].as_secs_f64() * 1e3);
+    if let Some(peak) = peak::peak() {
+        println!("peak of memory {peak:.0} MiB");
+    }
+    measure("after ")?;
+    adapter.save_pretrained(&args.out)?;
+    println!("adapter in {}", args.out.display());
+    Ok(valid.swap_remove(0))
+}
+
+/// To train on, and to measure on.
+fn documents(args: &Args, base: &Base, file: &Path) -> Result<(Vec<Document>, Vec<Document>)> {
+    let mut documents = data::read(file, base.template.as_ref())?;
+    if let Some(valid) = &args.valid {
+        return Ok((documents, data::read(valid, base.template.as_ref())?));
+    }
+    if documents.len() < 2 {
+        return Err(format!("{}: one document, none is left to measure on", file.display()).into());
+    }
+    Rng::new(args.seed).shuffle(&mut documents);
+    let held_out = (documents.len() / 20).clamp(1, HELD_OUT);
+    let valid = documents.split_off(documents.len() - held_out);
+    Ok((documents, valid))
+}

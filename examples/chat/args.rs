@@ -1,0 +1,109 @@
+//! The flags.
+
+use clap::{Parser, ValueEnum};
+use lora::{LoraConfig, Targets};
+use loralib as lora;
+use std::path::PathBuf;
+
+/// Fine-tunes a language model (Llama, Mistral, Qwen2 or Qwen3) with LoRA, and talks to it.
+///
+/// Without --model a tiny Llama is trained first, on embedded text.
+#[derive(Parser)]
+pub struct Args {
+    /// A folder as the Hugging Face hub gives it (config.json, tokenizer.json, model.safetensors or its
+    /// shards), or a GGUF file
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    /// What to train on: a .txt file with a text in each line, or JSON Lines with "text", with "prompt" and
+    /// "completion", or with "messages"
+    #[arg(long, value_name = "FILE", requires = "model")]
+    pub data: Option<PathBuf>,
+    /// What to measure on, in the same format [default: a twentieth of --data]
+    #[arg(long, value_name = "FILE", requires = "data")]
+    pub valid: Option<PathBuf>,
+    /// The adapter's rank
+    #[arg(long, value_name = "R", default_value_t = 8)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub rank: u32,
+    /// The adapter's strength: its update is scaled by alpha / rank
+    #[arg(long, default_value_t = 16.)]
+    pub alpha: f64,
+    /// The probability with which a value of the adapter's input is dropped in training
+    #[arg(long, value_name = "P", default_value_t = 0.)]
+    pub dropout: f32,
+    /// The layers to adapt: all-linear, or names such as q_proj,v_proj
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "all-linear")]
+    pub targets: Vec<String>,
+    /// The learning rate at its peak [default: 2e-4, and 5e-3 for the tiny model]
+    #[arg(long, visible_alias = "rate")]
+    pub lr: Option<f64>,
+    /// How often the adapter is changed
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+    /// Examples per batch
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: u32,
+    /// Batches per step, one after the other: more examples in the same memory
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub accumulate: u32,
+    /// Tokens to which texts are packed, and behind which other examples are cut off
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(value_parser = clap::value_parser!(u32).range(2..))]
+    pub length: u32,
+    /// Seed of the order of examples and of the new adapter; dropout on the CPU is not seeded
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Place::Cpu)]
+    pub device: Place,
+    /// The folder for the adapter, in PEFT's format
+    #[arg(long, value_name = "FOLDER", default_value = "target/chat")]
+    pub out: PathBuf,
+    /// Only talks, with this adapter: a folder in PEFT's format
+    #[arg(long, value_name = "FOLDER", requires_all = ["model", "prompt"], conflicts_with = "data")]
+    pub adapter: Option<PathBuf>,
+    /// What to say to the model [default: what the first example to measure on begins with]
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// The prompt is a text to continue, not a message, though the model has a chat template
+    #[arg(long, requires = "prompt")]
+    pub raw: bool,
+    /// How many tokens the model says at most
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub tokens: usize,
+    /// Talks with the adapter beside the frozen weights instead of merged into them
+    #[arg(long)]
+    pub unmerged: bool,
+    /// A few seconds with a tiny new model: no good sentences
+    #[arg(long, conflicts_with_all = ["model", "data", "adapter"])]
+    pub quick: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Place {
+    Cpu,
+    Cuda,
+}
+
+impl Args {
+    pub fn lora(&self) -> LoraConfig {
+        LoraConfig {
+            r: self.rank as usize,
+            lora_alpha: self.alpha,
+            lora_dropout: self.dropout,
+            // Measured without merging: a copy of each weight would be as large as the model.
+            merge_weights: false,
+            ..Default::default()
+        }
+    }
+
+    pub fn targets(&self) -> Targets {
+        match &self.targets[..] {
+            [all] if all == "all-linear" => Targets::all_linear(),
+            names => names.into(),
+        }
+    }
+}

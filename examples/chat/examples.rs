@@ -1,0 +1,71 @@
+//! Documents as tokens, cut or packed to a length.
+
+use crate::data::{Document, Kind};
+use crate::tokens::Tokens;
+use crate::Result;
+
+pub struct Example {
+    pub ids: Vec<u32>,
+    /// Whether the model learns a token: after those before it, it should say this one.
+    pub learned: Vec<bool>,
+}
+
+impl Example {
+    /// How many tokens the model reads: all but the last.
+    pub fn inputs(&self) -> usize {
+        self.ids.len() - 1
+    }
+
+    /// How many tokens are predicted.
+    pub fn predicted(&self) -> usize {
+        self.learned.iter().skip(1).filter(|learned| **learned).count()
+    }
+}
+
+/// Examples of at most `length` tokens to read, and how many documents were cut off to that. Texts are packed: one
+/// follows the other, with an end between them.
+pub fn examples(
+    documents: &[Document],
+    tokens: &Tokens,
+    length: usize,
+) -> Result<(Vec<Example>, usize)> {
+    let (mut examples, mut packed, mut cut) = (vec![], vec![], 0);
+    for document in documents {
+        let mut example = encode(document, tokens)?;
+        if document.kind == Kind::Text {
+            packed.extend(example.ids);
+            continue;
+        }
+        if example.inputs() > length {
+            cut += 1;
+            example.ids.truncate(length + 1);
+            example.learned.truncate(length + 1);
+        }
+        examples.push(example);
+    }
+    // The last token of one piece is the first of the next, so that each is predicted once.
+    for start in (0..packed.len().saturating_sub(1)).step_by(length) {
+        let ids = packed[start..packed.len().min(start + length + 1)].to_vec();
+        examples.push(Example { learned: vec![true; ids.len()], ids });
+    }
+    examples.retain(|example| example.predicted() > 0);
+    match examples.is_empty() {
+        true => Err(format!("no tokens to learn among the first {length} of any example").into()),
+        false => Ok((examples, cut)),
+    }
+}
+
+fn encode(document: &Document, tokens: &Tokens) -> Result<Example> {
+    let (mut ids, mut learned) = (vec![], vec![]);
+    for piece in &document.pieces {
+        // A template writes the special tokens itself.
+        let first = ids.is_empty() && document.kind != Kind::Chat;
+        ids.extend(tokens.encode(&piece.text, first)?);
+        learned.resize(ids.len(), piece.learned);
+    }
+    if document.kind != Kind::Chat {
+        ids.push(tokens.end());
+        learned.push(true);
+    }
+    Ok(Example { ids, learned })
+}

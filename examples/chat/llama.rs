@@ -1,0 +1,147 @@
+//! Llama and its relatives (Mistral, Qwen2, Qwen3) with Hugging Face's parameter names.
+//!
+//! The model is written on candle_nn's names, and `use loralib::nn as candle_nn` makes of its layers those that an
+//! `Adapter` adapts by name. Nothing else in this file knows of adapters.
+
+use crate::attention::Attention;
+use crate::config::Config;
+use crate::rope::Rope;
+use candle_core::{bail, Device, Module, Result, Tensor};
+use candle_nn::kv_cache::KvCache;
+use candle_nn::{linear_b, ops::silu, rms_norm, Embedding, Init, Linear, RmsNorm, VarBuilder};
+use loralib::nn as candle_nn;
+
+pub struct Llama {
+    embed_tokens: Embedding,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    rope: Rope,
+    longest: usize,
+}
+
+/// The keys and values of a text that grows.
+pub struct Cache {
+    layers: Vec<KvCache>,
+    tokens: usize,
+}
+
+impl Llama {
+    /// `vb` gives the parameters, and decides which layers have an adapter.
+    pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let (n, model) = (cfg.hidden_size, vb.pp("model"));
+        // Only a new model, which is narrow, starts from this; 0.02 is for wide ones.
+        let init = Init::Randn { mean: 0., stdev: 0.1 };
+        let table = model.pp("embed_tokens").get_with_hints((cfg.vocab_size, n), "weight", init)?;
+        let embed_tokens = Embedding::new(table, n);
+        let lm_head = match cfg.tie_word_embeddings {
+            true => Linear::new(embed_tokens.embeddings().clone(), None),
+            false => linear_b(n, cfg.vocab_size, false, vb.pp("lm_head"))?,
+        };
+        let layer = |i| Layer::new(cfg, model.pp("layers").pp(i));
+        Ok(Self {
+            embed_tokens,
+            layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            norm: rms_norm(n, cfg.rms_norm_eps, model.pp("norm"))?,
+            lm_head,
+            rope: Rope::new(cfg)?,
+            longest: cfg.longest(),
+        })
+    }
+
+    /// Ids (batch, tokens) to hidden states (batch, tokens, hidden_size). With a cache the ids continue the
+    /// text in it.
+    pub fn hidden(&self, ids: &Tensor, mut cache: Option<&mut Cache>) -> Result<Tensor> {
+        let (_, tokens) = ids.dims2()?;
+        let first = cache.as_ref().map_or(0, |cache| cache.tokens);
+        if first + tokens > self.longest {
+            bail!("{} tokens, the model takes {}", first + tokens, self.longest)
+        }
+        let (cos, sin) = self.rope.tables(first, tokens, ids.device())?;
+        // A single token sees all that is before it.
+        let mask = (tokens > 1).then(|| causal_mask(first, tokens, ids.device())).transpose()?;
+        let at = Positions { cos, sin, mask };
+        let mut x = self.embed_tokens.forward(ids)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let cache = cache.as_mut().and_then(|cache| cache.layers.get_mut(i));
+            x = layer.forward(&x, &at, cache)?;
+        }
+        if let Some(cache) = cache {
+            cache.tokens += tokens;
+        }
+        self.norm.forward(&x)
+    }
+
+    /// Hidden states (.., hidden_size) to logits (.., vocab_size).
+    pub fn head(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(hidden)
+    }
+
+    /// An empty cache, with room for `tokens` before it grows.
+    pub fn cache(&self, tokens: usize) -> Cache {
+        Cache { layers: self.layers.iter().map(|_| KvCache::new(1, tokens)).collect(), tokens: 0 }
+    }
+}
+
+/// What depends on the tokens' positions alone.
+pub struct Positions {
+    /// (tokens, head_dim / 2)
+    pub cos: Tensor,
+    pub sin: Tensor,
+    /// (tokens, all tokens so far)
+    pub mask: Option<Tensor>,
+}
+
+/// 0 where a token sees another, else -∞. Padding on the right needs no mask of its own.
+fn causal_mask(first: usize, tokens: usize, device: &Device) -> Result<Tensor> {
+    let (all, seen) = (first + tokens, |i, j| if j <= first + i { 0. } else { f32::NEG_INFINITY });
+    let mask = (0..tokens).flat_map(|i| (0..all).map(move |j| seen(i, j)));
+    Tensor::from_vec(mask.collect(), (tokens, all), device)
+}
+
+struct Layer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl Layer {
+    fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let norm = |name| rms_norm(cfg.hidden_size, cfg.rms_norm_eps, vb.pp(name));
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::new(cfg, vb.pp("self_attn"))?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: Mlp::new(cfg, vb.pp("mlp"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, at: &Positions, cache: Option<&mut KvCache>) -> Result<Tensor> {
+        let x = (x + self.self_attn.forward(&self.input_layernorm.forward(x)?, at, cache)?)?;
+        &x + self.mlp.forward(&self.post_attention_layernorm.forward(&x)?)?
+    }
+}
+
+/// SwiGLU: `down(silu(gate(x)) ∘ up(x))`.
+struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let (n, inner, bias) = (cfg.hidden_size, cfg.intermediate_size, cfg.mlp_bias);
+        Ok(Self {
+            gate_proj: linear_b(n, inner, bias, vb.pp("gate_proj"))?,
+            up_proj: linear_b(n, inner, bias, vb.pp("up_proj"))?,
+            down_proj: linear_b(inner, n, bias, vb.pp("down_proj"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let gate = silu(&self.gate_proj.forward(x)?)?;
+        self.down_proj.forward(&(gate * self.up_proj.forward(x)?)?)
+    }
+}

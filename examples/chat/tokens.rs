@@ -1,0 +1,64 @@
+//! The model's tokenizer, and the tokens that end a text.
+
+use crate::Result;
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+pub struct Tokens {
+    inner: Tokenizer,
+    /// The first is the one that training puts behind a text.
+    ends: Vec<u32>,
+}
+
+impl Tokens {
+    /// `ends` are values of `eos_token` or `eos_token_id`: a text, an id or a list of ids. The first that is
+    /// given comes first.
+    pub fn new(json: &[u8], ends: &[&Value]) -> Result<Self> {
+        let mut inner = Tokenizer::from_bytes(json)?;
+        inner.with_padding(None);
+        inner.with_truncation(None)?;
+        let mut found = vec![];
+        for end in ends {
+            match end {
+                Value::Array(ids) => found.extend(ids.iter().filter_map(Value::as_u64)),
+                Value::Number(id) => found.extend(id.as_u64()),
+                other => {
+                    found.extend(text(other).and_then(|t| inner.token_to_id(t)).map(u64::from))
+                }
+            }
+        }
+        match found.is_empty() {
+            true => Err("no eos_token says which token ends a text".into()),
+            false => Ok(Self { inner, ends: found.into_iter().map(|id| id as u32).collect() }),
+        }
+    }
+
+    /// How many tokens there are.
+    pub fn len(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// With `special` the tokens that the tokenizer puts around a text, such as Llama's first.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        Ok(self.inner.encode(text, special)?.get_ids().to_vec())
+    }
+
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true)
+    }
+
+    /// The token behind a text.
+    pub fn end(&self) -> u32 {
+        self.ends[0]
+    }
+
+    /// Whether a text ends with this token.
+    pub fn ends(&self, id: u32) -> bool {
+        self.ends.contains(&id)
+    }
+}
+
+/// A special token's text: tokenizer_config.json has it as such, or as the content of an object.
+pub fn text(token: &Value) -> Option<&str> {
+    token.as_str().or(token["content"].as_str())
+}
