@@ -1,5 +1,6 @@
 //! Base weights for any model: a tensor of fixed pseudo-random values for each name and shape.
 
+use candle::quantized::{GgmlDType, QTensor};
 use candle::{bail, DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::Init;
@@ -13,6 +14,19 @@ pub struct Weights(Arc<Mutex<HashMap<String, Tensor>>>);
 impl Weights {
     pub fn var_builder(&self, dtype: DType) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), dtype, Device::Cpu)
+    }
+
+    /// The tensors as blocks: matrices of layers in F16, which has no smallest width, all else and what has one of
+    /// the `dense` names in F32.
+    pub fn quantized(&self, dense: &[&str]) -> Result<HashMap<String, Arc<QTensor>>> {
+        let tensors = self.0.lock().unwrap();
+        let quantize = |(name, tensor): (&String, &Tensor)| {
+            let dense = dense.iter().any(|part| name.contains(part));
+            let matrix = tensor.rank() == 2 && name.ends_with("weight") && !dense;
+            let dtype = if matrix { GgmlDType::F16 } else { GgmlDType::F32 };
+            Ok((name.clone(), Arc::new(QTensor::quantize(tensor, dtype)?)))
+        };
+        tensors.iter().filter(|(_, tensor)| tensor.rank() > 0).map(quantize).collect()
     }
 }
 
