@@ -64,7 +64,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
         println!("peak of memory {peak:.0} MiB");
     }
     measure("after ")?;
-    adapter.save_pretrained(&args.out)?;
+    base.save(&adapter, &args.out)?;
     println!("adapter in {}", args.out.display());
     Ok(valid.swap_remove(0))
 }

@@ -74,7 +74,8 @@ pub struct Args {
     /// How many tokens the model says at most
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub tokens: usize,
-    /// Talks with the adapter beside the frozen weights instead of merged into them
+    /// Talks with the adapter beside the frozen weights instead of merged into them, as it always is with a
+    /// GGUF file
     #[arg(long)]
     pub unmerged: bool,
     /// A few seconds with a tiny new model: no good sentences

@@ -3,13 +3,13 @@
 use crate::config::Config;
 use crate::llama::Llama;
 use crate::template::Template;
-use crate::tokens::{text, Tokens};
-use crate::Result;
+use crate::tokens::Tokens;
+use crate::{folder, gguf, Result};
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
+use lora::{gguf::File, Adapter};
 use loralib as lora;
 use serde_json::Value;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 pub struct Base {
@@ -19,79 +19,62 @@ pub struct Base {
     /// `None` for a model that does not chat.
     pub template: Option<Template>,
     pub device: Device,
+    /// `None` for a folder.
+    file: Option<File>,
 }
 
 impl Base {
     pub fn read(path: &Path, device: &Device) -> Result<Self> {
-        if path.extension().is_some_and(|extension| extension == "gguf") {
-            return Err(format!("{}: GGUF files cannot be read yet", path.display()).into());
-        }
-        Self::from_folder(path, device)
-    }
-
-    fn from_folder(path: &Path, device: &Device) -> Result<Self> {
-        let json = json(&path.join("config.json"))?;
-        let generation = optional(&path.join("generation_config.json"))?;
-        let tokenizer = optional(&path.join("tokenizer_config.json"))?;
-        let at = path.join("tokenizer.json");
-        let ends = [&tokenizer["eos_token"], &generation["eos_token_id"], &json["eos_token_id"]];
-        let tokens = fs::read(&at)
-            .map_err(Into::into)
-            .and_then(|text| Tokens::new(&text, &ends))
-            .map_err(|e| format!("{}: {e}", at.display()))?;
-
-        // Newer folders have the template in a file of its own.
-        let at = path.join("chat_template.jinja");
-        let source = match at.exists() {
-            true => Some(fs::read_to_string(&at).map_err(|e| format!("{}: {e}", at.display()))?),
-            false => template(&tokenizer["chat_template"]).map(str::to_owned),
+        let file = path.extension().is_some_and(|extension| extension == "gguf");
+        let file = file.then(|| File::open(path)).transpose()?;
+        let texts = match &file {
+            Some(file) => gguf::texts(file),
+            None => folder::texts(path),
         };
-        let special = |name: &str| text(&tokenizer[name]).unwrap_or_default().to_owned();
-        let template = source.map(|s| Template::new(s, special("bos_token"), special("eos_token")));
-        let template = template.transpose().map_err(|e| format!("{}: {e}", path.display()))?;
-
-        let config = Config::from_json(json)
-            .map_err(|e| format!("{}: {e}", path.join("config.json").display()))?;
-        if tokens.len() > config.vocab_size {
-            let (has, takes) = (tokens.len(), config.vocab_size);
-            return Err(format!("the tokenizer has {has} tokens, the model takes {takes}").into());
-        }
-        Ok(Self { path: path.to_owned(), config, tokens, template, device: device.clone() })
+        let build = |texts: Texts| -> Result<Self> {
+            let config = Config::from_json(texts.config)?;
+            if texts.tokens.len() > config.vocab_size {
+                let (has, takes) = (texts.tokens.len(), config.vocab_size);
+                return Err(
+                    format!("the tokenizer has {has} tokens, the model takes {takes}").into()
+                );
+            }
+            let (path, device) = (path.to_owned(), device.clone());
+            Ok(Self { path, config, tokens: texts.tokens, template: texts.template, device, file })
+        };
+        texts.and_then(build).map_err(|e| format!("{}: {e}", path.display()).into())
     }
 
     /// The frozen weights, read anew: a model keeps its own, and nothing else does.
     pub fn var_builder(&self) -> Result<VarBuilder<'static>> {
+        if let Some(file) = &self.file {
+            return Ok(file.var_builder(DType::F32, &self.device)?);
+        }
         let tensors = lora::read_state_dict(&self.path, &self.device)?.tensors;
         let tensors = tensors.into_iter().collect();
         Ok(VarBuilder::from_tensors(tensors, DType::F32, &self.device))
+    }
+
+    /// Whether an adapter can be merged into the weights: not into quantised ones.
+    pub fn merges(&self) -> bool {
+        self.file.is_none()
     }
 
     /// The model over `vb`, which is [`var_builder`](Self::var_builder) or an adapter's over it.
     pub fn model(&self, vb: VarBuilder) -> Result<Llama> {
         Llama::new(&self.config, vb).map_err(|e| format!("{}: {e}", self.path.display()).into())
     }
-}
 
-fn json(path: &Path) -> Result<Value> {
-    let read = || -> Result<Value> { Ok(serde_json::from_str(&fs::read_to_string(path)?)?) };
-    read().map_err(|e| format!("{}: {e}", path.display()).into())
-}
-
-/// `null` for a file that is not there.
-fn optional(path: &Path) -> Result<Value> {
-    match path.exists() {
-        true => json(path),
-        false => Ok(Value::Null),
+    /// Writes an adapter of this base in PEFT's format.
+    pub fn save(&self, adapter: &Adapter, folder: &Path) -> Result<()> {
+        Ok(adapter.save_pretrained(folder)?)
     }
 }
 
-/// A template, or the default one of several.
-fn template(value: &Value) -> Option<&str> {
-    let default = |list: &'_ Vec<Value>| {
-        list.iter().position(|template| template["name"] == "default").unwrap_or(0)
-    };
-    match value {
-        Value::Array(list) => list.get(default(list))?["template"].as_str(),
-        value => value.as_str(),
-    }
+/// What a model has besides its weights.
+pub struct Texts {
+    /// As config.json.
+    pub config: Value,
+    pub tokens: Tokens,
+    pub template: Option<Template>,
 }

@@ -6,12 +6,16 @@ use crate::rng::Rng;
 use crate::Result;
 use candle_core::{Device, Tensor};
 
+/// The label of what is not predicted.
+const IGNORED: i64 = -100;
+
 pub struct Batch {
     /// (batch, tokens)
     pub ids: Tensor,
-    /// Where in the flattened ids the next token is predicted, and what it is.
-    pub rows: Tensor,
-    pub targets: Tensor,
+    /// The token after each, (batch, tokens), or -100 where it is given or padding.
+    pub labels: Tensor,
+    /// How many tokens are predicted.
+    pub predicted: usize,
     /// Tokens that are not padding.
     pub tokens: usize,
 }
@@ -19,29 +23,25 @@ pub struct Batch {
 impl Batch {
     pub fn new(examples: &[&Example], device: &Device) -> Result<Self> {
         let width = examples.iter().map(|example| example.inputs()).max().unwrap_or(0);
-        let (mut ids, mut rows, mut targets, mut tokens) = (vec![], vec![], vec![], 0);
+        let shape = (examples.len(), width);
+        let (mut ids, mut labels, mut predicted, mut tokens) = (vec![], vec![], 0, 0);
         for (i, example) in examples.iter().enumerate() {
             let inputs = example.inputs();
             tokens += inputs;
+            predicted += example.predicted();
             ids.extend_from_slice(&example.ids[..inputs]);
+            let next = example.ids.iter().zip(&example.learned).skip(1);
+            labels
+                .extend(next.map(|(&id, &learned)| if learned { i64::from(id) } else { IGNORED }));
             ids.resize((i + 1) * width, 0);
-            let predicting = (0..inputs).filter(|row| example.learned[row + 1]);
-            for row in predicting {
-                rows.push((i * width + row) as u32);
-                targets.push(example.ids[row + 1]);
-            }
+            labels.resize((i + 1) * width, IGNORED);
         }
         Ok(Self {
-            ids: Tensor::from_vec(ids, (examples.len(), width), device)?,
-            rows: Tensor::new(rows, device)?,
-            targets: Tensor::new(targets, device)?,
+            ids: Tensor::from_vec(ids, shape, device)?,
+            labels: Tensor::from_vec(labels, shape, device)?,
+            predicted,
             tokens,
         })
-    }
-
-    /// How many tokens are predicted.
-    pub fn predicted(&self) -> usize {
-        self.targets.elem_count()
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::base::Base;
 use crate::llama::Llama;
 use crate::Result;
-use candle_core::Tensor;
+use candle_core::{Module, Tensor};
 
 /// What the model says after `prompt`, in `longest` tokens at most. The model computes without a graph.
 pub fn generate(model: &Llama, base: &Base, prompt: &[u32], longest: usize) -> Result<String> {
@@ -14,7 +14,7 @@ pub fn generate(model: &Llama, base: &Base, prompt: &[u32], longest: usize) -> R
         let ids = Tensor::new(&unread[..], &base.device)?.unsqueeze(0)?;
         let hidden = model.hidden(&ids, Some(&mut cache))?;
         let last = hidden.narrow(1, unread.len() - 1, 1)?;
-        let next = model.head(&last)?.flatten_all()?.argmax(0)?.to_scalar::<u32>()?;
+        let next = model.lm_head.forward(&last)?.flatten_all()?.argmax(0)?.to_scalar::<u32>()?;
         if base.tokens.ends(next) {
             break;
         }

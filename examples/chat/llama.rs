@@ -15,7 +15,8 @@ pub struct Llama {
     embed_tokens: Embedding,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    lm_head: Linear,
+    /// From hidden states to logits.
+    pub lm_head: Linear,
     rope: Rope,
     longest: usize,
 }
@@ -70,11 +71,6 @@ impl Llama {
             cache.tokens += tokens;
         }
         self.norm.forward(&x)
-    }
-
-    /// Hidden states (.., hidden_size) to logits (.., vocab_size).
-    pub fn head(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(hidden)
     }
 
     /// An empty cache, with room for `tokens` before it grows.

@@ -5,12 +5,11 @@ use crate::examples::Example;
 use crate::llama::Llama;
 use crate::Result;
 use candle_core::{Device, Tensor};
-use candle_nn::loss::cross_entropy;
+use loralib::train::linear_cross_entropy;
 
-/// Of one batch. Only the hidden states before a predicted token get logits, which are wide.
+/// Of one batch. The logits, which are wide, are never all in memory.
 pub fn batch_loss(model: &Llama, batch: &Batch) -> candle_core::Result<Tensor> {
-    let hidden = model.hidden(&batch.ids, None)?.flatten(0, 1)?.index_select(&batch.rows, 0)?;
-    cross_entropy(&model.head(&hidden)?, &batch.targets)
+    linear_cross_entropy(&model.hidden(&batch.ids, None)?, &model.lm_head, &batch.labels)
 }
 
 /// Of all examples, in batches of `size`.
@@ -19,8 +18,8 @@ pub fn mean_loss(model: &Llama, examples: &[Example], size: usize, device: &Devi
     for group in groups(examples, size, None) {
         let batch = Batch::new(&group, device)?;
         let loss = f64::from(batch_loss(model, &batch)?.to_scalar::<f32>()?);
-        sum += loss * batch.predicted() as f64;
-        predicted += batch.predicted();
+        sum += loss * batch.predicted as f64;
+        predicted += batch.predicted;
     }
     Ok(sum / predicted as f64)
 }

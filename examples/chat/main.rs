@@ -1,7 +1,7 @@
 //! A language model is fine-tuned with LoRA and talked to: Llama, Mistral, Qwen2 or Qwen3.
 //!
 //! `cargo run --release --example chat -- --model PATH --data FILE` trains an adapter for a model from the
-//! Hugging Face hub, saves it in PEFT's format and lets base and adapted model answer one prompt;
+//! Hugging Face hub or a GGUF file, saves it in PEFT's format and lets base and adapted model answer one prompt;
 //! `-- --model PATH --adapter FOLDER --prompt TEXT` only talks. Without flags a tiny Llama is trained first;
 //! `-- --help` lists the options.
 
@@ -13,7 +13,9 @@ mod batch;
 mod config;
 mod data;
 mod examples;
+mod folder;
 mod generate;
+mod gguf;
 mod llama;
 mod loss;
 mod rope;

@@ -24,7 +24,7 @@ pub fn talk(args: &Args, base: &Base, prompt: &Prompt, folder: &Path) -> Result<
 
 /// The model with an adapter that computes without a graph.
 fn adapted(args: &Args, base: &Base, folder: &Path) -> Result<Llama> {
-    if !args.unmerged {
+    if base.merges() && !args.unmerged {
         let adapter = Adapter::load(folder, &base.device)?;
         return base.model(adapter.merged(base.var_builder()?)?);
     }

@@ -94,7 +94,7 @@ fn pretrain(args: &Args, folder: &Path, data: &Path, device: &Device) -> Result<
     let model = Llama::new(&base.config, vb)?;
     let plan = Plan {
         what: "pretraining",
-        steps: if args.quick { 300 } else { 1500 },
+        steps: if args.quick { 300 } else { 1000 },
         lr: 3e-3,
         batch: 8,
         accumulate: 1,

@@ -13,8 +13,8 @@ pub struct Tokens {
 impl Tokens {
     /// `ends` are values of `eos_token` or `eos_token_id`: a text, an id or a list of ids. The first that is
     /// given comes first.
-    pub fn new(json: &[u8], ends: &[&Value]) -> Result<Self> {
-        let mut inner = Tokenizer::from_bytes(json)?;
+    pub fn new(json: &str, ends: &[&Value]) -> Result<Self> {
+        let mut inner = json.parse::<Tokenizer>()?;
         inner.with_padding(None);
         inner.with_truncation(None)?;
         let mut found = vec![];
@@ -45,6 +45,12 @@ impl Tokens {
 
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true)
+    }
+
+    /// The text of the token with this id, or nothing for none.
+    pub fn text(&self, id: &Value) -> String {
+        let id = id.as_u64().and_then(|id| self.inner.id_to_token(id as u32));
+        id.unwrap_or_default()
     }
 
     /// The token behind a text.

@@ -45,11 +45,11 @@ pub fn train(
         let start = Instant::now();
         let batches = waiting.drain(..plan.accumulate).map(|group| Batch::new(&group, device));
         let batches = batches.collect::<Result<Vec<_>>>()?;
-        let predicted: usize = batches.iter().map(Batch::predicted).sum();
+        let predicted: usize = batches.iter().map(|batch| batch.predicted).sum();
         let (mut sum, mut grads) = (0., None);
         for batch in &batches {
             // Every predicted token of the step counts alike.
-            let loss = (loss(batch)? * (batch.predicted() as f64 / predicted as f64))?;
+            let loss = (loss(batch)? * (batch.predicted as f64 / predicted as f64))?;
             grads = Some(added(grads, loss.backward()?, &vars)?);
             sum += f64::from(loss.to_scalar::<f32>()?);
             tokens += batch.tokens;

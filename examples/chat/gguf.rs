@@ -1,0 +1,17 @@
+//! A GGUF file's configuration, tokenizer and chat template.
+
+use crate::base::Texts;
+use crate::template::Template;
+use crate::tokens::Tokens;
+use crate::Result;
+use loralib::gguf::File;
+use serde_json::Value;
+
+pub fn texts(file: &File) -> Result<Texts> {
+    let config: Value = file.config()?;
+    let tokens = Tokens::new(&file.tokenizer_json()?, &[&config["eos_token_id"]])?;
+    let special = |key: &str| tokens.text(&config[key]);
+    let (bos, eos) = (special("bos_token_id"), special("eos_token_id"));
+    let template = file.chat_template().map(|source| Template::new(source.to_owned(), bos, eos));
+    Ok(Texts { config, template: template.transpose()?, tokens })
+}
