@@ -37,6 +37,11 @@ impl Adapter {
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         let (config, tensors) = read(path, device)?;
+        Self::loaded(config, tensors)
+    }
+
+    /// An adapter of these tensors, whose layers are its targets.
+    pub(super) fn loaded(config: AdapterConfig, tensors: StateDict) -> Result<Self> {
         let layers = tensors.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");
         let adapter = Self::new(config).targets(Targets::paths(layers.map(|(path, _)| path)));
         // PEFT saves the table of an adapted embedding, and loads it in place of the base's.

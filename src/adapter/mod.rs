@@ -2,6 +2,7 @@
 
 mod built;
 mod files;
+mod gguf_files;
 mod merged;
 mod options;
 mod targets;

@@ -99,11 +99,7 @@ impl File {
     /// # Errors
     /// If there is no such tensor, it is a scalar, or the file cannot be read. The error names both.
     pub fn tensor(&self, name: &str, device: &Device) -> Result<QTensor> {
-        let read = || {
-            let info = self.info(name)?;
-            blocks(info, self.bytes(info)?, device).map_err(|e| Error::tensor(name, e))
-        };
-        read().map_err(|error: Error| error.at(self.path()))
+        self.read(name, device).map_err(|error| error.at(self.path()))
     }
 
     pub(super) fn tensors(&self) -> impl Iterator<Item = (&str, &TensorInfo)> {
@@ -116,6 +112,12 @@ impl File {
 
     pub(super) fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.find(name).ok_or_else(|| Error::tensor(name, "the file does not have it"))
+    }
+
+    /// [`File::tensor`], with errors that do not name the file.
+    pub(super) fn read(&self, name: &str, device: &Device) -> Result<QTensor> {
+        let info = self.info(name)?;
+        blocks(info, self.bytes(info)?, device).map_err(|e| Error::tensor(name, e))
     }
 
     /// The bytes of a tensor.

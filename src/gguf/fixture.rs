@@ -131,6 +131,12 @@ pub fn write_model(dir: &Path, architecture: &str, head: bool, dtype: GgmlDType)
     path
 }
 
+/// Writes a new file, because some file systems flush a file that is overwritten.
+pub fn replace(path: &Path, bytes: &[u8]) {
+    std::fs::remove_file(path).unwrap();
+    std::fs::write(path, bytes).unwrap();
+}
+
 /// A header, followed by 1024 bytes of data: values as (key, type, bytes), tensors as (name, dimensions from
 /// the last to the first, dtype, offset).
 pub fn raw(

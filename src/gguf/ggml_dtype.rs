@@ -54,6 +54,12 @@ pub(super) fn dtype(number: u32) -> Result<GgmlDType, String> {
     }
 }
 
+/// The number of a dtype.
+pub(super) fn number(dtype: GgmlDType) -> u32 {
+    // candle has no other dtypes
+    KNOWN.iter().find(|(_, known)| *known == dtype).map_or(0, |(number, _)| *number)
+}
+
 /// The bytes of a row of `width` values, if blocks of the dtype divide it.
 pub(super) fn row_bytes(dtype: GgmlDType, width: usize) -> Option<usize> {
     let blocks = width.is_multiple_of(dtype.block_size()).then(|| width / dtype.block_size())?;

@@ -20,26 +20,36 @@
 //! let vb = adapter.var_builder(file.var_builder(DType::F32, &device)?);
 //! let model = Model::new(&config, vb)?;
 //! adapter.check()?;
-//! # let _ = model; Ok(()) }
+//!
+//! // After training: for `llama-cli --model model-q4_0.gguf --lora adapter.gguf`, and back.
+//! adapter.save_gguf("adapter.gguf", &file)?;
+//! let adapter = lora::Adapter::load_gguf("adapter.gguf", &file, &device)?;
+//! # let _ = (model, adapter); Ok(()) }
 //! ```
 
 mod architecture;
 mod config;
+mod factors;
 mod file;
 mod file_var_builder;
 #[cfg(test)]
 mod fixture;
 mod ggml_dtype;
 mod header;
+mod load_adapter;
 mod metadata;
 mod model;
 mod names;
 mod reader;
 mod rows;
+mod save_adapter;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
 mod var_builder;
+mod writer;
 
 pub use file::File;
+pub use load_adapter::load_adapter;
+pub use save_adapter::save_adapter;
 pub use var_builder::var_builder;

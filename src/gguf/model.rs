@@ -2,7 +2,7 @@
 
 use super::architecture::{HEAD, MODEL};
 use super::config::config;
-use super::file::{blocks, File};
+use super::file::File;
 use super::file_var_builder::file_var_builder;
 use super::metadata::Metadata;
 use super::names::ROPE_FREQS;
@@ -41,12 +41,9 @@ impl File {
             let vocab_size = self.info(MODEL[0].0)?.dims.first().copied().unwrap_or(0);
             let rope_freqs = match self.find(ROPE_FREQS) {
                 None => None,
-                Some(info) => {
-                    let divisors =
-                        blocks(info, self.bytes(info)?, &Device::Cpu).and_then(|tensor| {
-                            tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
-                        });
-                    Some(divisors.map_err(|e| Error::tensor(ROPE_FREQS, e))?)
+                Some(_) => {
+                    let tensor = self.read(ROPE_FREQS, &Device::Cpu)?.dequantize(&Device::Cpu)?;
+                    Some(tensor.flatten_all()?.to_vec1()?)
                 }
             };
             let freqs = rope_freqs.as_deref();

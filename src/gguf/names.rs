@@ -42,7 +42,6 @@ impl Names {
     }
 
     /// The file's name of a tensor of Hugging Face.
-    #[allow(dead_code)] // for adapters, which follow
     pub fn gguf(&self, name: &str) -> Option<String> {
         self.translated(name, ("model.layers.", "blk."), |(gguf, own)| (*own, *gguf))
     }

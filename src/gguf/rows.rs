@@ -10,7 +10,6 @@ pub(super) fn in_file(rows: usize, heads: usize) -> Option<Vec<usize>> {
 }
 
 /// For each row of the file, the row in Hugging Face's order.
-#[allow(dead_code)] // for adapters, which follow
 pub(super) fn in_hugging_face(rows: usize, heads: usize) -> Option<Vec<usize>> {
     let head = rows.checked_div(heads).filter(|head| head * heads == rows && head % 2 == 0)?;
     let row = |row: usize| row / head * head + row % 2 * (head / 2) + row % head / 2;

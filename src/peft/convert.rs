@@ -6,7 +6,7 @@ use crate::layers::LayerKind;
 use candle_core::{bail, Result, Tensor};
 
 /// loralib's factors of rank `r` as PEFT's.
-pub(super) fn to_peft(kind: &LayerKind, factors: Factors) -> Result<Factors> {
+pub(crate) fn to_peft(kind: &LayerKind, factors: Factors) -> Result<Factors> {
     let converted = match (kind.spatial(), kind) {
         (Some((n, groups)), _) => conv::to_peft(n, groups, &factors)?,
         (None, LayerKind::Linear | LayerKind::Embedding) => unchanged(&factors)?,

@@ -4,14 +4,14 @@ use candle_core::{DType, Device, Result, Tensor};
 
 /// The factors of a layer and its rank.
 #[derive(Debug)]
-pub(super) struct Factors {
+pub(crate) struct Factors {
     pub a: Tensor,
     pub b: Tensor,
     pub r: usize,
 }
 
 /// The `lora_alpha` that gives rank `to` the scaling of `alpha` and rank `from`.
-pub(super) fn same_scaling(alpha: f64, from: usize, to: usize, rslora: bool) -> f64 {
+pub(crate) fn same_scaling(alpha: f64, from: usize, to: usize, rslora: bool) -> f64 {
     match (from == to, rslora) {
         (true, _) => alpha,
         (false, true) => alpha * (to as f64 / from as f64).sqrt(),

@@ -52,9 +52,12 @@ mod read_fresh;
 mod save;
 mod write_config;
 
+pub(crate) use convert::to_peft;
+pub(crate) use factors::{same_scaling, Factors};
 pub(crate) use files::config_file;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use load_adapter::load_adapter;
 pub(crate) use patterns::Patterns;
+pub(crate) use rank_alpha::with_layers;
 pub(crate) use read_fresh::{read_fresh, Modules};
 pub use save::save_pretrained;

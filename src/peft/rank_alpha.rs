@@ -23,7 +23,7 @@ pub(super) fn common_or_most_frequent(
 }
 
 /// The configuration with the kinds of all layers, and the ranks and alphas that are not the common ones.
-pub(super) fn with_layers(
+pub(crate) fn with_layers(
     mut config: AdapterConfig,
     layers: Vec<(String, LayerKind, usize, f64)>,
 ) -> AdapterConfig {

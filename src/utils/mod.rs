@@ -16,6 +16,7 @@ pub use bias::Bias;
 pub use check_grads::check_grads;
 pub use checkpoint::{load_checkpoint, read_adapter, read_state_dict, save_state_dict, Checkpoint};
 pub use seeded::seeded;
+pub(crate) use state_dict::check_finite;
 pub use state_dict::{load_state_dict, lora_state_dict, LoadReport, StateDict, Strict};
 pub use summary::{summary, AdaptedLayer, Summary};
 pub(crate) use trainable::variables;

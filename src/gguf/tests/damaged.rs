@@ -10,19 +10,20 @@ use rand_chacha::rand_core::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
 const CPU: Device = Device::Cpu;
 
 /// Reads everything that a file can give; the number of tensors.
-fn read_all(path: &std::path::Path) -> Result<usize> {
+fn read_all(path: &Path, names: &[String]) -> Result<usize> {
     let file = File::open(path)?;
     let _ = (file.config::<serde_json::Value>(), file.tokenizer_json(), file.chat_template());
     for name in file.tensor_names() {
         file.tensor(name, &CPU)?;
     }
     let vb = file.var_builder(DType::F32, &CPU)?;
-    let (names, mut count) = (expected_names().remove("llama").unwrap(), 0);
-    for name in names.keys().filter(|name| vb.contains_tensor(name)) {
+    let mut count = 0;
+    for name in names.iter().filter(|name| vb.contains_tensor(name)) {
         let tensor = vb.get_unchecked(name)?;
         count += usize::from(vb.get(tensor.shape(), name)?.dims() == tensor.dims());
     }
@@ -49,17 +50,18 @@ fn damaged_files_never_panic_and_truncated_ones_give_no_tensor() {
     })
     .collect();
     write_file(&path, &metadata("llama"), &tensors);
+    let names = Vec::from_iter(expected_names().remove("llama").unwrap().into_keys());
     let good = fs::read(&path).unwrap();
-    assert_eq!(read_all(&path).unwrap(), 6);
+    assert_eq!(read_all(&path, &names).unwrap(), 6);
     // All but the last tensor's 32 bytes.
     for length in 0..good.len() - 1 {
-        fs::write(&path, &good[..length]).unwrap();
-        let error = read_all(&path).unwrap_err().to_string();
+        replace(&path, &good[..length]);
+        let error = read_all(&path, &names).unwrap_err().to_string();
         assert!(error.contains("damaged.gguf"), "{length} {error}");
     }
     let (mut rng, mut ends) = (ChaCha8Rng::seed_from_u64(0), [0; 2]);
     let header = good.len() - tensors.values().map(|t| t.storage_size_in_bytes()).sum::<usize>();
-    for _ in 0..2500 {
+    for _ in 0..5000 {
         let mut bad = good.clone();
         for _ in 0..rng.random_range(1..4) {
             let at = rng.random_range(0..header);
@@ -70,8 +72,8 @@ fn damaged_files_never_panic_and_truncated_ones_give_no_tensor() {
                 _ => [0, 1, 0x7f, 0x80, 0xff][rng.random_range(0..5)],
             };
         }
-        fs::write(&path, &bad).unwrap();
-        match read_all(&path) {
+        replace(&path, &bad);
+        match read_all(&path, &names) {
             Ok(count) => {
                 assert!(count <= 6);
                 ends[0] += 1;

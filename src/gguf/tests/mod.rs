@@ -1,5 +1,6 @@
 //! What a file gives a model.
 
+mod adapters;
 mod damaged;
 mod errors;
 mod fidelity;
