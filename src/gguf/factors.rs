@@ -34,14 +34,14 @@ impl Place {
         self.check(a, b)?;
         let order = self.order(rows::in_hugging_face)?;
         let a = if self.embedding { a.t()?.contiguous()? } else { a.clone() };
-        Ok((a, reordered(b, order)?))
+        Ok((a, ordered(b, order)?))
     }
 
     /// A file's factors as (r, in) and (out, r).
     pub fn read(&self, a: &Tensor, b: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         let a = if self.embedding { a.t()?.contiguous()? } else { a.clone() };
         self.check(&a, b)?;
-        Ok((a, reordered(b, self.order(rows::in_file)?)?))
+        Ok((a, ordered(b, self.order(rows::in_file)?)?))
     }
 
     fn check(&self, a: &Tensor, b: &Tensor) -> candle_core::Result<()> {
@@ -71,8 +71,6 @@ impl Place {
     }
 }
 
-fn reordered(b: &Tensor, order: Option<Vec<usize>>) -> candle_core::Result<Tensor> {
-    let Some(order) = order else { return Ok(b.clone()) };
-    let order: Vec<i64> = order.into_iter().map(|row| row as i64).collect();
-    b.index_select(&Tensor::new(order, b.device())?, 0)
+fn ordered(b: &Tensor, order: Option<Vec<usize>>) -> candle_core::Result<Tensor> {
+    order.map_or_else(|| Ok(b.clone()), |order| rows::selected(b, order))
 }

@@ -2,6 +2,7 @@
 
 use super::header::{Header, TensorInfo};
 use super::metadata::{required, Metadata};
+use super::reader::malformed;
 use crate::{Error, Result};
 use candle_core::quantized::{gguf_file::Value, QStorage, QTensor};
 use candle_core::Device;
@@ -10,6 +11,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs;
 use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -122,12 +124,21 @@ impl File {
 
     /// The bytes of a tensor.
     pub(super) fn bytes(&self, info: &TensorInfo) -> Result<Vec<u8>> {
-        let size = info.bytes.end.saturating_sub(info.bytes.start);
-        let mut bytes = vec![0; usize::try_from(size).map_err(super::reader::malformed)?];
+        self.range(&info.bytes)
+    }
+
+    /// Bytes of the file.
+    pub(super) fn range(&self, range: &Range<u64>) -> Result<Vec<u8>> {
+        let size = range.end.saturating_sub(range.start);
+        let mut bytes = vec![0; usize::try_from(size).map_err(malformed)?];
         let mut file = self.0.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.seek(SeekFrom::Start(info.bytes.start))?;
+        file.seek(SeekFrom::Start(range.start))?;
         file.read_exact(&mut bytes)?;
         Ok(bytes)
+    }
+
+    pub(super) fn header(&self) -> &Header {
+        &self.0.header
     }
 }
 

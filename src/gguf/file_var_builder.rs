@@ -1,8 +1,8 @@
 //! A `VarBuilder` that reads a file's tensors by Hugging Face's names.
 
-use super::file::{blocks, File};
+use super::convert::{dense, quantized};
+use super::file::File;
 use super::names::Names;
-use super::rows;
 use super::var_builder::{stays_quantized, wrong_shape};
 use crate::layers::quantized_handle;
 use crate::{Error, Result};
@@ -41,22 +41,6 @@ impl Disk {
         Ok(Self { file: file.clone(), architecture, names, blocks, dense })
     }
 
-    /// The blocks of a tensor, with the rows in Hugging Face's order.
-    fn read(&self, gguf: &str, device: &Device) -> Result<QTensor> {
-        let info = self.file.info(gguf)?;
-        let bytes = self.file.bytes(info)?;
-        let bytes = match self.architecture.interleaved(gguf) {
-            None => bytes,
-            Some(heads) => {
-                let rows = info.dims.first().copied().unwrap_or(0);
-                let moved = rows::in_file(rows, heads)
-                    .and_then(|order| rows::reordered(&bytes, info.row_bytes, &order));
-                moved.ok_or_else(|| Error::tensor(gguf, format!("it has no {heads} heads")))?
-            }
-        };
-        blocks(info, bytes, device).map_err(|e| Error::tensor(gguf, e))
-    }
-
     /// The blocks of a matrix, always the same ones.
     pub fn blocks(&self, gguf: &str, device: &Device) -> Result<Arc<QTensor>> {
         let mut read = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -64,7 +48,7 @@ impl Disk {
         if let Some(blocks) = read.get(&key) {
             return Ok(blocks.clone());
         }
-        let blocks = Arc::new(self.read(gguf, device)?);
+        let blocks = Arc::new(quantized(&self.file, &self.architecture, gguf, device)?);
         read.insert(key, blocks.clone());
         Ok(blocks)
     }
@@ -75,12 +59,7 @@ impl Disk {
         if let Some(tensor) = read.get(&key) {
             return Ok(tensor.clone());
         }
-        // In F32 on the CPU, where every dtype can be decoded.
-        let tensor = self.read(gguf, &Device::Cpu)?.dequantize(&Device::Cpu)?;
-        let tensor = match self.architecture.shift(gguf) {
-            0. => tensor,
-            shift => (tensor + shift)?,
-        };
+        let tensor = dense(&self.file, &self.architecture, gguf)?;
         let tensor = tensor.to_dtype(dtype)?.to_device(device)?;
         read.insert(key, tensor.clone());
         Ok(tensor)

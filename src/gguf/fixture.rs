@@ -1,5 +1,6 @@
 //! Small files for tests.
 
+use crate::StateDict;
 use candle_core::quantized::gguf_file::{write, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
@@ -80,6 +81,25 @@ pub fn converted(architecture: &str, name: &str, tensor: &Tensor, dtype: GgmlDTy
 
 pub fn text(value: &str) -> Value {
     Value::String(value.into())
+}
+
+/// Factors for every matrix of a model, of rank `r`.
+pub fn adapter(architecture: &str, head: bool, r: impl Fn(&str) -> usize) -> StateDict {
+    let mut adapter = StateDict::new();
+    for (i, (name, tensor)) in model(architecture, head).into_iter().enumerate() {
+        let (path, &[rows, columns]) = (name.strip_suffix(".weight"), tensor.dims()) else {
+            continue;
+        };
+        let Some(path) = path.filter(|path| head || !path.ends_with("embed_tokens")) else {
+            continue;
+        };
+        let embedding = path.ends_with("embed_tokens");
+        let (inputs, outputs) = if embedding { (rows, columns) } else { (columns, rows) };
+        let r = r(path);
+        adapter.insert(format!("{path}.lora_A"), random(i as u64, &[r, inputs]));
+        adapter.insert(format!("{path}.lora_B"), random(i as u64 + 99, &[outputs, r]));
+    }
+    adapter
 }
 
 /// The metadata of a small model.

@@ -19,6 +19,10 @@ const RANK: u32 = 4;
 
 pub(super) struct Header {
     pub metadata: HashMap<String, Value>,
+    /// The keys in the file's order, with the bytes of the file that have key, type and value.
+    pub entries: Vec<(String, Range<u64>)>,
+    /// The start of a tensor is a multiple of it.
+    pub alignment: u64,
     /// By name.
     pub tensors: BTreeMap<String, TensorInfo>,
 }
@@ -50,18 +54,20 @@ impl Header {
             }
         }
         let (tensor_count, entry_count) = (reader.u64()?, reader.u64()?);
-        let mut metadata = HashMap::new();
+        let (mut metadata, mut entries) = (HashMap::new(), vec![]);
         for _ in 0..entry_count {
+            let start = reader.at;
             let key = reader.name()?;
             if metadata.insert(key.clone(), reader.value()?).is_some() {
                 return Err(malformed(format!("it has the metadata {key:?} twice")));
             }
+            entries.push((key, start..reader.at));
         }
         refuse_split(&metadata)?;
         let alignment = alignment(&metadata)?;
         let infos = (0..tensor_count).map(|_| info(&mut reader)).collect::<Result<Vec<_>>>()?;
         let tensors = placed(infos, reader.at, alignment, length)?;
-        Ok(Self { metadata, tensors })
+        Ok(Self { metadata, entries, alignment, tensors })
     }
 }
 

@@ -24,11 +24,16 @@
 //! // After training: for `llama-cli --model model-q4_0.gguf --lora adapter.gguf`, and back.
 //! adapter.save_gguf("adapter.gguf", &file)?;
 //! let adapter = lora::Adapter::load_gguf("adapter.gguf", &file, &device)?;
-//! # let _ = (model, adapter); Ok(()) }
+//!
+//! // Or merged, in a dtype that keeps the update.
+//! let dtype = candle_core::quantized::GgmlDType::Q8_0;
+//! gguf::merge(&file, &adapter.state_dict()?, adapter.config(), "merged.gguf", dtype, |_| {})?;
+//! # let _ = model; Ok(()) }
 //! ```
 
 mod architecture;
 mod config;
+mod convert;
 mod factors;
 mod file;
 mod file_var_builder;
@@ -37,6 +42,7 @@ mod fixture;
 mod ggml_dtype;
 mod header;
 mod load_adapter;
+mod merge;
 mod metadata;
 mod model;
 mod names;
@@ -51,5 +57,6 @@ mod writer;
 
 pub use file::File;
 pub use load_adapter::load_adapter;
+pub use merge::{merge, MergeOptions};
 pub use save_adapter::save_adapter;
 pub use var_builder::var_builder;

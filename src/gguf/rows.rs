@@ -1,6 +1,8 @@
 //! The order of the rows of q and k: llama.cpp's `llama` rotates neighbours of a head's dimensions, Hugging
 //! Face the two halves, so that its converter interleaves the halves.
 
+use candle_core::{Result, Tensor};
+
 /// For each row in Hugging Face's order, the file's row.
 pub(super) fn in_file(rows: usize, heads: usize) -> Option<Vec<usize>> {
     let head = rows.checked_div(heads).filter(|head| head * heads == rows && head % 2 == 0)?;
@@ -24,6 +26,12 @@ pub(super) fn reordered(bytes: &[u8], row_bytes: usize, order: &[usize]) -> Opti
         reordered.extend_from_slice(bytes.get(start..start.checked_add(row_bytes)?)?);
     }
     (reordered.len() == bytes.len()).then_some(reordered)
+}
+
+/// The rows of a tensor in the given order.
+pub(super) fn selected(tensor: &Tensor, order: Vec<usize>) -> Result<Tensor> {
+    let order: Vec<i64> = order.into_iter().map(|row| row as i64).collect();
+    tensor.index_select(&Tensor::new(order, tensor.device())?, 0)
 }
 
 #[cfg(test)]

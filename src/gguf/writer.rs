@@ -24,6 +24,11 @@ pub(super) fn f32(key: &str, value: f32) -> Vec<u8> {
     [with_length(key), 6u32.to_le_bytes().to_vec(), value.to_le_bytes().to_vec()].concat()
 }
 
+/// A key with a `u32`, as in a file.
+pub(super) fn u32(key: &str, value: u32) -> Vec<u8> {
+    [with_length(key), 4u32.to_le_bytes().to_vec(), value.to_le_bytes().to_vec()].concat()
+}
+
 fn with_length(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat()
 }

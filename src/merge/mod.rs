@@ -10,5 +10,6 @@ mod weight;
 
 pub use add_weighted::add_weighted;
 pub use files::{merge_files, MergeProgress};
+pub(crate) use plan::Plan;
 pub use tensors::merge_into;
 pub(crate) use weight::merged_weight;

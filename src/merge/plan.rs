@@ -8,7 +8,7 @@ use candle_core::{bail, Tensor};
 use std::collections::BTreeMap;
 
 /// The changes by tensor of the base.
-pub(super) struct Plan {
+pub(crate) struct Plan {
     changes: BTreeMap<String, Change>,
     config: AdapterConfig,
 }

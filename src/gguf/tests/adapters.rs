@@ -30,25 +30,6 @@ fn base(dir: &Path, architecture: &str, head: bool) -> File {
     File::open(write_model(dir, architecture, head, GgmlDType::Q8_0)).unwrap()
 }
 
-/// Factors for every matrix of a model, of rank `r`.
-fn adapter(architecture: &str, head: bool, r: impl Fn(&str) -> usize) -> StateDict {
-    let mut adapter = StateDict::new();
-    for (i, (name, tensor)) in model(architecture, head).into_iter().enumerate() {
-        let (path, &[rows, columns]) = (name.strip_suffix(".weight"), tensor.dims()) else {
-            continue;
-        };
-        let Some(path) = path.filter(|path| head || !path.ends_with("embed_tokens")) else {
-            continue;
-        };
-        let embedding = path.ends_with("embed_tokens");
-        let (inputs, outputs) = if embedding { (rows, columns) } else { (columns, rows) };
-        let r = r(path);
-        adapter.insert(format!("{path}.lora_A"), random(i as u64, &[r, inputs]));
-        adapter.insert(format!("{path}.lora_B"), random(i as u64 + 99, &[outputs, r]));
-    }
-    adapter
-}
-
 fn values(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }

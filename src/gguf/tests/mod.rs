@@ -4,3 +4,4 @@ mod adapters;
 mod damaged;
 mod errors;
 mod fidelity;
+mod merged;

@@ -1,0 +1,137 @@
+//! What a merged file consists of.
+
+use crate::gguf::architecture::{HEAD, MODEL};
+use crate::gguf::file::File;
+use crate::gguf::ggml_dtype::row_bytes;
+use crate::gguf::header::TensorInfo;
+use crate::gguf::names::Names;
+use crate::gguf::writer::u32;
+use crate::merge::Plan;
+use crate::utils::names::join;
+use crate::utils::StateDict;
+use crate::{Error, Result};
+use candle_core::quantized::GgmlDType;
+
+const FILE_TYPE: &str = "general.file_type";
+const QUANTIZATION_VERSION: &str = "general.quantization_version";
+
+/// llama.cpp's numbers of files that are mostly of one dtype.
+const FILE_TYPES: [(GgmlDType, u32); 13] = [
+    (GgmlDType::F32, 0),
+    (GgmlDType::F16, 1),
+    (GgmlDType::Q4_0, 2),
+    (GgmlDType::Q4_1, 3),
+    (GgmlDType::Q8_0, 7),
+    (GgmlDType::Q5_0, 8),
+    (GgmlDType::Q5_1, 9),
+    (GgmlDType::Q2K, 10),
+    (GgmlDType::Q3K, 11),
+    (GgmlDType::Q4K, 14),
+    (GgmlDType::Q5K, 16),
+    (GgmlDType::Q6K, 18),
+    (GgmlDType::BF16, 32),
+];
+
+/// A tensor of the merged file.
+pub(super) struct Item<'a> {
+    pub name: &'a str,
+    /// The base's tensor that it comes from.
+    pub source: &'a str,
+    pub info: &'a TensorInfo,
+    /// Hugging Face's name, if the adapter changes it.
+    pub changed: Option<String>,
+    pub dtype: GgmlDType,
+    pub bytes: u64,
+}
+
+/// The tensors in the base's order; changed matrices have the given dtype.
+pub(super) fn items<'a>(
+    base: &'a File,
+    names: &Names,
+    plan: &Plan,
+    adapter: &StateDict,
+    dtype: GgmlDType,
+) -> Result<Vec<Item<'a>>> {
+    if !FILE_TYPES.iter().any(|(known, _)| *known == dtype) {
+        let reason = "llama.cpp has no files of it";
+        return Err(Error::unsupported(format!("merging into {dtype:?}"), reason));
+    }
+    let mut tensors: Vec<_> = base.tensors().collect();
+    tensors.sort_by_key(|(_, info)| info.bytes.start);
+    let item = |(name, info): &(&'a str, &'a TensorInfo)| {
+        let (name, info) = (*name, *info);
+        let changed = names.hugging_face(name).filter(|own| plan.changes(own));
+        let dtype = match (&changed, &*info.dims) {
+            (Some(_), [_, _]) => dtype,
+            _ => info.dtype,
+        };
+        let bytes = match dtype == info.dtype {
+            true => Some(info.bytes.end - info.bytes.start),
+            false => bytes(dtype, &info.dims),
+        };
+        let bytes = bytes.ok_or_else(|| {
+            let reason = format!(
+                "blocks of {} values ({dtype:?}) do not divide a row of its shape {:?}",
+                dtype.block_size(),
+                info.dims
+            );
+            Error::tensor(name, reason)
+        })?;
+        Ok(Item { name, source: name, info, changed, dtype, bytes })
+    };
+    let mut items = tensors.iter().map(item).collect::<Result<Vec<_>>>()?;
+    items.extend(own_head(base, names, adapter)?);
+    Ok(items)
+}
+
+/// The head of a base whose embedding is its head too and is adapted: the head is not.
+fn own_head<'a>(base: &'a File, names: &Names, adapter: &StateDict) -> Result<Option<Item<'a>>> {
+    let [(source, own), _] = MODEL;
+    let name = join(own.strip_suffix(".weight").unwrap_or(own), "lora_A");
+    if base.find(HEAD.0).is_some() || !adapter.contains_key(&name) {
+        return Ok(None);
+    }
+    if names.hugging_face(HEAD.0).is_none() {
+        let reason =
+            "the embedding is the output layer too, which has no adapter, and a file of this \
+                      architecture cannot have it apart";
+        return Err(Error::tensor(name, reason));
+    }
+    let info = base.info(source)?;
+    let bytes = info.bytes.end - info.bytes.start;
+    Ok(Some(Item { name: HEAD.0, source, info, changed: None, dtype: info.dtype, bytes }))
+}
+
+fn bytes(dtype: GgmlDType, dims: &[usize]) -> Option<u64> {
+    let (width, rows) = dims.split_last()?;
+    let rows = rows.iter().try_fold(1usize, |product, rows| product.checked_mul(*rows))?;
+    row_bytes(dtype, *width)?.checked_mul(rows)?.try_into().ok()
+}
+
+/// The base's metadata, with the number of the dtype that most of the merged file has.
+pub(super) fn metadata(base: &File, items: &[Item]) -> Result<Vec<Vec<u8>>> {
+    let mostly = |dtype: &dyn Fn(&Item) -> GgmlDType| {
+        let values = |wanted: GgmlDType| -> usize {
+            let of = items.iter().filter(|item| item.info.dims.len() > 1 && dtype(item) == wanted);
+            of.map(|item| item.info.dims.iter().product::<usize>()).sum()
+        };
+        FILE_TYPES.iter().max_by_key(|(dtype, _)| values(*dtype)).map(|(_, number)| *number)
+    };
+    let (before, after) = (mostly(&|item| item.info.dtype), mostly(&|item| item.dtype));
+    let header = base.header();
+    let mut metadata = vec![];
+    for (key, range) in &header.entries {
+        metadata.push(match after.filter(|after| key == FILE_TYPE && before != Some(*after)) {
+            Some(after) => u32(key, after),
+            None => base.range(range)?,
+        });
+    }
+    let quantized = |dtype: GgmlDType| dtype.block_size() > 1;
+    let first = items.iter().any(|item| quantized(item.dtype))
+        && !items.iter().any(|item| quantized(item.info.dtype));
+    if first && !header.metadata.contains_key(QUANTIZATION_VERSION) {
+        // The only one since 2023.
+        metadata.push(u32(QUANTIZATION_VERSION, 2));
+    }
+    Ok(metadata)
+}
