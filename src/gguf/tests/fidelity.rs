@@ -58,6 +58,8 @@ fn every_tensor_has_its_shape_dtype_and_values() -> Result<()> {
                     assert_eq!(bits(&loaded), bits(tensor), "{architecture} {name}");
                 }
             }
+            let other = vb.get_unchecked_dtype("model.norm.weight", DType::F16)?;
+            assert_eq!(other.dtype(), DType::F16);
             let half = file.var_builder(DType::BF16, &CPU)?;
             assert_eq!(half.get(HIDDEN, "model.norm.weight")?.dtype(), DType::BF16);
         }
@@ -160,5 +162,39 @@ fn tensors_in_memory_are_given_by_their_names() -> Result<()> {
     let error = |shape: (usize, usize), name| vb.get(shape, name).unwrap_err().to_string();
     assert!(error((32, 4), "a.weight").contains("[4, 32], the model expects [32, 4]"));
     assert!(error((4, 32), "d.weight").contains("\"d.weight\""));
+    Ok(())
+}
+
+#[test]
+fn every_dtype_of_candle_is_read() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("dtypes.gguf");
+    let dtypes = [
+        GgmlDType::F32,
+        GgmlDType::F16,
+        GgmlDType::BF16,
+        GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
+        GgmlDType::Q5_0,
+        GgmlDType::Q5_1,
+        GgmlDType::Q8_0,
+        GgmlDType::Q8_1,
+        GgmlDType::Q2K,
+        GgmlDType::Q3K,
+        GgmlDType::Q4K,
+        GgmlDType::Q5K,
+        GgmlDType::Q6K,
+        GgmlDType::Q8K,
+    ];
+    let tensor = |dtype| QTensor::quantize(&random(0, &[3, 512]), dtype);
+    let named = |dtype: &GgmlDType| Ok::<_, crate::Error>((format!("{dtype:?}"), tensor(*dtype)?));
+    let tensors = dtypes.iter().map(named).collect::<Result<_>>()?;
+    write_file(&path, &metadata("llama"), &tensors);
+    let file = File::open(&path)?;
+    for dtype in dtypes {
+        let (own, expected) = (file.tensor(&format!("{dtype:?}"), &CPU)?, tensor(dtype)?);
+        assert_eq!((own.dtype(), own.shape()), (dtype, expected.shape()));
+        assert_eq!(own.data()?, expected.data()?, "{dtype:?}");
+    }
     Ok(())
 }

@@ -139,6 +139,13 @@ fn the_rest_of_the_file_is_the_base_s_byte_for_byte() -> Result<()> {
         bytes[start..start + 68],
         written[merged.info("token_embd.weight")?.bytes.start as usize..][..68]
     );
+    let order = |file: &File| {
+        let mut tensors: Vec<_> =
+            file.tensors().map(|(name, info)| (info.bytes.start, name.to_owned())).collect();
+        tensors.sort();
+        tensors.into_iter().map(|(_, name)| name).collect::<Vec<_>>()
+    };
+    assert_eq!(order(&merged), order(&base));
     // Into the base's own file, with the same content.
     merge(&base, &adapter, config(8.), &path, GgmlDType::F16, |_| {})?;
     assert_eq!(fs::read(&path)?, written);
