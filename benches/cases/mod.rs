@@ -7,6 +7,7 @@ mod embedding;
 mod linear;
 mod merge;
 pub mod naive;
+mod optimizer;
 mod quantized;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -34,7 +35,7 @@ pub fn case(group: String, ours: Run, others: Vec<(&'static str, Run)>) -> Case 
 /// The cases whose group starts with `filter`.
 pub fn cases(filter: &str) -> Result<Vec<Case>> {
     type Cases = fn() -> Result<Vec<Case>>;
-    let kinds: [(&str, Cases); 9] = [
+    let kinds: [(&str, Cases); 10] = [
         ("Linear", linear::linear),
         ("MergedLinear", linear::merged_linear),
         ("BF16", linear::half),
@@ -43,6 +44,7 @@ pub fn cases(filter: &str) -> Result<Vec<Case>> {
         ("Conv1d", conv::conv1d),
         ("Conv3d", conv::conv3d),
         ("merge", merge::merge),
+        ("AdamW", optimizer::adamw),
         ("Quantized", quantized::quantized),
     ];
     let kind = filter.split(' ').next().unwrap_or_default();

@@ -20,6 +20,7 @@ use built::Built;
 use candle_core::Var;
 use candle_nn::{VarBuilder, VarMap};
 use options::Options;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
@@ -185,6 +186,14 @@ impl Adapter {
     /// If there are none.
     pub fn vars(&self) -> Result<Vec<Var>> {
         mark_only_lora_as_trainable(&self.vars, &self.options.config)
+    }
+
+    /// [`vars`](Self::vars) with their names, for [`train::AdamW`](crate::train::AdamW).
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn named_vars(&self) -> Result<BTreeMap<String, Var>> {
+        Trainable::from(&self.options.config).select(&self.vars)
     }
 
     /// All variables of the adapter by name, for functions that take a `VarMap`, such as

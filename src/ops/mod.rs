@@ -2,6 +2,7 @@
 //! low-rank update. An adapted layer is one of these formulas; all tensors are plain candle tensors.
 
 mod activation;
+mod adamw;
 mod attention;
 mod backend;
 mod conv;
@@ -25,6 +26,7 @@ mod shape;
 mod softmax;
 
 pub(crate) use activation::{activation, Activation};
+pub(crate) use adamw::{adamw, new_moments, AdamWStep};
 pub(crate) use attention::{attention, Mask};
 pub(crate) use conv::{conv, Geometry};
 pub(crate) use cross_entropy::cross_entropy;

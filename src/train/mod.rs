@@ -1,5 +1,12 @@
-//! What training a model takes besides its layers.
+//! What training a model takes besides its layers. Each piece can be used alone.
 
+mod adamw;
+mod grads;
 mod linear_cross_entropy;
+mod schedule;
+mod state;
 
+pub use adamw::AdamW;
+pub use grads::{add_grads, clip_grad_norm};
 pub use linear_cross_entropy::linear_cross_entropy;
+pub use schedule::Schedule;

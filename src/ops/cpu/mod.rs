@@ -1,5 +1,6 @@
 //! The CPU's backend: GEMM by faer where it is available, low-rank terms added in place.
 
+mod adamw;
 pub(super) mod attention;
 mod buffer;
 mod decode;
@@ -28,6 +29,7 @@ use crate::ops::matrix::Quantized;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 
+pub(super) use adamw::{adamw_moment, adamw_update};
 pub(super) use buffer::filled;
 pub(super) use gemm::{gemm_into, Real, FUSED_ATTENTION};
 pub(super) use low_rank::{add_assign, gather_columns};

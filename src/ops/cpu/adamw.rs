@@ -1,0 +1,107 @@
+//! [AdamW](crate::ops::adamw) in place, in blocks that all threads share.
+
+use super::low_rank::Element;
+use super::rows::vectorized;
+use crate::ops::adamw::AdamWStep;
+use candle_core::backend::BackendStorage;
+use candle_core::{bail, CpuStorage, Layout, Result};
+use num_traits::Float;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Values that one thread works on at a time.
+const BLOCK: usize = 1 << 14;
+
+/// `m ← βm + (1-β)g`, or g² for the second moment.
+pub(in crate::ops) fn adamw_moment(
+    (m, l): (&mut CpuStorage, &Layout),
+    (g, gl): (&CpuStorage, &Layout),
+    beta: f64,
+    squared: bool,
+) -> Result<()> {
+    let (at, from) = (range(l)?, range(gl)?);
+    match (m, g) {
+        (CpuStorage::F32(m), CpuStorage::F32(g)) => {
+            average(&mut m[at], &g[from], beta as f32, squared)
+        }
+        (CpuStorage::F64(m), CpuStorage::F64(g)) => average(&mut m[at], &g[from], beta, squared),
+        (m, g) => bail!("adamw: a moment and a gradient are {:?} and {:?}", m.dtype(), g.dtype()),
+    }
+    Ok(())
+}
+
+fn average<T: Float + Send + Sync>(m: &mut [T], g: &[T], beta: T, squared: bool) {
+    m.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).for_each(|(m, g)| {
+        vectorized(
+            #[inline(always)]
+            || {
+                let rest = T::one() - beta;
+                for (m, g) in m.iter_mut().zip(g) {
+                    *m = beta * *m + rest * if squared { *g * *g } else { *g };
+                }
+            },
+        );
+    });
+}
+
+/// The change of a variable of any float dtype, computed in that of its moments and rounded once.
+pub(in crate::ops) fn adamw_update(
+    (var, l): (&mut CpuStorage, &Layout),
+    [(m, ml), (v, vl)]: [(&CpuStorage, &Layout); 2],
+    step: AdamWStep,
+) -> Result<()> {
+    let (at, m_at, v_at) = (range(l)?, range(ml)?, range(vl)?);
+    match (var, m, v) {
+        (CpuStorage::F64(var), CpuStorage::F64(m), CpuStorage::F64(v)) => {
+            update(&mut var[at], &m[m_at], &v[v_at], step, |x| x)
+        }
+        (var, CpuStorage::F32(m), CpuStorage::F32(v)) => {
+            let (m, v) = (&m[m_at], &v[v_at]);
+            match var {
+                CpuStorage::F32(var) => update(&mut var[at], m, v, step, |x| x as f32),
+                CpuStorage::F16(var) => update(&mut var[at], m, v, step, |x| x as f32),
+                CpuStorage::BF16(var) => update(&mut var[at], m, v, step, |x| x as f32),
+                var => bail!("adamw: a variable is {:?}, expected a float", var.dtype()),
+            }
+        }
+        (var, m, _) => {
+            bail!("adamw: a variable is {:?} and its moment {:?}", var.dtype(), m.dtype())
+        }
+    }
+}
+
+fn update<T: Element>(
+    var: &mut [T],
+    m: &[T::Compute],
+    v: &[T::Compute],
+    step: AdamWStep,
+    number: impl Fn(f64) -> T::Compute,
+) -> Result<()>
+where
+    T::Compute: Float,
+{
+    let (by_m, by_v) = step.corrections();
+    let (keep, rate) = (number(1. - step.rate * step.decay), number(step.rate * by_m));
+    let (by_v, eps) = (number(by_v), number(step.eps));
+    let blocks = var.par_chunks_mut(BLOCK).zip(m.par_chunks(BLOCK)).zip(v.par_chunks(BLOCK));
+    blocks.try_for_each(|((var, m), v)| {
+        T::update(var, |var| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((var, m), v) in var.iter_mut().zip(m).zip(v) {
+                        *var = keep * *var - rate * *m / ((by_v * *v).sqrt() + eps);
+                    }
+                },
+            );
+            Ok(())
+        })
+    })
+}
+
+fn range(l: &Layout) -> Result<Range<usize>> {
+    match l.contiguous_offsets() {
+        Some((from, to)) => Ok(from..to),
+        None => bail!("adamw: a tensor is not contiguous: {l:?}"),
+    }
+}

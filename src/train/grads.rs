@@ -1,0 +1,109 @@
+//! Gradients before the step: clipped, or summed over batches.
+
+use candle_core::backprop::GradStore;
+use candle_core::{bail, DType, Result, Tensor, Var};
+
+/// Scales the gradients of `vars` so that their norm, of all values together, is at most `max_norm`, and
+/// returns the norm before, as `torch.nn.utils.clip_grad_norm_` does. One number is copied from a device.
+///
+/// ```
+/// use candle_core::{Device, Var};
+/// let x = Var::new(&[3f32, 4.], &Device::Cpu)?;
+/// let mut grads = (x.sqr()?.sum_all()? * 0.5)?.backward()?;
+/// let norm = loralib::train::clip_grad_norm(&[x.clone()], &mut grads, 1.)?;
+/// assert_eq!(norm, 5.);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// If the norm is not finite: a step would make the variables NaN.
+pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, max_norm: f64) -> Result<f64> {
+    let squares = vars.iter().filter_map(|var| grads.get(var)).map(|grad| {
+        // In F16 a square of 256 is infinite.
+        let dtype = if grad.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        grad.to_dtype(dtype)?.sqr()?.sum_all()?.to_dtype(DType::F32)
+    });
+    let squares = squares.collect::<Result<Vec<_>>>()?;
+    if squares.is_empty() {
+        return Ok(0.);
+    }
+    let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
+    let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt();
+    if !norm.is_finite() {
+        bail!("clip_grad_norm: the norm of the gradients is {norm}")
+    }
+    // torch's epsilon.
+    let factor = max_norm / (norm + 1e-6);
+    if factor < 1. {
+        for var in vars {
+            if let Some(scaled) = grads.get(var).map(|grad| grad * factor).transpose()? {
+                grads.insert(var, scaled);
+            }
+        }
+    }
+    Ok(norm)
+}
+
+/// Adds the gradients of `vars` in `grads` to those in `sum`. With each batch's mean loss multiplied by its
+/// share of the tokens, the sum over several batches is the gradient of one large batch.
+///
+/// # Errors
+/// If two gradients of a variable do not fit.
+pub fn add_grads(vars: &[Var], sum: &mut GradStore, mut grads: GradStore) -> Result<()> {
+    for var in vars {
+        let Some(grad) = grads.remove(var) else { continue };
+        let both = match sum.get(var) {
+            Some(sum) => (sum + grad)?,
+            None => grad,
+        };
+        sum.insert(var, both);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn all_gradients_are_scaled_to_one_norm() -> Result<()> {
+        let (a, b) = (Var::new(&[3f32, 0.], &Device::Cpu)?, Var::new(&[-4f32], &Device::Cpu)?);
+        let vars = [a.clone(), b.clone()];
+        let grads = || ((a.sqr()?.sum_all()? + b.sqr()?.sum_all()?)? * 0.5)?.backward();
+        let mut clipped = grads()?;
+        assert_eq!(clip_grad_norm(&vars, &mut clipped, 1.)?, 5.);
+        let values = |grads: &GradStore, var: &Var| grads.get(var).unwrap().to_vec1::<f32>();
+        assert!((values(&clipped, &a)?[0] - 0.6).abs() < 1e-6);
+        assert!((values(&clipped, &b)?[0] + 0.8).abs() < 1e-6);
+        let mut kept = grads()?;
+        assert_eq!(clip_grad_norm(&vars, &mut kept, 6.)?, 5.);
+        assert_eq!(values(&kept, &b)?, [-4.]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_norm_that_is_not_finite_is_an_error() -> Result<()> {
+        let a = Var::new(&[f32::NAN], &Device::Cpu)?;
+        let mut grads = a.sqr()?.sum_all()?.backward()?;
+        assert!(clip_grad_norm(&[a], &mut grads, 1.).unwrap_err().to_string().contains("NaN"));
+        Ok(())
+    }
+
+    #[test]
+    fn shares_of_batches_add_up_to_the_large_batch() -> Result<()> {
+        let w = Var::new(&[0.5f32, -2.], &Device::Cpu)?;
+        let x = Tensor::new(&[[1f32, 2.], [3., 4.], [5., 6.]], &Device::Cpu)?;
+        let loss = |x: &Tensor| x.broadcast_mul(&w)?.sqr()?.mean_all();
+        let vars = [w.clone()];
+        let large = loss(&x)?.backward()?;
+        let part = |from, len| (loss(&x.narrow(0, from, len)?)? * (len as f64 / 3.))?.backward();
+        let mut sum = part(0, 2)?;
+        add_grads(&vars, &mut sum, part(2, 1)?)?;
+        let values = |grads: &GradStore| grads.get(&w).unwrap().to_vec1::<f32>();
+        for (a, b) in values(&sum)?.iter().zip(values(&large)?) {
+            assert!((a - b).abs() < 1e-5);
+        }
+        Ok(())
+    }
+}
