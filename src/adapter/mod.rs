@@ -1,6 +1,7 @@
 //! An adapter as one value: its options, targets, variables and mode.
 
 mod built;
+mod checkpoint;
 mod files;
 mod gguf_files;
 mod merged;
@@ -10,6 +11,7 @@ mod transformer_layers;
 mod var_builder;
 
 use crate::layers::Mode;
+use crate::ops::DropoutStream;
 use crate::peft::Patterns;
 use crate::utils::{
     lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, StateDict, Summary,
@@ -100,7 +102,16 @@ impl Adapter {
         let (targets, exclude) = (Targets::none(), Targets::none());
         let (config, frozen) = (config.into(), StateDict::new());
         let (layers, patterns) = (TransformerLayers::default(), Patterns::default());
-        let options = Options { config, targets, exclude, layers, patterns, seed: None, frozen };
+        let options = Options {
+            config,
+            targets,
+            exclude,
+            layers,
+            patterns,
+            seed: None,
+            dropout: None,
+            frozen,
+        };
         Self { options: Arc::new(options), vars: VarMap::new(), built: Default::default() }
     }
 
@@ -152,9 +163,14 @@ impl Adapter {
         Ok(self.with(|options| options.config = config))
     }
 
-    /// Initialises new variables from a seed; see [`seeded`](crate::seeded).
+    /// Initialises new variables from a seed; see [`seeded`](crate::seeded). Dropout draws its masks from it too,
+    /// on every device: a mask depends on the seed and on how many were drawn before, see
+    /// [`dropout_position`](Self::dropout_position).
     pub fn seed(self, seed: u64) -> Self {
-        self.with(|options| options.seed = Some(seed))
+        self.with(|options| {
+            options.seed = Some(seed);
+            options.dropout = Some(Arc::new(DropoutStream::new(seed)));
+        })
     }
 
     /// A `VarBuilder` for the model: frozen tensors from `base`, adapters for the targets, and the trainable
@@ -173,6 +189,19 @@ impl Adapter {
     /// has the names.
     pub fn check(&self) -> Result<()> {
         built::lock(&self.built).check(&self.options, &self.vars)
+    }
+
+    /// How many masks dropout has drawn from the [`seed`](Self::seed), 0 without one: with the variables and the
+    /// optimizer's state, what a run needs to be resumed to the bit.
+    pub fn dropout_position(&self) -> u64 {
+        self.options.dropout.as_ref().map_or(0, |stream| stream.position())
+    }
+
+    /// Continues dropout at a [`dropout_position`](Self::dropout_position). Without a seed it has no effect.
+    pub fn set_dropout_position(&self, position: u64) {
+        if let Some(stream) = &self.options.dropout {
+            stream.seek(position);
+        }
     }
 
     /// The paths of the adapted layers, sorted.

@@ -2,10 +2,12 @@
 
 use super::targets::Targets;
 use super::transformer_layers::TransformerLayers;
+use crate::ops::DropoutStream;
 use crate::peft::Patterns;
 use crate::utils::names::is_within;
 use crate::utils::{AdapterConfig, LayerConfig, StateDict};
 use crate::Result;
+use std::sync::Arc;
 
 #[derive(Debug, Clone)]
 pub(super) struct Options {
@@ -16,6 +18,8 @@ pub(super) struct Options {
     /// Ranks and alphas by PEFT's patterns; those of `config` come first.
     pub patterns: Patterns,
     pub seed: Option<u64>,
+    /// Of the seed.
+    pub dropout: Option<Arc<DropoutStream>>,
     /// Base tensors that a loaded adapter replaces.
     pub frozen: StateDict,
 }

@@ -130,6 +130,10 @@ impl Target {
         }
         let cfg = layer.over(self.options.config.lora);
         let weight = adapt(&cfg, &declared, &self.factors(weight))
+            .map(|weight| match &self.options.dropout {
+                Some(stream) => weight.with_dropout_stream(stream),
+                None => weight,
+            })
             .and_then(|weight| weight.shared(mode))
             .map_err(|error| error.to_string())?;
         Ok((weight, LayerConfig { kind: Some(declared), ..layer }))

@@ -3,7 +3,7 @@
 use super::base::Base;
 use super::config::LoraConfig;
 use super::mode::Mode;
-use crate::ops::{self, LowRank, Matrix};
+use crate::ops::{self, DropoutStream, LowRank, Matrix};
 use candle_core::{bail, Result, Tensor};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 
@@ -94,6 +94,13 @@ impl Weight {
     pub fn with_bias(self, bias: Option<Tensor>) -> Self {
         let Self::Own(tensors, state) = self else { return self };
         Self::Own(Tensors { bias, ..tensors }, state)
+    }
+
+    /// Draws the masks of the update's dropout from a stream.
+    pub fn with_dropout_stream(self, stream: &Arc<DropoutStream>) -> Self {
+        let Self::Own(tensors, state) = self else { return self };
+        let update = tensors.update.map(|update| update.with_dropout_stream(stream.clone()));
+        Self::Own(Tensors { update, ..tensors }, state)
     }
 
     /// Shares the mode with all clones, in training or evaluation from the start.

@@ -6,7 +6,6 @@
 //! `gx = g·Wᵀ + h·A`.
 
 use super::backend::Backend;
-use super::dropout::dropout_mask;
 use super::elementwise::add_bias;
 use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
@@ -60,7 +59,7 @@ pub(crate) fn linear(
         (None, Matrix::Dense(w)) => x.apply_op2(&w, Custom(linear))?,
         (None, w) => x.apply_op1(Custom(FrozenLinearOp { w, linear }))?,
         (Some(update), w) => {
-            let mask = dropout_mask(&x, update.dropout(), compute_dtype(x.dtype()))?;
+            let mask = update.dropout().mask(&x, compute_dtype(x.dtype()))?;
             let frozen = update.detached();
             let u = matmul(
                 &masked(&x, m, mask.as_ref())?,

@@ -1,6 +1,7 @@
 //! The low-rank update of a weight, `ΔW = scaling · B·A`, for all of its outputs or for several splits
 //! of them.
 
+use super::dropout::{Dropout, DropoutStream};
 use candle_core::{DType, Result, Tensor};
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,12 +54,13 @@ pub(crate) struct LowRank {
     a: Tensor,
     b: Tensor,
     scaling: f64,
-    dropout: f32,
+    dropout: Dropout,
     splits: Arc<[Split]>,
 }
 
 impl LowRank {
-    pub fn new(a: Tensor, b: Tensor, scaling: f64, dropout: f32, splits: Vec<Split>) -> Self {
+    pub fn new(a: Tensor, b: Tensor, scaling: f64, p: f32, splits: Vec<Split>) -> Self {
+        let dropout = Dropout { p, stream: None };
         Self { a, b, scaling, dropout, splits: splits.into() }
     }
 
@@ -74,13 +76,18 @@ impl LowRank {
         self.scaling
     }
 
-    pub fn dropout(&self) -> f32 {
-        self.dropout
+    pub fn dropout(&self) -> &Dropout {
+        &self.dropout
+    }
+
+    /// The same update with masks from a stream.
+    pub fn with_dropout_stream(self, stream: Arc<DropoutStream>) -> Self {
+        Self { dropout: Dropout { stream: Some(stream), ..self.dropout }, ..self }
     }
 
     /// The same update for evaluation: without dropout and without a graph.
     pub fn detached(&self) -> Self {
-        Self { a: self.a.detach(), b: self.b.detach(), dropout: 0., ..self.clone() }
+        Self { a: self.a.detach(), b: self.b.detach(), dropout: Dropout::default(), ..self.clone() }
     }
 
     /// A, contiguous, in the compute dtype beside a base of dtype `base`.

@@ -13,7 +13,7 @@ use rand_distr::StandardNormal;
 ///
 /// Wrap [`var_builder`](crate::var_builder)'s result; as its base, `seeded` has no effect on the adapter.
 /// The numbers are not torch's for the same seed. Dropout on the CPU stays unseeded, because candle draws
-/// it.
+/// it; [`Adapter::seed`](crate::Adapter::seed) seeds it too.
 ///
 /// ```
 /// use candle_core::{DType, Device};

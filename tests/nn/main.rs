@@ -5,5 +5,6 @@ mod common;
 
 mod adapter;
 mod bad_input;
+mod checkpointing;
 mod operations;
 mod peft_config;

@@ -10,7 +10,6 @@ mod device;
 mod geometry;
 mod unfold;
 
-use crate::ops::dropout::dropout_mask;
 use crate::ops::elementwise::{add, mul_frozen};
 use crate::ops::low_rank::LowRank;
 use candle_core::{DType, Device, Result, Tensor};
@@ -31,7 +30,7 @@ pub(crate) fn conv(
     let Some(update) = update else { return base_conv(x, w, geometry) };
     let factor = update.factors(w.dtype())?.remove(0);
     let delta = factor.b.matmul(&factor.a)?.reshape(w.shape())?;
-    match dropout_mask(x, update.dropout(), x.dtype())? {
+    match update.dropout().mask(x, x.dtype())? {
         // The kernel is small beside the activations: adding ΔW to it costs less than a second
         // convolution.
         None => {

@@ -4,6 +4,7 @@ mod adamw;
 pub(super) mod attention;
 mod buffer;
 mod decode;
+mod dropout;
 mod few_rows;
 #[cfg(all(
     feature = "faer",
@@ -31,6 +32,7 @@ use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tenso
 
 pub(super) use adamw::{adamw_moment, adamw_update};
 pub(super) use buffer::filled;
+pub(super) use dropout::seeded_mask;
 pub(super) use gemm::{gemm_into, Real, FUSED_ATTENTION};
 pub(super) use low_rank::{add_assign, gather_columns};
 pub(super) use rows::{exp_nonpositive, map_rows, max, sum};
