@@ -59,7 +59,7 @@ pub struct Args {
     /// Where to run
     #[arg(long, value_enum, default_value_t = Place::Cpu)]
     pub device: Place,
-    /// The folder for the adapter, in PEFT's format
+    /// The folder for the adapter, in PEFT's format, and for a GGUF file also as adapter.gguf
     #[arg(long, value_name = "FOLDER", default_value = "target/chat")]
     pub out: PathBuf,
     /// Only talks, with this adapter: a folder in PEFT's format

@@ -65,9 +65,13 @@ impl Base {
         Llama::new(&self.config, vb).map_err(|e| format!("{}: {e}", self.path.display()).into())
     }
 
-    /// Writes an adapter of this base in PEFT's format.
+    /// Writes an adapter of this base in PEFT's format, and for a GGUF file also as adapter.gguf.
     pub fn save(&self, adapter: &Adapter, folder: &Path) -> Result<()> {
-        Ok(adapter.save_pretrained(folder)?)
+        adapter.save_pretrained(folder)?;
+        match &self.file {
+            Some(file) => Ok(adapter.save_gguf(folder.join("adapter.gguf"), file)?),
+            None => Ok(()),
+        }
     }
 }
 

@@ -4,11 +4,11 @@ use crate::batch::{groups, Batch};
 use crate::examples::Example;
 use crate::rng::Rng;
 use crate::Result;
-use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::f64::consts::PI;
+use lora::train::{add_grads, Schedule};
+use loralib as lora;
 use std::time::{Duration, Instant};
 
 pub struct Plan {
@@ -35,6 +35,7 @@ pub fn train(
         "{prefix:>12} {bar:30} step {pos}/{len}, loss {msg}, {eta} left",
     )?);
     let mut opt = AdamW::new(vars.clone(), ParamsAdamW { lr: plan.lr, ..Default::default() })?;
+    let schedule = Schedule::Cosine { warmup: plan.steps / 20, steps: plan.steps };
     let mut rng = Rng::new(plan.seed);
     let (mut times, mut mean, mut tokens) = (vec![], None, 0);
     let (mut waiting, begin) = (vec![], Instant::now());
@@ -50,18 +51,21 @@ pub fn train(
         for batch in &batches {
             // Every predicted token of the step counts alike.
             let loss = (loss(batch)? * (batch.predicted as f64 / predicted as f64))?;
-            grads = Some(added(grads, loss.backward()?, &vars)?);
+            match &mut grads {
+                None => grads = Some(loss.backward()?),
+                Some(grads) => add_grads(&vars, grads, loss.backward()?)?,
+            }
             sum += f64::from(loss.to_scalar::<f32>()?);
             tokens += batch.tokens;
         }
         let Some(grads) = grads else { return Err("a step without batches".into()) };
         if step == 0 {
-            check_grads(loralib::missing_grads(held, &grads))?;
+            check_grads(lora::missing_grads(held, &grads))?;
         }
         if !sum.is_finite() {
             return Err(format!("step {step}: the loss is {sum}: try a smaller --lr").into());
         }
-        opt.set_learning_rate(plan.lr * schedule(step, plan.steps));
+        opt.set_learning_rate(plan.lr * schedule.factor(step));
         opt.step(&grads)?;
         times.push(start.elapsed());
         let smooth = 0.9 * mean.unwrap_or(sum) + 0.1 * sum;
@@ -74,30 +78,10 @@ pub fn train(
     Ok(times)
 }
 
-/// The sum of two batches' gradients.
-fn added(sum: Option<GradStore>, mut grads: GradStore, vars: &[Var]) -> Result<GradStore> {
-    let Some(sum) = sum else { return Ok(grads) };
-    for var in vars {
-        let both = sum.get(var).zip(grads.get(var)).map(|(a, b)| a + b).transpose()?;
-        if let Some(both) = both {
-            grads.insert(var, both);
-        }
-    }
-    Ok(grads)
-}
-
 /// A fused operation that cuts the graph makes no error: what lies before it is just not trained.
 fn check_grads(missing: Vec<String>) -> Result<()> {
     match missing.is_empty() {
         true => Ok(()),
         false => Err(format!("no gradient for {}", missing.join(", ")).into()),
     }
-}
-
-/// A factor that rises over the first twentieth of the steps, and falls to zero by half a cosine.
-fn schedule(step: usize, steps: usize) -> f64 {
-    let (step, steps) = (step as f64, steps as f64);
-    let rise = (steps / 20.).max(1.);
-    let fallen = ((step - rise) / (steps - rise).max(1.)).clamp(0., 1.);
-    ((step + 1.) / rise).min(1.) * (1. + (PI * fallen).cos()) / 2.
 }
