@@ -60,17 +60,19 @@ fn adapted(cfg: LoraConfig, dtype: DType) -> loralib::Result<(Adapter, Model)> {
     Ok((adapter, model))
 }
 
+type Gradients = BTreeMap<String, Vec<f32>>;
+
 /// The output, the gradient of the input if it has one, and those of all variables.
 fn run(
     (adapter, model): &(Adapter, Model),
     x: &Tensor,
     checkpoint: bool,
-) -> loralib::Result<(Vec<f32>, BTreeMap<String, Vec<f32>>)> {
+) -> loralib::Result<(Vec<f32>, Gradients)> {
     adapter.set_dropout_position(0);
     let values = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
     let y = model.forward(x, checkpoint.then_some(adapter))?;
     let grads = y.to_dtype(DType::F32)?.sqr()?.sum_all()?.backward()?;
-    let mut all = BTreeMap::new();
+    let mut all = Gradients::new();
     for (name, var) in adapter.named_vars()? {
         all.insert(name, values(grads.get(&var).expect("a gradient"))?);
     }
