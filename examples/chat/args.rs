@@ -53,7 +53,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     #[arg(value_parser = clap::value_parser!(u32).range(2..))]
     pub length: u32,
-    /// Seed of the order of examples and of the new adapter; dropout on the CPU is not seeded
+    /// Seed of the order of examples, of the new adapter and of its dropout
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Where to run
