@@ -4,10 +4,10 @@ use crate::args::Args;
 use crate::base::Base;
 use crate::data::{self, Document};
 use crate::examples::examples;
-use crate::loss::{batch_loss, mean_loss};
+use crate::loss::{batch_loss, checkpointed_loss, mean_loss};
 use crate::peak;
 use crate::rng::Rng;
-use crate::train::{train, Plan};
+use crate::train::{train, Plan, Saved};
 use crate::Result;
 use lora::{Adapter, AdapterConfig};
 use loralib as lora;
@@ -52,14 +52,26 @@ pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
         lr: args.lr.unwrap_or(if args.model.is_some() { 2e-4 } else { 5e-3 }),
         batch: args.batch as usize,
         accumulate: args.accumulate as usize,
+        clip: args.clip,
         seed: args.seed,
+        saved: Some(Saved {
+            file: args.out.join("state.safetensors"),
+            every: args.save_every as usize,
+            resume: args.resume,
+            adapter: adapter.clone(),
+        }),
     };
     let mut times =
-        train(adapter.var_map(), adapter.vars()?, &plan, &training, &base.device, |batch| {
-            batch_loss(&model, batch)
+        train(adapter.named_vars()?, &plan, &training, &base.device, |batch| {
+            match args.checkpointing {
+                true => checkpointed_loss(&model, &adapter, batch),
+                false => batch_loss(&model, batch),
+            }
         })?;
     times.sort();
-    println!("a step took {:.0} ms (median)", times[times.len() / 2].as_secs_f64() * 1e3);
+    if let Some(median) = times.get(times.len() / 2) {
+        println!("a step took {:.0} ms (median)", median.as_secs_f64() * 1e3);
+    }
     if let Some(peak) = peak::peak() {
         println!("peak of memory {peak:.0} MiB");
     }

@@ -49,6 +49,19 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub accumulate: u32,
+    /// Keeps the activations of one layer at a time, and computes the others again: less memory, more time
+    #[arg(long)]
+    pub checkpointing: bool,
+    /// Gradients of a larger norm are scaled to this one
+    #[arg(long, value_name = "NORM", default_value_t = 1.)]
+    pub clip: f64,
+    /// Writes the state of the run into --out after each N steps
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub save_every: u32,
+    /// Goes on with the run in --out, with the same options
+    #[arg(long, requires = "data")]
+    pub resume: bool,
     /// Tokens to which texts are packed, and behind which other examples are cut off
     #[arg(long, value_name = "N", default_value_t = 256)]
     #[arg(value_parser = clap::value_parser!(u32).range(2..))]

@@ -10,10 +10,11 @@ use candle_core::{bail, Device, Module, Result, Tensor};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::{linear_b, ops::silu, rms_norm, Embedding, Init, Linear, RmsNorm, VarBuilder};
 use loralib::nn as candle_nn;
+use std::sync::Arc;
 
 pub struct Llama {
     embed_tokens: Embedding,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     norm: RmsNorm,
     /// From hidden states to logits.
     pub lm_head: Linear,
@@ -39,7 +40,7 @@ impl Llama {
             true => Linear::new(embed_tokens.embeddings().clone(), None),
             false => linear_b(n, cfg.vocab_size, false, vb.pp("lm_head"))?,
         };
-        let layer = |i| Layer::new(cfg, model.pp("layers").pp(i));
+        let layer = |i| Ok(Arc::new(Layer::new(cfg, model.pp("layers").pp(i))?));
         Ok(Self {
             embed_tokens,
             layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?,
@@ -53,24 +54,44 @@ impl Llama {
     /// Ids (batch, tokens) to hidden states (batch, tokens, hidden_size). With a cache the ids continue the
     /// text in it.
     pub fn hidden(&self, ids: &Tensor, mut cache: Option<&mut Cache>) -> Result<Tensor> {
-        let (_, tokens) = ids.dims2()?;
-        let first = cache.as_ref().map_or(0, |cache| cache.tokens);
-        if first + tokens > self.longest {
-            bail!("{} tokens, the model takes {}", first + tokens, self.longest)
-        }
-        let (cos, sin) = self.rope.tables(first, tokens, ids.device())?;
-        // A single token sees all that is before it.
-        let mask = (tokens > 1).then(|| causal_mask(first, tokens, ids.device())).transpose()?;
-        let at = Positions { cos, sin, mask };
+        let at = self.positions(ids, cache.as_ref().map_or(0, |cache| cache.tokens))?;
         let mut x = self.embed_tokens.forward(ids)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_mut().and_then(|cache| cache.layers.get_mut(i));
             x = layer.forward(&x, &at, cache)?;
         }
         if let Some(cache) = cache {
-            cache.tokens += tokens;
+            cache.tokens += ids.dim(1)?;
         }
         self.norm.forward(&x)
+    }
+
+    /// [`hidden`](Self::hidden) of whole texts, with each layer run by `run`, which gets its path and its input.
+    pub fn hidden_by(
+        &self,
+        ids: &Tensor,
+        run: impl Fn(&str, &Tensor, Segment) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let at = self.positions(ids, 0)?;
+        let mut x = self.embed_tokens.forward(ids)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let (layer, at) = (layer.clone(), at.clone());
+            let segment = Box::new(move |x: &Tensor| layer.forward(x, &at, None));
+            x = run(&format!("model.layers.{i}"), &x, segment)?;
+        }
+        self.norm.forward(&x)
+    }
+
+    /// Of ids that follow `first` others.
+    fn positions(&self, ids: &Tensor, first: usize) -> Result<Positions> {
+        let (_, tokens) = ids.dims2()?;
+        if first + tokens > self.longest {
+            bail!("{} tokens, the model takes {}", first + tokens, self.longest)
+        }
+        let (cos, sin) = self.rope.tables(first, tokens, ids.device())?;
+        // A single token sees all that is before it.
+        let mask = (tokens > 1).then(|| causal_mask(first, tokens, ids.device())).transpose()?;
+        Ok(Positions { cos, sin, mask })
     }
 
     /// An empty cache, with room for `tokens` before it grows.
@@ -79,7 +100,11 @@ impl Llama {
     }
 }
 
+/// A part of the model, from its input to its output.
+pub type Segment = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
+
 /// What depends on the tokens' positions alone.
+#[derive(Clone)]
 pub struct Positions {
     /// (tokens, head_dim / 2)
     pub cos: Tensor,

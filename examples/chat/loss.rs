@@ -2,10 +2,22 @@
 
 use crate::batch::{groups, Batch};
 use crate::examples::Example;
-use crate::llama::Llama;
+use crate::llama::{Llama, Segment};
 use crate::Result;
 use candle_core::{Device, Tensor};
 use loralib::train::linear_cross_entropy;
+use loralib::Adapter;
+
+/// Of one batch, with the activations of one layer at a time: the backward runs each layer again.
+pub fn checkpointed_loss(
+    model: &Llama,
+    adapter: &Adapter,
+    batch: &Batch,
+) -> candle_core::Result<Tensor> {
+    let run = |path: &str, x: &Tensor, layer: Segment| adapter.checkpoint(path, x, layer);
+    let hidden = model.hidden_by(&batch.ids, run)?;
+    linear_cross_entropy(&hidden, &model.lm_head, &batch.labels)
+}
 
 /// Of one batch. The logits, which are wide, are never all in memory.
 pub fn batch_loss(model: &Llama, batch: &Batch) -> candle_core::Result<Tensor> {
