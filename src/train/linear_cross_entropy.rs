@@ -59,7 +59,9 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
     let wants_grad = x.track_op() || !trained.is_empty();
     let mut loss: Option<Tensor> = None;
     let (mut gx, mut sums) = (vec![], HashMap::<TensorId, Tensor>::new());
-    let step = (LOGITS / classes).max(1);
+    // Chunks of about the same size.
+    let parts = counted.len().div_ceil((LOGITS / classes).max(1));
+    let step = counted.len().div_ceil(parts.max(1)).max(1);
     for (i, labels) in counted.chunks(step).enumerate() {
         let part = chosen.narrow(0, i * step, labels.len())?;
         let part = if x.track_op() { Var::from_tensor(&part)?.into_inner() } else { part };
