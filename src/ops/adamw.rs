@@ -2,7 +2,7 @@
 //! `m ← β₁m + (1-β₁)g`, `v ← β₂v + (1-β₂)g²`,
 //! `θ ← (1-ηλ)θ - η·(m/(1-β₁ᵗ)) / (√(v/(1-β₂ᵗ)) + ε)`.
 
-use super::cpu::{adamw_moment, adamw_update};
+use super::cpu::{adamw_moment, adamw_update, AdamWUpdate};
 use super::low_rank::compute_dtype;
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
 
@@ -22,7 +22,7 @@ pub(crate) struct AdamWStep {
 
 impl AdamWStep {
     /// 1 / (1-β₁ᵗ) and 1 / (1-β₂ᵗ)
-    pub fn corrections(&self) -> (f64, f64) {
+    fn corrections(&self) -> (f64, f64) {
         let correction = |beta: f64| 1. / (1. - beta.powf(f64::from(self.t)));
         (correction(self.beta1), correction(self.beta2))
     }
@@ -39,7 +39,9 @@ pub(crate) fn adamw(var: &Var, (m, v): (&Var, &Var), g: &Tensor, step: AdamWStep
     if var.device().is_cpu() && var.is_contiguous() {
         m.inplace_op2(&g, &Moment { beta: step.beta1, squared: false })?;
         v.inplace_op2(&g, &Moment { beta: step.beta2, squared: true })?;
-        return var.inplace_op3(m, v, &Update(step));
+        let (by_m, by_v) = step.corrections();
+        let (keep, rate) = (1. - step.rate * step.decay, step.rate * by_m);
+        return var.inplace_op3(m, v, &Update(AdamWUpdate { keep, rate, by_v, eps: step.eps }));
     }
     let average =
         |m: &Var, g: &Tensor, beta: f64| m.set(&((m.as_tensor() * beta)? + (g * (1. - beta))?)?);
@@ -66,7 +68,7 @@ impl InplaceOp2 for Moment {
     }
 }
 
-struct Update(AdamWStep);
+struct Update(AdamWUpdate);
 
 impl InplaceOp3 for Update {
     fn name(&self) -> &'static str {

@@ -1,8 +1,7 @@
-//! [AdamW](crate::ops::adamw) in place, in blocks that all threads share.
+//! AdamW in place, in blocks that all threads share.
 
 use super::low_rank::Element;
 use super::rows::vectorized;
-use crate::ops::adamw::AdamWStep;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, Layout, Result};
 use num_traits::Float;
@@ -44,23 +43,32 @@ fn average<T: Float + Send + Sync>(m: &mut [T], g: &[T], beta: T, squared: bool)
     });
 }
 
+/// `θ ← keep·θ - rate·m / (√(by_v·v) + eps)`
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct AdamWUpdate {
+    pub keep: f64,
+    pub rate: f64,
+    pub by_v: f64,
+    pub eps: f64,
+}
+
 /// The change of a variable of any float dtype, computed in that of its moments and rounded once.
 pub(in crate::ops) fn adamw_update(
     (var, l): (&mut CpuStorage, &Layout),
     [(m, ml), (v, vl)]: [(&CpuStorage, &Layout); 2],
-    step: AdamWStep,
+    by: AdamWUpdate,
 ) -> Result<()> {
     let (at, m_at, v_at) = (range(l)?, range(ml)?, range(vl)?);
     match (var, m, v) {
         (CpuStorage::F64(var), CpuStorage::F64(m), CpuStorage::F64(v)) => {
-            update(&mut var[at], &m[m_at], &v[v_at], step, |x| x)
+            update(&mut var[at], &m[m_at], &v[v_at], by, |x| x)
         }
         (var, CpuStorage::F32(m), CpuStorage::F32(v)) => {
             let (m, v) = (&m[m_at], &v[v_at]);
             match var {
-                CpuStorage::F32(var) => update(&mut var[at], m, v, step, |x| x as f32),
-                CpuStorage::F16(var) => update(&mut var[at], m, v, step, |x| x as f32),
-                CpuStorage::BF16(var) => update(&mut var[at], m, v, step, |x| x as f32),
+                CpuStorage::F32(var) => update(&mut var[at], m, v, by, |x| x as f32),
+                CpuStorage::F16(var) => update(&mut var[at], m, v, by, |x| x as f32),
+                CpuStorage::BF16(var) => update(&mut var[at], m, v, by, |x| x as f32),
                 var => bail!("adamw: a variable is {:?}, expected a float", var.dtype()),
             }
         }
@@ -74,15 +82,14 @@ fn update<T: Element>(
     var: &mut [T],
     m: &[T::Compute],
     v: &[T::Compute],
-    step: AdamWStep,
+    by: AdamWUpdate,
     number: impl Fn(f64) -> T::Compute,
 ) -> Result<()>
 where
     T::Compute: Float,
 {
-    let (by_m, by_v) = step.corrections();
-    let (keep, rate) = (number(1. - step.rate * step.decay), number(step.rate * by_m));
-    let (by_v, eps) = (number(by_v), number(step.eps));
+    let (keep, rate) = (number(by.keep), number(by.rate));
+    let (by_v, eps) = (number(by.by_v), number(by.eps));
     let blocks = var.par_chunks_mut(BLOCK).zip(m.par_chunks(BLOCK)).zip(v.par_chunks(BLOCK));
     blocks.try_for_each(|((var, m), v)| {
         T::update(var, |var| {

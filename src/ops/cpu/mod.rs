@@ -30,7 +30,7 @@ use crate::ops::matrix::Quantized;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 
-pub(super) use adamw::{adamw_moment, adamw_update};
+pub(super) use adamw::{adamw_moment, adamw_update, AdamWUpdate};
 pub(super) use buffer::filled;
 pub(super) use dropout::seeded_mask;
 pub(super) use gemm::{gemm_into, Real, FUSED_ATTENTION};
