@@ -55,14 +55,21 @@ pub fn examples(
     }
 }
 
+/// The text as one, as it is when the model reads it; a token is learned if it ends in a learned piece.
 fn encode(document: &Document, tokens: &Tokens) -> Result<Example> {
-    let (mut ids, mut learned) = (vec![], vec![]);
+    let text: String = document.pieces.iter().map(|piece| &piece.text[..]).collect();
+    // A template writes the special tokens itself.
+    let special = document.kind != Kind::Chat;
+    let (mut ids, ends) = tokens.encode_with_ends(&text, special)?;
+    let (mut pieces, mut begin) = (vec![], 0);
     for piece in &document.pieces {
-        // A template writes the special tokens itself.
-        let first = ids.is_empty() && document.kind != Kind::Chat;
-        ids.extend(tokens.encode(&piece.text, first)?);
-        learned.resize(ids.len(), piece.learned);
+        pieces.push((begin..begin + piece.text.len(), piece.learned));
+        begin += piece.text.len();
     }
+    let learns = |end: usize| {
+        pieces.iter().any(|(range, learned)| *learned && range.start < end && end <= range.end)
+    };
+    let mut learned: Vec<_> = ends.into_iter().map(learns).collect();
     if document.kind != Kind::Chat {
         ids.push(tokens.end());
         learned.push(true);

@@ -43,6 +43,13 @@ impl Tokens {
         Ok(self.inner.encode(text, special)?.get_ids().to_vec())
     }
 
+    /// The tokens, and where in the text each ends; a special one that is put before it, at 0.
+    pub fn encode_with_ends(&self, text: &str, special: bool) -> Result<(Vec<u32>, Vec<usize>)> {
+        let encoding = self.inner.encode(text, special)?;
+        let ends = encoding.get_offsets().iter().map(|(_, end)| *end);
+        Ok((encoding.get_ids().to_vec(), ends.collect()))
+    }
+
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, true)
     }

@@ -1,8 +1,7 @@
 //! Activation checkpointing.
 
 use super::Adapter;
-use crate::ops;
-use crate::utils::names::is_within;
+use crate::ops::{self, SegmentVars};
 use candle_core::{bail, Result, Tensor};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,14 +11,15 @@ impl Adapter {
     /// those of one layer, and a step takes about one more forward.
     ///
     /// `module` is the path of the segment's part of the model, such as `model.layers.3`: the gradients of the
-    /// variables in it arrive in the outer `backward`. The segment must use no variables outside of it, and give
-    /// the same output again; dropout needs a [`seed`](Self::seed), and draws the same masks.
+    /// variables in it arrive in the outer `backward`. The segment uses all of them and no others, and gives
+    /// the same output again: the layers' dropout needs a [`seed`](Self::seed), and draws the same masks; other
+    /// dropout has no place in a segment. One thread at a time runs a model with dropout.
     ///
     /// ```
     /// # fn main() -> loralib::Result<()> {
     /// use candle_core::{DType, Device, Module, Tensor};
     /// use loralib::{nn as candle_nn, Adapter, LoraConfig};
-    /// # let base = candle_nn::VarBuilder::from_varmap(&candle_nn::VarMap::new(), DType::F32, &Device::Cpu);
+    /// # let base = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
     /// let cfg = LoraConfig { r: 2, ..Default::default() };
     /// let adapter = Adapter::new(cfg).targets(["fc"]);
     /// let vb = adapter.var_builder(base);
@@ -33,15 +33,20 @@ impl Adapter {
     /// ```
     ///
     /// # Errors
-    /// Those of the segment; and if the adapter has dropout without a seed.
+    /// Those of the segment; and if the adapter has dropout without a seed. In the backward: if the segment gives
+    /// another output (compared on the CPU), uses a variable outside of the module, or cuts the graph before its
+    /// input or a variable of the module.
     pub fn checkpoint(
         &self,
         module: &str,
         x: &Tensor,
         segment: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
     ) -> Result<Tensor> {
-        let vars = self.named_vars()?.into_iter().filter(|(name, _)| is_within(name, module));
-        let vars = vars.map(|(_, var)| var).collect();
+        let within = |name: &str| {
+            name.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        let (inside, outside) = self.named_vars()?.into_iter().partition(|(name, _)| within(name));
+        let vars = SegmentVars { inside, outside };
         let Some(masks) = self.options.dropout.clone() else {
             if self.options.config.lora.lora_dropout > 0. {
                 bail!("checkpoint: lora_dropout needs a seed, so that masks can be drawn again")

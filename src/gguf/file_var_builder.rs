@@ -4,7 +4,7 @@ use super::convert::{dense, quantized};
 use super::file::File;
 use super::names::Names;
 use super::var_builder::{stays_quantized, wrong_shape};
-use crate::layers::quantized_handle;
+use crate::layers::{dequantized, quantized_handle};
 use crate::{Error, Result};
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, DeviceLocation, Shape, Tensor};
@@ -20,6 +20,41 @@ pub(super) fn file_var_builder(
 ) -> Result<VarBuilder<'static>> {
     let disk = Disk::new(file)?;
     Ok(VarBuilder::from_backend(Box::new(disk), dtype, device.clone()))
+}
+
+/// [`file_var_builder`] with dense tensors alone.
+pub(super) fn dense_var_builder(
+    file: &File,
+    dtype: DType,
+    device: &Device,
+) -> Result<VarBuilder<'static>> {
+    let backend = Dense(file_var_builder(file, dtype, device)?);
+    Ok(VarBuilder::from_backend(Box::new(backend), dtype, device.clone()))
+}
+
+/// Dequantises the placeholders of a `VarBuilder`.
+struct Dense(VarBuilder<'static>);
+
+impl SimpleBackend for Dense {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        hint: Init,
+        dtype: DType,
+        dev: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let vb = self.0.clone().set_device(dev.clone());
+        dequantized(vb.get_with_hints_dtype(shape, name, hint, dtype)?)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
+        dequantized(self.0.clone().set_device(dev.clone()).get_unchecked_dtype(name, dtype)?)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.contains_tensor(name)
+    }
 }
 
 /// The tensors of a file, by Hugging Face's names.
@@ -79,7 +114,7 @@ impl Disk {
         if let Some(wanted) = wanted.filter(|wanted| wanted.dims() != info.dims) {
             return Err(wrong_shape(name, &info.dims, wanted));
         }
-        if stays_quantized(info.dtype, &info.dims) {
+        if stays_quantized(info.dtype, &info.dims, device) {
             Ok(quantized_handle(&self.blocks(gguf, device)?, dtype)?)
         } else {
             self.dense(gguf, dtype, device)

@@ -3,7 +3,7 @@
 use super::architecture::{HEAD, MODEL};
 use super::config::config;
 use super::file::File;
-use super::file_var_builder::file_var_builder;
+use super::file_var_builder::{dense_var_builder, file_var_builder};
 use super::metadata::Metadata;
 use super::names::ROPE_FREQS;
 use super::tokenizer::tokenizer;
@@ -19,7 +19,8 @@ impl File {
     ///
     /// Matrices stay quantised, but for those in F32. What a model gets in their place is a tensor whose
     /// values are NaN, from which the constructors of [`lora::nn`](crate::nn)'s `Linear` and `Embedding` take
-    /// the blocks: no other code can compute with it. All other tensors have the given dtype.
+    /// the blocks: no other code can compute with it. The `VarBuilder` has to live until the layers are built. All
+    /// other tensors have the given dtype. On devices F16 and BF16 matrices are dense, too.
     ///
     /// # Errors
     /// If the architecture is unknown, or a tensor of the file has no name in it, such as the experts of a
@@ -27,6 +28,15 @@ impl File {
     /// none of the name, or its shape is another.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
         file_var_builder(self, dtype, device).map_err(|error| error.at(self.path()))
+    }
+
+    /// [`var_builder`](Self::var_builder) with dense tensors of the given dtype alone: for models that do not know
+    /// this crate, such as candle-transformers'. As long as it lives, it also holds the quantised ones.
+    ///
+    /// # Errors
+    /// As [`var_builder`](Self::var_builder).
+    pub fn dense_var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
+        dense_var_builder(self, dtype, device).map_err(|error| error.at(self.path()))
     }
 
     /// The model's `config.json` as Hugging Face writes it, as the `Config` of a model in

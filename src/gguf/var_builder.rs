@@ -35,9 +35,14 @@ pub fn var_builder(
     VarBuilder::from_backend(Box::new(Memory(tensors)), dtype, device.clone())
 }
 
-/// Whether a model gets a placeholder for this tensor.
-pub(super) fn stays_quantized(dtype: GgmlDType, dims: &[usize]) -> bool {
-    dims.len() == 2 && dtype != GgmlDType::F32
+/// Whether a model gets a placeholder for this tensor. On devices candle decodes F16 and BF16 on the host.
+pub(super) fn stays_quantized(dtype: GgmlDType, dims: &[usize], device: &Device) -> bool {
+    let blocks = match dtype {
+        GgmlDType::F32 => false,
+        GgmlDType::F16 | GgmlDType::BF16 => device.is_cpu(),
+        _ => true,
+    };
+    dims.len() == 2 && blocks
 }
 
 struct Memory(HashMap<String, Arc<QTensor>>);
@@ -61,7 +66,7 @@ impl SimpleBackend for Memory {
         let Some(own) = self.0.get(name) else {
             return Err(Error::tensor(name, "there is no such tensor").into());
         };
-        if !stays_quantized(own.dtype(), own.shape().dims()) {
+        if !stays_quantized(own.dtype(), own.shape().dims(), dev) {
             return own.dequantize(dev)?.to_dtype(dtype);
         }
         let (at, wanted) = (own.device().location(), dev.location());

@@ -7,12 +7,12 @@
 
 use crate::ops::{Matrix, Quantized};
 use candle_core::quantized::QTensor;
-use candle_core::{bail, DType, Result, Tensor, TensorId};
+use candle_core::{bail, DType, Device, Result, Tensor, TensorId};
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
-/// The blocks of placeholders. They live as long as a `VarBuilder` or a layer holds them; ids are never
-/// reused.
+/// The blocks of placeholders. They live as long as a `VarBuilder` or a layer holds them. Ids are never
+/// reused, and stay, so that a placeholder whose blocks are gone is known as such.
 static BLOCKS: LazyLock<Mutex<HashMap<TensorId, Weak<QTensor>>>> = LazyLock::new(Default::default);
 
 /// A placeholder for a quantised matrix in a model of `dtype`.
@@ -26,9 +26,21 @@ pub(crate) fn quantized_handle(blocks: &Arc<QTensor>, dtype: DType) -> Result<Te
 
 /// Makes `other`, a view of `handle`, a placeholder for the same blocks if `handle` is one.
 pub(crate) fn alias_quantized(handle: &Tensor, other: &Tensor) {
-    if let Some(blocks) = blocks(handle) {
+    if let Some(Some(blocks)) = blocks(handle) {
         register(other, &blocks);
     }
+}
+
+/// `tensor` on a device, which a placeholder cannot change.
+pub(crate) fn on_device(tensor: Tensor, device: &Device) -> Result<Tensor> {
+    if !tensor.device().same_device(device) && blocks(&tensor).is_some() {
+        bail!(
+            "a quantised weight is on {:?} and the model on {:?}: give the base's `VarBuilder` the device",
+            tensor.device().location(),
+            device.location()
+        )
+    }
+    tensor.to_device(device)
 }
 
 /// The values of the weight that `tensor` is a placeholder for, or `tensor` itself.
@@ -38,24 +50,39 @@ pub(crate) fn dequantized(tensor: Tensor) -> Result<Tensor> {
 
 fn register(handle: &Tensor, blocks: &Arc<QTensor>) {
     let mut registry = BLOCKS.lock().unwrap_or_else(PoisonError::into_inner);
-    registry.retain(|_, blocks| blocks.strong_count() > 0);
     registry.insert(handle.id(), Arc::downgrade(blocks));
 }
 
-fn blocks(handle: &Tensor) -> Option<Arc<QTensor>> {
-    BLOCKS.lock().unwrap_or_else(PoisonError::into_inner).get(&handle.id())?.upgrade()
+/// `None` if it is no placeholder, and `Some(None)` if its blocks are gone.
+fn blocks(handle: &Tensor) -> Option<Option<Arc<QTensor>>> {
+    let registry = BLOCKS.lock().unwrap_or_else(PoisonError::into_inner);
+    registry.get(&handle.id()).map(Weak::upgrade)
 }
 
 #[derive(Debug, Clone)]
 pub(crate) struct Base {
     tensor: Tensor,
-    /// If `tensor` is their placeholder.
-    blocks: Option<Arc<QTensor>>,
+    stored: Stored,
+}
+
+#[derive(Debug, Clone)]
+enum Stored {
+    /// In the tensor.
+    Dense,
+    /// The tensor is their placeholder.
+    Quantized(Arc<QTensor>),
+    /// The tensor was a placeholder.
+    Gone,
 }
 
 impl Base {
     pub fn new(tensor: Tensor) -> Self {
-        Self { blocks: blocks(&tensor), tensor }
+        let stored = match blocks(&tensor) {
+            None => Stored::Dense,
+            Some(Some(blocks)) => Stored::Quantized(blocks),
+            Some(None) => Stored::Gone,
+        };
+        Self { tensor, stored }
     }
 
     /// The tensor, or the placeholder.
@@ -64,22 +91,29 @@ impl Base {
     }
 
     pub fn blocks(&self) -> Option<&Arc<QTensor>> {
-        self.blocks.as_ref()
+        match &self.stored {
+            Stored::Quantized(blocks) => Some(blocks),
+            Stored::Dense | Stored::Gone => None,
+        }
     }
 
     /// The weight as the operand of a product.
-    pub fn matrix(&self) -> Matrix {
-        match &self.blocks {
-            None => Matrix::Dense(self.tensor.clone()),
-            Some(blocks) => Matrix::Quantized(self.quantized(blocks)),
+    pub fn matrix(&self) -> Result<Matrix> {
+        match &self.stored {
+            Stored::Dense => Ok(Matrix::Dense(self.tensor.clone())),
+            Stored::Quantized(blocks) => Ok(Matrix::Quantized(self.quantized(blocks))),
+            Stored::Gone => bail!(
+                "the quantised weight {:?} is gone: its `VarBuilder` was dropped before the layer was built",
+                self.tensor.dims()
+            ),
         }
     }
 
     /// The values in the dtype of the model.
     pub fn dense(&self) -> Result<Tensor> {
-        match &self.blocks {
-            None => Ok(self.tensor.clone()),
-            Some(blocks) => self.quantized(blocks).dequantize(),
+        match self.matrix()? {
+            Matrix::Dense(tensor) => Ok(tensor),
+            Matrix::Quantized(quantized) => quantized.dequantize(),
         }
     }
 
@@ -89,9 +123,9 @@ impl Base {
 
     /// The same weight without a graph.
     pub fn detach(&self) -> Self {
-        match &self.blocks {
-            None => Self { tensor: self.tensor.detach(), blocks: None },
-            Some(_) => self.clone(),
+        match &self.stored {
+            Stored::Dense => Self { tensor: self.tensor.detach(), stored: Stored::Dense },
+            Stored::Quantized(_) | Stored::Gone => self.clone(),
         }
     }
 }

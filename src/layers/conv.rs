@@ -227,7 +227,7 @@ fn at_prefix<'a>(vb: &VarBuilder<'a>, name: &str) -> VarBuilder<'a> {
 impl<C: ConvConfig> Module for Adapted<C> {
     /// (batch, in, spatial..) to (batch, out, spatial..).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Effective { weight, bias, update } = self.weight.effective();
+        let Effective { weight, bias, update } = self.weight.effective()?;
         let weight = expect_dense(weight)?;
         let y = ops::conv(x, &weight, update.as_ref(), self.geometry())?;
         match bias {

@@ -93,7 +93,7 @@ pub(crate) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<
 impl Module for Embedding {
     /// Ids (..) to rows (.., dim).
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let Effective { weight, update, .. } = self.weight.effective();
+        let Effective { weight, update, .. } = self.weight.effective()?;
         ops::embedding(ids, &weight, update.as_ref())
     }
 }

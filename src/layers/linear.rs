@@ -136,7 +136,7 @@ impl LinearKind {
     }
 
     pub(super) fn forward(&self, x: &Tensor, weight: &Weight) -> Result<Tensor> {
-        let Effective { weight, bias, update } = weight.effective();
+        let Effective { weight, bias, update } = weight.effective()?;
         let w = if self.fan_in_fan_out { weight } else { weight.t()? };
         ops::linear(x, &w, bias.as_ref(), update.as_ref())
     }

@@ -156,20 +156,25 @@ impl Weight {
     }
 
     /// In evaluation all tensors are detached, so that no graph is recorded.
-    pub fn effective(&self) -> Effective {
+    pub fn effective(&self) -> Result<Effective> {
         let Tensors { base, bias, update, .. } = self.tensors();
-        let (weight, bias, update) = self.with_state(|state| match state {
-            State::Train => (base.matrix(), bias.clone(), update.clone()),
-            State::Eval { merged: Some(copy) } => {
-                (Matrix::Dense(copy.weight.clone()), copy.bias.clone(), None)
-            }
-            State::Eval { merged: None } => (
-                base.matrix().for_evaluation(),
-                bias.as_ref().map(Tensor::detach),
-                update.as_ref().map(LowRank::detached),
-            ),
-        });
-        Effective { weight, bias, update }
+        self.with_state(|state| {
+            Ok(match state {
+                State::Train => {
+                    Effective { weight: base.matrix()?, bias: bias.clone(), update: update.clone() }
+                }
+                State::Eval { merged: Some(copy) } => Effective {
+                    weight: Matrix::Dense(copy.weight.clone()),
+                    bias: copy.bias.clone(),
+                    update: None,
+                },
+                State::Eval { merged: None } => Effective {
+                    weight: base.matrix()?.for_evaluation(),
+                    bias: bias.as_ref().map(Tensor::detach),
+                    update: update.as_ref().map(LowRank::detached),
+                },
+            })
+        })
     }
 
     /// See [`Tensors::merged_copy`].

@@ -9,17 +9,24 @@ use std::sync::{Mutex, PoisonError};
 /// A part of a model, from its input to its output.
 pub(crate) type Segment = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
 
-/// `f(x)`, whose gradients reach `x` and `vars`. `f` uses no other variables.
-pub(crate) fn checkpoint(x: &Tensor, vars: Vec<Var>, f: Segment) -> Result<Tensor> {
-    if !x.track_op() && vars.is_empty() {
-        return f(x);
+/// The variables of a segment, and all others that could be used in it by mistake.
+pub(crate) struct SegmentVars {
+    pub inside: Vec<(String, Var)>,
+    pub outside: Vec<(String, Var)>,
+}
+
+/// `f(x)`, whose gradients reach `x` and the variables inside.
+pub(crate) fn checkpoint(x: &Tensor, vars: SegmentVars, f: Segment) -> Result<Tensor> {
+    let y = f(&x.detach())?;
+    if !x.track_op() && !y.track_op() {
+        return Ok(y);
     }
-    let y = f(&x.detach())?.detach().contiguous()?;
+    let y = y.detach().contiguous()?;
     // candle's operations have three operands at most: the variables are one, which candle's own
     // operations split again in the backward.
-    let double = vars.iter().any(|var| var.dtype() == DType::F64);
+    let double = vars.inside.iter().any(|(_, var)| var.dtype() == DType::F64);
     let dtype = if double { DType::F64 } else { DType::F32 };
-    let flat = vars.iter().map(|var| var.as_tensor().flatten_all()?.to_dtype(dtype));
+    let flat = vars.inside.iter().map(|(_, var)| var.as_tensor().flatten_all()?.to_dtype(dtype));
     let flat = flat.collect::<Result<Vec<_>>>()?;
     let op = CheckpointOp { f, vars, y: Mutex::new(Some(y)) };
     match flat.is_empty() {
@@ -30,7 +37,7 @@ pub(crate) fn checkpoint(x: &Tensor, vars: Vec<Var>, f: Segment) -> Result<Tenso
 
 struct CheckpointOp {
     f: Segment,
-    vars: Vec<Var>,
+    vars: SegmentVars,
     /// Until the forward has taken it.
     y: Mutex<Option<Tensor>>,
 }
@@ -41,25 +48,53 @@ impl CheckpointOp {
             bail!("checkpoint: its forward runs once")
         };
         let (storage, layout) = y.storage_and_layout();
-        let copy = S::of(&storage)?.to_dtype(layout, y.dtype())?;
-        Ok((copy, layout.shape().clone()))
+        Ok((S::of(&storage)?.try_clone(layout)?, layout.shape().clone()))
     }
 
-    /// The gradient of `x`, and those of the variables, flat and joined.
-    fn grads(&self, x: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Vec<Tensor>)> {
-        let x = match x.track_op() {
+    /// The gradient of `x`, and those of the variables, flat.
+    fn grads(&self, x: &Tensor, y: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Vec<Tensor>)> {
+        let wants_grad = x.track_op();
+        let x = match wants_grad {
             true => Var::from_tensor(&x.detach())?.into_inner(),
             false => x.detach(),
         };
-        let y = (self.f)(&x)?;
-        let mut grads = upstream(&y, grad.contiguous()?)?.backward()?;
-        let gx = grads.remove(&x).filter(|_| x.track_op());
-        let of = |var: &Var| match grads.get(var) {
+        let again = (self.f)(&x)?;
+        // On a device this would wait for it.
+        if y.device().is_cpu() && differ(y, &again)? {
+            bail!(
+                "checkpoint: the segment gave another output in the backward: it has dropout without a seed, \
+                 or its mode or variables have changed"
+            )
+        }
+        let mut grads = upstream(&again, g.contiguous()?)?.backward()?;
+        let used = self.vars.outside.iter().find(|(_, var)| grads.get(var).is_some());
+        if let Some((name, _)) = used {
+            bail!("checkpoint: the segment uses the variable {name:?}, which is outside of its module")
+        }
+        let gx = if wants_grad { grads.remove(&x) } else { None };
+        if wants_grad && gx.is_none() {
+            bail!(
+                "checkpoint: an operation of the segment cuts the graph: its input has no gradient"
+            )
+        }
+        let of = |(name, var): &(String, Var)| {
+            match grads.get(var) {
             Some(grad) => grad.flatten_all(),
-            None => var.as_detached_tensor().zeros_like()?.flatten_all(),
+            None => bail!(
+                "checkpoint: the variable {name:?} has no gradient: an operation of the segment cuts the \
+                 graph, or the segment does not use it"
+            ),
+        }
         };
-        Ok((gx, self.vars.iter().map(of).collect::<Result<_>>()?))
+        Ok((gx, self.vars.inside.iter().map(of).collect::<Result<_>>()?))
     }
+}
+
+/// Whether a value differs; NaN is not compared.
+fn differ(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let (a, b) = (a.detach(), b.detach());
+    let unequal = ((a.lt(&b)? + a.gt(&b)?)?).to_dtype(DType::U32)?;
+    Ok(unequal.flatten_all()?.max_all()?.to_scalar::<u32>()? > 0)
 }
 
 impl Op<1> for CheckpointOp {
@@ -72,10 +107,10 @@ impl Op<1> for CheckpointOp {
     fn backward(
         &self,
         [x]: [&Tensor; 1],
-        _: &Tensor,
+        y: &Tensor,
         grad: &Tensor,
     ) -> Result<[Option<Tensor>; 1]> {
-        Ok([self.grads(x, grad)?.0])
+        Ok([self.grads(x, y, grad)?.0])
     }
 }
 
@@ -89,10 +124,10 @@ impl Op<2> for CheckpointOp {
     fn backward(
         &self,
         [x, flat]: [&Tensor; 2],
-        _: &Tensor,
+        y: &Tensor,
         grad: &Tensor,
     ) -> Result<[Option<Tensor>; 2]> {
-        let (gx, vars) = self.grads(x, grad)?;
+        let (gx, vars) = self.grads(x, y, grad)?;
         let join = || {
             let vars = vars.iter().map(|grad| grad.to_dtype(flat.dtype()));
             Tensor::cat(&vars.collect::<Result<Vec<_>>>()?, 0)

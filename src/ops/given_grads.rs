@@ -1,6 +1,7 @@
 //! A value whose gradients are known when it is computed.
 
 use super::backend::Backend;
+use super::low_rank::compute_dtype;
 use super::op::{if_tracked, Custom, Op};
 use candle_core::{Layout, Result, Shape, Tensor};
 
@@ -28,7 +29,7 @@ impl Op<2> for GivenGradOp {
     const NAME: &'static str = "given-grad";
 
     fn forward<S: Backend>(&self, [(value, l), _]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
-        Ok((value.to_dtype(l, value.dtype())?, l.shape().clone()))
+        Ok((value.try_clone(l)?, l.shape().clone()))
     }
 
     fn backward(
@@ -39,7 +40,11 @@ impl Op<2> for GivenGradOp {
     ) -> Result<[Option<Tensor>; 2]> {
         let grad = if_tracked(input, || match self.at_unit {
             true => Ok(self.grad.clone()),
-            false => self.grad.broadcast_mul(&g.to_dtype(self.grad.dtype())?),
+            false => {
+                // Rounded once.
+                let (grad, dtype) = (&self.grad, compute_dtype(self.grad.dtype()));
+                grad.to_dtype(dtype)?.broadcast_mul(&g.to_dtype(dtype)?)?.to_dtype(grad.dtype())
+            }
         })?;
         Ok([if_tracked(value, || Ok(g.clone()))?, grad])
     }

@@ -102,7 +102,10 @@ impl Quantized {
     pub fn dequantize(&self) -> Result<Tensor> {
         let device = self.blocks.device();
         let values = match self.dtype {
-            DType::F16 => self.blocks.dequantize_f16(&device)?,
+            // CUDA has a kernel for blocks alone.
+            DType::F16 if self.blocks.dtype().block_size() > 1 => {
+                self.blocks.dequantize_f16(&device)?
+            }
             dtype => self.blocks.dequantize(&device)?.to_dtype(dtype)?,
         };
         if self.transposed {

@@ -29,7 +29,7 @@ mod softmax;
 pub(crate) use activation::{activation, Activation};
 pub(crate) use adamw::{adamw, new_moments, AdamWStep};
 pub(crate) use attention::{attention, Mask};
-pub(crate) use checkpoint::checkpoint;
+pub(crate) use checkpoint::{checkpoint, SegmentVars};
 pub(crate) use conv::{conv, Geometry};
 pub(crate) use cross_entropy::cross_entropy;
 pub(crate) use dropout::DropoutStream;

@@ -7,10 +7,10 @@ use candle_core::Var;
 use candle_nn::{Optimizer, ParamsAdamW};
 use std::collections::BTreeMap;
 
-/// [`candle_nn::AdamW`] with names, in one pass over each tensor on the CPU, and with a state that
+/// [`candle_nn::AdamW`] with names, in place on the CPU, and with a state that
 /// [`save`](Self::save) writes: a run that is stopped and resumed gives the same bits as one that was not.
 ///
-/// The step is torch's. Moments are in F32 beside F32, F16 and BF16 (F64 beside F64), and so is the step, whose
+/// The step is torch's, with one count of steps for all variables, as candle has it. Moments are in F32 beside F32, F16 and BF16 (F64 beside F64), and so is the step, whose
 /// result is rounded once: in candle's, F16 variables become NaN, since its epsilon is 0 in F16. A variable without a
 /// gradient is left as it is.
 ///

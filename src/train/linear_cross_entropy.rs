@@ -13,9 +13,9 @@ const LOGITS: usize = if cfg!(test) { 100 } else { 1 << 23 };
 /// torch's -100, leaves its position out. A scalar, in F32 (F64 beside F64).
 ///
 /// The logits of a few rows at a time are computed and turned into gradients at once, so that the memory
-/// for them depends on the number of classes and not on that of tokens: 32 MiB in F32 for up to 8 million
-/// logits. Gradients reach `x` and what the head trains: its weight, its bias, its factors. They are
-/// computed with the loss, unless there is nothing to train.
+/// for them does not depend on the number of tokens: chunks have up to 8 million logits, 32 MiB in F32, and
+/// are in memory a few times. Gradients reach `x` and what the head trains: its weight, its bias, its factors, each
+/// frozen or a variable. They are computed with the loss, unless there is nothing to train.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor, Var};
@@ -32,7 +32,8 @@ const LOGITS: usize = if cfg!(test) { 100 } else { 1 << 23 };
 /// ```
 ///
 /// # Errors
-/// If the labels do not fit `x`, one is not less than the number of classes, or none counts.
+/// If the labels do not fit `x`, one is not less than the number of classes, or none counts; and if the weight is
+/// computed from a variable, as a transposed one is.
 pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Result<Tensor> {
     let classes = head.out_features()?;
     let Some((&last, leading)) = x.dims().split_last() else {
@@ -56,6 +57,9 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
         .flatten()
         .filter(|t| t.track_op())
         .collect();
+    if trained.iter().any(|t| !t.is_variable()) {
+        bail!("linear_cross_entropy: the head's weight, bias or factors are computed from variables, expected the variables themselves")
+    }
     let wants_grad = x.track_op() || !trained.is_empty();
     let mut loss: Option<Tensor> = None;
     let (mut gx, mut sums) = (vec![], HashMap::<TensorId, Tensor>::new());
@@ -196,6 +200,31 @@ mod tests {
         let (grads, expected) = (loss.backward()?, expected.backward()?);
         let (grad, expected) = (grads.get(&x).unwrap(), expected.get(&x).unwrap());
         assert!(grad.dtype() == DType::BF16 && apart(grad, expected)? < 2e-3);
+        Ok(())
+    }
+
+    #[test]
+    fn a_scaled_loss_scales_half_precision_gradients_without_overflow() -> Result<()> {
+        let head = head(DType::F16)?;
+        let x = Tensor::randn(0f32, 1., (14, 5), &Device::Cpu)?.to_dtype(DType::F16)?;
+        let x = Var::from_tensor(&x)?;
+        let labels = Tensor::arange(0i64, 14, &Device::Cpu)?;
+        let loss = || linear_cross_entropy(&x, &head, &labels);
+        let (once, scaled) = (loss()?.backward()?, (loss()? * 1024.)?.backward()?);
+        let (once, scaled) = (once.get(&x).unwrap(), scaled.get(&x).unwrap());
+        assert!(apart(&(scaled / 1024.)?, once)? < 1e-4);
+        Ok(())
+    }
+
+    #[test]
+    fn a_head_whose_weight_is_computed_is_refused() -> Result<()> {
+        let var = Var::randn(0f32, 1., (5, CLASSES), &Device::Cpu)?;
+        let layer = candle_nn::Linear::new(var.t()?, None);
+        let head = Linear::new(layer, LoraConfig::default(), vb()?)?;
+        let (x, labels) = (Tensor::zeros((3, 5), DType::F32, &Device::Cpu)?, [1u32, 2, 3]);
+        let labels = Tensor::new(&labels, &Device::Cpu)?;
+        let error = linear_cross_entropy(&x, &head, &labels).unwrap_err().to_string();
+        assert!(error.contains("expected the variables themselves"), "{error}");
         Ok(())
     }
 

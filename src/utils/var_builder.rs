@@ -2,7 +2,7 @@
 
 use super::names::{is_lora, split};
 use super::trainable::{variables, Trainable};
-use crate::layers::dequantized;
+use crate::layers::{dequantized, on_device};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::{Init, VarMap};
@@ -84,7 +84,7 @@ impl SimpleBackend for Split<'_> {
     ) -> Result<Tensor> {
         if !self.trains(name) {
             return match self.base(&shape, name, dtype)? {
-                Some(tensor) => tensor.to_device(device),
+                Some(tensor) => on_device(tensor, device),
                 None => bail!("the base has no tensor {name:?} (expected {shape:?})"),
             };
         }

@@ -225,3 +225,16 @@ fn one_token_in_evaluation_is_close_for_every_format() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_placeholder_whose_blocks_are_gone_is_an_error() -> Result<()> {
+    let weight = {
+        let w = quantize(1, &[OUT, IN], GgmlDType::Q4_0)?;
+        let tensors = std::collections::HashMap::from([("weight".to_owned(), w)]);
+        lora::gguf::var_builder(tensors, DType::F32, &device()).get((OUT, IN), "weight")?
+    };
+    let layer = lora::nn::Linear::new(weight, None);
+    let error = layer.forward(&rnd(5, &[3, IN], DType::F32)?).unwrap_err().to_string();
+    assert!(error.contains("`VarBuilder` was dropped"), "{error}");
+    Ok(())
+}

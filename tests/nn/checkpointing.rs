@@ -109,6 +109,7 @@ fn evaluation_records_no_graph() -> loralib::Result<()> {
     let x = Tensor::ones((5, WIDTH), DType::F32, &Device::Cpu)?;
     let (kept, again) = (model.forward(&x, None)?, model.forward(&x, Some(&adapter))?);
     assert_eq!(kept.to_vec2::<f32>()?, again.to_vec2::<f32>()?);
+    assert!(!again.track_op());
     Ok(())
 }
 
@@ -136,5 +137,92 @@ fn seeded_dropout_is_the_same_in_every_run() -> loralib::Result<()> {
     let (one, other) = (outputs()?, outputs()?);
     assert_eq!(one, other);
     assert_ne!(one[0], one[1], "each forward has masks of its own");
+    Ok(())
+}
+
+/// A segment on one linear layer of `layers.0`, and what its backward says.
+fn error_of(
+    module: &str,
+    segment: impl Fn(&(Adapter, Model), &Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> loralib::Result<String> {
+    let cfg = LoraConfig { r: 2, ..Default::default() };
+    let model = Arc::new(adapted(cfg, DType::F32)?);
+    let x = Var::from_tensor(&Tensor::ones((5, WIDTH), DType::F32, &Device::Cpu)?)?;
+    let inside = model.clone();
+    // Not a leaf, as any input but the first.
+    let y = model.0.checkpoint(module, &(x.as_tensor() * 2.)?, move |x| segment(&inside, x))?;
+    Ok(y.sum_all()?.backward().unwrap_err().to_string())
+}
+
+#[test]
+fn a_segment_that_loses_a_gradient_is_an_error() -> loralib::Result<()> {
+    let whole = |(_, model): &(Adapter, Model), x: &Tensor| {
+        let layer = &model.layers[0];
+        layer.1.forward(&layer.0.forward(x)?)
+    };
+    let outside = error_of("model.layers.0", whole)?;
+    assert!(
+        outside.contains("\"layers.0.") && outside.contains("outside of its module"),
+        "{outside}"
+    );
+    let unused = error_of("layers.0", |(_, model), x| {
+        let layer = &model.layers[0];
+        layer.1.forward(&layer.0.forward(x)?.detach())
+    })?;
+    assert!(unused.contains("cuts the graph"), "{unused}");
+    let other = error_of("layers.0", move |model, x| {
+        let y = whole(model, x)?;
+        y + model.1.layers[1].1.forward(&model.1.layers[1].0.forward(x)?)?
+    })?;
+    assert!(other.contains("\"layers.1."), "{other}");
+    Ok(())
+}
+
+#[test]
+fn a_segment_that_gives_another_output_is_an_error() -> loralib::Result<()> {
+    let runs = std::sync::atomic::AtomicU32::new(0);
+    let other = error_of("layers.0", move |(_, model), x| {
+        let layer = &model.layers[0];
+        let runs = runs.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        layer.1.forward(&layer.0.forward(x)?)? * f64::from(runs + 1)
+    })?;
+    assert!(other.contains("another output"), "{other}");
+    Ok(())
+}
+
+/// A run with dropout, stopped after three steps, saved and resumed.
+#[test]
+fn a_run_with_dropout_is_resumed_to_the_bit() -> loralib::Result<()> {
+    use candle_nn::{Optimizer, ParamsAdamW};
+    let cfg = LoraConfig { r: 2, lora_alpha: 4., lora_dropout: 0.3, ..Default::default() };
+    let x = Tensor::arange(0f32, 40., &Device::Cpu)?.sin()?.reshape((5, WIDTH))?;
+    let new = || {
+        let (adapter, model) = adapted(cfg, DType::F32)?;
+        let params = ParamsAdamW { lr: 1e-2, ..Default::default() };
+        let opt = loralib::train::AdamW::named(adapter.named_vars()?, params)?;
+        loralib::Result::Ok((adapter, model, opt))
+    };
+    type Run = (Adapter, Model, loralib::train::AdamW);
+    let steps = |(adapter, model, opt): &mut Run, steps: usize| -> loralib::Result<Vec<Vec<f32>>> {
+        for _ in 0..steps {
+            opt.backward_step(&model.forward(&x, Some(adapter))?.sqr()?.mean_all()?)?;
+        }
+        let values = |var: &Var| var.flatten_all()?.to_vec1::<f32>();
+        Ok(adapter.vars()?.iter().map(values).collect::<Result<_>>()?)
+    };
+    let whole = steps(&mut new()?, 6)?;
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("state.safetensors");
+    let mut first = new()?;
+    steps(&mut first, 3)?;
+    first.2.save(&path, &first.0.dropout_position())?;
+    for lost in [false, true] {
+        let mut second = new()?;
+        let position: u64 = second.2.load(&path)?;
+        if !lost {
+            second.0.set_dropout_position(position);
+        }
+        assert_eq!(steps(&mut second, 3)? == whole, !lost);
+    }
     Ok(())
 }
