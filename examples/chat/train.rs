@@ -40,13 +40,25 @@ pub struct Saved {
 }
 
 /// What a saved run says beside the optimizer's state. The order of the examples follows from the seed.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Progress {
     dropout: u64,
+    run: Run,
+}
+
+/// What has to be the same when a run goes on.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Run {
     seed: u64,
-    examples: usize,
-    /// Examples of a step.
-    batch: (usize, usize),
+    steps: usize,
+    lr: f64,
+    clip: f64,
+    batch: usize,
+    accumulate: usize,
+    alpha: f64,
+    dropout: f32,
+    /// A hash of all tokens.
+    data: u64,
 }
 
 /// Trains variables that a model learns. Gives each step's time.
@@ -105,7 +117,8 @@ pub fn train(
         opt.set_learning_rate(plan.lr * schedule.factor(step));
         opt.step(&grads)?;
         if let Some(saved) = plan.saved.as_ref().filter(|saved| (step + 1) % saved.every == 0) {
-            opt.save(&saved.file, &saved.progress(plan, examples))?;
+            let dropout = saved.adapter.dropout_position();
+            opt.save(&saved.file, &Progress { dropout, run: saved.run(plan, examples) })?;
         }
         times.push(start.elapsed());
         let smooth = 0.9 * mean.unwrap_or(sum) + 0.1 * sum;
@@ -118,19 +131,23 @@ pub fn train(
 }
 
 impl Saved {
-    fn progress(&self, plan: &Plan, examples: &[Example]) -> Progress {
-        Progress {
-            dropout: self.adapter.dropout_position(),
-            seed: plan.seed,
-            examples: examples.len(),
-            batch: (plan.batch, plan.accumulate),
-        }
+    fn run(&self, plan: &Plan, examples: &[Example]) -> Run {
+        let &Plan { seed, steps, lr, clip, batch, accumulate, .. } = plan;
+        let lora = self.adapter.config().lora;
+        let tokens = examples.iter().flat_map(|example| example.ids.iter().zip(&example.learned));
+        // FNV-1a.
+        let data = tokens.fold(0xcbf2_9ce4_8422_2325, |hash: u64, (id, learned)| {
+            let token = u64::from(*id) << 1 | u64::from(*learned);
+            (hash ^ token).wrapping_mul(0x100_0000_01b3)
+        });
+        let (alpha, dropout) = (lora.lora_alpha, lora.lora_dropout);
+        Run { seed, steps, lr, clip, batch, accumulate, alpha, dropout, data }
     }
 
     fn load(&self, opt: &mut AdamW, plan: &Plan, examples: &[Example]) -> Result<()> {
         let found: Progress = opt.load(&self.file)?;
         self.adapter.set_dropout_position(found.dropout);
-        let now = self.progress(plan, examples);
+        let (found, now) = (found.run, self.run(plan, examples));
         if found != now {
             let file = self.file.display();
             return Err(format!("{file}: the run was {found:?}, and is now {now:?}").into());

@@ -17,7 +17,7 @@ pub(crate) struct SegmentVars {
 
 /// `f(x)`, whose gradients reach `x` and the variables inside.
 pub(crate) fn checkpoint(x: &Tensor, vars: SegmentVars, f: Segment) -> Result<Tensor> {
-    let y = f(&x.detach())?;
+    let y = f(&leaf(x)?)?;
     if !x.track_op() && !y.track_op() {
         return Ok(y);
     }
@@ -53,11 +53,7 @@ impl CheckpointOp {
 
     /// The gradient of `x`, and those of the variables, flat.
     fn grads(&self, x: &Tensor, y: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Vec<Tensor>)> {
-        let wants_grad = x.track_op();
-        let x = match wants_grad {
-            true => Var::from_tensor(&x.detach())?.into_inner(),
-            false => x.detach(),
-        };
+        let (wants_grad, x) = (x.track_op(), leaf(x)?);
         let again = (self.f)(&x)?;
         // On a device this would wait for it.
         if y.device().is_cpu() && differ(y, &again)? {
@@ -87,6 +83,15 @@ impl CheckpointOp {
         }
         };
         Ok((gx, self.vars.inside.iter().map(of).collect::<Result<_>>()?))
+    }
+}
+
+/// `x` apart from its graph, but tracked if it is: some operations have other kernels, which round otherwise,
+/// where there is nothing to track.
+fn leaf(x: &Tensor) -> Result<Tensor> {
+    match x.track_op() {
+        true => Ok(Var::from_tensor(&x.detach())?.into_inner()),
+        false => Ok(x.detach()),
     }
 }
 
