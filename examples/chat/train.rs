@@ -146,7 +146,7 @@ impl Saved {
 
     fn load(&self, opt: &mut AdamW, plan: &Plan, examples: &[Example]) -> Result<()> {
         let found: Progress = opt.load(&self.file)?;
-        self.adapter.set_dropout_position(found.dropout);
+        self.adapter.set_dropout_position(found.dropout)?;
         let (found, now) = (found.run, self.run(plan, examples));
         if found != now {
             let file = self.file.display();

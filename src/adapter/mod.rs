@@ -17,7 +17,7 @@ use crate::utils::{
     lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, StateDict, Summary,
     Trainable,
 };
-use crate::Result;
+use crate::{Error, Result};
 use built::Built;
 use candle_core::Var;
 use candle_nn::{VarBuilder, VarMap};
@@ -197,11 +197,20 @@ impl Adapter {
         self.options.dropout.as_ref().map_or(0, |stream| stream.position())
     }
 
-    /// Continues dropout at a [`dropout_position`](Self::dropout_position). Without a seed it has no effect.
-    pub fn set_dropout_position(&self, position: u64) {
-        if let Some(stream) = &self.options.dropout {
-            stream.seek(position);
+    /// Continues dropout at a [`dropout_position`](Self::dropout_position).
+    ///
+    /// # Errors
+    /// If the adapter has no [`seed`](Self::seed), unless the position is 0.
+    pub fn set_dropout_position(&self, position: u64) -> Result<()> {
+        match &self.options.dropout {
+            Some(stream) => stream.seek(position),
+            None if position > 0 => {
+                let reason = format!("dropout at position {position} needs the adapter's seed");
+                return Err(Error::Invalid(reason));
+            }
+            None => {}
         }
+        Ok(())
     }
 
     /// The paths of the adapted layers, sorted.

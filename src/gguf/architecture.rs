@@ -10,6 +10,8 @@ pub(super) type Pair = (&'static str, &'static str);
 /// How the tensors of an architecture are named and stored.
 pub(super) struct Architecture {
     pub name: &'static str,
+    /// Hugging Face's model type and class.
+    pub model: (&'static str, &'static str),
     /// The tensors of a transformer layer, without the names of the layer.
     pub layer: &'static [&'static [Pair]],
     /// Whether a file may have a head of its own.
@@ -69,6 +71,7 @@ const FUSED: &[Pair] = &[
 
 const PLAIN: Architecture = Architecture {
     name: "",
+    model: ("", ""),
     layer: &[ATTENTION, MLP, NORMS],
     head: true,
     interleaved: false,
@@ -77,18 +80,45 @@ const PLAIN: Architecture = Architecture {
 const GEMMA: Architecture = Architecture { head: false, norms_plus_one: true, ..PLAIN };
 
 const ARCHITECTURES: [Architecture; 7] = [
-    Architecture { name: "llama", interleaved: true, ..PLAIN },
-    Architecture { name: "qwen2", layer: &[ATTENTION, ATTENTION_BIAS, MLP, NORMS], ..PLAIN },
-    Architecture { name: "qwen3", layer: &[ATTENTION, ATTENTION_NORMS, MLP, NORMS], ..PLAIN },
-    Architecture { name: "gemma", ..GEMMA },
-    Architecture { name: "gemma2", layer: &[ATTENTION, MLP, FOUR_NORMS], ..GEMMA },
+    // Mistral's files too.
+    Architecture {
+        name: "llama",
+        model: ("llama", "LlamaForCausalLM"),
+        interleaved: true,
+        ..PLAIN
+    },
+    Architecture {
+        name: "qwen2",
+        model: ("qwen2", "Qwen2ForCausalLM"),
+        layer: &[ATTENTION, ATTENTION_BIAS, MLP, NORMS],
+        ..PLAIN
+    },
+    Architecture {
+        name: "qwen3",
+        model: ("qwen3", "Qwen3ForCausalLM"),
+        layer: &[ATTENTION, ATTENTION_NORMS, MLP, NORMS],
+        ..PLAIN
+    },
+    Architecture { name: "gemma", model: ("gemma", "GemmaForCausalLM"), ..GEMMA },
+    Architecture {
+        name: "gemma2",
+        model: ("gemma2", "Gemma2ForCausalLM"),
+        layer: &[ATTENTION, MLP, FOUR_NORMS],
+        ..GEMMA
+    },
     Architecture {
         name: "gemma3",
+        model: ("gemma3_text", "Gemma3ForCausalLM"),
         layer: &[ATTENTION, ATTENTION_NORMS, MLP, FOUR_NORMS],
         head: true,
         ..GEMMA
     },
-    Architecture { name: "phi3", layer: &[FUSED, NORMS], ..PLAIN },
+    Architecture {
+        name: "phi3",
+        model: ("phi3", "Phi3ForCausalLM"),
+        layer: &[FUSED, NORMS],
+        ..PLAIN
+    },
 ];
 
 impl Architecture {

@@ -4,7 +4,7 @@ use super::convert::{dense, quantized};
 use super::file::File;
 use super::names::Names;
 use super::var_builder::{stays_quantized, wrong_shape};
-use crate::layers::{dequantized, quantized_handle};
+use crate::layers::{dequantized, placeholder};
 use crate::{Error, Result};
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, DeviceLocation, Shape, Tensor};
@@ -115,7 +115,7 @@ impl Disk {
             return Err(wrong_shape(name, &info.dims, wanted));
         }
         if stays_quantized(info.dtype, &info.dims, device) {
-            Ok(quantized_handle(&self.blocks(gguf, device)?, dtype)?)
+            Ok(placeholder(&self.blocks(gguf, device)?, dtype)?)
         } else {
             self.dense(gguf, dtype, device)
         }

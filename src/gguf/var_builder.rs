@@ -1,6 +1,6 @@
 //! A `VarBuilder` over quantised tensors in memory.
 
-use crate::layers::quantized_handle;
+use crate::layers::placeholder;
 use crate::Error;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{bail, DType, Device, Shape, Tensor};
@@ -73,7 +73,7 @@ impl SimpleBackend for Memory {
         if at != wanted {
             bail!("tensor {name:?}: it is on {at:?}, the model on {wanted:?}")
         }
-        quantized_handle(own, dtype)
+        placeholder(own, dtype)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

@@ -16,17 +16,17 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 static BLOCKS: LazyLock<Mutex<HashMap<TensorId, Weak<QTensor>>>> = LazyLock::new(Default::default);
 
 /// A placeholder for a quantised matrix in a model of `dtype`.
-pub(crate) fn quantized_handle(blocks: &Arc<QTensor>, dtype: DType) -> Result<Tensor> {
+pub(crate) fn placeholder(blocks: &Arc<QTensor>, dtype: DType) -> Result<Tensor> {
     let dims = blocks.shape().dims2()?;
     let nan = Tensor::full(f32::NAN, (1, 1), &blocks.device())?.to_dtype(dtype)?;
-    let handle = nan.broadcast_as(dims)?;
-    register(&handle, blocks);
-    Ok(handle)
+    let placeholder = nan.broadcast_as(dims)?;
+    register(&placeholder, blocks);
+    Ok(placeholder)
 }
 
-/// Makes `other`, a view of `handle`, a placeholder for the same blocks if `handle` is one.
-pub(crate) fn alias_quantized(handle: &Tensor, other: &Tensor) {
-    if let Some(Some(blocks)) = blocks(handle) {
+/// Makes `other`, a view of `placeholder`, a placeholder for the same blocks if that is one.
+pub(crate) fn alias_quantized(placeholder: &Tensor, other: &Tensor) {
+    if let Some(Some(blocks)) = blocks(placeholder) {
         register(other, &blocks);
     }
 }
@@ -48,15 +48,15 @@ pub(crate) fn dequantized(tensor: Tensor) -> Result<Tensor> {
     Base::new(tensor).dense()
 }
 
-fn register(handle: &Tensor, blocks: &Arc<QTensor>) {
+fn register(placeholder: &Tensor, blocks: &Arc<QTensor>) {
     let mut registry = BLOCKS.lock().unwrap_or_else(PoisonError::into_inner);
-    registry.insert(handle.id(), Arc::downgrade(blocks));
+    registry.insert(placeholder.id(), Arc::downgrade(blocks));
 }
 
 /// `None` if it is no placeholder, and `Some(None)` if its blocks are gone.
-fn blocks(handle: &Tensor) -> Option<Option<Arc<QTensor>>> {
+fn blocks(tensor: &Tensor) -> Option<Option<Arc<QTensor>>> {
     let registry = BLOCKS.lock().unwrap_or_else(PoisonError::into_inner);
-    registry.get(&handle.id()).map(Weak::upgrade)
+    registry.get(&tensor.id()).map(Weak::upgrade)
 }
 
 #[derive(Debug, Clone)]

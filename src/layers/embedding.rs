@@ -1,7 +1,7 @@
 //! The embedding.
 
 use super::adapted::{sealed::Sealed, Adapted, Kind};
-use super::base::quantized_handle;
+use super::base::placeholder;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{low_rank, FactorInit};
 use super::kind::LayerKind;
@@ -62,8 +62,8 @@ impl Embedding {
     /// If the table is not a matrix, or as [`Embedding::new`].
     pub fn quantized(table: Arc<QTensor>, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let (_, dim) = table.shape().dims2()?;
-        let handle = quantized_handle(&table, vb.dtype())?;
-        Self::new(candle_nn::Embedding::new(handle, dim), cfg, vb)
+        let base = placeholder(&table, vb.dtype())?;
+        Self::new(candle_nn::Embedding::new(base, dim), cfg, vb)
     }
 
     /// The candle_nn layer with the merged table.

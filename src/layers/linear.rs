@@ -1,7 +1,7 @@
 //! The linear layer.
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
-use super::base::quantized_handle;
+use super::base::placeholder;
 use super::config::LoraConfig;
 use super::init::{low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
@@ -79,8 +79,8 @@ impl Linear {
         cfg: LoraConfig,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let handle = quantized_handle(&weight, vb.dtype())?;
-        Self::new(candle_nn::Linear::new(handle, bias), cfg, vb)
+        let base = placeholder(&weight, vb.dtype())?;
+        Self::new(candle_nn::Linear::new(base, bias), cfg, vb)
     }
 
     /// out

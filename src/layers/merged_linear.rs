@@ -1,7 +1,7 @@
 //! The linear layer of several fused projections.
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
-use super::base::quantized_handle;
+use super::base::placeholder;
 use super::config::LoraConfig;
 use super::init::{split_low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
@@ -104,8 +104,8 @@ impl MergedLinear {
         cfg: LoraConfig,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let handle = quantized_handle(&weight, vb.dtype())?;
-        Self::with_splits(candle_nn::Linear::new(handle, bias), splits, cfg, vb)
+        let base = placeholder(&weight, vb.dtype())?;
+        Self::with_splits(candle_nn::Linear::new(base, bias), splits, cfg, vb)
     }
 
     /// The splits of the outputs, each (outputs, enabled).

@@ -14,7 +14,7 @@ mod mode;
 mod weight;
 
 pub use adapted::{Adapted, Kind};
-pub(crate) use base::{alias_quantized, dequantized, on_device, quantized_handle};
+pub(crate) use base::{alias_quantized, dequantized, on_device, placeholder};
 pub use config::LoraConfig;
 pub(crate) use conv::adapt as adapt_conv;
 pub use conv::{

@@ -92,8 +92,7 @@ impl Quantized {
         self.transposed
     }
 
-    /// Whether a product may round its other operand to 8 bits, as candle's does. Through the layers of a model
-    /// this changes gradients by 1e-3, and a token's logits by less than quantising the weights has.
+    /// Whether a product may round its other operand to 8 bits, as candle's does.
     pub fn in_evaluation(&self) -> bool {
         self.evaluation
     }

@@ -58,7 +58,10 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
         .filter(|t| t.track_op())
         .collect();
     if trained.iter().any(|t| !t.is_variable()) {
-        bail!("linear_cross_entropy: the head's weight, bias or factors are computed from variables, expected the variables themselves")
+        bail!(
+            "linear_cross_entropy: the head's weight, bias or factors are computed from variables, expected \
+             the variables themselves"
+        )
     }
     let wants_grad = x.track_op() || !trained.is_empty();
     let mut loss: Option<Tensor> = None;

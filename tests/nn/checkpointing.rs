@@ -68,7 +68,7 @@ fn run(
     x: &Tensor,
     checkpoint: bool,
 ) -> loralib::Result<(Vec<f32>, Gradients)> {
-    adapter.set_dropout_position(0);
+    adapter.set_dropout_position(0)?;
     let values = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
     let y = model.forward(x, checkpoint.then_some(adapter))?;
     let grads = y.to_dtype(DType::F32)?.sqr()?.sum_all()?.backward()?;
@@ -122,6 +122,8 @@ fn dropout_without_a_seed_is_refused() -> loralib::Result<()> {
     let x = Tensor::ones((5, WIDTH), DType::F32, &Device::Cpu)?;
     let error = model.forward(&x, Some(&adapter)).unwrap_err().to_string();
     assert!(error.contains("needs a seed"), "{error}");
+    let error = adapter.set_dropout_position(3).unwrap_err().to_string();
+    assert!(error.contains("position 3"), "{error}");
     Ok(())
 }
 
@@ -220,7 +222,7 @@ fn a_run_with_dropout_is_resumed_to_the_bit() -> loralib::Result<()> {
         let mut second = new()?;
         let position: u64 = second.2.load(&path)?;
         if !lost {
-            second.0.set_dropout_position(position);
+            second.0.set_dropout_position(position)?;
         }
         assert_eq!(steps(&mut second, 3)? == whole, !lost);
     }

@@ -8,6 +8,7 @@ mod rope_scaling;
 #[cfg(test)]
 mod tests;
 
+use super::architecture::Architecture;
 use super::metadata::Metadata;
 use crate::{Error, Result};
 use candle_core::quantized::gguf_file;
@@ -15,17 +16,6 @@ use keys::Keys;
 use rope_scaling::rope_scaling;
 use serde_json::{json, Value};
 use std::collections::HashMap;
-
-/// The architecture in the file, and Hugging Face's model type and class. Mistral's files are `llama`.
-const ARCHITECTURES: [(&str, &str, &str); 7] = [
-    ("llama", "llama", "LlamaForCausalLM"),
-    ("qwen2", "qwen2", "Qwen2ForCausalLM"),
-    ("qwen3", "qwen3", "Qwen3ForCausalLM"),
-    ("gemma", "gemma", "GemmaForCausalLM"),
-    ("gemma2", "gemma2", "Gemma2ForCausalLM"),
-    ("gemma3", "gemma3_text", "Gemma3ForCausalLM"),
-    ("phi3", "phi3", "Phi3ForCausalLM"),
-];
 
 /// The configuration of a model whose output layer is its embedding if `tied`, and whose embedding has
 /// `vocab_size` rows. `rope_freqs` is the tensor `rope_freqs.weight`.
@@ -36,14 +26,7 @@ pub(super) fn config(
     vocab_size: usize,
     rope_freqs: Option<&[f32]>,
 ) -> Result<Value> {
-    let known = ARCHITECTURES.iter().find(|(name, ..)| *name == architecture);
-    let Some((_, model_type, class)) = known else {
-        let names = ARCHITECTURES.map(|(name, ..)| name).join(", ");
-        return Err(Error::unsupported(
-            format!("the GGUF architecture {architecture:?}"),
-            format!("the known ones are {names}"),
-        ));
-    };
+    let (model_type, class) = Architecture::find(architecture)?.model;
     let keys = Keys { architecture, metadata: Metadata(metadata) };
     keys.refuse_unsupported()?;
     let shape = Shape::read(&keys)?;
