@@ -20,6 +20,7 @@ pub mod peft;
 pub mod train;
 pub mod utils;
 
+pub use adapter::adapters::{Adapters, Strengths};
 pub use adapter::{Adapter, Targets};
 #[doc(hidden)] // for lora_module!
 pub use candle_core;

@@ -1,6 +1,7 @@
 //! What the benches time: each of this crate's layers, and beside it what a user would have without
 //! the crate. On the first GPU in a build with `cuda`, else on the CPU.
 
+mod adapters;
 mod conv;
 mod device;
 mod embedding;
@@ -35,7 +36,8 @@ pub fn case(group: String, ours: Run, others: Vec<(&'static str, Run)>) -> Case 
 /// The cases whose group starts with `filter`.
 pub fn cases(filter: &str) -> Result<Vec<Case>> {
     type Cases = fn() -> Result<Vec<Case>>;
-    let kinds: [(&str, Cases); 10] = [
+    let kinds: [(&str, Cases); 11] = [
+        ("Adapters", adapters::adapters),
         ("Linear", linear::linear),
         ("MergedLinear", linear::merged_linear),
         ("BF16", linear::half),

@@ -1,7 +1,7 @@
 //! The layers of an adapter, as the model's constructors report them.
 
 use super::options::Options;
-use crate::layers::{Mode, SharedWeight, Weight};
+use crate::layers::{Mode, Owner, SharedWeight, Weight};
 use crate::utils::names::{join, split};
 use crate::utils::{variables, Bias, LayerConfig};
 use crate::{Error, Result};
@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 #[derive(Debug, Default)]
 pub(super) struct Built {
     mode: Option<Mode>,
+    owner: Owner,
     layers: BTreeMap<String, (LayerConfig, Vec<Weak<SharedWeight>>)>,
     /// The layers whose weights the model has read and no layer has taken, with the weights' ranks.
     unclaimed: BTreeMap<String, usize>,
@@ -28,6 +29,16 @@ pub(super) fn lock(built: &Mutex<Built>) -> MutexGuard<'_, Built> {
 impl Built {
     pub fn mode(&self) -> Mode {
         self.mode.unwrap_or(Mode::Train)
+    }
+
+    /// The mode among other adapters: one that was loaded serves until it is to train.
+    pub fn mode_among_others(&self, loaded: bool) -> Mode {
+        self.mode.unwrap_or(if loaded { Mode::Eval } else { Mode::Train })
+    }
+
+    /// Of the layers' places.
+    pub fn owner(&self) -> Owner {
+        self.owner
     }
 
     /// A model is built with these options.

@@ -61,7 +61,10 @@ impl Adapter {
                 data.insert(name, Var::from_tensor(&tensor)?);
             }
         }
-        Ok(adapter.with(|options| options.frozen = frozen))
+        Ok(adapter.with(|options| {
+            options.loaded = true;
+            options.frozen = frozen;
+        }))
     }
 
     /// A new adapter with the options of PEFT's `adapter_config.json`, the file or its folder, such as

@@ -1,18 +1,20 @@
 //! An adapter as one value: its options, targets, variables and mode.
 
+pub mod adapters;
 mod built;
 mod checkpoint;
+mod disabled;
 mod files;
 mod gguf_files;
 mod merged;
 mod options;
+mod target;
 mod targets;
 mod transformer_layers;
 mod var_builder;
 
 use crate::layers::Mode;
 use crate::ops::DropoutStream;
-use crate::peft::Patterns;
 use crate::utils::{
     lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, StateDict, Summary,
     Trainable,
@@ -26,14 +28,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
-use transformer_layers::TransformerLayers;
-
 pub use targets::Targets;
 
 /// A LoRA adapter for a model on [`lora::nn`](crate::nn), whose layers it finds by name.
 ///
 /// It holds what otherwise is passed around: the options, the selection of layers and parameters, the
-/// variables, the kinds of layers and the mode. A clone is the same adapter.
+/// variables, the kinds of layers and the mode. A clone is the same adapter. For several adapters in one model see
+/// [`Adapters`](crate::Adapters).
 ///
 /// ```
 /// # fn main() -> loralib::Result<()> {
@@ -99,19 +100,7 @@ impl Adapter {
     /// with ranks, alphas and kinds of single layers: a fused `qkv` can be a
     /// [`LayerKind::MergedLinear`](crate::layers::LayerKind).
     pub fn new(config: impl Into<AdapterConfig>) -> Self {
-        let (targets, exclude) = (Targets::none(), Targets::none());
-        let (config, frozen) = (config.into(), StateDict::new());
-        let (layers, patterns) = (TransformerLayers::default(), Patterns::default());
-        let options = Options {
-            config,
-            targets,
-            exclude,
-            layers,
-            patterns,
-            seed: None,
-            dropout: None,
-            frozen,
-        };
+        let options = Options::new(config.into());
         Self { options: Arc::new(options), vars: VarMap::new(), built: Default::default() }
     }
 

@@ -2,6 +2,7 @@
 
 use super::targets::Targets;
 use super::transformer_layers::TransformerLayers;
+use crate::layers::LayerKind;
 use crate::ops::DropoutStream;
 use crate::peft::Patterns;
 use crate::utils::names::is_within;
@@ -20,11 +21,28 @@ pub(super) struct Options {
     pub seed: Option<u64>,
     /// Of the seed.
     pub dropout: Option<Arc<DropoutStream>>,
+    /// Whether its variables come from a file.
+    pub loaded: bool,
     /// Base tensors that a loaded adapter replaces.
     pub frozen: StateDict,
 }
 
 impl Options {
+    /// Of an adapter without targets.
+    pub fn new(config: AdapterConfig) -> Self {
+        Self {
+            config,
+            targets: Targets::none(),
+            exclude: Targets::none(),
+            layers: TransformerLayers::default(),
+            patterns: Patterns::default(),
+            seed: None,
+            dropout: None,
+            loaded: false,
+            frozen: StateDict::new(),
+        }
+    }
+
     /// Whether the layer at `path` is a target.
     pub fn selects(&self, path: &str) -> bool {
         // PEFT adapts a layer that is named by its whole path, whatever its index.
@@ -32,6 +50,11 @@ impl Options {
         // A module that is trained as a whole has no adapters.
         let whole = self.config.modules_to_save.iter().any(|module| is_within(path, module));
         in_layers && !whole && self.targets.matches(path) && !self.exclude.matches(path)
+    }
+
+    /// Whether a selected layer of this kind is adapted.
+    pub fn adapts(&self, kind: &LayerKind) -> bool {
+        !self.targets.is_all_linear() || *kind == LayerKind::Linear
     }
 
     /// The options of the layer at `path` that are not the adapter's. An error if its patterns are

@@ -188,7 +188,7 @@ fn wrap<C: ConvConfig>(
 }
 
 /// The kernel with its update from `vb`.
-pub(crate) fn adapt<C: ConvConfig>(
+pub(super) fn adapt<C: ConvConfig>(
     base: &Tensor,
     kind: C,
     cfg: &LoraConfig,
@@ -229,7 +229,7 @@ impl<C: ConvConfig> Module for Adapted<C> {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Effective { weight, bias, update } = self.weight.effective()?;
         let weight = expect_dense(weight)?;
-        let y = ops::conv(x, &weight, update.as_ref(), self.geometry())?;
+        let y = update.apply(x, |x, update| ops::conv(x, &weight, update, self.geometry()))?;
         match bias {
             None => Ok(y),
             Some(bias) => ops::add_bias(&y, &bias, 1),

@@ -78,7 +78,7 @@ impl Embedding {
 }
 
 /// The table with its update from `vb`.
-pub(crate) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
+pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
     cfg.validate(base.dtype())?;
     refuse_options(
         "an embedding",
@@ -94,7 +94,7 @@ impl Module for Embedding {
     /// Ids (..) to rows (.., dim).
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         let Effective { weight, update, .. } = self.weight.effective()?;
-        ops::embedding(ids, &weight, update.as_ref())
+        update.apply(ids, |ids, update| ops::embedding(ids, &weight, update))
     }
 }
 

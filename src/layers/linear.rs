@@ -5,6 +5,7 @@ use super::base::placeholder;
 use super::config::LoraConfig;
 use super::init::{low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
+use super::update::Update;
 use super::weight::{Effective, MergedCopy, Placement, Weight};
 use crate::ops;
 use candle_core::quantized::QTensor;
@@ -138,7 +139,10 @@ impl LinearKind {
     pub(super) fn forward(&self, x: &Tensor, weight: &Weight) -> Result<Tensor> {
         let Effective { weight, bias, update } = weight.effective()?;
         let w = if self.fan_in_fan_out { weight } else { weight.t()? };
-        ops::linear(x, &w, bias.as_ref(), update.as_ref())
+        match &update {
+            Update::Whole(update) => ops::linear(x, &w, bias.as_ref(), update.as_ref()),
+            Update::Rows(groups) => ops::linear_rows(x, &w, bias.as_ref(), groups),
+        }
     }
 
     /// (out, in) of a stored weight.
@@ -161,7 +165,7 @@ impl LinearKind {
 }
 
 /// The weight with its update from `vb`.
-pub(crate) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
+pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
     cfg.validate(base.dtype())?;
     let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;

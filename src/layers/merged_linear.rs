@@ -134,7 +134,7 @@ fn equal_splits(out_dim: usize, enable_lora: &[bool]) -> Result<Vec<(usize, bool
 }
 
 /// The weight with the updates of its splits from `vb`.
-pub(crate) fn adapt(
+pub(super) fn adapt(
     base: &Tensor,
     splits: &[(usize, bool)],
     cfg: &LoraConfig,

@@ -1,7 +1,9 @@
 //! LoRA layers around frozen base weights.
 
+mod adapt;
 mod adapted;
 mod base;
+mod choice;
 pub(crate) mod claims;
 mod config;
 mod conv;
@@ -11,23 +13,22 @@ mod kind;
 mod linear;
 mod merged_linear;
 mod mode;
+mod update;
 mod weight;
 
+pub(crate) use adapt::adapt;
 pub use adapted::{Adapted, Kind};
-pub(crate) use base::{alias_quantized, dequantized, on_device, placeholder};
+pub(crate) use base::{dequantized, on_device, placeholder};
+pub(crate) use choice::{choose, Choice, Chosen, Owner, Place};
 pub use config::LoraConfig;
-pub(crate) use conv::adapt as adapt_conv;
 pub use conv::{
     conv1d, conv1d_no_bias, conv2d, conv2d_no_bias, conv3d, conv3d_no_bias, Conv1d, Conv2d, Conv3d,
     Conv3dConfig, ConvConfig,
 };
-pub(crate) use embedding::adapt as adapt_embedding;
 pub use embedding::{embedding, Embedding, EmbeddingKind};
 pub use kind::LayerKind;
 pub(crate) use kind::Total;
-pub(crate) use linear::adapt as adapt_linear;
 pub use linear::{linear, linear_b, linear_no_bias, Linear, LinearKind};
-pub(crate) use merged_linear::adapt as adapt_merged_linear;
 pub use merged_linear::{merged_linear, merged_linear_no_bias, MergedLinear, MergedLinearKind};
 #[doc(hidden)] // for lora_module!
 pub use mode::{without_mode, WithoutMode};

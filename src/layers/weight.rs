@@ -1,8 +1,10 @@
 //! The unit of adaptation: a frozen weight and its bias, the update, the mode, and the merged copy.
 
 use super::base::Base;
+use super::choice::{chosen, Place};
 use super::config::LoraConfig;
 use super::mode::Mode;
+use super::update::Update;
 use crate::ops::{self, DropoutStream, LowRank, Matrix};
 use candle_core::{bail, Result, Tensor};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
@@ -30,6 +32,7 @@ pub(crate) enum Weight {
 pub(crate) struct SharedWeight {
     tensors: Tensors,
     state: RwLock<State>,
+    place: Place,
 }
 
 #[derive(Debug, Clone)]
@@ -59,7 +62,7 @@ pub(crate) struct Effective {
     pub weight: Matrix,
     pub bias: Option<Tensor>,
     /// The update that `weight` does not contain.
-    pub update: Option<LowRank>,
+    pub update: Update,
 }
 
 impl Weight {
@@ -103,11 +106,11 @@ impl Weight {
         Self::Own(Tensors { update, ..tensors }, state)
     }
 
-    /// Shares the mode with all clones, in training or evaluation from the start.
-    pub fn shared(self, mode: Mode) -> Result<Self> {
+    /// Shares the mode with all clones, in training or evaluation from the start, as the layer at `place`.
+    pub fn shared(self, mode: Mode, place: Place) -> Result<Self> {
         let Self::Own(tensors, _) = self else { return Ok(self) };
         let state = RwLock::new(tensors.state(mode)?);
-        Ok(Self::Shared(Arc::new(SharedWeight { tensors, state })))
+        Ok(Self::Shared(Arc::new(SharedWeight { tensors, state, place })))
     }
 
     /// The handle by which an adapter sets the mode.
@@ -155,23 +158,31 @@ impl Weight {
         self.with_state(|state| matches!(state, State::Eval { merged: Some(_) }))
     }
 
-    /// In evaluation all tensors are detached, so that no graph is recorded.
+    /// With the update that this thread has chosen or else its own. In evaluation all tensors are detached, so that
+    /// no graph is recorded.
     pub fn effective(&self) -> Result<Effective> {
         let Tensors { base, bias, update, .. } = self.tensors();
+        let chosen = match self {
+            Self::Own(..) => None,
+            Self::Shared(shared) => chosen(&shared.place)?,
+        };
         self.with_state(|state| {
-            Ok(match state {
-                State::Train => {
-                    Effective { weight: base.matrix()?, bias: bias.clone(), update: update.clone() }
-                }
-                State::Eval { merged: Some(copy) } => Effective {
+            Ok(match (state, chosen) {
+                (State::Train, chosen) => Effective {
+                    weight: base.matrix()?,
+                    bias: bias.clone(),
+                    update: chosen.unwrap_or_else(|| Update::Whole(update.clone())),
+                },
+                (State::Eval { merged: Some(copy) }, None) => Effective {
                     weight: Matrix::Dense(copy.weight.clone()),
                     bias: copy.bias.clone(),
-                    update: None,
+                    update: Update::Whole(None),
                 },
-                State::Eval { merged: None } => Effective {
+                (State::Eval { .. }, chosen) => Effective {
                     weight: base.matrix()?.for_evaluation(),
                     bias: bias.as_ref().map(Tensor::detach),
-                    update: update.as_ref().map(LowRank::detached),
+                    update: chosen
+                        .unwrap_or_else(|| Update::Whole(update.as_ref().map(LowRank::detached))),
                 },
             })
         })
@@ -196,6 +207,11 @@ impl Weight {
 }
 
 impl SharedWeight {
+    /// The base weight, or its placeholder.
+    pub fn tensor(&self) -> &Tensor {
+        self.tensors.base.tensor()
+    }
+
     /// The state for a mode, to be set when all layers have one.
     pub fn prepare(&self, mode: Mode) -> Result<State> {
         self.tensors.state(mode)

@@ -1,6 +1,6 @@
 //! [`candle_nn::conv`], adapted by name.
 
-use crate::layers::{self, adapt_conv, claims, ConvConfig, Placement, Weight};
+use crate::layers::{self, claims, ConvConfig, Placement, Weight};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{BatchNorm, VarBuilder};
 use std::ops::Deref;
@@ -8,11 +8,8 @@ use std::ops::Deref;
 pub use candle_nn::conv::*;
 
 fn weight<C: ConvConfig>(weight: Tensor, bias: Option<Tensor>, config: C) -> Weight {
-    let adapted = claims::take(&weight).and_then(|claim| {
-        claim.adapt(&weight, config.layer_kind(), &|cfg, _, vb| {
-            Ok(adapt_conv(&weight, config, cfg, vb)?.with_bias(bias.clone()))
-        })
-    });
+    let adapted = claims::take(&weight)
+        .and_then(|claim| claim.adapt(&weight, bias.as_ref(), config.layer_kind()));
     adapted.unwrap_or_else(|| Weight::plain(weight, bias, Placement::Reshaped))
 }
 

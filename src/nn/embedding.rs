@@ -1,8 +1,6 @@
 //! [`mod@candle_nn::embedding`], adapted by name.
 
-use crate::layers::{
-    self, adapt_embedding, claims, EmbeddingKind, LayerKind, LoraConfig, Placement, Weight,
-};
+use crate::layers::{self, claims, EmbeddingKind, LayerKind, Placement, Weight};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Deref;
@@ -19,13 +17,8 @@ impl Embedding {
     /// A layer with `embeddings` (num, dim). An adaptation that fails is reported by
     /// [`Adapter::check`](crate::Adapter::check).
     pub fn new(embeddings: Tensor, hidden_size: usize) -> Self {
-        let adapted = claims::take(&embeddings).and_then(|claim| {
-            claim.adapt(&embeddings, LayerKind::Embedding, &|cfg, _, vb| {
-                // The adapter's dropout is for its other layers, as in PEFT.
-                let cfg = LoraConfig { lora_dropout: 0., ..*cfg };
-                adapt_embedding(&embeddings, &cfg, vb)
-            })
-        });
+        let adapted = claims::take(&embeddings)
+            .and_then(|claim| claim.adapt(&embeddings, None, LayerKind::Embedding));
         let weight =
             adapted.unwrap_or_else(|| Weight::plain(embeddings, None, Placement::Transposed));
         Self { layer: layers::Embedding::from_parts(EmbeddingKind, weight), hidden_size }

@@ -1,9 +1,7 @@
 //! [`mod@candle_nn::linear`], adapted by name.
 
-use crate::layers::{
-    self, adapt_linear, adapt_merged_linear, claims, LayerKind, Placement, Total, Weight,
-};
-use candle_core::{bail, Module, Result, Tensor};
+use crate::layers::{self, claims, LayerKind, Placement, Weight};
+use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Deref;
 
@@ -17,19 +15,8 @@ impl Linear {
     /// A layer with `weight` (out, in) and `bias` (out). An adaptation that fails is reported by
     /// [`Adapter::check`](crate::Adapter::check).
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        let adapted = claims::take(&weight).and_then(|claim| {
-            claim.adapt(&weight, LayerKind::Linear, &|cfg, kind, vb| {
-                if cfg.fan_in_fan_out {
-                    bail!("fan_in_fan_out is set, but candle_nn's weights are (out, in)")
-                }
-                match kind.splits(Total::All(weight.dim(0)?)) {
-                    Some(splits) => adapt_merged_linear(&weight, &splits, cfg, vb),
-                    None if *kind == LayerKind::Linear => adapt_linear(&weight, cfg, vb),
-                    None => bail!("its weight {:?} is not that of a {kind:?}", weight.dims()),
-                }
-                .map(|weight| weight.with_bias(bias.clone()))
-            })
-        });
+        let adapted = claims::take(&weight)
+            .and_then(|claim| claim.adapt(&weight, bias.as_ref(), LayerKind::Linear));
         let weight = adapted.unwrap_or_else(|| Weight::plain(weight, bias, Placement::AsIs));
         Self(layers::Linear::from_parts(layers::LinearKind::default(), weight))
     }

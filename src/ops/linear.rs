@@ -23,33 +23,14 @@ pub(crate) fn linear(
     bias: Option<&Tensor>,
     update: Option<&LowRank>,
 ) -> Result<Tensor> {
+    let (leading, m) = checked(x, w, bias)?;
     let (k, n) = w.dims2()?;
-    let Some((&last, leading)) = x.dims().split_last() else {
-        bail!("linear: the input is a scalar, expected (.., in_features = {k})")
-    };
-    if last != k {
-        bail!("linear: the input is {:?}, expected (.., in_features = {k})", x.dims())
-    }
-    if x.dtype() != w.dtype() {
-        bail!("linear: the input is {:?} and the weight {:?}", x.dtype(), w.dtype())
-    }
-    let fits = |b: &Tensor| {
-        b.dims() == [n] && b.dtype() == w.dtype() && b.device().same_device(&w.device())
-    };
-    if let Some(b) = bias.filter(|b| !fits(b)) {
-        bail!("linear: the bias is {b:?}, expected {n} values beside {w:?}")
-    }
-    let m: usize = leading.iter().product();
     if m == 0 || k == 0 {
         // Some backends refuse empty products.
         let y = Tensor::zeros([leading, &[n]].concat(), x.dtype(), x.device())?;
         return bias.map_or(Ok(y.clone()), |bias| add_bias(&y, bias, y.rank() - 1));
     }
-    let x = x.contiguous()?;
-    let w = match w {
-        Matrix::Dense(w) => Matrix::Dense(gemm_layout(w.clone())?),
-        quantized => quantized.clone(),
-    };
+    let (x, w) = (x.contiguous()?, gemm_operand(w)?);
     let (tracked, frozen) = match bias {
         Some(b) if b.track_op() => (Some(b), None),
         b => (None, b),
@@ -75,8 +56,33 @@ pub(crate) fn linear(
     }
 }
 
+/// The leading dimensions of `x` and their product, if the operands fit.
+pub(super) fn checked<'a>(
+    x: &'a Tensor,
+    w: &Matrix,
+    bias: Option<&Tensor>,
+) -> Result<(&'a [usize], usize)> {
+    let (k, n) = w.dims2()?;
+    let Some((&last, leading)) = x.dims().split_last() else {
+        bail!("linear: the input is a scalar, expected (.., in_features = {k})")
+    };
+    if last != k {
+        bail!("linear: the input is {:?}, expected (.., in_features = {k})", x.dims())
+    }
+    if x.dtype() != w.dtype() {
+        bail!("linear: the input is {:?} and the weight {:?}", x.dtype(), w.dtype())
+    }
+    let fits = |b: &Tensor| {
+        b.dims() == [n] && b.dtype() == w.dtype() && b.device().same_device(&w.device())
+    };
+    if let Some(b) = bias.filter(|b| !fits(b)) {
+        bail!("linear: the bias is {b:?}, expected {n} values beside {w:?}")
+    }
+    Ok((leading, leading.iter().product()))
+}
+
 /// x̃ as a matrix of `m` rows in the compute dtype.
-fn masked(x: &Tensor, m: usize, mask: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn masked(x: &Tensor, m: usize, mask: Option<&Tensor>) -> Result<Tensor> {
     let x = x.detach().to_dtype(compute_dtype(x.dtype()))?;
     let x = match mask {
         Some(mask) => (x * mask)?,
@@ -86,10 +92,10 @@ fn masked(x: &Tensor, m: usize, mask: Option<&Tensor>) -> Result<Tensor> {
 }
 
 /// `x·W` plus low-rank terms and a bias, with `x` seen as a matrix of `m` rows.
-struct LinearOp {
-    m: usize,
-    bias: Option<Tensor>,
-    terms: Vec<LowRankTerm>,
+pub(super) struct LinearOp {
+    pub m: usize,
+    pub bias: Option<Tensor>,
+    pub terms: Vec<LowRankTerm>,
 }
 
 impl LinearOp {
@@ -110,7 +116,7 @@ impl LinearOp {
     }
 
     /// With a weight that is no operand, so that candle's backward gives it no gradient.
-    fn run_frozen<S: Backend>(&self, x: (&S, &Layout), w: &Matrix) -> Result<(S, Shape)> {
+    pub fn run_frozen<S: Backend>(&self, x: (&S, &Layout), w: &Matrix) -> Result<(S, Shape)> {
         let dims = w.dims2()?;
         match w {
             Matrix::Dense(w) => {
@@ -175,7 +181,12 @@ impl Op<1> for FrozenLinearOp {
 }
 
 /// `x·w` plus low-rank terms, without a graph.
-fn linear_no_grad(x: &Tensor, w: Matrix, m: usize, terms: Vec<LowRankTerm>) -> Result<Tensor> {
+pub(super) fn linear_no_grad(
+    x: &Tensor,
+    w: Matrix,
+    m: usize,
+    terms: Vec<LowRankTerm>,
+) -> Result<Tensor> {
     let linear = LinearOp { m, bias: None, terms };
     x.apply_op1_no_bwd(&Custom(FrozenLinearOp { w, linear }))
 }
@@ -251,9 +262,17 @@ impl Op<3> for LoraLinearOp {
     }
 }
 
+/// The weight in a layout of [`gemm_layout`].
+pub(super) fn gemm_operand(w: &Matrix) -> Result<Matrix> {
+    Ok(match w {
+        Matrix::Dense(w) => Matrix::Dense(gemm_layout(w.clone())?),
+        quantized => quantized.clone(),
+    })
+}
+
 /// `x` if the backend's GEMM accepts its layout (CPU: any strides; devices, MKL and Accelerate:
 /// contiguous or transposed contiguous), else a contiguous copy.
-fn gemm_layout(x: Tensor) -> Result<Tensor> {
+pub(super) fn gemm_layout(x: Tensor) -> Result<Tensor> {
     let any = x.device().is_cpu() && !cfg!(any(feature = "mkl", feature = "accelerate"));
     if any || x.is_contiguous() || x.t()?.is_contiguous() {
         Ok(x)

@@ -84,12 +84,12 @@ pub fn vb(base: &HashMap<String, Tensor>) -> VarBuilder<'static> {
     VarBuilder::from_tensors(base.clone(), DType::F32, &CPU)
 }
 
-fn ids() -> Tensor {
+pub fn ids() -> Tensor {
     Tensor::new(&[[1u32, 2, 3], [4, 5, 9]], &CPU).unwrap()
 }
 
 /// Random factors, so that the update is not zero.
-fn randomize(adapter: &Adapter) -> lora::Result<()> {
+pub fn randomize(adapter: &Adapter) -> lora::Result<()> {
     for var in adapter.vars()? {
         var.set(&(var.randn_like(0., 1.)? * 0.5)?)?;
     }

@@ -4,6 +4,7 @@
 mod common;
 
 mod adapter;
+mod adapters;
 mod bad_input;
 mod checkpointing;
 mod operations;

@@ -138,14 +138,19 @@ struct PreparedTerm<'a, T> {
     term: &'a LowRankTerm,
     u: Tensor,
     values: (Vec<T>, Vec<T>),
+    /// Of v.
+    transposed: bool,
 }
 
 impl<'a, T: Float> PreparedTerm<'a, T> {
     fn new(term: &'a LowRankTerm) -> Result<Self> {
         let values = |t: &Tensor| t.to_dtype(T::DTYPE)?.flatten_all()?.to_vec1();
-        let values = (values(&term.u)?, values(&term.v)?);
+        // v is often a transposed B: its values as they are stored.
+        let transposed = term.v.t()?.is_contiguous();
+        let v = if transposed { term.v.t()? } else { term.v.clone() };
+        let values = (values(&term.u)?, values(&v)?);
         // Not every backend's GEMM takes rows of a transposed matrix.
-        Ok(Self { term, u: term.u.contiguous()?, values })
+        Ok(Self { term, u: term.u.contiguous()?, values, transposed })
     }
 
     /// Adds the term to the rows `block` of a matrix of `n` columns.
@@ -159,7 +164,12 @@ impl<'a, T: Float> PreparedTerm<'a, T> {
         let (at, rows, rank) = (from - term.rows.start, to - from, term.rank());
         let (u, v) = &self.values;
         let u = (u.as_slice(), View::new(at * rank, rows, rank, rank));
-        let v = (v.as_slice(), View::new(0, rank, term.cols.len(), term.cols.len()));
+        let cols = term.cols.len();
+        let view = match self.transposed {
+            true => View::new(0, cols, rank, rank).t(),
+            false => View::new(0, rank, cols, cols),
+        };
+        let v = (v.as_slice(), view);
         let place = View::new(term.cols.start, rows, term.cols.len(), n);
         if gemm_view((&mut *y, place), true, u, v, 1.) {
             return Ok(());

@@ -1,0 +1,90 @@
+//! The adapters of a forward, chosen for the time of a closure.
+
+use super::{Adapters, Added, Strengths};
+use crate::adapter::built;
+use crate::layers::{choose, Choice, Chosen, Mode};
+use crate::ops::LowRank;
+use crate::{Error, Result};
+
+impl Adapters {
+    /// Runs `f`, in which the model computes with an adapter, `"sql"`, or with a weighted sum of some,
+    /// `[("sql", 0.7), ("chat", 0.3)]`: `W + 0.7·ΔW₁ + 0.3·ΔW₂`. A choice within `f` replaces it.
+    ///
+    /// # Errors
+    /// Those of `f`; if there is no adapter of a name, or none is named, or one twice; if a strength is not
+    /// finite; and if an adapter of a sum trains with dropout, which a sum does not have.
+    pub fn with<T, E: From<Error>>(
+        &self,
+        adapters: impl Into<Strengths>,
+        f: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        choose(self.owner, self.weighted(&adapters.into())?, f)
+    }
+
+    /// Runs `f`, in which the model computes with its base, as it does without a choice.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn with_none<T, E>(
+        &self,
+        f: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        choose(self.owner, Choice::Sum(vec![]), f)
+    }
+
+    /// Runs `f`, in which each row of a batch has its own adapter or, with `None`, the base: the inputs of the
+    /// adapted layers are (rows, ..). A linear layer multiplies the batch by its base once.
+    ///
+    /// # Errors
+    /// Those of `f`; if there is no adapter of a name, or no row; if an adapter [trains](Self::add), since the
+    /// factors get no gradient here; and in an adapted layer, if its input has another number of rows.
+    pub fn with_rows<T, E: From<Error>>(
+        &self,
+        rows: &[Option<&str>],
+        f: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        choose(self.owner, self.rows(rows)?, f)
+    }
+
+    fn weighted(&self, strengths: &Strengths) -> Result<Choice> {
+        let adapters = self.named(strengths)?;
+        let alone = matches!(adapters[..], [(.., 1.)]);
+        let chosen = adapters.into_iter().map(|(name, added, strength)| {
+            let chosen = added.chosen(strength);
+            let dropped = |update: &LowRank| update.dropout().p > 0.;
+            if !alone && chosen.mode == Mode::Train && chosen.updates.values().any(dropped) {
+                let reason = "has no dropout: set `lora_dropout` to 0, or call `eval()`";
+                return Err(Error::Invalid(format!(
+                    "the adapter {name:?} trains with dropout, but a weighted sum {reason}"
+                )));
+            }
+            Ok(chosen)
+        });
+        Ok(Choice::Sum(chosen.collect::<Result<_>>()?))
+    }
+
+    fn rows(&self, rows: &[Option<&str>]) -> Result<Choice> {
+        if rows.is_empty() {
+            return Err(Error::Invalid("the batch has no rows".to_owned()));
+        }
+        let of = |group: &[Option<&str>]| {
+            let Some(name) = group[0] else { return Ok((group.len(), None)) };
+            let chosen = self.one(name)?.chosen(1.);
+            if chosen.mode == Mode::Train {
+                let reason = "call `eval()`, or choose it for a whole batch by `with`";
+                return Err(Error::Invalid(format!(
+                    "the adapter {name:?} trains, but rows have no gradient: {reason}"
+                )));
+            }
+            Ok((group.len(), Some(chosen)))
+        };
+        Ok(Choice::Rows(rows.chunk_by(|a, b| a == b).map(of).collect::<Result<_>>()?))
+    }
+}
+
+impl Added {
+    fn chosen(&self, strength: f64) -> Chosen {
+        let mode = built::lock(&self.adapter.built).mode_among_others(self.adapter.options.loaded);
+        Chosen { updates: self.updates.clone(), strength, mode }
+    }
+}

@@ -1,0 +1,30 @@
+//! The adapters of a forward.
+
+/// Adapters by name, each with a strength: `"sql"` is one at 1, `[("sql", 0.7), ("chat", 0.3)]` a weighted sum.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Strengths(pub(super) Vec<(String, f64)>);
+
+impl From<&str> for Strengths {
+    fn from(name: &str) -> Self {
+        Self(vec![(name.to_owned(), 1.)])
+    }
+}
+
+impl From<&String> for Strengths {
+    fn from(name: &String) -> Self {
+        Self::from(name.as_str())
+    }
+}
+
+impl<S: AsRef<str>> From<&[(S, f64)]> for Strengths {
+    fn from(adapters: &[(S, f64)]) -> Self {
+        let owned = adapters.iter().map(|(name, strength)| (name.as_ref().to_owned(), *strength));
+        Self(owned.collect())
+    }
+}
+
+impl<S: AsRef<str>, const N: usize> From<[(S, f64); N]> for Strengths {
+    fn from(adapters: [(S, f64); N]) -> Self {
+        Self::from(adapters.as_slice())
+    }
+}

@@ -1,0 +1,41 @@
+//! The base of a model with an adapter.
+
+use super::{built, Adapter};
+use crate::layers::{choose, Choice};
+use crate::utils::names::is_lora;
+use crate::utils::variables;
+use crate::Error;
+
+impl Adapter {
+    /// Runs `f`, in which the model computes with its base on this thread, as by PEFT's `disable_adapter`: the
+    /// reference model of DPO. Threads that `f` starts, and other threads, compute with the adapter. The mode stays.
+    ///
+    /// ```
+    /// # fn main() -> loralib::Result<()> {
+    /// # use candle_core::{DType, Device, Module, Tensor};
+    /// # use loralib::{nn as candle_nn, Adapter, LoraConfig};
+    /// # let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).targets(["fc"]);
+    /// # let base = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
+    /// # let model = candle_nn::linear(4, 4, adapter.var_builder(base).pp("fc"))?;
+    /// # let x = Tensor::ones((1, 4), DType::F32, &Device::Cpu)?;
+    /// let policy = model.forward(&x)?;
+    /// let reference = adapter.disabled(|| model.forward(&x))?.detach();
+    /// # let _ = (policy, reference); Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of `f`; and if the adapter trains biases or modules, in whose place the base's own are not kept.
+    pub fn disabled<T, E: From<Error>>(
+        &self,
+        f: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        let others = variables(&self.vars).into_keys().find(|name| !is_lora(name));
+        if let Some(name) = others {
+            let reason = "the adapter trains it, and the base's own is not kept: for a model without the adapter, \
+                          build one on the base";
+            return Err(Error::tensor(name, reason).into());
+        }
+        let owner = built::lock(&self.built).owner();
+        choose(owner, Choice::Sum(vec![]), f)
+    }
+}

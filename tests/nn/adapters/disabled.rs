@@ -1,0 +1,43 @@
+//! `Adapter::disabled`: the base of a model with one adapter.
+
+use super::cfg;
+use crate::adapter::{base, ids, randomize, vb, Model};
+use crate::common::bits;
+use loralib::{Adapter, Bias, LoraConfig, Result};
+
+#[test]
+fn the_base_computes_while_an_adapter_is_disabled() -> Result<()> {
+    let base = base();
+    let plain = bits(&Model::new(vb(&base))?.forward(&ids())?)?;
+    let dropout = LoraConfig { lora_dropout: 0.5, ..cfg(2, 3.) };
+    let adapter = Adapter::new(dropout).targets(["qkv", "up_proj"]).seed(1);
+    let model = Model::new(adapter.var_builder(vb(&base)))?;
+    randomize(&adapter)?;
+    let disabled = || adapter.disabled(|| model.forward(&ids()));
+    let y = disabled()?;
+    assert_eq!(bits(&y)?, plain);
+    assert!(!y.track_op());
+    assert_eq!(adapter.dropout_position(), 0, "no mask is drawn");
+    assert!(model.forward(&ids())?.track_op(), "it is enabled again");
+    adapter.eval()?;
+    let merged = bits(&model.forward(&ids())?)?;
+    assert_ne!(merged, plain);
+    assert_eq!(bits(&disabled()?)?, plain, "also of a merged model");
+    assert_eq!(bits(&model.forward(&ids())?)?, merged, "which stays merged");
+    let elsewhere = adapter.disabled(|| -> Result<_> {
+        let other = std::thread::scope(|scope| scope.spawn(|| model.forward(&ids())).join());
+        Ok(other.unwrap()?)
+    })?;
+    assert_eq!(bits(&elsewhere)?, merged, "other threads compute with the adapter");
+    Ok(())
+}
+
+#[test]
+fn an_adapter_that_replaces_biases_is_not_disabled() -> Result<()> {
+    let adapter = Adapter::new(cfg(2, 3.)).targets(["down_proj"]).trainable(Bias::All)?;
+    let model = Model::new(adapter.var_builder(vb(&base())))?;
+    let error = adapter.disabled(|| model.forward(&ids())).unwrap_err().to_string();
+    assert!(error.contains("\"head.bias\""), "{error}");
+    assert!(error.contains("the base's own is not kept"), "{error}");
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! Adapters on convolutions and quantised weights.
+
+use super::cfg;
+use crate::common::{bits, difference};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Module, Tensor};
+use loralib::nn::{self, conv1d, conv2d, linear_no_bias, Conv1dConfig, Conv2dConfig};
+use loralib::{gguf, Adapter, Adapters, Result};
+use nn::{VarBuilder, VarMap};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// A set with the adapters "a" and "b" on all layers that `build` makes, and for each a model of its own.
+fn check<M>(
+    base: &VarBuilder,
+    build: impl Fn(VarBuilder) -> candle_core::Result<M>,
+    forward: impl Fn(&M, &Tensor) -> candle_core::Result<Tensor>,
+    x: &Tensor,
+) -> Result<()> {
+    let plain = forward(&build(base.clone())?, x)?;
+    let adapters = Adapters::new();
+    let model = build(adapters.var_builder(base.clone()))?;
+    let mut alone = vec![];
+    for (name, r) in [("a", 1), ("b", 3)] {
+        let adapter = Adapter::new(cfg(r, 2.)).targets(["layer"]);
+        adapters.add(name, &adapter)?;
+        adapter.check()?;
+        let own = build(adapter.var_builder(base.clone()))?;
+        crate::adapter::randomize(&adapter)?;
+        let y = adapters.with(name, || forward(&model, x))?;
+        assert!(difference(&y, &forward(&own, x)?)? < 1e-6, "{name}");
+        adapter.eval()?;
+        alone.push(y);
+    }
+    assert_eq!(bits(&forward(&model, x)?)?, bits(&plain)?);
+    assert!(difference(&alone[0], &plain)? > 1e-3 && difference(&alone[1], &plain)? > 1e-3);
+    let rows = [Some("b"), None, Some("a")];
+    let y = adapters.with_rows(&rows, || forward(&model, x))?;
+    for (i, expected) in [&alone[1], &plain, &alone[0]].into_iter().enumerate() {
+        assert!(difference(&y.narrow(0, i, 1)?, &expected.narrow(0, i, 1)?)? < 1e-6, "row {i}");
+    }
+    let sum = adapters.with([("a", 1.), ("b", 1.)], || forward(&model, x))?;
+    // One layer alone is linear in its update.
+    let expected = ((&alone[0] + &alone[1])? - &plain)?;
+    assert!(difference(&sum, &expected)? < 1e-5);
+    adapters.add("sum", &adapters.sum([("a", 1.), ("b", 1.)])?)?;
+    assert!(difference(&adapters.with("sum", || forward(&model, x))?, &sum)? < 1e-6);
+    Ok(())
+}
+
+fn random() -> VarBuilder<'static> {
+    VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu)
+}
+
+#[test]
+fn convolutions_have_several_adapters() -> Result<()> {
+    let two = Conv2dConfig { padding: 1, stride: 2, groups: 2, ..Default::default() };
+    let x = Tensor::randn(0f32, 1., (3, 4, 7, 6), &Device::Cpu)?;
+    check(&random(), |vb| conv2d(4, 6, 3, two, vb.pp("layer")), |m, x| m.forward(x), &x)?;
+    let one = Conv1dConfig { dilation: 3, ..Default::default() };
+    let x = Tensor::randn(0f32, 1., (3, 4, 12), &Device::Cpu)?;
+    check(&random(), |vb| conv1d(4, 5, 3, one, vb.pp("layer")), |m, x| m.forward(x), &x)
+}
+
+#[test]
+fn a_quantised_base_has_several_adapters() -> Result<()> {
+    let weight = Tensor::randn(0f32, 1., (16, 64), &Device::Cpu)?;
+    let blocks = Arc::new(QTensor::quantize(&weight, GgmlDType::Q4_0)?);
+    let tensors = HashMap::from([("layer.weight".to_owned(), blocks)]);
+    let base = gguf::var_builder(tensors, DType::F32, &Device::Cpu);
+    let x = Tensor::randn(0f32, 1., (3, 2, 64), &Device::Cpu)?;
+    check(&base, |vb| linear_no_bias(64, 16, vb.pp("layer")), |m, x| m.forward(x), &x)
+}
