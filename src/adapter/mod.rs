@@ -5,6 +5,7 @@ mod checkpoint;
 mod files;
 mod gguf_files;
 mod merged;
+mod merged_only;
 mod options;
 mod targets;
 mod transformer_layers;

@@ -2,7 +2,9 @@
 //! needs this crate no longer.
 
 mod add_weighted;
+mod change;
 mod files;
+mod parameter;
 mod plan;
 mod safetensors_file;
 mod tensors;
@@ -12,4 +14,3 @@ pub use add_weighted::add_weighted;
 pub use files::{merge_files, MergeProgress};
 pub(crate) use plan::Plan;
 pub use tensors::merge_into;
-pub(crate) use weight::merged_weight;

@@ -37,6 +37,8 @@
 
 mod conv;
 mod convert;
+mod entries;
+mod experts;
 mod factors;
 mod files;
 mod keys;
@@ -44,12 +46,15 @@ mod load;
 mod load_adapter;
 mod merged;
 mod module_pattern;
+mod modules;
 mod pairs;
+mod parameters;
 mod patterns;
 mod rank_alpha;
 mod read_config;
 mod read_fresh;
 mod save;
+mod tokens;
 mod write_config;
 
 pub(crate) use convert::to_peft;
@@ -57,6 +62,7 @@ pub(crate) use factors::{same_scaling, Factors};
 pub(crate) use files::config_file;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use load_adapter::load_adapter;
+pub(crate) use load_adapter::load_beside_base;
 pub(crate) use patterns::Patterns;
 pub(crate) use rank_alpha::with_layers;
 pub(crate) use read_fresh::{read_fresh, Modules};
