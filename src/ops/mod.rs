@@ -25,6 +25,7 @@ mod op;
 mod rope;
 mod shape;
 mod softmax;
+mod zero_grads;
 
 pub(crate) use activation::{activation, Activation};
 pub(crate) use adamw::{adamw, new_moments, AdamWStep};
