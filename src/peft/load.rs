@@ -104,7 +104,7 @@ fn read_both(dir: &Path, device: &Device) -> Result<(Vec<u8>, PathBuf, StateDict
 const TRIES: usize = 100;
 
 fn convert(mut json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDict)> {
-    modules::add_found(&mut json.config, tensors.keys());
+    modules::keep_found(&mut json.config, tensors.keys());
     let Grouped { pairs, tokens, others: mut loaded } = group(&json.config, tensors)?;
     let pairs = rename(&json.target_parameters, pairs)?;
     json.config.check_used(pairs.keys().map(String::as_str))?;

@@ -4,17 +4,24 @@
 use super::keys::{self, Key};
 use crate::utils::names::{is_within, split};
 use crate::utils::AdapterConfig;
+use std::iter::successors;
 
-/// Adds the paths of modules that are in the file by the end of a component alone.
-pub(super) fn add_found<'a>(config: &mut AdapterConfig, file: impl Iterator<Item = &'a String>) {
+/// Keeps the names of modules that are in the file, in place of other names the paths of the modules that end in
+/// them. PEFT lists heads by the task, also those that the model lacks.
+pub(super) fn keep_found<'a>(config: &mut AdapterConfig, file: impl Iterator<Item = &'a String>) {
+    let names = std::mem::take(&mut config.modules_to_save);
+    let (mut used, mut found) = (vec![], vec![]);
     for key in file {
         let Some(Key::Other(name)) = keys::parse(key) else { continue };
-        if config.modules_to_save.iter().any(|module| is_within(name, module)) {
+        if let Some(module) = names.iter().find(|module| is_within(name, module)) {
+            used.push(module);
             continue;
         }
-        let ends = |path: &&str| config.modules_to_save.iter().any(|module| path.ends_with(module));
-        let modules = std::iter::successors(Some(split(name).0), |path| Some(split(path).0));
-        let found = modules.take_while(|path| !path.is_empty()).find(ends).map(str::to_owned);
-        config.modules_to_save.extend(found);
+        let ends = |path: &&str| names.iter().any(|module| path.ends_with(module));
+        let modules = successors(Some(split(name).0), |path| Some(split(path).0));
+        let path = modules.take_while(|path| !path.is_empty()).find(ends).map(str::to_owned);
+        found.extend(path.filter(|path| !found.contains(path)));
     }
+    config.modules_to_save = names.iter().filter(|name| used.contains(name)).cloned().collect();
+    config.modules_to_save.extend(found);
 }

@@ -106,6 +106,10 @@ fn layer_options_are_read() -> lora::Result<()> {
     let (config, tensors) = peft::load_pretrained(folder("modules"), &CPU)?;
     assert_eq!(config.modules_to_save, ["head"]);
     assert_eq!(tensors["head.weight"].dims(), [3, 6]);
+    // Written as "head", "v1" and the head of another model.
+    let adapter = lora::Adapter::load(folder("modules_end"), &CPU)?;
+    assert_eq!(adapter.config().modules_to_save, ["head", "conv1"]);
+    assert!(adapter.state_dict()?.contains_key("conv1.weight"));
     let (config, tensors) = peft::load_pretrained(folder("bias"), &CPU)?;
     assert_eq!(config.bias, Bias::All);
     assert!(tensors.contains_key("layers.0.q.bias") && tensors.contains_key("conv1.bias"));
