@@ -83,7 +83,7 @@ impl Adapter {
     ///
     /// # Errors
     /// If the file cannot be read or is malformed; if it has an option that is not supported, as in
-    /// [`peft::load_pretrained`], or an initialisation other than `true`; if it names no targets; and if a
+    /// [`peft::load_pretrained`], or an initialisation other than `true` and `"gaussian"`; if it names no targets; and if a
     /// regular expression is invalid. The error names the file and the option.
     pub fn from_peft_config(path: impl AsRef<Path>) -> Result<Self> {
         let file = peft::config_file(path.as_ref());

@@ -32,8 +32,9 @@ pub(crate) enum Modules {
 /// Reads the configuration's file.
 pub(crate) fn read_fresh(file: &Path) -> Result<Fresh> {
     let text = fs::read(file)?;
-    let (map, Json { config, patterns, .. }) = (&object(&text)?, read_config(&text)?);
+    let (map, Json { mut config, patterns, .. }) = (&object(&text)?, read_config(&text)?);
     check_trained(map)?;
+    config.lora.gaussian = map.get("init_lora_weights").is_some_and(|how| how == "gaussian");
     let targets = given(map, "target_modules", modules)?.ok_or_else(|| {
         let null = map.get("target_modules").unwrap_or(&Value::Null);
         unsupported(
@@ -58,8 +59,9 @@ pub(crate) fn read_fresh(file: &Path) -> Result<Fresh> {
 fn check_trained(map: &Map<String, Value>) -> Result<()> {
     match map.get("init_lora_weights") {
         None | Some(Value::Bool(true)) => {}
+        Some(how) if how == "gaussian" => {}
         Some(how) => {
-            let reason = "a new adapter is initialised as loralib's, which is `true`";
+            let reason = "a new adapter is initialised by `true`, as loralib's, or by \"gaussian\"";
             return Err(unsupported("init_lora_weights", how, reason));
         }
     }

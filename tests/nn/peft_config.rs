@@ -124,11 +124,30 @@ fn an_adapter_from_a_configuration_is_fresh_and_saves() -> lora::Result<()> {
     Ok(())
 }
 
+/// N(0, 1/r²), whatever the number of inputs.
+#[test]
+fn a_gaussian_initialisation_has_peft_s_variance() -> lora::Result<()> {
+    for r in [2, 8] {
+        let options = json!({ "r": r, "target_modules": ["q"], "init_lora_weights": "gaussian" });
+        let adapter = adapter(&options)?.seed(3);
+        let vb = adapter.var_builder(candle_nn::VarBuilder::zeros(DType::F32, &CPU));
+        candle_nn::linear_no_bias(4000, 3, vb.pp("q"))?;
+        let (a, b) = (&adapter.named_vars()?["q.lora_A"], &adapter.named_vars()?["q.lora_B"]);
+        let mean = |t: &candle_core::Tensor| t.mean_all()?.to_scalar::<f32>();
+        let (first, second) = (mean(a)?, mean(&a.sqr()?)?);
+        assert!((first * r as f32).abs() < 0.05, "{first}");
+        // The standard error is 1/r² · √(2 / 4000r).
+        assert!((second * (r * r) as f32 - 1.).abs() < 0.06, "{second}");
+        assert_eq!(mean(&b.abs()?)?, 0.);
+    }
+    Ok(())
+}
+
 #[test]
 fn options_that_a_new_adapter_cannot_have_are_named() {
     let targets = json!(["q"]);
     let options = [
-        ("init_lora_weights", json!("gaussian")),
+        ("init_lora_weights", json!("orthogonal")),
         ("init_lora_weights", json!(false)),
         ("init_lora_weights", json!("pissa")),
         ("ensure_weight_tying", json!(true)),

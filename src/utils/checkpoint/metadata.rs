@@ -109,6 +109,7 @@ pub(super) fn from_json(text: &str) -> Result<AdapterConfig> {
             fan_in_fan_out: json.fan_in_fan_out,
             rslora: json.rslora,
             lora_dtype: json.lora_dtype.map(dtype).transpose()?,
+            ..Default::default()
         },
         bias: json.bias.map_or(Ok(Bias::None), |bias| bias.parse())?,
         modules_to_save: json.modules_to_save,
@@ -137,6 +138,7 @@ mod tests {
             fan_in_fan_out: true,
             rslora: true,
             lora_dtype: Some(DType::BF16),
+            ..Default::default()
         };
         let mut config = AdapterConfig::from(lora)
             .with_trainable(Bias::All.and("head"))?
