@@ -71,7 +71,8 @@ impl Adapter {
     ///
     /// Methods such as [`targets`](Self::targets) and [`trainable`](Self::trainable) replace what the file
     /// says. PEFT adds heads to `modules_to_save` by the task: both `classifier` and `score` for `SEQ_CLS`. Name
-    /// the one that the model has. The rank of a convolution is loralib's, times its kernel.
+    /// the one that the model has. A name means whole components of a path, and not its end as in PEFT, where
+    /// `classifier` also trains `pre_classifier`. The rank of a convolution is loralib's, times its kernel.
     ///
     /// ```no_run
     /// # fn main() -> loralib::Result<()> {

@@ -29,10 +29,11 @@ use std::{fs, io};
 ///
 /// # Errors
 /// If a file is missing or malformed, the configuration has an option that changes the update and is not
-/// supported (DoRA, initialisations that change the base, unknown keys with a value), a layer is a
-/// convolution of several groups as PEFT adapts them, a factor lacks the other, a shape does not fit the
-/// rank or the other factor, the configuration does not include a tensor, or a value is not finite. The
-/// error names the file and the key or tensor.
+/// supported (DoRA, initialisations that change the base, unknown keys with a value), keys have the adapter's
+/// name, `target_parameters` do not tell which factors are whose, a layer is a convolution of several groups
+/// as PEFT adapts them, a factor lacks the other, a shape does not fit the rank or the other factor, the
+/// configuration does not include a tensor, or a value is not finite. The error names the file and the key
+/// or tensor.
 pub fn load_pretrained(
     dir: impl AsRef<Path>,
     device: &Device,
