@@ -3,6 +3,7 @@
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
+use std::collections::HashMap;
 use std::fmt;
 
 /// The entries; of a repeated key the last value, at the place of the first, as in Python.
@@ -25,13 +26,14 @@ impl<'de> Visitor<'de> for InOrder {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
-        let mut entries = Entries::default();
+        let (mut entries, mut places) = (vec![], HashMap::new());
         while let Some((key, value)) = map.next_entry::<String, Value>()? {
-            match entries.0.iter_mut().find(|(seen, _)| *seen == key) {
-                Some(entry) => entry.1 = value,
-                None => entries.0.push((key, value)),
+            let place = *places.entry(key.clone()).or_insert(entries.len());
+            match entries.get_mut(place) {
+                Some(entry) => *entry = (key, value),
+                None => entries.push((key, value)),
             }
         }
-        Ok(entries)
+        Ok(Entries(entries))
     }
 }

@@ -65,11 +65,12 @@ pub(super) fn wrapper(module: &str, inner: usize) -> String {
 }
 
 /// The module of a wrapper, and how many wrappers are around it.
-pub(super) fn wrapped(path: &str) -> (&str, usize) {
-    match path.strip_suffix(".base_layer") {
-        Some(outer) => (wrapped(outer).0, wrapped(outer).1 + 1),
-        None => (path, 0),
+pub(super) fn wrapped(mut path: &str) -> (&str, usize) {
+    let mut outer = 0;
+    while let Some(wrapper) = path.strip_suffix(".base_layer") {
+        (path, outer) = (wrapper, outer + 1);
     }
+    (path, outer)
 }
 
 /// The adapter's name in a key, as a model's `state_dict()` has it.

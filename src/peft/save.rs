@@ -5,6 +5,7 @@ use super::factors::{same_scaling, Factors};
 use super::files::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
 use super::parameters;
+use super::tokens;
 use super::write_config::write_config;
 use crate::layers::LayerKind;
 use crate::utils::checkpoint::{atomic_file::Staged, safetensors::serialize};
@@ -119,6 +120,7 @@ fn convert(tensors: &StateDict, config: &AdapterConfig) -> Result<(StateDict, St
         }
     }
     check_biases_of_b(tensors, &paths)?;
+    tokens::check(config, tensors)?;
     Ok((converted, write_config(config, &layers, tensors)?))
 }
 

@@ -1,9 +1,10 @@
 //! `trainable_token_indices`: rows of an embedding's table that the adapter replaces.
 
 use super::keys;
-use crate::utils::names::ends_in;
-use crate::utils::StateDict;
+use crate::utils::names::{ends_in, join};
+use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
+use candle_core::Tensor;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -47,7 +48,7 @@ pub(super) fn indices(
     option: &TokenIndices,
     tokens: &StateDict,
 ) -> Result<BTreeMap<String, Vec<usize>>> {
-    let table = |(path, rows): (&String, &candle_core::Tensor)| {
+    let table = |(path, rows): (&String, &Tensor)| {
         let own = match option {
             TokenIndices::Input(indices) => Some(indices),
             TokenIndices::Modules(modules) => {
@@ -75,4 +76,21 @@ pub(super) fn indices(
         ));
     }
     tokens.iter().map(table).collect()
+}
+
+/// An error unless an adapter has the rows of each table that the configuration names.
+pub(super) fn check(config: &AdapterConfig, tensors: &StateDict) -> Result<()> {
+    for (path, indices) in &config.trainable_token_indices {
+        let name = join(path, "trainable_tokens");
+        match tensors.get(&name).map(Tensor::dims) {
+            None => return Err(Error::tensor(name, "it is missing, its token indices are set")),
+            Some(dims) if dims.first() != Some(&indices.len()) => {
+                let reason =
+                    format!("its shape is {dims:?}, it has {} token indices", indices.len());
+                return Err(Error::tensor(name, reason));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
 }

@@ -99,6 +99,9 @@ fn tensors_of_options_that_do_not_fit_are_refused() {
     let a = "base_model.model.layers.0.q.base_layer.lora_A.weight";
     let error = with(a, &[3, 6], "target_parameters", serde_json::json!(["q.weight"]));
     assert!(error.contains("layers.0.q") && error.contains("target_parameters"), "{error}");
+    let deep = format!("base_model.model.q{}.lora_A.weight", ".base_layer".repeat(5000));
+    let error = with(&deep, &[3, 6], "target_parameters", null());
+    assert!(error.contains("target_parameters"), "{error}");
 }
 
 /// As a model's `state_dict()` and compiled models have them.
@@ -184,6 +187,22 @@ fn adapters_that_do_not_fit_are_not_saved() -> lora::Result<()> {
     assert!(refused(&alone, &config).contains("h.q.lora_B"));
     let unused = config.clone().with_layer("nowhere", LayerKind::Linear);
     assert!(refused(&adapter, &unused).contains("nowhere"));
+    let with = |name: &str, dims: &[usize]| -> lora::Result<StateDict> {
+        let mut with = adapter.clone();
+        with.insert(name.into(), Tensor::zeros(dims, DType::F32, &CPU)?);
+        Ok(with)
+    };
+    let bias = with("h.q.lora_bias", &[6])?;
+    assert!(
+        refused(&bias, &config).contains("lora_bias") && !refused(&bias, &config).contains("h.q")
+    );
+    let mut rows = config.clone();
+    rows.trainable_token_indices.insert("table".to_owned(), vec![1, 2]);
+    assert!(refused(&adapter, &rows).contains("table.trainable_tokens"));
+    assert!(refused(&with("table.trainable_tokens", &[3, 4])?, &rows).contains("[3, 4]"));
+    assert!(refused(&with("table.trainable_tokens", &[2, 4])?, &config).contains("table."));
+    let wrong = config.clone().with_layer("h.q", LayerKind::Parameter { index: 0 });
+    assert!(refused(&adapter, &wrong).contains("h.q.lora_A"));
     let mut undeclared = config.clone();
     undeclared.layers.remove("qkv");
     assert!(refused(&adapter, &undeclared).contains("h.qkv.lora_A"));
