@@ -2,7 +2,7 @@
 
 use super::Adapter;
 use crate::layers::dequantized;
-use crate::merge::Plan;
+use crate::merge::{with_orientations, Plan};
 use crate::utils::names::is_adapter;
 use crate::utils::StateDict;
 use crate::Result;
@@ -30,7 +30,9 @@ impl Adapter {
         let mut adapter = self.state_dict()?;
         adapter.extend(self.options.frozen.clone());
         let exists = |name: &str| base.contains_tensor(name) || adapter.contains_key(name);
-        let plan = Plan::new(&adapter, self.config(), exists)?;
+        let dims = |name: &str| Some(base.get_unchecked(name).ok()?.dims().to_vec());
+        let config = with_orientations(self.config(), &adapter, dims);
+        let plan = Plan::new(&adapter, config, exists)?;
         Ok(VarBuilder::from_backend(Box::new(Merged { base, adapter, plan }), dtype, device))
     }
 }

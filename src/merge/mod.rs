@@ -4,6 +4,7 @@
 mod add_weighted;
 mod change;
 mod files;
+mod orientation;
 mod parameter;
 mod plan;
 mod safetensors_file;
@@ -12,5 +13,6 @@ mod weight;
 
 pub use add_weighted::add_weighted;
 pub use files::{merge_files, MergeProgress};
+pub(crate) use orientation::with_orientations;
 pub(crate) use plan::Plan;
 pub use tensors::merge_into;

@@ -25,8 +25,8 @@ pub(super) fn merged_parameter(
     };
     let Some(fan_in_fan_out) = transposed else {
         bail!(
-            "its shape {:?} is square, which does not tell whether it is (experts, out, in) or (experts, in, out): \
-             set `fan_in_fan_out` of its layer in `AdapterConfig::layers`, true for (experts, in, out)",
+            "its shape {:?} is square, and no other parameter of the module tells whether it is (experts, out, in) \
+             or (experts, in, out): set `fan_in_fan_out` of its layer in `AdapterConfig::layers`, true for (experts, in, out)",
             w.dims()
         )
     };

@@ -23,6 +23,7 @@ MODELS = {
     "tied_tokens": checkpoints.tiny_gpt2,
     "embed_tokens": checkpoints.tiny_llama,
     "parameters": checkpoints.Moe,
+    "square_parameters": lambda: checkpoints.Moe(4),
 }
 
 

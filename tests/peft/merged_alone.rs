@@ -9,11 +9,12 @@ use lora::{Adapter, StateDict};
 use loralib as lora;
 use std::collections::HashMap;
 
-const CASES: [(&str, &str); 4] = [
+const CASES: [(&str, &str); 5] = [
     ("lora_bias", "layers.0.q.weight"),
     ("tokens", "embed.weight"),
     ("tied_tokens", "transformer.wte.weight"),
     ("parameters", "rows.experts.down_proj"),
+    ("square_parameters", "columns.experts.down_proj"),
 ];
 
 fn vb(tensors: &StateDict) -> VarBuilder<'static> {

@@ -28,8 +28,16 @@ const CASES: [&str; 13] = [
 ];
 
 /// What is merged, and not computed beside the base; and what only training needs.
-const MERGED_CASES: [&str; 7] =
-    ["lora_bias", "tokens", "tied_tokens", "parameters", "mica", "velora", "pissa"];
+const MERGED_CASES: [&str; 8] = [
+    "lora_bias",
+    "tokens",
+    "tied_tokens",
+    "parameters",
+    "square_parameters",
+    "mica",
+    "velora",
+    "pissa",
+];
 
 #[test]
 fn merged_weights_agree_with_peft() -> lora::Result<()> {
