@@ -32,7 +32,7 @@ pub(crate) fn with_orientations(
         .collect();
     for (path, layer) in &mut config.layers {
         let square = sizes(path).is_some_and(|(inputs, outs)| inputs == outs);
-        if parameters.contains(path) && square && layer.fan_in_fan_out.is_none() {
+        if square && parameters.contains(path) && layer.fan_in_fan_out.is_none() {
             let mut siblings = parameters.iter().filter(|other| split(other).0 == split(path).0);
             layer.fan_in_fan_out = siblings.find_map(|other| transposed(other));
         }
