@@ -103,7 +103,8 @@ impl Adapter {
     }
 
     /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with
-    /// a saved run. A merged model uses the new values after the next `eval()`.
+    /// a saved run. A merged model uses the new values after the next `eval()`. The report lists a table that PEFT
+    /// saved with an adapted embedding as unexpected.
     ///
     /// # Errors
     /// As [`load`](Self::load) and [`load_state_dict`]; and if a layer's rank or scaling differs.

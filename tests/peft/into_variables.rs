@@ -33,6 +33,8 @@ fn a_saved_table_needs_no_variable() -> lora::Result<()> {
     let report = load(&["lora_A", "lora_B", "weight"])?;
     assert!(report.loaded.iter().any(|name| name == table) && report.unexpected.is_empty());
     assert!(load(&["lora_A", "weight"]).is_err(), "the factors need variables");
+    let adapter = lora::Adapter::load(folder("embed_tokens"), &CPU)?;
+    assert_eq!(adapter.restore(folder("embed_tokens"))?.unexpected, [table]);
     Ok(())
 }
 
