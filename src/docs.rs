@@ -3,6 +3,9 @@
 #[doc = include_str!("../docs/candle-transformers.md")]
 pub mod candle_transformers {}
 
+#[doc = include_str!("../docs/peft.md")]
+pub mod peft {}
+
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
 

@@ -57,13 +57,15 @@ fn format_is_detected_from_the_content() -> lora::Result<()> {
 fn errors_name_the_file_and_entry() {
     let entries = [
         "bool", "complex", "gaps", "expanded", "number", "nested", "list", "nan", "negated",
-        "sparse",
+        "sparse", "f8",
     ];
     for entry in entries {
         let file = format!("bad_{entry}.pt");
         let error = read(&file).expect_err(entry).to_string();
         assert!(error.contains(&file) && error.contains(&format!("the {entry}")), "{error}");
     }
+    let error = read("bad_f8.pt").expect_err("f8").to_string();
+    assert!(error.contains("float8_e4m3fn") && error.contains(".float()"), "{error}");
     for file in ["bad_tensor.pt", "bad_legacy.pt"] {
         let error = read(file).expect_err(file).to_string();
         assert!(error.contains(file), "{error}");

@@ -1,7 +1,7 @@
 //! An adapter's files: this crate's format and PEFT's.
 
 use super::{Adapter, Targets};
-use crate::utils::names::{is_lora, join, split};
+use crate::utils::names::{is_adapted_weight, is_lora, split};
 use crate::utils::{
     load_state_dict, read_adapter, save_state_dict, AdapterConfig, LoadReport, StateDict, Strict,
 };
@@ -44,10 +44,9 @@ impl Adapter {
     pub(super) fn loaded(config: AdapterConfig, tensors: StateDict) -> Result<Self> {
         let layers = tensors.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");
         let adapter = Self::new(config).targets(Targets::paths(layers.map(|(path, _)| path)));
-        // PEFT saves the table of an adapted embedding, and loads it in place of the base's.
-        let under_factors =
-            |name: &str| tensors.contains_key(&join(split(name).0, "lora_A")) && !is_lora(name);
-        let replaces = |name: &str| split(name).1 == "weight" && under_factors(name);
+        // PEFT loads a saved table in place of the base's.
+        let exists = |name: &str| tensors.contains_key(name);
+        let replaces = |name: &str| is_adapted_weight(name, exists);
         let (frozen, vars): (StateDict, StateDict) =
             tensors.clone().into_iter().partition(|(name, _)| replaces(name));
         {
@@ -75,7 +74,8 @@ impl Adapter {
     ///
     /// Methods such as [`targets`](Self::targets) and [`trainable`](Self::trainable) replace what the file
     /// says. PEFT adds heads to `modules_to_save` by the task: both `classifier` and `score` for `SEQ_CLS`. Name
-    /// the one that the model has. The rank of a convolution is loralib's, times its kernel.
+    /// the one that the model has. A name means whole components of a path, and not its end as in PEFT, where
+    /// `classifier` also trains `pre_classifier`. The rank of a convolution is loralib's, times its kernel.
     ///
     /// ```no_run
     /// # fn main() -> loralib::Result<()> {
@@ -87,16 +87,15 @@ impl Adapter {
     ///
     /// # Errors
     /// If the file cannot be read or is malformed; if it has an option that is not supported, as in
-    /// [`peft::load_pretrained`], or an initialisation other than `true`; if it names no targets; and if a
-    /// regular expression is invalid. The error names the file and the option. A layer with several patterns
-    /// of other values is an error of [`check`](Self::check), since the order of a JSON object is not kept.
+    /// [`peft::load_pretrained`], or an initialisation other than `true` and `"gaussian"`; if it names no targets; and if a
+    /// regular expression is invalid. The error names the file and the option.
     pub fn from_peft_config(path: impl AsRef<Path>) -> Result<Self> {
         let file = peft::config_file(path.as_ref());
         let read = || {
             let fresh = peft::read_fresh(&file)?;
             let adapter = Self::new(fresh.config)
                 .targets(fresh.targets)
-                .exclude(fresh.exclude)
+                .exclude(Targets::excluded(fresh.exclude))
                 .layers(fresh.layers)
                 .layers_pattern(fresh.layers_pattern)
                 .with(|options| options.patterns = fresh.patterns);
@@ -107,7 +106,8 @@ impl Adapter {
     }
 
     /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with
-    /// a saved run. A merged model uses the new values after the next `eval()`.
+    /// a saved run. A merged model uses the new values after the next `eval()`. The report lists a table that PEFT
+    /// saved with an adapted embedding as unexpected.
     ///
     /// # Errors
     /// As [`load`](Self::load) and [`load_state_dict`]; and if a layer's rank or scaling differs.
@@ -131,7 +131,11 @@ impl Adapter {
                 return Err(Error::tensor(name, reason).at(path));
             }
         }
-        load_state_dict(&self.vars, &tensors, Strict::Yes).map_err(|e| e.at(path))
+        let report = match path.is_dir() {
+            true => peft::load_beside_base(&self.vars, tensors, Strict::Yes),
+            false => load_state_dict(&self.vars, &tensors, Strict::Yes),
+        };
+        report.map_err(|e| e.at(path))
     }
 }
 

@@ -2,10 +2,10 @@
 
 use super::Adapter;
 use crate::layers::dequantized;
-use crate::merge::merged_weight;
-use crate::utils::names::{is_lora, join, split};
-use crate::utils::{AdapterConfig, StateDict};
-use crate::{Error, Result};
+use crate::merge::{with_orientations, Plan};
+use crate::utils::names::is_adapter;
+use crate::utils::StateDict;
+use crate::Result;
 use candle_core::{bail, DType, Device, Shape, Tensor};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::Init;
@@ -27,31 +27,20 @@ impl Adapter {
     /// not fit its factors, or a merged value that is not finite, is an error when the model asks for it.
     pub fn merged<'a>(&self, base: VarBuilder<'a>) -> Result<VarBuilder<'a>> {
         let (dtype, device) = (base.dtype(), base.device().clone());
-        let (mut adapter, config) = (self.state_dict()?, self.config());
+        let mut adapter = self.state_dict()?;
         adapter.extend(self.options.frozen.clone());
-        for name in adapter.keys().filter(|name| is_lora(name)) {
-            let (path, last) = split(name);
-            let other = join(path, if last == "lora_A" { "lora_B" } else { "lora_A" });
-            if !adapter.contains_key(&other) {
-                return Err(Error::tensor(other, "the adapter does not have it"));
-            }
-            let weight = join(path, "weight");
-            if !(base.contains_tensor(&weight) || adapter.contains_key(&weight)) {
-                return Err(Error::tensor(
-                    weight,
-                    "the adapter changes it, but the base does not have it",
-                ));
-            }
-        }
-        let backend = Merged { base, adapter, config };
-        Ok(VarBuilder::from_backend(Box::new(backend), dtype, device))
+        let exists = |name: &str| base.contains_tensor(name) || adapter.contains_key(name);
+        let dims = |name: &str| Some(base.get_unchecked(name).ok()?.dims().to_vec());
+        let config = with_orientations(self.config(), &adapter, dims);
+        let plan = Plan::new(&adapter, config, exists)?;
+        Ok(VarBuilder::from_backend(Box::new(Merged { base, adapter, plan }), dtype, device))
     }
 }
 
 struct Merged<'a> {
     base: VarBuilder<'a>,
     adapter: StateDict,
-    config: AdapterConfig,
+    plan: Plan,
 }
 
 impl Merged<'_> {
@@ -66,15 +55,9 @@ impl Merged<'_> {
         own.transpose()
     }
 
-    /// `weight` plus the update of its layer, if it has one.
-    fn merge(&self, name: &str, weight: Tensor) -> candle_core::Result<Tensor> {
-        let (path, "weight") = split(name) else { return Ok(weight) };
-        let factor = |last| self.adapter.get(&join(path, last));
-        let (Some(a), Some(b)) = (factor("lora_A"), factor("lora_B")) else { return Ok(weight) };
-        // ΔW is added on the device of the base.
-        let (a, b) = (a.to_device(weight.device())?, b.to_device(weight.device())?);
-        let (kind, cfg) = (self.config.kind(path), self.config.lora_config(path));
-        merged_weight(&weight, &a, &b, kind, cfg).map_err(|e| e.context(name.to_owned()))
+    /// `tensor` with the adapter's changes.
+    fn merge(&self, name: &str, tensor: Tensor) -> candle_core::Result<Tensor> {
+        Ok(self.plan.apply(name, &tensor)?.unwrap_or(tensor))
     }
 }
 
@@ -117,6 +100,6 @@ impl SimpleBackend for Merged<'_> {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        !is_lora(name) && (self.adapter.contains_key(name) || self.base.contains_tensor(name))
+        !is_adapter(name) && (self.adapter.contains_key(name) || self.base.contains_tensor(name))
     }
 }

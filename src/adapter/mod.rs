@@ -7,6 +7,7 @@ mod disabled;
 mod files;
 mod gguf_files;
 mod merged;
+mod merged_only;
 mod options;
 mod target;
 mod targets;

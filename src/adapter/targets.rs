@@ -30,6 +30,19 @@ impl Targets {
         Self(Rule::AllLinear)
     }
 
+    /// PEFT's `exclude_modules`, in which "all-linear" is no shorthand.
+    pub(super) fn excluded(modules: Modules) -> Self {
+        match modules {
+            Modules::Names(names) => names.into(),
+            Modules::Expression(text) => Self::expression(&text),
+        }
+    }
+
+    /// Python's `re.fullmatch`.
+    fn expression(text: &str) -> Self {
+        Self(Rule::Regex(text.to_owned(), full_match("", text)))
+    }
+
     pub(super) fn none() -> Self {
         Self(Rule::Names(vec![]))
     }
@@ -103,8 +116,7 @@ impl From<&str> for Targets {
         if text.eq_ignore_ascii_case("all-linear") {
             return Self::all_linear();
         }
-        // Python's `re.fullmatch`.
-        Self(Rule::Regex(text.to_owned(), full_match("", text)))
+        Self::expression(text)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The `VarBuilder` by which layers learn that they are targets.
 
 use super::built::{self, Built};
+use super::merged_only::MergedOnly;
 use super::options::Options;
 use super::target::Target;
 use crate::layers::claims::Claims;
@@ -30,7 +31,9 @@ pub(super) fn targeted<'a>(
         Some(seed) => seeded(vb, seed),
         None => vb,
     };
-    let backend = Targeted { vb, options, vars, built, claims: Claims::default() };
+    let merged_only = MergedOnly::new(&options.config, &vars);
+    let claims = Claims::default();
+    let backend = Targeted { vb, options, vars, built, merged_only, claims };
     VarBuilder::from_backend(Box::new(backend), dtype, device)
 }
 
@@ -39,6 +42,7 @@ struct Targeted<'a> {
     options: Arc<Options>,
     vars: VarMap,
     built: Arc<Mutex<Built>>,
+    merged_only: MergedOnly,
     claims: Claims,
 }
 
@@ -62,6 +66,7 @@ impl Targeted<'_> {
 
 impl SimpleBackend for Targeted<'_> {
     fn get(&self, s: Shape, name: &str, h: Init, dtype: DType, dev: &Device) -> Result<Tensor> {
+        self.merged_only.refuse(name)?;
         let tensor = match self.options.frozen.get(name) {
             Some(own) if own.shape() != &s => {
                 bail!("the adapter has {name:?} as {:?}, expected {s:?}", own.shape())
@@ -75,6 +80,7 @@ impl SimpleBackend for Targeted<'_> {
     }
 
     fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> Result<Tensor> {
+        self.merged_only.refuse(name)?;
         let tensor = match self.options.frozen.get(name) {
             Some(own) => own.to_device(dev)?.to_dtype(dtype)?,
             None => self.vb.clone().set_device(dev.clone()).get_unchecked_dtype(name, dtype)?,

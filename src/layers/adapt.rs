@@ -41,5 +41,6 @@ pub(crate) fn adapt(
         LayerKind::Conv3d { groups } => {
             conv::adapt(base, Conv3dConfig { groups, ..Default::default() }, cfg, vb)
         }
+        LayerKind::Parameter { .. } => bail!("an adapted parameter is merged, and is no layer"),
     }
 }

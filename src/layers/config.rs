@@ -26,6 +26,10 @@ pub struct LoraConfig {
     /// Whether the update is scaled by `lora_alpha / √r` instead, which keeps the learning speed of large
     /// ranks ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732); not in loralib). Default `false`.
     pub rslora: bool,
+    /// Whether `lora_A` is initialised from N(0, 1/r²), PEFT's `init_lora_weights="gaussian"`, and not from
+    /// U(±1/√columns). Not in loralib, and not saved. Default `false`. Of no effect in an
+    /// [`Embedding`](crate::Embedding), whose `lora_A` is zero.
+    pub gaussian: bool,
     /// The dtype of `lora_A` and `lora_B`. By default the base's, but F32 for F16 and BF16 bases: in F16
     /// AdamW's epsilon rounds to 0, and its first step makes all of `lora_A` NaN.
     pub lora_dtype: Option<DType>,
@@ -40,6 +44,7 @@ impl Default for LoraConfig {
             merge_weights: true,
             fan_in_fan_out: false,
             rslora: false,
+            gaussian: false,
             lora_dtype: None,
         }
     }

@@ -7,8 +7,8 @@ use candle_nn::{Init, VarBuilder};
 
 /// How the factors are initialised. One of them is zero, so that ΔW = 0 at the start.
 pub(super) enum FactorInit {
-    /// A ~ U(±1/√columns), B = 0
-    UniformA,
+    /// A ~ U(±1/√columns), or N(0, 1/r²) if the configuration says so; B = 0
+    RandomA,
     /// A = 0, B ~ N(0, 1): the columns of A of unseen tokens stay zero (microsoft/LoRA #14)
     NormalB,
 }
@@ -48,7 +48,10 @@ pub(super) fn split_low_rank(
     }
     let dtype = cfg.adapter_dtype(base);
     let (a_init, b_init) = match init {
-        FactorInit::UniformA => (uniform(a_shape.1), Init::Const(0.)),
+        FactorInit::RandomA if cfg.gaussian => {
+            (Init::Randn { mean: 0., stdev: 1. / cfg.r as f64 }, Init::Const(0.))
+        }
+        FactorInit::RandomA => (uniform(a_shape.1), Init::Const(0.)),
         FactorInit::NormalB => (Init::Const(0.), Init::Randn { mean: 0., stdev: 1. }),
     };
     let a = vb.get_with_hints_dtype(a_shape, "lora_A", a_init, dtype)?;

@@ -28,6 +28,13 @@ pub enum LayerKind {
         /// Groups of channels.
         groups: usize,
     },
+    /// A parameter that is no layer's weight, or fused experts, as PEFT's `target_parameters`: its path is the
+    /// parameter's own name. It is merged, and not computed beside the base.
+    Parameter {
+        /// Its place among the adapted parameters of its module, from 0, in the order in which the module has
+        /// them: PEFT's format has the order instead of names.
+        index: usize,
+    },
 }
 
 impl LayerKind {

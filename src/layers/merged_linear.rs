@@ -160,7 +160,7 @@ pub(super) fn adapt(
     }
     let update = || {
         let (a, b) = ((enabled_splits.len() * cfg.r, in_dim), (b_rows, cfg.r));
-        split_low_rank(a, b, enabled_splits, FactorInit::UniformA, cfg, base.dtype(), vb)
+        split_low_rank(a, b, enabled_splits, FactorInit::RandomA, cfg, base.dtype(), vb)
     };
     let update = (cfg.r > 0 && b_rows > 0).then(update).transpose()?;
     Weight::new(base.clone(), update, kind.placement(), cfg)

@@ -1,5 +1,6 @@
 //! Merges from file to file, with one weight of the base in memory at a time.
 
+use super::orientation::with_orientations;
 use super::plan::Plan;
 use super::safetensors_file::SafetensorsFile;
 use super::tensors::merge_into;
@@ -8,7 +9,7 @@ use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize, torch}
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Device;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
@@ -55,17 +56,19 @@ pub fn merge_files(
         progress(MergeProgress { done: bytes.len() as u64, total: bytes.len() as u64 });
         return Ok(());
     }
-    let (mut names, mut total) = (BTreeSet::new(), 0);
+    let (mut shapes, mut total) = (BTreeMap::new(), 0);
     for path in &paths {
         let shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
         total += shard.data;
         for name in shard.header.offset_keys() {
-            if !names.insert(name.clone()) {
+            let shape = shard.header.info(&name).map(|info| info.shape.clone());
+            if shapes.insert(name.clone(), shape).is_some() {
                 return Err(Error::tensor(name, "another shard has it too").at(path));
             }
         }
     }
-    let plan = Plan::new(adapter, config.into(), |name| names.contains(name))?;
+    let config = with_orientations(config.into(), adapter, |name| shapes.get(name).cloned()?);
+    let plan = Plan::new(adapter, config, |name| shapes.contains_key(name))?;
     let mut done = 0;
     let mut advance = |bytes| {
         done += bytes;

@@ -2,7 +2,10 @@
 //! needs this crate no longer.
 
 mod add_weighted;
+mod change;
 mod files;
+mod orientation;
+mod parameter;
 mod plan;
 mod safetensors_file;
 mod tensors;
@@ -10,6 +13,6 @@ mod weight;
 
 pub use add_weighted::add_weighted;
 pub use files::{merge_files, MergeProgress};
+pub(crate) use orientation::with_orientations;
 pub(crate) use plan::Plan;
 pub use tensors::merge_into;
-pub(crate) use weight::merged_weight;

@@ -1,21 +1,17 @@
 //! Which tensors of a base an adapter changes, and how.
 
-use super::weight::merged_weight;
+use super::change::Change;
+use crate::layers::LayerKind;
 use crate::utils::names::{join, refuse_peft_names, split};
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
-use candle_core::{bail, Tensor};
+use candle_core::Tensor;
 use std::collections::BTreeMap;
 
-/// The changes by tensor of the base.
+/// The changes by tensor of the base, in the order in which they are applied.
 pub(crate) struct Plan {
-    changes: BTreeMap<String, Change>,
+    changes: BTreeMap<String, Vec<Change>>,
     config: AdapterConfig,
-}
-
-enum Change {
-    Update { path: String, a: Tensor, b: Tensor },
-    Replace(Tensor),
 }
 
 impl Plan {
@@ -30,15 +26,12 @@ impl Plan {
             ));
         }
         refuse_peft_names(adapter.keys())?;
-        let missing = |name: &str| {
-            Error::tensor(name, "the adapter changes it, but the base does not have it")
-        };
         // A convolution's tensors may have loralib's second names.
         let find = |path: &str, last: &str| {
             let names = [join(path, last), join(&join(path, "conv"), last)];
             names.into_iter().find(|name| exists(name)).ok_or_else(|| missing(&join(path, last)))
         };
-        let (mut updates, mut replacements) = (BTreeMap::new(), BTreeMap::new());
+        let (mut changes, mut updates) = (BTreeMap::<String, Vec<Change>>::new(), vec![]);
         for (name, tensor) in adapter {
             let (path, last) = split(name);
             let other = |last| {
@@ -46,42 +39,64 @@ impl Plan {
                 other
                     .ok_or_else(|| Error::tensor(name, format!("the adapter has no {last} for it")))
             };
+            let tensor = tensor.clone();
             match last {
                 "lora_A" => {
-                    let (a, b) = (tensor.clone(), other("lora_B")?);
-                    let update = Change::Update { path: path.to_owned(), a, b };
-                    updates.insert(find(path, "weight")?, update);
+                    let b = other("lora_B")?;
+                    let base = match config.kind(path) {
+                        Some(LayerKind::Parameter { .. }) if exists(path) => path.to_owned(),
+                        Some(LayerKind::Parameter { .. }) => return Err(missing(path)),
+                        _ => find(path, "weight")?,
+                    };
+                    updates.push((base, Change::Update { path: path.to_owned(), a: tensor, b }));
                 }
                 "lora_B" => drop(other("lora_A")?),
-                _ if exists(name) => {
-                    replacements.insert(name.clone(), Change::Replace(tensor.clone()));
+                "lora_bias" => {
+                    let change = Change::AddBias { path: path.to_owned(), bias: tensor };
+                    updates.push((find(path, "bias")?, change));
+                }
+                "trainable_tokens" => {
+                    let indices = config.trainable_token_indices.get(path).cloned();
+                    let indices = indices.ok_or_else(|| {
+                        Error::tensor(
+                            name,
+                            "the configuration has no trainable_token_indices for it",
+                        )
+                    })?;
+                    updates.push((find(path, "weight")?, Change::Rows { indices, rows: tensor }));
                 }
                 _ => {
-                    let path = path.strip_suffix(".conv").unwrap_or(path);
-                    replacements.insert(find(path, last)?, Change::Replace(tensor.clone()));
+                    let name = match exists(name) {
+                        true => name.clone(),
+                        false => find(path.strip_suffix(".conv").unwrap_or(path), last)?,
+                    };
+                    changes.entry(name).or_default().push(Change::Replace(tensor));
                 }
             }
         }
-        config.check_used(updates.values().filter_map(|change| match change {
+        config.check_used(updates.iter().filter_map(|(_, change)| match change {
             Change::Update { path, .. } => Some(path.as_str()),
-            Change::Replace(_) => None,
+            _ => None,
         }))?;
-        if let Some(both) = replacements.keys().find(|name| updates.contains_key(*name)) {
-            return Err(Error::tensor(both, "the adapter has both the tensor and an update of it"));
+        for (name, change) in updates {
+            // PEFT also saves the table under an embedding's adapter. In a state dict of a whole model
+            // it may be merged already.
+            match (changes.get(&name), &change) {
+                (Some(_), Change::Update { path, .. }) if config.kind(path).is_none() => {
+                    let reason = "the adapter has both the tensor and an update of it";
+                    return Err(Error::tensor(name, reason));
+                }
+                _ => changes.entry(name).or_default().push(change),
+            }
         }
-        updates.append(&mut replacements);
-        Ok(Self { changes: updates, config })
+        Ok(Self { changes, config })
     }
 
     /// The tensor that replaces this one of the base, or `None` if it is unchanged.
     pub fn apply(&self, name: &str, base: &Tensor) -> Result<Option<Tensor>> {
-        let changed = match self.changes.get(name) {
-            None => return Ok(None),
-            Some(Change::Replace(tensor)) => replaced(base, tensor),
-            Some(Change::Update { path, a, b }) => {
-                merged_weight(base, a, b, self.config.kind(path), self.config.lora_config(path))
-            }
-        };
+        let Some(changes) = self.changes.get(name) else { return Ok(None) };
+        let apply = |tensor: Tensor, change: &Change| change.apply(&tensor, &self.config);
+        let changed = changes.iter().try_fold(base.clone(), apply);
         changed.map(Some).map_err(|e| Error::tensor(name, e))
     }
 
@@ -90,9 +105,12 @@ impl Plan {
     }
 }
 
-fn replaced(base: &Tensor, tensor: &Tensor) -> candle_core::Result<Tensor> {
-    if base.shape() != tensor.shape() {
-        bail!("its shape is {:?} in the base, {:?} in the adapter", base.dims(), tensor.dims())
-    }
-    tensor.to_device(base.device())?.to_dtype(base.dtype())
+fn missing(name: &str) -> Error {
+    let compiled = match name.split('.').any(|component| component == "_orig_mod") {
+        true => {
+            ": _orig_mod is of a model that torch.compile wrapped, rename the tensors without it"
+        }
+        false => "",
+    };
+    Error::tensor(name, format!("the adapter changes it, but the base does not have it{compiled}"))
 }

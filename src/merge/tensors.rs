@@ -1,5 +1,6 @@
 //! Merges of tensors in memory.
 
+use super::orientation::with_orientations;
 use super::plan::Plan;
 use crate::utils::{AdapterConfig, StateDict};
 use crate::Result;
@@ -35,7 +36,9 @@ pub fn merge_into(
     adapter: &StateDict,
     config: impl Into<AdapterConfig>,
 ) -> Result<StateDict> {
-    let plan = Plan::new(adapter, config.into(), |name| base.contains_key(name))?;
+    let dims = |name: &str| base.get(name).map(|tensor| tensor.dims().to_vec());
+    let config = with_orientations(config.into(), adapter, dims);
+    let plan = Plan::new(adapter, config, |name| base.contains_key(name))?;
     let mut merged = base.clone();
     for (name, tensor) in &mut merged {
         if let Some(changed) = plan.apply(name, tensor)? {

@@ -4,6 +4,7 @@
 use super::backend::Backend;
 use super::low_rank::compute_dtype;
 use super::op::{if_tracked, Custom, Op};
+use super::zero_grads::with_zero_grads;
 use candle_core::op::{Add, Mul};
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
@@ -26,7 +27,7 @@ pub(crate) fn add_bias(x: &Tensor, bias: &Tensor, dim: usize) -> Result<Tensor> 
     }
     same_device(x, &bias)?;
     match x.elem_count() {
-        0 => Ok(x.clone()),
+        0 => with_zero_grads(x.clone(), [&bias]),
         _ => x.apply_op2(&bias, Custom(AddBiasOp)),
     }
 }

@@ -7,6 +7,7 @@ use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
 use super::matrix::Matrix;
 use super::op::{if_tracked, Custom, Op};
+use super::zero_grads::with_zero_grads;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor, WithDType};
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
@@ -20,7 +21,10 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
     dims.push(dim);
     if ids.elem_count() == 0 {
         // Some backends refuse an empty lookup.
-        return Tensor::zeros(dims, w.dtype(), &w.device());
+        let y = Tensor::zeros(dims, w.dtype(), &w.device())?;
+        let factors = update.map(|update| [update.a(), update.b()]);
+        let weight = w.dense().filter(|_| update.is_none());
+        return with_zero_grads(y, weight.into_iter().chain(factors.into_iter().flatten()));
     }
     // candle reads the largest value of an index dtype as padding: id 255 of a u8 or u32::MAX would
     // give zeros without an error. In i64 they are ordinary ids.

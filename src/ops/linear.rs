@@ -11,7 +11,9 @@ use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
 use super::matrix::Matrix;
 use super::op::{if_tracked, Custom, Op};
+use super::zero_grads::with_zero_grads;
 use candle_core::{bail, Layout, Result, Shape, Tensor, D};
+use std::iter;
 
 /// `x` (.., in) to (.., out), with `w` (in, out) in any layout and `bias` (out).
 ///
@@ -28,6 +30,10 @@ pub(crate) fn linear(
     if m == 0 || k == 0 {
         // Some backends refuse empty products.
         let y = Tensor::zeros([leading, &[n]].concat(), x.dtype(), x.device())?;
+        let factors = update.map(|update| [update.a(), update.b()]);
+        let weight = w.dense().filter(|_| update.is_none());
+        let y =
+            with_zero_grads(y, iter::once(x).chain(weight).chain(factors.into_iter().flatten()))?;
         return bias.map_or(Ok(y.clone()), |bias| add_bias(&y, bias, y.rank() - 1));
     }
     let (x, w) = (x.contiguous()?, gemm_operand(w)?);

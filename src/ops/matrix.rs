@@ -35,6 +35,14 @@ impl Matrix {
         }
     }
 
+    /// The dense matrix, if it is one.
+    pub fn dense(&self) -> Option<&Tensor> {
+        match self {
+            Self::Dense(w) => Some(w),
+            Self::Quantized(_) => None,
+        }
+    }
+
     pub fn dims2(&self) -> Result<(usize, usize)> {
         match self {
             Self::Dense(w) => w.dims2(),

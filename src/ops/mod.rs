@@ -27,6 +27,7 @@ mod rope;
 mod shape;
 mod softmax;
 mod weighted_sum;
+mod zero_grads;
 
 pub(crate) use activation::{activation, Activation};
 pub(crate) use adamw::{adamw, new_moments, AdamWStep};

@@ -1,7 +1,7 @@
 //! Converts factors between loralib's shapes and PEFT's, with the same product.
 
 use super::factors::Factors;
-use super::{conv, merged};
+use super::{conv, experts, merged};
 use crate::layers::LayerKind;
 use candle_core::{bail, Result, Tensor};
 
@@ -10,6 +10,7 @@ pub(crate) fn to_peft(kind: &LayerKind, factors: Factors) -> Result<Factors> {
     let converted = match (kind.spatial(), kind) {
         (Some((n, groups)), _) => conv::to_peft(n, groups, &factors)?,
         (None, LayerKind::Linear | LayerKind::Embedding) => unchanged(&factors)?,
+        (None, LayerKind::Parameter { .. }) => experts::to_peft(&factors)?,
         (None, _) => merged::to_peft(kind, &factors)?,
     };
     let Factors { a, b, r } = factors;

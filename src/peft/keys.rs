@@ -1,6 +1,6 @@
 //! The names of tensors in a PEFT file.
 
-use crate::utils::names::{is_within, split};
+use crate::utils::names::{is_lora, is_within, split};
 use crate::utils::{AdapterConfig, Bias};
 
 const PREFIX: &str = "base_model.model.";
@@ -15,6 +15,12 @@ pub(super) enum Key<'a> {
     A(&'a str, bool),
     /// The factor B of a layer; whether it is an embedding.
     B(&'a str, bool),
+    /// The bias of the factor B of a layer.
+    BiasOfB(&'a str),
+    /// Rows of a table, by the table's path.
+    Tokens(&'a str),
+    /// What only training needs.
+    Training,
     /// A parameter of the layer under the adapter.
     Base(&'a str, &'a str),
     /// Any other parameter.
@@ -29,6 +35,9 @@ pub(super) fn parse(key: &str) -> Option<Key<'_>> {
         ("lora_embedding_B", _) => Key::B(path, true),
         ("weight", (path, "lora_A")) => Key::A(path, false),
         ("weight", (path, "lora_B")) => Key::B(path, false),
+        ("bias", (path, "lora_B")) => Key::BiasOfB(path),
+        ("trainable_tokens_delta", (path, "token_adapter")) => Key::Tokens(path),
+        ("lora_velora_embed", _) => Key::Training,
         (last, (path, "base_layer")) => Key::Base(path, last),
         _ => Key::Other(name),
     })
@@ -39,6 +48,59 @@ pub(super) fn pair(path: &str, embedding: bool) -> (String, String) {
         (format!("{PREFIX}{path}.lora_embedding_A"), format!("{PREFIX}{path}.lora_embedding_B"))
     } else {
         (format!("{PREFIX}{path}.lora_A.weight"), format!("{PREFIX}{path}.lora_B.weight"))
+    }
+}
+
+pub(super) fn bias_of_b(path: &str) -> String {
+    format!("{PREFIX}{path}.lora_B.bias")
+}
+
+pub(super) fn tokens(path: &str) -> String {
+    format!("{PREFIX}{path}.token_adapter.trainable_tokens_delta")
+}
+
+/// The path in keys of the `inner`-th wrapper inside the outermost, around the parameters of a module.
+pub(super) fn wrapper(module: &str, inner: usize) -> String {
+    format!("{module}{}", ".base_layer".repeat(inner))
+}
+
+/// The module of a wrapper, and how many wrappers are around it.
+pub(super) fn wrapped(mut path: &str) -> (&str, usize) {
+    let mut outer = 0;
+    while let Some(wrapper) = path.strip_suffix(".base_layer") {
+        (path, outer) = (wrapper, outer + 1);
+    }
+    (path, outer)
+}
+
+/// The adapter's name in a key, as a model's `state_dict()` has it.
+fn adapter_name(key: &str) -> Option<&str> {
+    let mut components = key.split('.').skip_while(|component| {
+        !matches!(*component, "lora_A" | "lora_B" | "lora_embedding_A" | "lora_embedding_B")
+    });
+    components.nth(1).filter(|name| !matches!(*name, "weight" | "bias"))
+}
+
+/// Whether a key has the adapter's name.
+pub(super) fn names_adapter(key: &str) -> bool {
+    adapter_name(key).is_some()
+}
+
+/// Why a key is no part of an adapter in PEFT's format, and what to do.
+pub(super) fn reason(key: &str) -> String {
+    let prefix = ["_orig_mod.", "module."].into_iter().find(|prefix| key.starts_with(prefix));
+    match (prefix, adapter_name(key)) {
+        (Some(prefix), _) => {
+            format!("the model was wrapped when it was saved: remove {prefix:?} from the names")
+        }
+        (_, Some(adapter)) => format!(
+            "it has the adapter's name {adapter:?}, as in a model's `state_dict()`: save the adapter by \
+             `save_pretrained`, or remove this component from the names"
+        ),
+        _ if is_lora(key) => {
+            "this is a name of loralib's format: read the file with `load_checkpoint`".to_owned()
+        }
+        _ => "its name is not one of a LoRA adapter in PEFT's format".to_owned(),
     }
 }
 

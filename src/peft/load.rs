@@ -1,12 +1,16 @@
 //! Reads a folder in PEFT's format.
 
 use super::convert::from_peft;
+use super::experts;
 use super::factors::same_scaling;
 use super::files::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
-use super::pairs::group;
+use super::modules;
+use super::pairs::{group, Grouped};
+use super::parameters::rename;
 use super::rank_alpha::with_layers;
-use super::read_config::{object, read_config, Json};
+use super::read_config::{read_config, Json};
+use super::tokens;
 use crate::layers::LayerKind;
 use crate::utils::checkpoint::read;
 use crate::utils::names::join;
@@ -25,10 +29,11 @@ use std::{fs, io};
 ///
 /// # Errors
 /// If a file is missing or malformed, the configuration has an option that changes the update and is not
-/// supported (DoRA, initialisations that change the base, unknown keys with a value), a layer is a
-/// convolution of several groups as PEFT adapts them, a factor lacks the other, a shape does not fit the
-/// rank or the other factor, the configuration does not include a tensor, or a value is not finite. The
-/// error names the file and the key or tensor.
+/// supported (DoRA, initialisations that change the base, unknown keys with a value), keys have the adapter's
+/// name, `target_parameters` do not tell which factors are whose, a layer is a convolution of several groups
+/// as PEFT adapts them, a factor lacks the other, a shape does not fit the rank or the other factor, the
+/// configuration does not include a tensor, or a value is not finite. The error names the file and the key
+/// or tensor.
 pub fn load_pretrained(
     dir: impl AsRef<Path>,
     device: &Device,
@@ -63,8 +68,7 @@ pub fn load_pretrained_as<S: AsRef<str>>(
         return Err(Error::Invalid(reason.to_owned()).at(dir));
     }
     let (text, path, tensors) = read_both(dir, device)?;
-    let json = object(&text).and_then(|map| read_config(&map));
-    let mut json = json.map_err(|e| e.at(&dir.join(CONFIG)))?;
+    let mut json = read_config(&text).map_err(|e| e.at(&dir.join(CONFIG)))?;
     for (module, kind) in kinds {
         json.config = json.config.with_layer(module.as_ref(), kind.clone());
     }
@@ -100,13 +104,17 @@ fn read_both(dir: &Path, device: &Device) -> Result<(Vec<u8>, PathBuf, StateDict
 /// How often a reader starts again because a writer replaced the adapter meanwhile.
 const TRIES: usize = 100;
 
-fn convert(json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDict)> {
-    let (pairs, mut loaded) = group(&json.config, tensors)?;
+fn convert(mut json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDict)> {
+    modules::keep_found(&mut json.config, tensors.keys());
+    let Grouped { pairs, tokens, others: mut loaded } = group(&json.config, tensors)?;
+    let pairs = rename(&json.target_parameters, pairs)?;
     json.config.check_used(pairs.keys().map(String::as_str))?;
+    json.config.trainable_token_indices = tokens::indices(&json.token_indices, &tokens)?;
+    loaded.extend(tokens.into_iter().map(|(path, rows)| (join(&path, "trainable_tokens"), rows)));
     let given = &json.config.lora;
     let mut layers = vec![];
     for (path, pair) in pairs {
-        let (a_key, b_key) = keys::pair(&path, pair.embedding);
+        let (a_key, b_key) = keys::pair(&pair.path, pair.embedding);
         let (a, b) = match (pair.a, pair.b) {
             (Some(a), Some(b)) => (a, b),
             (None, _) => return Err(Error::tensor(a_key, "it is missing")),
@@ -117,15 +125,33 @@ fn convert(json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDict)>
                 return Err(Error::tensor(key, format!("it holds {:?}", factor.dtype())));
             }
         }
+        let bias_key = keys::bias_of_b(&pair.path);
+        match (pair.bias, json.lora_bias) {
+            (Some(bias), true) => drop(loaded.insert(join(&path, "lora_bias"), bias)),
+            (None, true) => return Err(Error::tensor(bias_key, "it is missing, lora_bias is set")),
+            (Some(_), false) => return Err(Error::tensor(bias_key, "lora_bias is not set")),
+            (None, false) => {}
+        }
         let r = json.patterns.rank(&path)?.unwrap_or(given.r);
         let alpha = json.patterns.alpha(&path)?.unwrap_or(given.lora_alpha);
-        if a.dims().first() != Some(&r) {
+        let wrong_rank = || {
             let reason = format!("its shape is {:?}, the configuration's rank {r}", a.dims());
-            return Err(Error::tensor(a_key, reason));
-        }
-        let kind = kind([&a, &b], pair.embedding, json.config.kind(&path))
-            .map_err(|reason| Error::tensor(&a_key, reason))?;
-        let factors = from_peft(&kind, a, b).map_err(|e| Error::tensor(&a_key, e))?;
+            Error::tensor(&a_key, reason)
+        };
+        let (kind, factors) = match pair.parameter {
+            Some(index) => {
+                let factors =
+                    experts::from_peft(&a, &b, r).map_err(|e| Error::tensor(&a_key, e))?;
+                (LayerKind::Parameter { index }, factors.ok_or_else(wrong_rank)?)
+            }
+            None if a.dims().first() != Some(&r) => return Err(wrong_rank()),
+            None => {
+                let kind = kind([&a, &b], pair.embedding, json.config.kind(&path))
+                    .map_err(|reason| Error::tensor(&a_key, reason))?;
+                let factors = from_peft(&kind, a, b).map_err(|e| Error::tensor(&a_key, e))?;
+                (kind, factors)
+            }
+        };
         let alpha = same_scaling(alpha, r, factors.r, given.rslora);
         loaded.insert(join(&path, "lora_A"), factors.a);
         loaded.insert(join(&path, "lora_B"), factors.b);

@@ -8,7 +8,11 @@
 //! | [`Linear`](crate::Linear), [`Embedding`](crate::Embedding) | the same factors |
 //! | [`MergedLinear`](crate::MergedLinear) with e enabled splits | one Linear of rank r·e with a block-diagonal B |
 //! | convolution with a kernel of k | rank r·k (1d), r·k² (2d and 3d), with a block-diagonal A |
+//! | parameter, A (experts, r, in), B (experts, out, r) | `target_parameters`: A (experts·r, in), B (out, r·experts) |
 //! | convolution of g groups | g² times that rank, with an A of mostly zeros: with many groups merge instead |
+//!
+//! `lora_bias` is the tensor `lora_bias` beside the factors, `trainable_token_indices` the rows `trainable_tokens` of a
+//! table. These two and parameters are read, merged and saved, and not trained. [This table](crate::docs::peft) lists all options.
 //!
 //! Adapters that this crate saved load with their original factors. PEFT's own convolutions load with rank r
 //! (1d: r/k, rounded up). PEFT's convolutions of several groups are an error: their update mixes the inputs
@@ -37,6 +41,8 @@
 
 mod conv;
 mod convert;
+mod entries;
+mod experts;
 mod factors;
 mod files;
 mod keys;
@@ -44,12 +50,15 @@ mod load;
 mod load_adapter;
 mod merged;
 mod module_pattern;
+mod modules;
 mod pairs;
+mod parameters;
 mod patterns;
 mod rank_alpha;
 mod read_config;
 mod read_fresh;
 mod save;
+mod tokens;
 mod write_config;
 
 pub(crate) use convert::to_peft;
@@ -57,6 +66,7 @@ pub(crate) use factors::{same_scaling, Factors};
 pub(crate) use files::config_file;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use load_adapter::load_adapter;
+pub(crate) use load_adapter::load_beside_base;
 pub(crate) use patterns::Patterns;
 pub(crate) use rank_alpha::with_layers;
 pub(crate) use read_fresh::{read_fresh, Modules};

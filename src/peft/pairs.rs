@@ -2,7 +2,7 @@
 
 use super::files::malformed;
 use super::keys::{self, Key};
-use crate::utils::names::{is_lora, join};
+use crate::utils::names::join;
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -13,31 +13,50 @@ use std::collections::BTreeMap;
 pub(super) struct Pair {
     pub a: Option<Tensor>,
     pub b: Option<Tensor>,
+    /// The bias of B.
+    pub bias: Option<Tensor>,
     pub embedding: bool,
+    /// Its path in the file's keys.
+    pub path: String,
+    /// Its place among the adapted parameters of its module, if it is a parameter's.
+    pub parameter: Option<usize>,
 }
 
-/// The pairs by path, and all other tensors by name.
-pub(super) fn group(
-    config: &AdapterConfig,
-    tensors: StateDict,
-) -> Result<(BTreeMap<String, Pair>, StateDict)> {
+impl Pair {
+    /// The inputs and outputs, in either order.
+    pub fn sizes(&self) -> [usize; 2] {
+        let size = |factor: Option<usize>| factor.unwrap_or(0);
+        let inputs = size(self.a.as_ref().and_then(|a| a.dims().last().copied()));
+        let outputs = size(self.b.as_ref().and_then(|b| b.dims().first().copied()));
+        [inputs.min(outputs), inputs.max(outputs)]
+    }
+}
+
+/// The tensors of a file.
+pub(super) struct Grouped {
+    /// The factors by the path in their keys.
+    pub pairs: BTreeMap<String, Pair>,
+    /// Rows of tables, by the table's path.
+    pub tokens: StateDict,
+    /// All other tensors by name.
+    pub others: StateDict,
+}
+
+pub(super) fn group(config: &AdapterConfig, tensors: StateDict) -> Result<Grouped> {
     let (mut pairs, mut others) = (BTreeMap::<String, Pair>::new(), vec![]);
+    let mut tokens = StateDict::new();
     for (key, tensor) in tensors {
-        let unknown = || {
-            Error::tensor(
-                &key,
-                if is_lora(&key) {
-                    "this is a name of loralib's format: read the file with `load_checkpoint`"
-                } else {
-                    "its name is not one of a LoRA adapter in PEFT's format"
-                },
-            )
-        };
-        let (path, embedding) = match keys::parse(&key).ok_or_else(unknown)? {
-            Key::A(path, embedding) | Key::B(path, embedding) if !path.is_empty() => {
-                (path, embedding)
+        let unknown = || Error::tensor(&key, keys::reason(&key));
+        let parsed = keys::parse(&key).ok_or_else(unknown)?;
+        let (path, embedding) = match parsed {
+            Key::A("", _) | Key::B("", _) | Key::BiasOfB("") => return Err(unknown()),
+            Key::A(path, embedding) | Key::B(path, embedding) => (path, embedding),
+            Key::BiasOfB(path) => (path, false),
+            Key::Tokens(path) => {
+                tokens.insert(path.to_owned(), tensor);
+                continue;
             }
-            Key::A(..) | Key::B(..) => return Err(unknown()),
+            Key::Training => continue,
             Key::Base(path, last) => {
                 others.push((join(path, last), Some(path.to_owned()), key.clone(), tensor));
                 continue;
@@ -54,14 +73,19 @@ pub(super) fn group(
                 "its layer has the factors of an embedding and of another layer",
             ));
         }
-        pair.embedding = embedding;
-        match keys::parse(&key) {
-            Some(Key::A(..)) => pair.a = Some(tensor),
-            _ => pair.b = Some(tensor),
+        (pair.embedding, pair.path) = (embedding, path.to_owned());
+        match parsed {
+            Key::A(..) => pair.a = Some(tensor),
+            Key::B(..) => pair.b = Some(tensor),
+            _ => pair.bias = Some(tensor),
         }
     }
     if pairs.is_empty() {
-        return Err(malformed("it has no lora_A and lora_B"));
+        let named = others.iter().map(|(.., key, _)| key).find(|key| keys::names_adapter(key));
+        return Err(match named {
+            Some(key) => Error::tensor(key, keys::reason(key)),
+            None => malformed("it has no lora_A and lora_B"),
+        });
     }
     let mut named = StateDict::new();
     for (name, base_of, key, tensor) in others {
@@ -73,12 +97,17 @@ pub(super) fn group(
             None => keys::is_carried(&name, config),
         };
         if !fits {
-            let reason = "the configuration's modules_to_save and bias do not include it";
+            let reason = match keys::names_adapter(&key) {
+                true => keys::reason(&key),
+                false => {
+                    "the configuration's modules_to_save and bias do not include it".to_owned()
+                }
+            };
             return Err(Error::tensor(key, reason));
         }
         if named.insert(name, tensor).is_some() {
             return Err(Error::tensor(key, "the file has it under two names"));
         }
     }
-    Ok((pairs, named))
+    Ok(Grouped { pairs, tokens, others: named })
 }

@@ -1,11 +1,12 @@
 //! `rank_pattern` and `alpha_pattern`: the ranks and alphas of single layers, by patterns of their paths.
 
+use super::entries::Entries;
 use super::files::malformed;
 use super::module_pattern::ModulePattern;
-use crate::{Error, Result};
+use crate::Result;
 use serde_json::Value;
 
-/// The patterns of a configuration.
+/// The patterns of a configuration, in the order of the file: the first that matches counts.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Patterns {
     pub(super) ranks: Vec<(ModulePattern, usize)>,
@@ -15,46 +16,36 @@ pub(crate) struct Patterns {
 impl Patterns {
     /// The rank of the layer at `path`, if it is not the common one.
     pub fn rank(&self, path: &str) -> Result<Option<usize>> {
-        own(&self.ranks, path)
+        first(&self.ranks, path)
     }
 
     /// The `lora_alpha` of the layer at `path`, if it is not the common one.
     pub fn alpha(&self, path: &str) -> Result<Option<f64>> {
-        own(&self.alphas, path)
+        first(&self.alphas, path)
     }
 }
 
 /// The patterns of one key, whose values `read` understands.
 pub(super) fn patterns<T>(
     key: &str,
-    value: &Value,
+    entries: Option<&Entries>,
     read: impl Fn(&Value) -> Option<T>,
 ) -> Result<Vec<(ModulePattern, T)>> {
     let wrong = |reason: String| malformed(format!("{key}: {reason}"));
-    let map =
-        value.as_object().ok_or_else(|| wrong(format!("it is {value}, expected an object")))?;
-    map.iter()
-        .map(|(pattern, value)| {
-            let read =
-                read(value).ok_or_else(|| wrong(format!("the value of {pattern:?} is {value}")))?;
-            Ok((ModulePattern::new(pattern).map_err(wrong)?, read))
-        })
-        .collect()
+    let entry = |(pattern, value): &(String, Value)| {
+        let read =
+            read(value).ok_or_else(|| wrong(format!("the value of {pattern:?} is {value}")))?;
+        Ok((ModulePattern::new(pattern).map_err(wrong)?, read))
+    };
+    entries.iter().flat_map(|entries| &entries.0).map(entry).collect()
 }
 
-/// The value of the patterns that match a path. PEFT takes the first in the order of the file, which is
-/// not known here.
-fn own<T: Copy + PartialEq>(patterns: &[(ModulePattern, T)], path: &str) -> Result<Option<T>> {
-    let mut found = None;
+/// The value of the first pattern that matches a path.
+fn first<T: Copy>(patterns: &[(ModulePattern, T)], path: &str) -> Result<Option<T>> {
     for (pattern, value) in patterns {
-        if !pattern.matches(path).map_err(malformed)? {
-            continue;
+        if pattern.matches(path).map_err(malformed)? {
+            return Ok(Some(*value));
         }
-        if found.is_some_and(|found| found != *value) {
-            let reason = format!("the first of several patterns that match {path:?} is not known");
-            return Err(Error::unsupported("an adapter with ambiguous patterns", reason));
-        }
-        found = Some(*value);
     }
-    Ok(found)
+    Ok(None)
 }

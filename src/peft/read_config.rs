@@ -1,11 +1,14 @@
 //! Reads the options of `adapter_config.json`. An unknown key with a value is an error, because it might change the
 //! update.
 
+use super::entries::Entries;
 use super::files::malformed;
 use super::patterns::{patterns, Patterns};
+use super::tokens::TokenIndices;
 use crate::layers::LoraConfig;
 use crate::utils::{AdapterConfig, Bias};
 use crate::{Error, Result};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 /// The contents of the file.
@@ -13,11 +16,22 @@ use serde_json::{Map, Value};
 pub(super) struct Json {
     pub config: AdapterConfig,
     pub patterns: Patterns,
+    pub lora_bias: bool,
+    pub target_parameters: Vec<String>,
+    pub token_indices: TokenIndices,
 }
 
-/// Keys that do not change the update: how the adapter was made, and which modules have one, which the
-/// tensors tell too.
-const HARMLESS_KEYS: [&str; 14] = [
+/// The keys whose order counts.
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct InOrder {
+    rank_pattern: Option<Entries>,
+    alpha_pattern: Option<Entries>,
+}
+
+/// Keys that do not change the update: how the adapter was made and trained, and which modules have one,
+/// which the tensors tell too.
+const HARMLESS_KEYS: [&str; 16] = [
     "auto_mapping",
     "ensure_weight_tying",
     "eva_config",
@@ -27,29 +41,39 @@ const HARMLESS_KEYS: [&str; 14] = [
     "layers_to_transform",
     "loftq_config",
     "megatron_core",
+    "merge_weights",
     "peft_version",
     "qalora_group_size",
     "revision",
     "runtime_config",
     "target_modules",
+    "velora_config",
 ];
 
 /// Initialisations that do not change the base.
-const HARMLESS_INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+const HARMLESS_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
-pub(super) fn object(text: &[u8]) -> Result<Map<String, Value>> {
-    serde_json::from_slice(text).map_err(malformed)
+/// Some editors put a byte order mark before the text.
+pub(super) fn without_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
 }
 
-pub(super) fn read_config(map: &Map<String, Value>) -> Result<Json> {
-    let mut config = AdapterConfig::default();
-    let mut own = Patterns::default();
+pub(super) fn object(text: &[u8]) -> Result<Map<String, Value>> {
+    serde_json::from_slice(without_mark(text)).map_err(malformed)
+}
+
+pub(super) fn read_config(text: &[u8]) -> Result<Json> {
+    let map = object(text)?;
+    let in_order: InOrder = serde_json::from_slice(without_mark(text)).map_err(malformed)?;
+    let (mut config, mut own) = (AdapterConfig::default(), Patterns::default());
+    let (mut lora_bias, mut target_parameters) = (false, vec![]);
+    let mut token_indices = TokenIndices::default();
     for required in ["peft_type", "r", "lora_alpha"] {
         if !map.contains_key(required) {
             return Err(malformed(format!("the configuration has no {required:?}")));
         }
     }
-    for (key, value) in map {
+    for (key, value) in &map {
         let wrong = || malformed(format!("{key} = {value}"));
         let empty = is_empty(value);
         let lora: &mut LoraConfig = &mut config.lora;
@@ -68,12 +92,21 @@ pub(super) fn read_config(map: &Map<String, Value>) -> Result<Json> {
             }
             "task_type" => config.task_type = Some(value.as_str().ok_or_else(wrong)?.into()),
             "modules_to_save" => config.modules_to_save = strings(value).ok_or_else(wrong)?,
-            "rank_pattern" => own.ranks = patterns(key, value, rank)?,
-            "alpha_pattern" => own.alphas = patterns(key, value, Value::as_f64)?,
+            "rank_pattern" => {
+                own.ranks = patterns(key, in_order.rank_pattern.as_ref(), rank)?;
+            }
+            "alpha_pattern" => {
+                own.alphas = patterns(key, in_order.alpha_pattern.as_ref(), Value::as_f64)?;
+            }
+            "lora_bias" => lora_bias = value.as_bool().ok_or_else(wrong)?,
+            "target_parameters" => target_parameters = strings(value).ok_or_else(wrong)?,
+            "trainable_token_indices" => {
+                token_indices = TokenIndices::read(value).ok_or_else(wrong)?
+            }
             "init_lora_weights" => match value {
                 Value::Bool(_) => {}
                 Value::String(how) if HARMLESS_INITS.contains(&how.as_str()) => {}
-                _ => return Err(unsupported(key, value, "it changes the base model")),
+                _ => return Err(unsupported(key, value, CHANGED_BASE)),
             },
             key if HARMLESS_KEYS.contains(&key) => {}
             "use_dora" => {
@@ -83,11 +116,25 @@ pub(super) fn read_config(map: &Map<String, Value>) -> Result<Json> {
                     "DoRA also normalizes and scales the base's weight",
                 ))
             }
+            "enable_lora" => {
+                return Err(unsupported(
+                    key,
+                    value,
+                    "the merged layers of PEFT 0.2 have factors of other shapes",
+                ))
+            }
             key => return Err(unsupported(key, value, "this option of PEFT is not known here")),
         }
     }
-    Ok(Json { config, patterns: own })
+    Ok(Json { config, patterns: own, lora_bias, target_parameters, token_indices })
 }
+
+/// Why an initialisation like PiSSA is not read.
+const CHANGED_BASE: &str =
+    "the initialisation also changed the base model, and the folder does not tell how. Either save the \
+     adapter as a plain LoRA for the unchanged base, by PEFT's `save_pretrained(folder, \
+     path_initial_model_for_weight_conversion=...)`; or, if your base is the changed one, as \
+     `model.unload().save_pretrained(...)` writes it, set init_lora_weights to true";
 
 pub(super) fn unsupported(key: &str, value: &Value, reason: &str) -> Error {
     Error::unsupported(format!("the option {key} = {value}"), reason)
@@ -109,7 +156,7 @@ fn rank(value: &Value) -> Option<usize> {
 }
 
 fn dropout(value: &Value) -> Option<f32> {
-    value.as_f64().filter(|p| (0. ..1.).contains(p)).map(|p| p as f32)
+    value.as_f64().filter(|p| (0. ..=1.).contains(p)).map(|p| p as f32)
 }
 
 pub(super) fn strings(value: &Value) -> Option<Vec<String>> {

@@ -3,6 +3,7 @@
 use super::files::malformed;
 use super::patterns::Patterns;
 use super::read_config::{is_empty, object, read_config, strings, unsupported, Json};
+use super::tokens;
 use crate::utils::AdapterConfig;
 use crate::Result;
 use serde_json::{Map, Value};
@@ -30,9 +31,10 @@ pub(crate) enum Modules {
 
 /// Reads the configuration's file.
 pub(crate) fn read_fresh(file: &Path) -> Result<Fresh> {
-    let map = &object(&fs::read(file)?)?;
-    let Json { config, patterns } = read_config(map)?;
-    check_initialisation(map)?;
+    let text = fs::read(file)?;
+    let (map, Json { mut config, patterns, .. }) = (&object(&text)?, read_config(&text)?);
+    check_trained(map)?;
+    config.lora.gaussian = map.get("init_lora_weights").is_some_and(|how| how == "gaussian");
     let targets = given(map, "target_modules", modules)?.ok_or_else(|| {
         let null = map.get("target_modules").unwrap_or(&Value::Null);
         unsupported(
@@ -53,19 +55,32 @@ pub(crate) fn read_fresh(file: &Path) -> Result<Fresh> {
     Ok(Fresh { config, patterns, targets, exclude, layers, layers_pattern })
 }
 
-/// An error for what changes a new adapter, though not one that was saved.
-fn check_initialisation(map: &Map<String, Value>) -> Result<()> {
+/// An error for options that count in training alone, or that are only read and merged.
+fn check_trained(map: &Map<String, Value>) -> Result<()> {
     match map.get("init_lora_weights") {
         None | Some(Value::Bool(true)) => {}
+        Some(how) if how == "gaussian" => {}
         Some(how) => {
-            let reason = "a new adapter is initialised as loralib's, which is `true`";
+            let reason = "a new adapter is initialised by `true`, as loralib's, or by \"gaussian\"";
             return Err(unsupported("init_lora_weights", how, reason));
         }
     }
-    match map.get("ensure_weight_tying") {
-        Some(tied) if !is_empty(tied) => {
-            let reason = "each layer has an adapter of its own";
-            Err(unsupported("ensure_weight_tying", tied, reason))
+    let merged = "it is read and merged, but not trained";
+    let refused = [
+        ("ensure_weight_tying", "each layer has an adapter of its own"),
+        ("lora_bias", merged),
+        ("target_parameters", merged),
+        ("trainable_token_indices", merged),
+        ("velora_config", "gradients are not compressed"),
+    ];
+    for (key, reason) in refused {
+        if let Some(value) = map.get(key).filter(|value| !is_empty(value)) {
+            return Err(unsupported(key, value, reason));
+        }
+    }
+    match map.get("lora_dropout") {
+        Some(all) if all.as_f64() == Some(1.) => {
+            Err(unsupported("lora_dropout", all, "nothing would be left to train"))
         }
         _ => Ok(()),
     }
@@ -106,8 +121,5 @@ fn names(value: &Value) -> Option<Vec<String>> {
 /// One index, or several.
 fn indices(value: &Value) -> Option<Vec<usize>> {
     let index = |value: &Value| value.as_u64()?.try_into().ok();
-    match value {
-        Value::Array(items) => items.iter().map(index).collect(),
-        value => Some(vec![index(value)?]),
-    }
+    tokens::list(value).or_else(|| Some(vec![index(value)?]))
 }

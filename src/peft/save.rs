@@ -4,6 +4,8 @@ use super::convert::to_peft;
 use super::factors::{same_scaling, Factors};
 use super::files::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
+use super::parameters;
+use super::tokens;
 use super::write_config::write_config;
 use crate::layers::LayerKind;
 use crate::utils::checkpoint::{atomic_file::Staged, safetensors::serialize};
@@ -68,6 +70,7 @@ fn convert(tensors: &StateDict, config: &AdapterConfig) -> Result<(StateDict, St
     let paths: BTreeSet<&str> =
         tensors.keys().map(|name| split(name)).filter(|n| is_lora(n.1)).map(|n| n.0).collect();
     config.check_used(paths.iter().copied())?;
+    let wrappers = parameters::wrappers(config, &paths);
     let (mut converted, mut pairs, mut layers) = (StateDict::new(), vec![], vec![]);
     for &path in &paths {
         let factor = |last| {
@@ -88,7 +91,8 @@ fn convert(tensors: &StateDict, config: &AdapterConfig) -> Result<(StateDict, St
         cfg.validate(a.dtype()).map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
         let factors = to_peft(kind, Factors { a, b, r: cfg.r })
             .map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
-        pairs.push((path, keys::pair(path, *kind == LayerKind::Embedding), factors, cfg));
+        let in_file = wrappers.get(path).map_or(path, String::as_str);
+        pairs.push((path, keys::pair(in_file, *kind == LayerKind::Embedding), factors, cfg));
     }
     let largest = pairs.iter().map(|(_, _, factors, _)| factors.r).max().unwrap_or(0);
     for (path, (a_key, b_key), Factors { a, b, r }, cfg) in pairs {
@@ -100,25 +104,55 @@ fn convert(tensors: &StateDict, config: &AdapterConfig) -> Result<(StateDict, St
                 return Err(Error::tensor(a_key, reason));
             }
         }
+        if rank > r && wrappers.contains_key(path) {
+            let reason =
+                format!("its rank is {r}, and one_rank does not pad a parameter's to {rank}");
+            return Err(Error::tensor(a_key, reason));
+        }
         layers.push((path, rank, alpha));
         converted.insert(a_key, a.pad_with_zeros(0, 0, rank - r)?);
         converted.insert(b_key, b.pad_with_zeros(1, 0, rank - r)?);
     }
     for (name, tensor) in tensors.iter().filter(|(name, _)| !is_lora(name)) {
-        // conv.bias is loralib's second name of a convolution's bias.
-        let (layer, last) = split(name);
-        let name = match split(layer) {
-            (path, "conv") if paths.contains(path) => join(path, last),
-            _ => name.clone(),
-        };
-        let adapted = paths.contains(split(&name).0);
-        if !keys::is_carried(&name, config) {
-            let reason = "the configuration's modules_to_save and bias do not include it";
-            return Err(Error::tensor(name, reason));
-        }
-        if converted.insert(keys::base_key(&name, adapted), tensor.clone()).is_some() {
+        let key = other_key(name, config, &paths)?;
+        if converted.insert(key, tensor.clone()).is_some() {
             return Err(Error::tensor(name, "the adapter has it under two names"));
         }
     }
-    Ok((converted, write_config(config, &layers)?))
+    check_biases_of_b(tensors, &paths)?;
+    tokens::check(config, tensors)?;
+    Ok((converted, write_config(config, &layers, tensors)?))
+}
+
+/// The key of a tensor that is not a factor.
+fn other_key(name: &str, config: &AdapterConfig, paths: &BTreeSet<&str>) -> Result<String> {
+    let (layer, last) = split(name);
+    match last {
+        "lora_bias" if paths.contains(layer) => return Ok(keys::bias_of_b(layer)),
+        "trainable_tokens" if config.trainable_token_indices.contains_key(layer) => {
+            return Ok(keys::tokens(layer));
+        }
+        _ => {}
+    }
+    // conv.bias is loralib's second name of a convolution's bias.
+    let name = match split(layer) {
+        (path, "conv") if paths.contains(path) => join(path, last),
+        _ => name.to_owned(),
+    };
+    if !keys::is_carried(&name, config) {
+        let reason = "the configuration's modules_to_save and bias do not include it";
+        return Err(Error::tensor(name, reason));
+    }
+    Ok(keys::base_key(&name, paths.contains(split(&name).0)))
+}
+
+/// An error if one layer has a bias of lora_B and another has not: PEFT has one option for all.
+fn check_biases_of_b(tensors: &StateDict, paths: &BTreeSet<&str>) -> Result<()> {
+    let missing = |path: &&&str| !tensors.contains_key(&join(path, "lora_bias"));
+    match paths.iter().find(missing) {
+        Some(path) if paths.iter().any(|path| !missing(&path)) => {
+            Err(Error::tensor(join(path, "lora_bias"), "it is missing, other layers have one"))
+        }
+        _ => Ok(()),
+    }
 }

@@ -2,16 +2,19 @@
 
 use super::files::malformed;
 use super::module_pattern::ModulePattern;
+use super::parameters;
 use super::rank_alpha::common_or_most_frequent;
-use crate::utils::AdapterConfig;
+use crate::utils::names::split;
+use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use serde_json::{json, Map, Value};
 
-/// The file for layers of the given ranks and alphas, by path. Its keys are known to every version
-/// of PEFT since 0.9.
+/// The file for layers of the given ranks and alphas, by path, and these tensors. Its keys are known to every
+/// version of PEFT since 0.9, but for options that the adapter needs.
 pub(super) fn write_config(
     config: &AdapterConfig,
     layers: &[(&str, usize, f64)],
+    tensors: &StateDict,
 ) -> Result<String> {
     let common = (config.lora.r, config.lora.lora_alpha);
     let (r, alpha) =
@@ -23,8 +26,11 @@ pub(super) fn write_config(
         });
         own.collect()
     };
-    let targets: Vec<&str> = layers.iter().map(|(path, ..)| *path).collect();
-    let json = json!({
+    let paths = layers.iter().map(|(path, ..)| *path).collect();
+    let parameters = parameters::targets(config, &paths);
+    let layer = |path: &&str| !parameters.contains(path);
+    let targets: Vec<&str> = paths.iter().copied().filter(layer).collect();
+    let mut json = json!({
         "alpha_pattern": pattern(&|_, own| (own != alpha).then(|| number(own))),
         "auto_mapping": null,
         "base_model_name_or_path": config.base_model_name_or_path,
@@ -47,6 +53,15 @@ pub(super) fn write_config(
         "use_dora": false,
         "use_rslora": config.lora.rslora,
     });
+    if !parameters.is_empty() {
+        json["target_parameters"] = parameters.into();
+    }
+    if tensors.keys().any(|name| split(name).1 == "lora_bias") {
+        json["lora_bias"] = true.into();
+    }
+    if !config.trainable_token_indices.is_empty() {
+        json["trainable_token_indices"] = json!(config.trainable_token_indices);
+    }
     Ok(serde_json::to_string_pretty(&json).map_err(malformed)? + "\n")
 }
 

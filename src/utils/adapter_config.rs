@@ -29,6 +29,9 @@ pub struct AdapterConfig {
     pub bias: Bias,
     /// Modules that the adapter contains as a whole, such as a new head.
     pub modules_to_save: Vec<String>,
+    /// The tokens whose rows the adapter replaces, by the path of the table, as PEFT's
+    /// `trainable_token_indices`. The rows are the adapter's tensor `trainable_tokens` at this path.
+    pub trainable_token_indices: BTreeMap<String, Vec<usize>>,
     /// Layers by their path or the end of it after a dot. The longest entry that matches counts; the
     /// empty one matches every layer.
     pub layers: BTreeMap<String, LayerConfig>,

@@ -22,6 +22,18 @@ pub(crate) fn is_lora(name: &str) -> bool {
     matches!(split(name).1, "lora_A" | "lora_B")
 }
 
+/// Whether this is a tensor of an adapter alone: a factor, the bias of lora_B, or rows of a table.
+pub(crate) fn is_adapter(name: &str) -> bool {
+    is_lora(name) || matches!(split(name).1, "lora_bias" | "trainable_tokens")
+}
+
+/// Whether this is the weight of a layer that has factors too, in an adapter with the names for which `exists` is
+/// true. PEFT saves the table of an adapted embedding.
+pub(crate) fn is_adapted_weight(name: &str, exists: impl Fn(&str) -> bool) -> bool {
+    let (path, last) = split(name);
+    last == "weight" && exists(&join(path, "lora_A"))
+}
+
 /// Whether `name` has the components of `module`, in a row, somewhere in its path.
 pub(crate) fn is_within(name: &str, module: &str) -> bool {
     !module.is_empty() && format!(".{name}.").contains(&format!(".{module}."))

@@ -1,7 +1,7 @@
 //! The parameter selection: which variables are trained, and therefore saved.
 
 use super::bias::Bias;
-use super::names::{is_lora, is_within, join, split};
+use super::names::{is_adapter, is_lora, is_within, join, split};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -67,7 +67,7 @@ impl Trainable {
     /// Whether `name` is selected in a model that has the names for which `exists` is true.
     pub(crate) fn selects(&self, name: &str, exists: impl Fn(&str) -> bool) -> bool {
         let (layer, last) = split(name);
-        if self.all_parameters || is_lora(last) || self.in_module(name) {
+        if self.all_parameters || is_adapter(last) || self.in_module(name) {
             return true;
         }
         last == "bias"

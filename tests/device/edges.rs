@@ -2,8 +2,8 @@
 
 use crate::common::{bits, device, difference, rnd, CFG};
 use crate::contract::{check, dense::linear_plain, Case};
-use candle_core::{DType, Module, Result, Tensor};
-use candle_nn::{Conv1dConfig, VarBuilder, VarMap};
+use candle_core::{DType, Module, Result, Tensor, Var};
+use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder, VarMap};
 use lora::{LoraConfig, LoraModule};
 use loralib as lora;
 
@@ -58,6 +58,47 @@ fn empty_inputs_give_empty_outputs() -> Result<()> {
     assert_eq!(y.dims(), [2, 4, 2]);
     let ids = Tensor::zeros((2, 0), DType::U32, &device())?;
     assert_eq!(lora::embedding(5, 3, CFG, vb())?.forward(&ids)?.dims(), [2, 0, 3]);
+    Ok(())
+}
+
+/// As torch's: none would stop an optimizer that expects one for each variable.
+#[test]
+fn empty_inputs_give_zero_gradients() -> Result<()> {
+    type Make<'a> = &'a dyn Fn(LoraConfig, VarBuilder) -> Result<Box<dyn Module>>;
+    let conv = |cfg, vb: VarBuilder| lora::conv2d(3, 4, 3, Conv2dConfig::default(), cfg, vb);
+    let layers: [(&[usize], Make); 6] = [
+        (&[0, 6], &|cfg, vb| Ok(Box::new(lora::linear(6, 5, cfg, vb)?))),
+        (&[2, 0, 6], &|cfg, vb| Ok(Box::new(lora::linear(6, 5, cfg, vb)?))),
+        (&[0, 6], &|cfg, vb| {
+            Ok(Box::new(lora::merged_linear(6, 9, &[true, false, true], cfg, vb)?))
+        }),
+        (&[0, 3, 5], &|cfg, vb| Ok(Box::new(lora::conv1d(3, 4, 3, Default::default(), cfg, vb)?))),
+        (&[0, 3, 5, 4], &|cfg, vb| Ok(Box::new(conv(cfg, vb)?))),
+        (&[2, 0], &|cfg, vb| Ok(Box::new(lora::embedding(7, 6, cfg, vb)?))),
+    ];
+    let dropout = LoraConfig { lora_dropout: 0.5, ..CFG };
+    for (dims, make) in layers {
+        let ids = dims == [2, 0];
+        for cfg in
+            [CFG, LoraConfig { r: 0, ..CFG }, dropout].into_iter().take(if ids { 2 } else { 3 })
+        {
+            let vars = VarMap::new();
+            let layer = make(cfg, VarBuilder::from_varmap(&vars, DType::F32, &device()))?;
+            let x = Var::from_tensor(&Tensor::zeros(dims, DType::F32, &device())?)?;
+            let input = if ids { x.to_dtype(DType::U32)?.detach() } else { x.as_tensor().clone() };
+            let grads = layer.forward(&input)?.sum_all()?.backward()?;
+            let trained =
+                if cfg.r > 0 { vec!["lora_A", "lora_B", "bias"] } else { vec!["weight", "bias"] };
+            for (name, var) in vars.data().lock().unwrap().iter() {
+                if trained.contains(&name.as_str()) {
+                    let grad = grads.get(var).unwrap_or_else(|| panic!("{name} of {dims:?}"));
+                    assert_eq!(grad.dims(), var.dims());
+                    assert_eq!(difference(grad, &grad.zeros_like()?)?, 0., "{name} of {dims:?}");
+                }
+            }
+            assert!(ids || grads.get(&x).is_some_and(|grad| grad.dims() == dims), "{dims:?}");
+        }
+    }
     Ok(())
 }
 

@@ -1,4 +1,5 @@
-//! The Rust side of `interop.py`, which describes the comparison: `write DIR` and `read DIR`.
+//! The Rust side of `interop.py` and `resaved.py`, which describe the comparisons: `write DIR` and `read DIR`, and
+//! `resave FROM TO`.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -129,6 +130,7 @@ fn main() -> Result<()> {
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [_, "write", dir] => write(Path::new(dir)),
         [_, "read", dir] => read(Path::new(dir)),
-        _ => candle_core::bail!("usage: interop write|read DIR"),
+        [_, "resave", from, to] => Ok(lora::Adapter::load(from, &CPU)?.save_pretrained(to)?),
+        _ => candle_core::bail!("usage: interop write|read DIR, or interop resave FROM TO"),
     }
 }

@@ -4,6 +4,7 @@
 mod common;
 mod files;
 mod kinds;
+mod parameters;
 mod sums;
 mod swap;
 mod weights;

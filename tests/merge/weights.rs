@@ -65,6 +65,8 @@ fn errors_name_the_tensor() {
     let pefts = "base_model.model.a.lora_A.weight";
     assert!(refused(&with(pefts, zeros(&[2, 4])), plain()).contains("`peft::load_pretrained`"));
     assert!(refused(&with("x.lora_A", zeros(&[2, 4])), plain()).contains("x.lora_A"));
+    let compiled = refused(&with("_orig_mod.head.weight", zeros(&[2])), plain());
+    assert!(compiled.contains("\"_orig_mod.head.weight\"") && compiled.contains("torch.compile"));
     assert!(refused(&with("a.bias", zeros(&[2])), plain()).contains("a.bias"));
     assert!(refused(&with("a.lora_A", zeros(&[2, 3])), plain()).contains("a.weight"));
     assert!(refused(&with("a.lora_B", zeros(&[4, 2])), plain()).contains("a.weight"));

@@ -2,6 +2,7 @@
 
 use crate::common::bits;
 use crate::kinds::{sample, Sample};
+use crate::{folder, CPU};
 use candle_core::Var;
 use candle_nn::VarMap;
 use lora::layers::LayerKind;
@@ -9,6 +10,33 @@ use lora::peft;
 use lora::AdapterConfig;
 use lora::Strict;
 use loralib as lora;
+
+/// PEFT also saves the table under an adapted embedding.
+#[test]
+fn a_saved_table_needs_no_variable() -> lora::Result<()> {
+    let (config, adapter) = peft::load_pretrained(folder("embed_tokens"), &CPU)?;
+    let table = "model.embed_tokens.weight";
+    assert!(adapter.contains_key(table));
+    let load = |names: &[&str]| {
+        let vars = VarMap::new();
+        for (name, tensor) in
+            adapter.iter().filter(|(name, _)| names.iter().any(|n| name.ends_with(n)))
+        {
+            let zeros = Var::from_tensor(&tensor.zeros_like()?)?;
+            vars.data().lock().unwrap().insert(name.clone(), zeros);
+        }
+        peft::load_adapter(folder("embed_tokens"), &vars, &config, Strict::Yes)
+    };
+    let report = load(&["lora_A", "lora_B"])?;
+    assert_eq!((report.loaded.len(), report.missing.len()), (4, 0));
+    assert_eq!(report.unexpected, [table]);
+    let report = load(&["lora_A", "lora_B", "weight"])?;
+    assert!(report.loaded.iter().any(|name| name == table) && report.unexpected.is_empty());
+    assert!(load(&["lora_A", "weight"]).is_err(), "the factors need variables");
+    let adapter = lora::Adapter::load(folder("embed_tokens"), &CPU)?;
+    assert_eq!(adapter.restore(folder("embed_tokens"))?.unexpected, [table]);
+    Ok(())
+}
 
 #[test]
 fn load_adapter_compares_ranks_and_scalings() -> lora::Result<()> {

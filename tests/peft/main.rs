@@ -6,6 +6,7 @@ mod common;
 mod groups;
 mod into_variables;
 mod kinds;
+mod merged_alone;
 mod patterns;
 mod refused;
 mod saved_by_peft;

@@ -94,8 +94,38 @@ fn patterns_give_each_layer_its_rank() -> lora::Result<()> {
     Ok(())
 }
 
+/// The text of a file, since `serde_json::Value` sorts an object's keys.
+fn load_text(dir: &Path, ranks: &str) -> lora::Result<(AdapterConfig, StateDict)> {
+    load(dir, serde_json::json!("RANKS"), serde_json::json!({}))
+        .expect_err("a text is no object of patterns");
+    let path = dir.join("adapter_config.json");
+    let json = std::fs::read_to_string(&path)?.replace(r#""RANKS""#, ranks);
+    std::fs::write(&path, json)?;
+    peft::load_pretrained(dir, &CPU)
+}
+
 #[test]
-fn contradicting_patterns_are_errors() -> lora::Result<()> {
+fn the_first_pattern_of_the_file_counts() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    save(dir.path())?;
+    // A repeated key keeps its place and takes the last value, as in Python.
+    for ranks in [
+        r#"{".*\\.12\\..*_proj": 7, "text.*(q|k)_proj": 3}"#,
+        r#"{"text\\..*\\.12\\.": 1, ".*12.*_proj": 2, "text.*(q|k)_proj": 3, ".*12.*_proj": 7}"#,
+    ] {
+        let (config, _) = load_text(dir.path(), ranks)?;
+        for (path, r, _) in LAYERS {
+            assert_eq!(config.lora_config(path).r, r, "{path} of {ranks}");
+        }
+    }
+    let other = load_text(dir.path(), r#"{"text.*(q|k)_proj": 3, ".*\\.12\\..*_proj": 7}"#);
+    let error = other.unwrap_err().to_string();
+    assert!(error.contains("text.layers.12.q_proj.lora_A") && error.contains("rank 3"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn patterns_that_do_not_fit_are_errors() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     save(dir.path())?;
     let none = || serde_json::json!({});
@@ -103,10 +133,8 @@ fn contradicting_patterns_are_errors() -> lora::Result<()> {
         let error = load(dir.path(), ranks, none()).unwrap_err().to_string();
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
     };
-    // PEFT uses the first that matches, whose order a JSON object does not guarantee.
-    let twice = serde_json::json!({ r"text.*(q|k)_proj": 3, r".*\.12\..*": 7 });
-    refused(twice, &["ambiguous", "text.layers.12.q_proj"]);
     refused(serde_json::json!({ "(q|k)_proj": 3 }), &["lora_A", "rank"]);
     refused(serde_json::json!({ "(q": 3 }), &["rank_pattern", "(q"]);
+    refused(serde_json::json!(["q"]), &["adapter_config.json", "expected an object"]);
     Ok(())
 }

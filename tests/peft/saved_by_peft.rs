@@ -11,7 +11,7 @@ use lora::{Bias, LoraConfig};
 use loralib as lora;
 use std::collections::HashMap;
 
-const CASES: [&str; 10] = [
+const CASES: [&str; 13] = [
     "linear",
     "bin",
     "rslora",
@@ -19,14 +19,29 @@ const CASES: [&str; 10] = [
     "embedding",
     "conv",
     "modules",
+    "modules_end",
     "bias",
     "bias_lora_only",
     "gpt2",
+    "embed_tokens",
+    "order",
+];
+
+/// What is merged, and not computed beside the base; and what only training needs.
+const MERGED_CASES: [&str; 8] = [
+    "lora_bias",
+    "tokens",
+    "tied_tokens",
+    "parameters",
+    "square_parameters",
+    "mica",
+    "velora",
+    "pissa",
 ];
 
 #[test]
 fn merged_weights_agree_with_peft() -> lora::Result<()> {
-    for case in CASES {
+    for case in CASES.into_iter().chain(MERGED_CASES) {
         let [base, merged, ..] = model(case)?;
         let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
         let ours = lora::merge_into(&base, &adapter, &config)?;
@@ -99,6 +114,10 @@ fn layer_options_are_read() -> lora::Result<()> {
     let (config, tensors) = peft::load_pretrained(folder("modules"), &CPU)?;
     assert_eq!(config.modules_to_save, ["head"]);
     assert_eq!(tensors["head.weight"].dims(), [3, 6]);
+    // Written as "head", "v1" and the head of another model.
+    let adapter = lora::Adapter::load(folder("modules_end"), &CPU)?;
+    assert_eq!(adapter.config().modules_to_save, ["head", "conv1"]);
+    assert!(adapter.state_dict()?.contains_key("conv1.weight"));
     let (config, tensors) = peft::load_pretrained(folder("bias"), &CPU)?;
     assert_eq!(config.bias, Bias::All);
     assert!(tensors.contains_key("layers.0.q.bias") && tensors.contains_key("conv1.bias"));
@@ -112,7 +131,7 @@ fn layer_options_are_read() -> lora::Result<()> {
 /// Saving a loaded adapter gives PEFT's keys and values, and an equal configuration.
 #[test]
 fn peft_folders_are_saved_unchanged() -> lora::Result<()> {
-    for case in CASES {
+    for case in CASES.into_iter().chain(MERGED_CASES) {
         let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
         let dir = tempfile::tempdir()?;
         peft::save_pretrained(dir.path(), &adapter, &config)?;
@@ -121,7 +140,7 @@ fn peft_folders_are_saved_unchanged() -> lora::Result<()> {
         for (name, tensor) in lora::merge_into(&base, &again.1, &again.0)? {
             assert!(difference(&tensor, &merged[&name])? < 1e-6, "{case} {name}");
         }
-        if case != "conv" && case != "bin" {
+        if !["conv", "bin", "lora_bias", "velora"].contains(&case) {
             let file = "adapter_model.safetensors";
             let ours = lora::read_state_dict(dir.path().join(file), &CPU)?.tensors;
             let theirs = lora::read_state_dict(folder(case).join(file), &CPU)?.tensors;

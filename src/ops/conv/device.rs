@@ -6,6 +6,7 @@ use crate::ops::backend::Backend;
 use crate::ops::linear::linear;
 use crate::ops::matrix::Matrix;
 use crate::ops::op::{Custom, Op};
+use crate::ops::zero_grads::with_zero_grads;
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
 /// The index that candle's `index_select` reads as zero.
@@ -16,7 +17,8 @@ pub(super) fn conv(x: &Tensor, w: &Tensor, s: &Sizes) -> Result<Tensor> {
     let (groups, n) = (s.geometry.groups, s.positions());
     if x.elem_count() == 0 {
         // Devices refuse empty gathers.
-        return Tensor::zeros((s.batch, s.c_out, n), x.dtype(), x.device());
+        let y = Tensor::zeros((s.batch, s.c_out, n), x.dtype(), x.device())?;
+        return with_zero_grads(y, [x, w]);
     }
     // From (batch, in, positions·k) to (batch, groups, positions, in/g·k), the rows of a linear
     // layer's input.

@@ -30,6 +30,8 @@ struct Json {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     modules_to_save: Vec<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    trainable_token_indices: BTreeMap<String, Vec<usize>>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     layers: BTreeMap<String, JsonLayer>,
 }
 
@@ -57,6 +59,7 @@ enum Kind {
     Conv1d { groups: usize },
     Conv2d { groups: usize },
     Conv3d { groups: usize },
+    Parameter { index: usize },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -68,7 +71,7 @@ fn yes() -> bool {
 
 /// Equal configurations give equal text.
 pub(super) fn to_json(config: &AdapterConfig) -> Result<String> {
-    let AdapterConfig { lora, bias, modules_to_save, layers, .. } = config;
+    let AdapterConfig { lora, bias, modules_to_save, trainable_token_indices, layers, .. } = config;
     let layer = |(path, layer): (&String, &LayerConfig)| {
         let LayerConfig { kind, r, lora_alpha, fan_in_fan_out } = layer.clone();
         (path.clone(), JsonLayer { kind: kind.map(JsonKind), r, lora_alpha, fan_in_fan_out })
@@ -83,6 +86,7 @@ pub(super) fn to_json(config: &AdapterConfig) -> Result<String> {
         lora_dtype: lora.lora_dtype.map(|dtype| dtype.as_str().to_owned()),
         bias: (*bias != Bias::None).then(|| bias.to_string()),
         modules_to_save: modules_to_save.clone(),
+        trainable_token_indices: trainable_token_indices.clone(),
         layers: layers.iter().map(layer).collect(),
     };
     serde_json::to_string(&json).map_err(malformed)
@@ -105,9 +109,11 @@ pub(super) fn from_json(text: &str) -> Result<AdapterConfig> {
             fan_in_fan_out: json.fan_in_fan_out,
             rslora: json.rslora,
             lora_dtype: json.lora_dtype.map(dtype).transpose()?,
+            ..Default::default()
         },
         bias: json.bias.map_or(Ok(Bias::None), |bias| bias.parse())?,
         modules_to_save: json.modules_to_save,
+        trainable_token_indices: json.trainable_token_indices,
         layers: json.layers.into_iter().map(layer).collect(),
         ..Default::default()
     })
@@ -132,6 +138,7 @@ mod tests {
             fan_in_fan_out: true,
             rslora: true,
             lora_dtype: Some(DType::BF16),
+            ..Default::default()
         };
         let mut config = AdapterConfig::from(lora)
             .with_trainable(Bias::All.and("head"))?
@@ -141,7 +148,9 @@ mod tests {
             .with_layer("wte", LayerKind::Embedding)
             .with_layer("c1", LayerKind::Conv1d { groups: 1 })
             .with_layer("c2", LayerKind::Conv2d { groups: 2 })
-            .with_layer("c3", LayerKind::Conv3d { groups: 3 });
+            .with_layer("c3", LayerKind::Conv3d { groups: 3 })
+            .with_layer("experts.down", LayerKind::Parameter { index: 1 });
+        config.trainable_token_indices.insert("wte".to_owned(), vec![3, 1]);
         let own = config.layers.entry("q".to_owned()).or_default();
         (own.r, own.lora_alpha, own.fan_in_fan_out) = (Some(2), Some(3.), Some(false));
         config.layers.insert("unknown".to_owned(), LayerConfig::default());

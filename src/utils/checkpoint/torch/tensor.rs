@@ -27,6 +27,16 @@ impl<'a> View<'a> {
         if let (("torch._utils", "_rebuild_parameter"), [data, ..]) = (call, args) {
             (call, args) = self::call(pickle, *data)?;
         }
+        // How torch writes dtypes without a class of storage: float8 and unsigned ones.
+        if let (("torch._utils", "_rebuild_tensor_v3"), [.., dtype]) = (call, args) {
+            let dtype = match pickle.get(*dtype) {
+                Object::Class(_, name) => name,
+                other => other.kind(),
+            };
+            return Err(format!(
+                "its dtype torch.{dtype} is not read: convert it by `.float()` before it is saved"
+            ));
+        }
         let ("torch._utils", "_rebuild_tensor_v2") = call else {
             return Err(format!("it is an object of {}.{}, expected a tensor", call.0, call.1));
         };

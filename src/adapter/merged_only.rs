@@ -1,0 +1,38 @@
+//! The tensors of a base that an adapter of PEFT's changes in a way that is merged, and not computed beside the
+//! base: parameters without a layer, biases of lora_B, and rows of a table.
+
+use crate::layers::LayerKind;
+use crate::utils::names::{join, split};
+use crate::utils::{variables, AdapterConfig};
+use candle_core::{bail, Result};
+use candle_nn::VarMap;
+use std::collections::BTreeSet;
+
+#[derive(Debug)]
+pub(super) struct MergedOnly(BTreeSet<String>);
+
+impl MergedOnly {
+    pub fn new(config: &AdapterConfig, vars: &VarMap) -> Self {
+        let parameters = config.layers.iter().filter_map(|(path, layer)| match layer.kind {
+            Some(LayerKind::Parameter { .. }) => Some(path.clone()),
+            _ => None,
+        });
+        let vars = variables(vars);
+        let layers = vars.keys().filter_map(|name| match split(name) {
+            (path, "lora_bias" | "trainable_tokens") => Some(join(path, "weight")),
+            _ => None,
+        });
+        Self(parameters.chain(layers).collect())
+    }
+
+    /// An error for such a tensor.
+    pub fn refuse(&self, name: &str) -> Result<()> {
+        if self.0.contains(name) {
+            bail!(
+                "{name:?}: the adapter changes it by lora_bias, trainable_token_indices or target_parameters, which \
+                 are merged alone: build the model on `Adapter::merged`, or merge by `merge_files`"
+            )
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,83 @@
+//! What an adapter does to a tensor of the base.
+
+use super::parameter::merged_parameter;
+use super::weight::merged_weight;
+use crate::layers::LayerKind;
+use crate::ops::is_finite;
+use crate::utils::AdapterConfig;
+use candle_core::{bail, DType, Result, Tensor};
+
+pub(super) enum Change {
+    /// The adapter's own tensor in place of the base's.
+    Replace(Tensor),
+    /// `W + ΔW` of the layer or parameter at `path`.
+    Update { path: String, a: Tensor, b: Tensor },
+    /// The bias plus the scaled bias of lora_B, of the layer at `path`.
+    AddBias { path: String, bias: Tensor },
+    /// Rows of a table, in place of those at `indices`.
+    Rows { indices: Vec<usize>, rows: Tensor },
+}
+
+impl Change {
+    pub fn apply(&self, base: &Tensor, config: &AdapterConfig) -> Result<Tensor> {
+        match self {
+            Self::Replace(tensor) => replaced(base, tensor),
+            Self::Update { path, a, b } => {
+                let (kind, cfg) = (config.kind(path), config.lora_config(path));
+                match kind {
+                    Some(LayerKind::Parameter { .. }) => {
+                        let transposed = config.layer(path).and_then(|(_, own)| own.fan_in_fan_out);
+                        merged_parameter(base, a, b, cfg, transposed)
+                    }
+                    kind => merged_weight(base, a, b, kind, cfg),
+                }
+            }
+            Self::AddBias { path, bias } => {
+                with_bias(base, bias, config.lora_config(path).scaling())
+            }
+            Self::Rows { indices, rows } => with_rows(base, indices, rows),
+        }
+    }
+}
+
+fn replaced(base: &Tensor, tensor: &Tensor) -> Result<Tensor> {
+    if base.shape() != tensor.shape() {
+        bail!("its shape is {:?} in the base, {:?} in the adapter", base.dims(), tensor.dims())
+    }
+    tensor.to_device(base.device())?.to_dtype(base.dtype())
+}
+
+fn with_bias(base: &Tensor, bias: &Tensor, scaling: f64) -> Result<Tensor> {
+    let bias = replaced(&base.to_dtype(DType::F64)?, bias)?;
+    let merged = (base.to_dtype(DType::F64)? + (bias * scaling)?)?.to_dtype(base.dtype())?;
+    if !is_finite(&merged)? {
+        bail!("the merged bias in {:?} is not finite", base.dtype())
+    }
+    Ok(merged)
+}
+
+fn with_rows(base: &Tensor, indices: &[usize], rows: &Tensor) -> Result<Tensor> {
+    let (count, dim) = base.dims2()?;
+    if rows.dims() != [indices.len(), dim] {
+        bail!(
+            "its shape is {:?}, the adapter has {} token indices and rows of the shape {:?}",
+            base.dims(),
+            indices.len(),
+            rows.dims()
+        )
+    }
+    if let Some(index) = indices.iter().find(|index| **index >= count) {
+        bail!(
+            "the adapter has a row for token {index}, the table {count} rows: add the new tokens' rows to the \
+             base first"
+        )
+    }
+    // The new rows behind the table's; of a repeated index the last counts.
+    let mut from: Vec<u32> = (0..count as u32).collect();
+    for (row, index) in indices.iter().enumerate() {
+        from[*index] = (count + row) as u32;
+    }
+    let rows = rows.to_device(base.device())?.to_dtype(base.dtype())?;
+    let from = Tensor::new(from, base.device())?;
+    Tensor::cat(&[base, &rows], 0)?.index_select(&from, 0)
+}
