@@ -11,6 +11,7 @@ mod adapter;
 #[cfg(doc)]
 pub mod docs;
 mod error;
+pub mod formats;
 pub mod gguf;
 pub mod layers;
 pub mod merge;

@@ -5,8 +5,8 @@ use super::factors::Place;
 use super::file::File;
 use super::names::Names;
 use super::writer::{f32, string, Entry, Writer};
-use crate::layers::{LayerKind, LoraConfig};
-use crate::peft::{same_scaling, to_peft, Factors};
+use crate::layers::LayerKind;
+use crate::peft::{plain_alpha, to_peft, Factors};
 use crate::utils::checkpoint::atomic_file;
 use crate::utils::names::{is_lora, join, refuse_peft_names, split};
 use crate::utils::{check_finite, AdapterConfig, StateDict};
@@ -157,16 +157,8 @@ fn layer<'a>(
     let cpu = |t: &Tensor| t.to_device(&Device::Cpu).map_err(|e| text(&e));
     let factors = Factors { a: cpu(a)?, b: cpu(b)?, r: cfg.r };
     let factors = to_peft(kind, factors).map_err(|e| text(&e))?;
-    let alpha = alpha(cfg, factors.r);
+    let alpha = plain_alpha(&cfg, factors.r);
     Ok(Layer { path, place, factors, alpha })
-}
-
-/// The `alpha` that gives the layer's scaling as `alpha / rank`.
-fn alpha(cfg: LoraConfig, rank: usize) -> f64 {
-    match cfg.rslora {
-        true => cfg.scaling() * rank as f64,
-        false => same_scaling(cfg.lora_alpha, cfg.r, rank, false),
-    }
 }
 
 /// The most frequent `alpha`, the first of several. llama.cpp takes 0 as no scaling at all.

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`Linear`](crate::Linear), [`Embedding`](crate::Embedding) | the same factors |
 //! | [`MergedLinear`](crate::MergedLinear) with e enabled splits | one Linear of rank r·e with a block-diagonal B |
-//! | convolution with a kernel of k | rank r·k (1d), r·k² (2d and 3d), with a block-diagonal A |
+//! | convolution with a kernel of k | rank r·k (1d), r·k² (2d and 3d), with a block-diagonal A; PEFT's own keep their rank |
 //! | convolution of g groups | g² times that rank, with an A of mostly zeros: with many groups merge instead |
 //!
 //! Adapters that this crate saved load with their original factors. PEFT's own convolutions load with rank r
@@ -50,14 +50,19 @@ mod rank_alpha;
 mod read_config;
 mod read_fresh;
 mod save;
+mod uniform;
 mod write_config;
 
-pub(crate) use convert::to_peft;
-pub(crate) use factors::{same_scaling, Factors};
+pub(crate) use convert::{from_peft, to_peft};
+pub(crate) use factors::{plain_alpha, same_scaling, Factors};
 pub(crate) use files::config_file;
+pub(crate) use load::kind;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use load_adapter::load_adapter;
 pub(crate) use patterns::Patterns;
 pub(crate) use rank_alpha::with_layers;
+pub(crate) use read_config::{object, read_config, Json};
 pub(crate) use read_fresh::{read_fresh, Modules};
-pub use save::save_pretrained;
+pub use save::{save_plain, save_pretrained};
+pub(crate) use uniform::uniform;
+pub(crate) use write_config::write_config;

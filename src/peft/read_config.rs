@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 /// The contents of the file.
 #[derive(Debug)]
-pub(super) struct Json {
+pub(crate) struct Json {
     pub config: AdapterConfig,
     pub patterns: Patterns,
 }
@@ -37,11 +37,11 @@ const HARMLESS_KEYS: [&str; 14] = [
 /// Initialisations that do not change the base.
 const HARMLESS_INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
-pub(super) fn object(text: &[u8]) -> Result<Map<String, Value>> {
+pub(crate) fn object(text: &[u8]) -> Result<Map<String, Value>> {
     serde_json::from_slice(text).map_err(malformed)
 }
 
-pub(super) fn read_config(map: &Map<String, Value>) -> Result<Json> {
+pub(crate) fn read_config(map: &Map<String, Value>) -> Result<Json> {
     let mut config = AdapterConfig::default();
     let mut own = Patterns::default();
     for required in ["peft_type", "r", "lora_alpha"] {

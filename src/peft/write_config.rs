@@ -9,7 +9,7 @@ use serde_json::{json, Map, Value};
 
 /// The file for layers of the given ranks and alphas, by path. Its keys are known to every version
 /// of PEFT since 0.9.
-pub(super) fn write_config(
+pub(crate) fn write_config(
     config: &AdapterConfig,
     layers: &[(&str, usize, f64)],
 ) -> Result<String> {

@@ -27,6 +27,16 @@ impl<'a> View<'a> {
         if let (("torch._utils", "_rebuild_parameter"), [data, ..]) = (call, args) {
             (call, args) = self::call(pickle, *data)?;
         }
+        if let (("torch._utils", "_rebuild_tensor_v3"), [_, _, _, _, _, _, dtype, ..]) =
+            (call, args)
+        {
+            if let Object::Class(module, name) = pickle.get(*dtype) {
+                return Err(format!(
+                    "its dtype is {module}.{name}, which is not read from torch's files: save it \
+                     with `.to(torch.float32)`, or as safetensors"
+                ));
+            }
+        }
         let ("torch._utils", "_rebuild_tensor_v2") = call else {
             return Err(format!("it is an object of {}.{}, expected a tensor", call.0, call.1));
         };
