@@ -120,7 +120,7 @@ fn scalings_are_kept_and_what_has_no_place_is_refused() -> lora::Result<()> {
     }
     let before = fs::read(&path)?;
     let cfg = LoraConfig { r: 3, lora_alpha: 3., ..Default::default() };
-    let mut failing = |tensors: &StateDict, config: AdapterConfig, named: &str| {
+    let failing = |tensors: &StateDict, config: AdapterConfig, named: &str| {
         let error = failed("out.safetensors", kohya::save(&path, tensors, config));
         assert!(error.contains(named), "{error}");
         assert_eq!(fs::read(&path).unwrap(), before, "the old file is there");

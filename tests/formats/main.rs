@@ -1,6 +1,7 @@
 //! The formats of other programs (`fixtures/formats.py`): merged weights agree with theirs, and what is read and
 //! written again has its bits.
 
+mod chain;
 #[path = "../common/mod.rs"]
 mod common;
 mod diffusers;

@@ -79,3 +79,24 @@ fn an_f8_tensor_is_an_error_with_its_name_and_dtype() {
     let error = failed("bad_f8.pt", lora::read_state_dict(path("bad_f8.pt"), &CPU));
     assert!(error.contains("the f8") && error.contains("torch.float8_e4m3fn"), "{error}");
 }
+
+/// safetensors has two F8 types; candle has one of them.
+#[test]
+fn an_f8_safetensors_file_is_read_or_refused_by_name() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("f8.safetensors");
+    for (dtype, expected) in [("F8_E4M3", Some([1., -2.])), ("F8_E5M2", None)] {
+        let header =
+            format!(r#"{{"the f8":{{"dtype":"{dtype}","shape":[2],"data_offsets":[0,2]}}}}"#);
+        let length = (header.len() as u64).to_le_bytes();
+        std::fs::write(&path, [&length, header.as_bytes(), &[0x38, 0xc0]].concat())?;
+        match (lora::read_state_dict(&path, &CPU), expected) {
+            (Ok(read), Some(expected)) => {
+                let values = read.tensors["the f8"].to_dtype(candle_core::DType::F32)?;
+                assert_eq!(values.to_vec1::<f32>()?, expected);
+            }
+            (read, _) => assert!(failed("f8.safetensors", read).contains("the f8")),
+        }
+    }
+    Ok(())
+}
