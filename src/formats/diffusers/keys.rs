@@ -10,12 +10,17 @@ pub(super) struct Key {
     pub part: Part,
 }
 
-/// The ends of a factor's name after its layer's path.
+/// The ends of the factors' names after their layer's path, and those that diffusers expects of a text encoder.
+const FACTORS: [&str; 2] = [".lora_A.weight", ".lora_B.weight"];
+const OF_TEXT_ENCODER: [&str; 2] =
+    [".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"];
+
+/// All that are read.
 const ENDS: [(&str, Part); 7] = [
-    (".lora_A.weight", Part::A),
-    (".lora_B.weight", Part::B),
-    (".lora_linear_layer.down.weight", Part::A),
-    (".lora_linear_layer.up.weight", Part::B),
+    (FACTORS[0], Part::A),
+    (FACTORS[1], Part::B),
+    (OF_TEXT_ENCODER[0], Part::A),
+    (OF_TEXT_ENCODER[1], Part::B),
     (".lora.down.weight", Part::A),
     (".lora.up.weight", Part::B),
     (".alpha", Part::Alpha),
@@ -28,6 +33,13 @@ const PROCESSORS: [(&str, &str, &str); 4] = [
     ("to_v_lora", "to_v", "v_proj"),
     ("to_out_lora", "to_out.0", "out_proj"),
 ];
+
+/// The keys of a layer's factors. The newer ones of a text encoder without adapted attention are an error in
+/// diffusers.
+pub(super) fn pair(path: &str) -> [String; 2] {
+    let ends = if path.starts_with("text_encoder") { OF_TEXT_ENCODER } else { FACTORS };
+    ends.map(|end| format!("{path}{end}"))
+}
 
 pub(super) fn parse(key: &str) -> Result<Key> {
     let end = |(end, part): &(&str, Part)| Some((key.strip_suffix(end)?, *part));

@@ -1,8 +1,9 @@
 //! The files of diffusers: `pytorch_lora_weights.safetensors`, with the layers of all models of a pipeline.
 //!
-//! A layer's factors are `unet.<path>.lora_A.weight` and `.lora_B.weight`. Ranks and alphas are in the metadata of
-//! the file's header, as PEFT's configuration of each component; without them alpha is r. Older names are
-//! read too.
+//! A layer's factors are `unet.<path>.lora_A.weight` and `.lora_B.weight`; a text encoder's are
+//! `text_encoder.<path>.lora_linear_layer.down.weight` and `.up.weight`. Ranks and alphas are in the metadata of the
+//! file's header, as PEFT's configuration of each component; without them alpha is r. Older names are read
+//! too.
 
 mod keys;
 mod metadata;
@@ -80,8 +81,9 @@ pub fn save(
         let metadata = metadata::write(&config, &layers)?;
         let mut file = StateDict::new();
         for layer in layers {
-            file.insert(format!("{}.lora_A.weight", layer.path), layer.factors.a);
-            file.insert(format!("{}.lora_B.weight", layer.path), layer.factors.b);
+            let [a, b] = keys::pair(layer.path);
+            file.insert(a, layer.factors.a);
+            file.insert(b, layer.factors.b);
         }
         let bytes = serialize(&file, Some((METADATA, metadata)))?;
         if let Some(folder) = path.parent() {
