@@ -8,8 +8,8 @@
 //! is at another place. That makes g²·u·r·k ranks, and u·r·k with one group, where `B` is unchanged.
 //!
 //! In the other direction, any `A` of one group converts: its ranks are repeated for each piece, with one `B`
-//! for all pieces. Such factors go back to the ones they came from, of rank r or less. For several groups `A` must be zero
-//! outside of its group's inputs, which PEFT's own never is: an update from all inputs to all outputs has no grouped
+//! for all pieces. Such factors go back to the ones they came from. For several groups `A` must be zero outside of
+//! its group's inputs, which PEFT's own never is: an update from all inputs to all outputs has no grouped
 //! kernel.
 
 use super::factors::{is_zero, Factors};
@@ -20,9 +20,9 @@ const MOST_VALUES: usize = 1 << 30;
 
 /// loralib's factors as PEFT's, for n spatial dimensions; `None` if their shapes do not fit.
 pub(super) fn to_peft(n: usize, groups: usize, factors: &Factors) -> Result<Option<Factors>> {
-    match (groups, original(n, factors)?) {
-        (1, Some(original)) => Ok(Some(original)),
-        _ => expanded(n, groups, factors),
+    match if groups == 1 { original(n, factors)? } else { None } {
+        None => expanded(n, groups, factors),
+        original => Ok(original),
     }
 }
 
