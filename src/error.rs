@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 /// An error of [`utils`](crate::utils), [`merge`](crate::merge), [`peft`](crate::peft),
-/// [`formats`](crate::formats) and [`gguf`](crate::gguf). It converts into [`candle_core::Error`], so that `?` works in functions of either
-/// result.
+/// [`formats`](crate::formats) and [`gguf`](crate::gguf). It converts into [`candle_core::Error`], so that `?` works
+/// in functions of either result.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -137,3 +137,26 @@ fn rslora_is_in_the_metadata() -> lora::Result<()> {
     assert!(failed(FILE, diffusers::save(dir.path(), &bare, cfg)).contains("component"));
     Ok(())
 }
+
+/// A 1-d convolution of rank r has the rank r/k, rounded up, in this crate.
+#[test]
+fn convolutions_of_all_dimensions_keep_their_update() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let folder = fixture("../peft/conv");
+    let (config, adapter) = lora::peft::load_pretrained(&folder, &CPU)?;
+    let (of_all, all) = in_component("transformer", &config, &adapter);
+    diffusers::save(dir.path(), &all, &of_all)?;
+    let (again, read) = diffusers::load(dir.path(), &CPU)?;
+    assert_same(&read, &all)?;
+    let (again, read) = of_component("transformer", &again, &read)?;
+    for (name, tensor) in tensors(&folder.join("model.safetensors"))? {
+        let Some(name) = name.strip_prefix("merged.") else { continue };
+        let Some(path) = name.strip_suffix(".weight").filter(|path| path.contains("conv")) else {
+            continue;
+        };
+        let own = |config: &lora::AdapterConfig| config.lora_config(path).scaling();
+        assert_eq!(own(&again), own(&config), "{path} {:?}", tensor.dims());
+    }
+    assert_eq!(read.len(), 6);
+    Ok(())
+}
