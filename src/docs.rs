@@ -3,6 +3,9 @@
 #[doc = include_str!("../docs/candle-transformers.md")]
 pub mod candle_transformers {}
 
+#[doc = include_str!("../docs/formats.md")]
+pub mod formats {}
+
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
 

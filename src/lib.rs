@@ -2,6 +2,7 @@
 #![doc = "[design]: docs::design"]
 #![doc = "[benchmarks]: docs::benchmarks"]
 #![doc = "[walkthrough]: docs::candle_transformers"]
+#![doc = "[formats]: docs::formats"]
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
