@@ -40,6 +40,24 @@ impl Adapter {
         Self::loaded(config, tensors)
     }
 
+    /// An adapter of tensors that were read before, such as those of [`formats`](crate::formats). Its layers are
+    /// its targets, as of [`load`](Self::load).
+    ///
+    /// # Errors
+    /// If a layer has only one of its factors, or the configuration has a layer that the adapter lacks.
+    pub fn from_tensors(config: impl Into<AdapterConfig>, tensors: StateDict) -> Result<Self> {
+        let config = config.into();
+        for name in tensors.keys().filter(|name| is_lora(name)) {
+            let (path, last) = split(name);
+            let other = join(path, if last == "lora_A" { "lora_B" } else { "lora_A" });
+            if !tensors.contains_key(&other) {
+                return Err(Error::tensor(other, "it is missing, its other factor is there"));
+            }
+        }
+        config.check_used(tensors.keys().filter(|name| is_lora(name)).map(|name| split(name).0))?;
+        Self::loaded(config, tensors)
+    }
+
     /// An adapter of these tensors, whose layers are its targets.
     pub(super) fn loaded(config: AdapterConfig, tensors: StateDict) -> Result<Self> {
         let layers = tensors.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");

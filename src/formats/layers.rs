@@ -15,7 +15,7 @@ pub(super) struct Layer {
     pub key: String,
     pub a: Tensor,
     pub b: Tensor,
-    /// `lora_alpha`; `None` for r.
+    /// `lora_alpha`; `None` for r, without `rslora`.
     pub alpha: Option<f64>,
     pub embedding: bool,
 }
@@ -33,10 +33,7 @@ pub(super) fn adapter(
             Ok((from_peft(&kind, a, b)?, kind, r))
         };
         let (factors, kind, r) = read().map_err(|e: Error| Error::tensor(key, e))?;
-        let alpha = alpha.unwrap_or(match config.lora.rslora {
-            true => (r as f64).sqrt(),
-            false => r as f64,
-        });
+        let alpha = alpha.unwrap_or(r as f64);
         let alpha = same_scaling(alpha, r, factors.r, config.lora.rslora);
         tensors.insert(join(&path, "lora_A"), factors.a);
         tensors.insert(join(&path, "lora_B"), factors.b);

@@ -6,12 +6,17 @@
 //!
 //! ```no_run
 //! # fn main() -> loralib::Result<()> {
+//! # let base = candle_nn::VarBuilder::zeros(candle_core::DType::F32, &candle_core::Device::Cpu);
 //! use loralib::formats::{diffusers, kohya, of_component};
 //! let device = candle_core::Device::Cpu;
-//! let (config, adapter) = diffusers::load("pytorch_lora_weights.safetensors", &device)?;
-//! let (unet_config, unet) = of_component("unet", &config, &adapter)?;
-//! kohya::save("lora.safetensors", &adapter, &config)?;
-//! # let _ = (unet_config, unet); Ok(()) }
+//! let (config, tensors) = diffusers::load("pytorch_lora_weights.safetensors", &device)?;
+//! kohya::save("lora.safetensors", &tensors, &config)?;
+//!
+//! // One model of the pipeline, in training or merged for any code of candle's.
+//! let (config, tensors) = of_component("unet", &config, &tensors)?;
+//! let adapter = loralib::Adapter::from_tensors(config, tensors)?;
+//! let vb = adapter.merged(base)?;
+//! # let _ = vb; Ok(()) }
 //! ```
 
 mod component;

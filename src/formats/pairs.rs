@@ -49,24 +49,19 @@ impl Pairs {
 }
 
 fn layer(path: String, Pair { a, b, alpha }: Pair) -> Result<Layer> {
-    let ((key, a), (b_key, b)) = match (a, b, alpha) {
-        (Some(a), Some(b), None) => (a, b),
-        (Some(a), Some(b), Some((key, alpha))) => {
-            let alpha = scalar(&alpha).map_err(|e| Error::tensor(key, e))?;
-            return layer(path, Pair { a: Some(a), b: Some(b), alpha: None })
-                .map(|layer| Layer { alpha: Some(alpha), ..layer });
-        }
-        (Some((key, _)), ..) | (_, Some((key, _)), _) | (_, _, Some((key, _))) => {
-            return Err(Error::tensor(key, "its layer lacks one of its two factors"));
-        }
-        (None, None, None) => return Err(Error::tensor(path, "its layer has no factors")),
+    let key = [&a, &b, &alpha].into_iter().flatten().map(|(key, _)| key.clone()).next();
+    let (Some((key, a)), Some((b_key, b))) = (a, b) else {
+        let reason = "its layer lacks one of the two factors";
+        return Err(Error::tensor(key.unwrap_or(path), reason));
     };
     for (key, factor) in [(&key, &a), (&b_key, &b)] {
         if !factor.dtype().is_float() {
             return Err(Error::tensor(key, format!("it holds {:?}", factor.dtype())));
         }
     }
-    Ok(Layer { path, key, a, b, alpha: None, embedding: false })
+    let scalar = |(key, alpha)| scalar(&alpha).map_err(|e| Error::tensor(key, e));
+    let alpha = alpha.map(scalar).transpose()?;
+    Ok(Layer { path, key, a, b, alpha, embedding: false })
 }
 
 /// The value of a tensor with one, in any dtype.

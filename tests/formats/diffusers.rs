@@ -1,9 +1,13 @@
 //! diffusers' files.
 
-use crate::{assert_merged, assert_same, failed, fixture, tensors, zeros, CPU};
+use crate::common::difference;
+use crate::{assert_merged, assert_same, failed, fixture, model, tensors, zeros, CPU};
+use candle_core::DType;
+use candle_nn::VarBuilder;
 use lora::formats::{diffusers, in_component, of_component};
 use lora::{LoraConfig, StateDict};
 use loralib as lora;
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
@@ -158,5 +162,28 @@ fn convolutions_of_all_dimensions_keep_their_update() -> lora::Result<()> {
         assert_eq!(own(&again), own(&config), "{path} {:?}", tensor.dims());
     }
     assert_eq!(read.len(), 6);
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_a_component_gives_a_merged_base() -> lora::Result<()> {
+    let (config, all) = diffusers::load(fixture("diffusers/new"), &CPU)?;
+    let (config, unet) = of_component("unet", &config, &all)?;
+    let adapter = lora::Adapter::from_tensors(&config, unet.clone())?;
+    let [base, merged] = model("diffusers/new")?;
+    let of_unet = |all: StateDict| -> HashMap<_, _> {
+        all.into_iter()
+            .filter_map(|(k, t)| Some((k.strip_prefix("unet.")?.to_owned(), t)))
+            .collect()
+    };
+    let vb = VarBuilder::from_tensors(of_unet(base), DType::F32, &CPU);
+    let vb = adapter.merged(vb)?;
+    for (name, expected) in of_unet(merged) {
+        let apart = difference(&vb.get(expected.dims(), &name)?, &expected)?;
+        assert!(apart <= 2e-6, "{name} {apart}");
+    }
+    let half = unet.into_iter().filter(|(name, _)| !name.ends_with("proj_in.lora_B")).collect();
+    let error = lora::Adapter::from_tensors(config, half).unwrap_err().to_string();
+    assert!(error.contains("proj_in.lora_B"), "{error}");
     Ok(())
 }
