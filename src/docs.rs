@@ -6,6 +6,9 @@ pub mod candle_transformers {}
 #[doc = include_str!("../docs/peft.md")]
 pub mod peft {}
 
+#[doc = include_str!("../docs/formats.md")]
+pub mod formats {}
+
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
 

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-/// An error of [`utils`](crate::utils), [`merge`](crate::merge), [`peft`](crate::peft) and
-/// [`gguf`](crate::gguf). It converts into [`candle_core::Error`], so that `?` works in functions of either
-/// result.
+/// An error of [`utils`](crate::utils), [`merge`](crate::merge), [`peft`](crate::peft),
+/// [`formats`](crate::formats) and [`gguf`](crate::gguf). It converts into [`candle_core::Error`], so that `?` works
+/// in functions of either result.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -3,6 +3,7 @@
 #![doc = "[benchmarks]: docs::benchmarks"]
 #![doc = "[walkthrough]: docs::candle_transformers"]
 #![doc = "[peft]: docs::peft"]
+#![doc = "[formats]: docs::formats"]
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
@@ -12,6 +13,7 @@ mod adapter;
 #[cfg(doc)]
 pub mod docs;
 mod error;
+pub mod formats;
 pub mod gguf;
 pub mod layers;
 pub mod merge;

@@ -3,7 +3,8 @@
 use super::{Adapter, Targets};
 use crate::utils::names::{is_adapted_weight, is_lora, split};
 use crate::utils::{
-    load_state_dict, read_adapter, save_state_dict, AdapterConfig, LoadReport, StateDict, Strict,
+    factors, load_state_dict, read_adapter, save_state_dict, AdapterConfig, LoadReport, StateDict,
+    Strict,
 };
 use crate::{peft, Error, Result};
 use candle_core::{DType, Device, Var};
@@ -37,6 +38,17 @@ impl Adapter {
     pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         let (config, tensors) = read(path, device)?;
+        Self::loaded(config, tensors)
+    }
+
+    /// An adapter of tensors that were read before, such as those of [`formats`](crate::formats). Its layers are
+    /// its targets, as of [`load`](Self::load).
+    ///
+    /// # Errors
+    /// If a layer has only one of its factors, or the configuration has a layer that the adapter lacks.
+    pub fn from_tensors(config: impl Into<AdapterConfig>, tensors: StateDict) -> Result<Self> {
+        let config = config.into();
+        config.check_used(factors(&tensors)?.into_keys())?;
         Self::loaded(config, tensors)
     }
 

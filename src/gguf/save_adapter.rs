@@ -5,11 +5,11 @@ use super::factors::Place;
 use super::file::File;
 use super::names::Names;
 use super::writer::{f32, string, Entry, Writer};
-use crate::layers::{LayerKind, LoraConfig};
-use crate::peft::{same_scaling, to_peft, Factors};
+use crate::layers::LayerKind;
+use crate::peft::{plain_alpha, to_peft, Factors};
 use crate::utils::checkpoint::atomic_file;
-use crate::utils::names::{is_lora, join, refuse_peft_names, split};
-use crate::utils::{check_finite, AdapterConfig, StateDict};
+use crate::utils::names::{is_lora, join, refuse_peft_names};
+use crate::utils::{check_finite, factors, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
@@ -109,17 +109,9 @@ fn layers<'a>(
     }
     let names = Names::of(base)?;
     let mut layers = vec![];
-    for (name, factor) in adapter {
-        let (path, last) = split(name);
-        let other = join(path, if last == "lora_A" { "lora_B" } else { "lora_A" });
-        let Some(other) = adapter.get(&other) else {
-            return Err(Error::tensor(other, "it is missing, its other factor is there"));
-        };
-        if last == "lora_A" {
-            let factors = (factor, other);
-            let layer = layer(path, factors, config, base, &names);
-            layers.push(layer.map_err(|reason| Error::tensor(name, reason))?);
-        }
+    for (path, [a, b]) in factors(adapter)? {
+        let layer = layer(path, (a, b), config, base, &names);
+        layers.push(layer.map_err(|reason| Error::tensor(join(path, "lora_A"), reason))?);
     }
     config.check_used(layers.iter().map(|layer| layer.path))?;
     match layers.is_empty() {
@@ -157,16 +149,8 @@ fn layer<'a>(
     let cpu = |t: &Tensor| t.to_device(&Device::Cpu).map_err(|e| text(&e));
     let factors = Factors { a: cpu(a)?, b: cpu(b)?, r: cfg.r };
     let factors = to_peft(kind, factors).map_err(|e| text(&e))?;
-    let alpha = alpha(cfg, factors.r);
+    let alpha = plain_alpha(&cfg, factors.r);
     Ok(Layer { path, place, factors, alpha })
-}
-
-/// The `alpha` that gives the layer's scaling as `alpha / rank`.
-fn alpha(cfg: LoraConfig, rank: usize) -> f64 {
-    match cfg.rslora {
-        true => cfg.scaling() * rank as f64,
-        false => same_scaling(cfg.lora_alpha, cfg.r, rank, false),
-    }
 }
 
 /// The most frequent `alpha`, the first of several. llama.cpp takes 0 as no scaling at all.

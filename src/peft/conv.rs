@@ -7,7 +7,8 @@
 //! each group: `A` has the columns of that place on a diagonal, and `B` has the rows, or zeros if the piece
 //! is at another place. That makes g²·u·r·k ranks, and u·r·k with one group, where `B` is unchanged.
 //!
-//! In the other direction, any `A` of one group converts. For several groups `A` must be zero outside of
+//! In the other direction, any `A` of one group converts: its ranks are repeated for each piece, with one `B`
+//! for all pieces. Such factors go back to the ones they came from. For several groups `A` must be zero outside of
 //! its group's inputs, which PEFT's own never is: an update from all inputs to all outputs has no grouped
 //! kernel.
 
@@ -19,6 +20,37 @@ const MOST_VALUES: usize = 1 << 30;
 
 /// loralib's factors as PEFT's, for n spatial dimensions; `None` if their shapes do not fit.
 pub(super) fn to_peft(n: usize, groups: usize, factors: &Factors) -> Result<Option<Factors>> {
+    match if groups == 1 { original(n, factors)? } else { None } {
+        None => expanded(n, groups, factors),
+        original => Ok(original),
+    }
+}
+
+/// The factors in PEFT's shapes that [`from_peft`] makes these of, if there are any.
+fn original(n: usize, Factors { a, b, r }: &Factors) -> Result<Option<Factors>> {
+    let ((rows, columns), (outs, ranks)) = (a.dims2()?, b.dims2()?);
+    let k = rows.checked_div(*r).unwrap_or(0);
+    let (u, width) = (k.saturating_pow(n as u32 / 2), k.saturating_pow(n.div_ceil(2) as u32));
+    let fits = k > 0 && k * r == rows && ranks == rows && outs.checked_rem(u) == Some(0);
+    if !fits || columns.checked_rem(width) != Some(0) {
+        return Ok(None);
+    }
+    for own in (r - 1) * k / u + 1..=r * k / u {
+        let kernel = [&[own, columns / width][..], &[k; 3][..n]].concat();
+        let small_a = a.narrow(0, 0, u * own)?.reshape((u, own, columns))?;
+        let small_a = small_a.transpose(0, 1)?.reshape(kernel)?;
+        let small_b = b.reshape((outs / u, u, rows))?.narrow(1, 0, 1)?.narrow(2, 0, own)?;
+        let small_b = small_b.reshape([&[outs / u, own][..], &[1; 3][..n]].concat())?;
+        let again = from_peft(1, small_a.clone(), small_b.clone())?;
+        if again.r == *r && is_zero(&(again.a - a)?)? && is_zero(&(again.b - b)?)? {
+            return Ok(Some(Factors { a: small_a, b: small_b, r: own }));
+        }
+    }
+    Ok(None)
+}
+
+/// Factors of any values in PEFT's shapes.
+fn expanded(n: usize, groups: usize, factors: &Factors) -> Result<Option<Factors>> {
     let Factors { a, b, r } = factors;
     let ((rows, columns), (outs, ranks)) = (a.dims2()?, b.dims2()?);
     let k = rows.checked_div(*r).unwrap_or(0);
@@ -71,7 +103,7 @@ pub(super) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Factors> 
                 .reshape((outs, rows))?,
             r: rows / k,
         };
-        if let Some(again) = to_peft(n, groups, &found)? {
+        if let Some(again) = expanded(n, groups, &found)? {
             if is_zero(&(again.a - &a)?)? && is_zero(&(again.b - &b)?)? {
                 return Ok(found);
             }

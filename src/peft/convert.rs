@@ -31,7 +31,7 @@ fn unchanged(Factors { a, b, r }: &Factors) -> Result<Option<Factors>> {
 }
 
 /// PEFT's factors as loralib's: the inverse of [`to_peft`].
-pub(super) fn from_peft(kind: &LayerKind, a: Tensor, b: Tensor) -> Result<Factors> {
+pub(crate) fn from_peft(kind: &LayerKind, a: Tensor, b: Tensor) -> Result<Factors> {
     let (n, groups) = kind.spatial().unwrap_or((0, 1));
     let fits = || {
         let (a, b) = (a.dims(), b.dims());

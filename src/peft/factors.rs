@@ -1,9 +1,10 @@
 //! The factors of a layer during a conversion.
 
+use crate::layers::LoraConfig;
 use candle_core::{DType, Device, Result, Tensor};
 
 /// The factors of a layer and its rank.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Factors {
     pub a: Tensor,
     pub b: Tensor,
@@ -16,6 +17,14 @@ pub(crate) fn same_scaling(alpha: f64, from: usize, to: usize, rslora: bool) -> 
         (true, _) => alpha,
         (false, true) => alpha * (to as f64 / from as f64).sqrt(),
         (false, false) => alpha * to as f64 / from as f64,
+    }
+}
+
+/// The `lora_alpha` that gives a layer's scaling with the rank `to` and without `rslora`.
+pub(crate) fn plain_alpha(cfg: &LoraConfig, to: usize) -> f64 {
+    match cfg.rslora {
+        true => cfg.scaling() * to as f64,
+        false => same_scaling(cfg.lora_alpha, cfg.r, to, false),
     }
 }
 

@@ -16,6 +16,6 @@ pub(crate) fn config_file(path: &Path) -> PathBuf {
     }
 }
 
-pub(super) fn malformed(reason: impl ToString) -> Error {
+pub(crate) fn malformed(reason: impl ToString) -> Error {
     Error::Format { format: "PEFT adapter", reason: reason.to_string() }
 }

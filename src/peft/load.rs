@@ -161,7 +161,7 @@ fn convert(mut json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDi
 }
 
 /// The kind by the shapes of the factors. An error if it contradicts the `given` one.
-fn kind(
+pub(crate) fn kind(
     [a, b]: [&Tensor; 2],
     embedding: bool,
     given: Option<&LayerKind>,

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`Linear`](crate::Linear), [`Embedding`](crate::Embedding) | the same factors |
 //! | [`MergedLinear`](crate::MergedLinear) with e enabled splits | one Linear of rank r·e with a block-diagonal B |
-//! | convolution with a kernel of k | rank r·k (1d), r·k² (2d and 3d), with a block-diagonal A |
+//! | convolution with a kernel of k | rank r·k (1d), r·k² (2d and 3d), with a block-diagonal A; PEFT's own keep their rank |
 //! | parameter, A (experts, r, in), B (experts, out, r) | `target_parameters`: A (experts·r, in), B (out, r·experts) |
 //! | convolution of g groups | g² times that rank, with an A of mostly zeros: with many groups merge instead |
 //!
@@ -59,15 +59,20 @@ mod read_config;
 mod read_fresh;
 mod save;
 mod tokens;
+mod uniform;
 mod write_config;
 
-pub(crate) use convert::to_peft;
-pub(crate) use factors::{same_scaling, Factors};
-pub(crate) use files::config_file;
+pub(crate) use convert::{from_peft, to_peft};
+pub(crate) use factors::{plain_alpha, same_scaling, Factors};
+pub(crate) use files::{config_file, malformed};
+pub(crate) use load::kind;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use load_adapter::load_adapter;
 pub(crate) use load_adapter::load_beside_base;
 pub(crate) use patterns::Patterns;
 pub(crate) use rank_alpha::with_layers;
+pub(crate) use read_config::{object, read_config, Json};
 pub(crate) use read_fresh::{read_fresh, Modules};
-pub use save::save_pretrained;
+pub use save::{save_plain, save_pretrained};
+pub(crate) use uniform::uniform;
+pub(crate) use write_config::write_config;

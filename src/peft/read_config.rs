@@ -13,12 +13,12 @@ use serde_json::{Map, Value};
 
 /// The contents of the file.
 #[derive(Debug)]
-pub(super) struct Json {
+pub(crate) struct Json {
     pub config: AdapterConfig,
     pub patterns: Patterns,
     pub lora_bias: bool,
     pub target_parameters: Vec<String>,
-    pub token_indices: TokenIndices,
+    pub(super) token_indices: TokenIndices,
 }
 
 /// The keys whose order counts.
@@ -58,11 +58,11 @@ pub(super) fn without_mark(text: &[u8]) -> &[u8] {
     text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
 }
 
-pub(super) fn object(text: &[u8]) -> Result<Map<String, Value>> {
+pub(crate) fn object(text: &[u8]) -> Result<Map<String, Value>> {
     serde_json::from_slice(without_mark(text)).map_err(malformed)
 }
 
-pub(super) fn read_config(text: &[u8]) -> Result<Json> {
+pub(crate) fn read_config(text: &[u8]) -> Result<Json> {
     let map = object(text)?;
     let in_order: InOrder = serde_json::from_slice(without_mark(text)).map_err(malformed)?;
     let (mut config, mut own) = (AdapterConfig::default(), Patterns::default());

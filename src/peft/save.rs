@@ -1,20 +1,19 @@
 //! Writes a folder in PEFT's format.
 
 use super::convert::to_peft;
-use super::factors::{same_scaling, Factors};
+use super::factors::{plain_alpha, same_scaling, Factors};
 use super::files::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
 use super::parameters;
 use super::tokens;
+use super::uniform::{uniform, whole};
 use super::write_config::write_config;
-use crate::layers::LayerKind;
-use crate::utils::checkpoint::{atomic_file::Staged, safetensors::serialize};
+use crate::layers::{LayerKind, LoraConfig};
+use crate::utils::checkpoint::{folder, safetensors::serialize};
 use crate::utils::names::{is_lora, join, split};
-use crate::utils::{AdapterConfig, StateDict};
+use crate::utils::{factors, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
-use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 /// Writes an adapter as a folder in PEFT's format, with the kinds, ranks and alphas of `config`. An
@@ -39,47 +38,50 @@ pub fn save_pretrained(
     tensors: &StateDict,
     config: impl Into<AdapterConfig>,
 ) -> Result<()> {
-    let (dir, config) = (dir.as_ref(), config.into());
-    let (converted, json) = convert(tensors, &config).map_err(|e| e.at(dir))?;
-    let bytes = serialize(&converted, Some((CONFIG, json.clone()))).map_err(|e| e.at(dir))?;
-    let write = || {
-        fs::create_dir_all(dir)?;
-        let path = dir.join(CONFIG);
-        let same = fs::read(&path).is_ok_and(|old| old == json.as_bytes());
-        let tensors = Staged::new(&dir.join(SAFETENSORS), |file| file.write_all(&bytes))?;
-        let config = Staged::new(&path, |file| file.write_all(json.as_bytes()))?;
-        if !same {
-            remove(&path)?;
-        }
-        tensors.rename()?;
-        config.commit()?;
-        remove(&dir.join(BIN))
-    };
-    write().map_err(|e: std::io::Error| Error::from(e).at(dir))
+    let config = config.into();
+    write(dir.as_ref(), convert(tensors, &config, false))
 }
 
-fn remove(path: &Path) -> std::io::Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
+/// [`save_pretrained`] for programs that take `lora_alpha / r` as the scaling of every layer, whatever
+/// else the configuration says: llama.cpp's converter, Ollama, and older servers.
+///
+/// The file has no `use_rslora` and no patterns, but one rank, the largest, and one `lora_alpha`, a whole
+/// number. Smaller factors are padded with zeros. A layer whose scaling this changes has the ratio
+/// multiplied into its B, in F32 at least, which is exact if it is a power of two.
+///
+/// # Errors
+/// As [`save_pretrained`].
+pub fn save_plain(
+    dir: impl AsRef<Path>,
+    tensors: &StateDict,
+    config: impl Into<AdapterConfig>,
+) -> Result<()> {
+    let config = config.into();
+    write(dir.as_ref(), convert(tensors, &config, true))
+}
+
+fn write(dir: &Path, converted: Result<(StateDict, String)>) -> Result<()> {
+    let write = || {
+        let (converted, json) = converted?;
+        let bytes = serialize(&converted, Some((CONFIG, json.clone())))?;
+        folder::replace(dir, (SAFETENSORS, &bytes), (CONFIG, json.as_bytes()))?;
+        Ok(folder::remove(&dir.join(BIN))?)
+    };
+    write().map_err(|e: Error| e.at(dir))
 }
 
 /// The tensors under PEFT's keys, and the configuration.
-fn convert(tensors: &StateDict, config: &AdapterConfig) -> Result<(StateDict, String)> {
-    let paths: BTreeSet<&str> =
-        tensors.keys().map(|name| split(name)).filter(|n| is_lora(n.1)).map(|n| n.0).collect();
+fn convert(
+    tensors: &StateDict,
+    config: &AdapterConfig,
+    plain: bool,
+) -> Result<(StateDict, String)> {
+    let factors = factors(tensors)?;
+    let paths: BTreeSet<&str> = factors.keys().copied().collect();
     config.check_used(paths.iter().copied())?;
     let wrappers = parameters::wrappers(config, &paths);
     let (mut converted, mut pairs, mut layers) = (StateDict::new(), vec![], vec![]);
-    for &path in &paths {
-        let factor = |last| {
-            let name = join(path, last);
-            tensors
-                .get(&name)
-                .ok_or_else(|| Error::tensor(&name, "it is missing, its other factor is there"))
-        };
-        let (a, b) = (factor("lora_A")?.clone(), factor("lora_B")?.clone());
+    for (path, [a, b]) in factors {
         if path.is_empty() {
             return Err(Error::tensor(
                 "lora_A",
@@ -89,11 +91,21 @@ fn convert(tensors: &StateDict, config: &AdapterConfig) -> Result<(StateDict, St
         let kind = config.kind(path).unwrap_or(&LayerKind::Linear);
         let cfg = config.lora_config(path);
         cfg.validate(a.dtype()).map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
-        let factors = to_peft(kind, Factors { a, b, r: cfg.r })
+        let factors = to_peft(kind, Factors { a: a.clone(), b: b.clone(), r: cfg.r })
             .map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
         let in_file = wrappers.get(path).map_or(path, String::as_str);
         pairs.push((path, keys::pair(in_file, *kind == LayerKind::Embedding), factors, cfg));
     }
+    let mut config = config.clone();
+    if plain {
+        let scaled = pairs.iter().map(|(_, _, f, cfg)| (plain_alpha(cfg, f.r), f.clone()));
+        let (factors, lora_alpha, r) = uniform(scaled.collect(), whole)?;
+        config.lora = LoraConfig { r, lora_alpha, rslora: false, ..config.lora };
+        for (pair, factors) in pairs.iter_mut().zip(factors) {
+            (pair.2, pair.3) = (factors, config.lora);
+        }
+    }
+    let config = &config;
     let largest = pairs.iter().map(|(_, _, factors, _)| factors.r).max().unwrap_or(0);
     for (path, (a_key, b_key), Factors { a, b, r }, cfg) in pairs {
         let rank = if config.one_rank { largest } else { r };

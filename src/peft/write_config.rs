@@ -11,7 +11,7 @@ use serde_json::{json, Map, Value};
 
 /// The file for layers of the given ranks and alphas, by path, and these tensors. Its keys are known to every
 /// version of PEFT since 0.9, but for options that the adapter needs.
-pub(super) fn write_config(
+pub(crate) fn write_config(
     config: &AdapterConfig,
     layers: &[(&str, usize, f64)],
     tensors: &StateDict,

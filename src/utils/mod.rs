@@ -4,17 +4,22 @@ mod adapter_config;
 mod bias;
 mod check_grads;
 pub(crate) mod checkpoint;
+mod factors;
 pub(crate) mod names;
 mod seeded;
 mod state_dict;
 mod summary;
 mod trainable;
 mod var_builder;
+mod wrappers;
 
 pub use adapter_config::{AdapterConfig, LayerConfig};
 pub use bias::Bias;
 pub use check_grads::check_grads;
-pub use checkpoint::{load_checkpoint, read_adapter, read_state_dict, save_state_dict, Checkpoint};
+pub use checkpoint::{
+    load_checkpoint, read_adapter, read_state_dict, read_torch_entry, save_state_dict, Checkpoint,
+};
+pub(crate) use factors::factors;
 pub use seeded::seeded;
 pub(crate) use state_dict::check_finite;
 pub use state_dict::{load_state_dict, lora_state_dict, LoadReport, StateDict, Strict};
@@ -23,3 +28,4 @@ pub(crate) use trainable::variables;
 pub use trainable::{mark_only_lora_as_trainable, missing_grads, Trainable};
 pub use var_builder::var_builder;
 pub(crate) use var_builder::var_builder_with;
+pub use wrappers::strip_wrappers;

@@ -82,3 +82,27 @@ pub(crate) fn refuse_peft_names<'a>(names: impl IntoIterator<Item = &'a String>)
         )),
     }
 }
+
+/// An error if one of the missing names is one of the unexpected ones without wrappers.
+pub(crate) fn refuse_wrapped_names(unexpected: &[String], missing: &[String]) -> Result<()> {
+    let wrapped = |name: &&String| {
+        let stripped = without_wrappers(name, name.starts_with("module."));
+        stripped != **name && missing.contains(&stripped)
+    };
+    match unexpected.iter().find(wrapped) {
+        None => Ok(()),
+        Some(name) => Err(Error::tensor(
+            name,
+            "the model was compiled or parallel when it was saved, and `_orig_mod` or `module` is in \
+             its names: load `strip_wrappers(tensors)`",
+        )),
+    }
+}
+
+/// A name without the components `_orig_mod` and, if the model was `parallel`, without `module.` at its start.
+pub(crate) fn without_wrappers(name: &str, parallel: bool) -> String {
+    let rest = if parallel { name.strip_prefix("module.").unwrap_or(name) } else { name };
+    let components: Vec<_> =
+        rest.split('.').filter(|component| *component != "_orig_mod").collect();
+    components.join(".")
+}

@@ -1,6 +1,6 @@
 //! State dicts: the tensors of a model's variables by name.
 
-use super::names::{is_lora, join, refuse_peft_names, split};
+use super::names::{is_lora, join, refuse_peft_names, refuse_wrapped_names, split};
 use super::trainable::{expected, variables, Trainable};
 use crate::ops::is_finite;
 use crate::{Error, Result};
@@ -76,6 +76,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
     let fits = missing.is_empty() && unexpected.is_empty();
     if staged.is_empty() || (strict == Strict::Yes && !fits) {
         refuse_peft_names(&unexpected)?;
+        refuse_wrapped_names(&unexpected, &missing)?;
         return Err(Error::Names { missing, unexpected });
     }
     let loaded = staged.keys().map(|name| name.to_string()).collect();

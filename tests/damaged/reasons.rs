@@ -5,11 +5,13 @@ use crate::judge::{assert_known, judged, same_form, same_or_other_values, same_v
 use crate::{alone, fixture, CPU};
 use candle_core::{DType, Var};
 use candle_nn::VarMap;
+use lora::formats::{diffusers, kohya, mlx};
 use lora::peft;
 use lora::AdapterConfig;
 use lora::{Checkpoint, LoraConfig, StateDict, Strict};
 use loralib as lora;
 use std::fs;
+use std::path::Path;
 
 fn variables(tensors: &StateDict) -> VarMap {
     let vars = VarMap::new();
@@ -134,5 +136,76 @@ fn damaged_peft_adapter_keeps_shapes() {
             same_or_other_values([&good.1, &bad.1], [&good_file, mutant])
         });
         assert_known(&ends, &["nothing is lost", "other values", "the model refuses it"]);
+    }
+}
+
+type Loaded = (AdapterConfig, StateDict);
+
+/// Mutants of a file that is read into an adapter.
+fn assert_keeps_shapes(bad: &Path, random: usize, read: impl Fn() -> lora::Result<Loaded>) {
+    let good_file = fs::read(bad).unwrap();
+    let ends = judged(bad, random, read, |good: &Loaded, bad, mutant| {
+        if !same_form(&good.1, &bad.1) {
+            let refused = lora::load_state_dict(&variables(&good.1), &bad.1, Strict::Yes);
+            assert!(refused.is_err());
+            return "the model refuses it";
+        }
+        match good.0 == bad.0 {
+            true => same_or_other_values([&good.1, &bad.1], [&good_file, mutant]),
+            false => "another scaling or option",
+        }
+    });
+    assert_known(
+        &ends,
+        &["nothing is lost", "other values", "the model refuses it", "another scaling or option"],
+    );
+}
+
+#[test]
+fn damaged_files_of_other_formats_keep_their_shapes() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let copied = |file: &str| {
+        let to = dir.path().join(file.rsplit('/').next().unwrap());
+        fs::copy(fixture(&format!("formats/{file}")), &to).unwrap();
+        to
+    };
+    let names = fs::read_to_string(fixture("formats/kohya/names.txt")).unwrap();
+    let names: Vec<_> = names.lines().collect();
+    let bad = copied("kohya/conv/lora.safetensors");
+    assert_keeps_shapes(&bad, 5000, || kohya::load(&bad, &names, &CPU));
+    for case in ["new", "processor"] {
+        let bad = copied(&format!("diffusers/{case}/pytorch_lora_weights.safetensors"));
+        assert_keeps_shapes(&bad, 5000, || diffusers::load(&bad, &CPU));
+    }
+    let json = copied("mlx/adapter_config.json");
+    let bad = copied("mlx/adapters.safetensors");
+    assert_keeps_shapes(&bad, 8000, || mlx::load(dir.path(), &CPU));
+    fs::copy(fixture("formats/mlx/adapters.safetensors"), &bad).unwrap();
+    let read = || mlx::load(dir.path(), &CPU);
+    let ends = judged(&json, 8000, read, |good: &Loaded, bad, _| {
+        assert!(same_form(&good.1, &bad.1) && same_values(&good.1, &bad.1));
+        if good.0 == bad.0 {
+            "nothing is lost"
+        } else {
+            "another scaling or option"
+        }
+    });
+    assert_known(&ends, &["nothing is lost", "another scaling or option"]);
+}
+
+#[test]
+fn damaged_entry_of_a_torch_file_keeps_its_tensors() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    for (name, entry) in [("nested_model.pt", "model"), ("nested_lightning.pt", "state_dict")] {
+        let bad = dir.path().join(name);
+        fs::copy(fixture(&format!("torch/{name}")), &bad).unwrap();
+        let read = || lora::read_torch_entry(&bad, entry, &CPU);
+        let ends = judged(&bad, 5000, read, |good: &StateDict, bad, _| {
+            assert!(same_form(good, &bad) && same_values(good, &bad), "{:?}", bad.keys());
+            "nothing is lost"
+        });
+        assert_known(&ends, &["nothing is lost"]);
     }
 }

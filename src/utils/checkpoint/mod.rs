@@ -1,6 +1,7 @@
 //! Checkpoint files: an adapter's tensors with its configuration in the header.
 
 pub(crate) mod atomic_file;
+pub(crate) mod folder;
 mod metadata;
 pub(crate) mod safetensors;
 pub(crate) mod shards;
@@ -115,12 +116,27 @@ pub fn read_adapter(
     Ok((config, tensors))
 }
 
+/// Reads the state dict in one entry of a file that `torch.save` wrote, as training programs save it beside an
+/// optimizer: `"state_dict"` of Lightning, `"model"`, or `"model_state_dict"`. [`read_state_dict`] lists the
+/// entries of such a file in its error.
+///
+/// # Errors
+/// As [`read_state_dict`], if the file is not torch's, and if it has no such entry.
+pub fn read_torch_entry(path: impl AsRef<Path>, entry: &str, device: &Device) -> Result<StateDict> {
+    let path = path.as_ref();
+    let read = || match fs::read(path)? {
+        bytes if torch::is_torch(&bytes) => torch::parse(&bytes, Some(entry), device),
+        _ => Err(Error::Format { format: "torch", reason: "it is no zip archive".to_owned() }),
+    };
+    read().map_err(|e| e.at(path))
+}
+
 /// The tensors and the metadata of one file in either format; torch's has none.
 pub(crate) fn read(path: &Path, device: &Device) -> Result<(StateDict, Metadata)> {
     // Read, not mapped: truncating a mapped file kills the process.
     let bytes = fs::read(path)?;
     if torch::is_torch(&bytes) {
-        Ok((torch::parse(&bytes, device)?, Metadata::new()))
+        Ok((torch::parse(&bytes, None, device)?, Metadata::new()))
     } else {
         safetensors::parse(&bytes, device)
     }

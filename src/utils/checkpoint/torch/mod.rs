@@ -10,7 +10,7 @@ use crate::utils::state_dict::{check_finite, StateDict};
 use crate::{Error, Result};
 use archive::{malformed, Archive};
 use candle_core::Device;
-use object::Object;
+use object::{Id, Object};
 use pickle::Pickle;
 use std::collections::HashMap;
 use tensor::View;
@@ -25,8 +25,9 @@ fn is_legacy(bytes: &[u8]) -> bool {
     bytes.starts_with(b"\x80\x02\x8a\x0a")
 }
 
-/// The tensors of a state dict. Tensors that shared storage share it again.
-pub(super) fn parse(bytes: &[u8], device: &Device) -> Result<StateDict> {
+/// The tensors of a state dict, which is the whole file or the given entry of it. Tensors that shared storage
+/// share it again.
+pub(super) fn parse(bytes: &[u8], entry: Option<&str>, device: &Device) -> Result<StateDict> {
     if is_legacy(bytes) {
         return Err(Error::unsupported(
             "the file format of torch before 1.6",
@@ -36,12 +37,7 @@ pub(super) fn parse(bytes: &[u8], device: &Device) -> Result<StateDict> {
     let mut archive = Archive::open(bytes)?;
     let data = archive.read("data.pkl")?;
     let (pickle, root) = Pickle::read(&data).map_err(malformed)?;
-    let Object::Dict(items) = pickle.get(root) else {
-        return Err(malformed(format!(
-            "it contains {}, expected a state dict",
-            pickle.get(root).kind()
-        )));
-    };
+    let items = state_dict(&pickle, root, entry)?;
     let (mut storages, mut tensors) = (HashMap::new(), StateDict::new());
     for &(key, value) in items {
         let Object::Text(name) = *pickle.get(key) else {
@@ -63,4 +59,40 @@ pub(super) fn parse(bytes: &[u8], device: &Device) -> Result<StateDict> {
         }
     }
     Ok(tensors)
+}
+
+type Items = [(Id, Id)];
+
+/// The items of the state dict.
+fn state_dict<'p>(pickle: &'p Pickle, root: Id, entry: Option<&str>) -> Result<&'p Items> {
+    let dict = |id| match pickle.get(id) {
+        Object::Dict(items) => Ok(items.as_slice()),
+        other => Err(format!("{}, expected a state dict", other.kind())),
+    };
+    let items = dict(root).map_err(|kind| malformed(format!("it contains {kind}")))?;
+    let inner = || {
+        items.iter().filter_map(|&(key, value)| match (pickle.get(key), pickle.get(value)) {
+            (Object::Text(name), Object::Dict(_)) => Some(*name),
+            _ => None,
+        })
+    };
+    let Some(entry) = entry else {
+        let Some(first) = inner().next() else { return Ok(items) };
+        let all: Vec<_> = inner().collect();
+        let reason = format!(
+            "a dict, not a tensor: the file has the dicts {all:?}; read the one with the model's \
+             tensors by `read_torch_entry`"
+        );
+        return Err(Error::tensor(first, reason));
+    };
+    let found = |(key, _): &&(Id, Id)| *pickle.get(*key) == Object::Text(entry);
+    match items.iter().find(found) {
+        Some((_, value)) => {
+            dict(*value).map_err(|kind| malformed(format!("its entry {entry:?} is {kind}")))
+        }
+        None => {
+            let all: Vec<_> = inner().collect();
+            Err(malformed(format!("it has no entry {entry:?}, but the dicts {all:?}")))
+        }
+    }
 }

@@ -86,7 +86,7 @@ impl<'a> Pickle<'a> {
             b'}' => self.push(Object::Dict(vec![])),
             b's' => {
                 let (value, key) = (self.pop()?, self.pop()?);
-                self.dict()?.push((key, value));
+                self.add(&[(key, value)])?;
             }
             b'u' => {
                 let items = self.marked()?;
@@ -94,8 +94,8 @@ impl<'a> Pickle<'a> {
                 if !pairs.remainder().is_empty() {
                     return Err("a key has no value".to_owned());
                 }
-                let pairs = pairs.map(|pair| (pair[0], pair[1]));
-                self.dict()?.extend(pairs);
+                let pairs: Vec<_> = pairs.map(|pair| (pair[0], pair[1])).collect();
+                self.add(&pairs)?;
             }
             b'R' | 0x81 => {
                 let (args, class) = (self.pop()?, self.pop()?);
@@ -137,9 +137,15 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    fn dict(&mut self) -> Result<&mut Vec<(Id, Id)>> {
+    /// Adds items to a dict. Those of another object are not kept: training options, in a class derived from
+    /// a dict.
+    fn add(&mut self, pairs: &[(Id, Id)]) -> Result<()> {
         match self.stack.last().and_then(|&id| self.objects.get_mut(id)) {
-            Some(Object::Dict(items)) => Ok(items),
+            Some(Object::Dict(items)) => {
+                items.extend(pairs);
+                Ok(())
+            }
+            Some(Object::Call(..)) => Ok(()),
             _ => Err("an item is added to an object that is not a dict".to_owned()),
         }
     }

@@ -1,0 +1,51 @@
+//! Detects the format of an adapter.
+
+use crate::args::Format;
+use crate::Result;
+use candle_core::Device;
+use loralib as lora;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+pub fn format(path: &Path) -> Result<Format> {
+    let found = if path.is_dir() { of_folder(path)? } else { of_file(path)? };
+    found.ok_or_else(|| format!("{}: it is no adapter of a known format", path.display()).into())
+}
+
+fn of_folder(dir: &Path) -> Result<Option<Format>> {
+    if dir.join("pytorch_lora_weights.safetensors").exists() {
+        return Ok(Some(Format::Diffusers));
+    }
+    let config = dir.join("adapter_config.json");
+    if !config.exists() {
+        return Ok(None);
+    }
+    let config: serde_json::Value = serde_json::from_slice(&fs::read(config)?)?;
+    let mlx = config.get("lora_parameters").is_some() || config.get("fine_tune_type").is_some();
+    Ok(Some(if mlx { Format::Mlx } else { Format::Peft }))
+}
+
+fn of_file(path: &Path) -> Result<Option<Format>> {
+    let mut magic = vec![];
+    File::open(path)?.take(4).read_to_end(&mut magic)?;
+    match magic.as_slice() {
+        b"GGUF" => return Ok(Some(Format::Gguf)),
+        b"PK\x03\x04" => return Ok(Some(Format::Torch)),
+        _ => {}
+    }
+    let names = lora::read_state_dict(path, &Device::Cpu)?.tensors.into_keys();
+    let known = names.filter_map(|name| {
+        let ends = |ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
+        if ends(&[".lora_A", ".lora_B"]) {
+            Some(Format::Loralib)
+        } else if ends(&[".lora_down.weight", ".lora_up.weight"]) {
+            Some(Format::Kohya)
+        } else if ends(&[".lora_A.weight", ".down.weight"]) {
+            Some(Format::Diffusers)
+        } else {
+            None
+        }
+    });
+    Ok(known.take(1).next())
+}

@@ -1,0 +1,54 @@
+//! The part of an adapter that belongs to one model of a pipeline.
+
+use crate::utils::names::{is_lora, join, split};
+use crate::utils::{AdapterConfig, StateDict};
+use crate::{Error, Result};
+
+/// The part of an adapter whose names begin with `component` and a dot, by the names after it: those of
+/// the component's own model.
+///
+/// # Errors
+/// If the adapter has no such part.
+pub fn of_component(
+    component: &str,
+    config: &AdapterConfig,
+    tensors: &StateDict,
+) -> Result<(AdapterConfig, StateDict)> {
+    let within = |name: &str| Some(name.strip_prefix(component)?.strip_prefix('.')?.to_owned());
+    let (config, part) = renamed(config, tensors, within);
+    if part.is_empty() {
+        let first = |name: &String| name.split('.').next().map(str::to_owned);
+        let mut all: Vec<_> = tensors.keys().filter_map(first).collect();
+        all.dedup();
+        let reason = format!("the adapter has no component {component:?}, but {all:?}");
+        return Err(Error::Invalid(reason));
+    }
+    Ok((config, part))
+}
+
+/// The adapter of one model as the part `component` of a pipeline's: the inverse of [`of_component`].
+pub fn in_component(
+    component: &str,
+    config: &AdapterConfig,
+    tensors: &StateDict,
+) -> (AdapterConfig, StateDict) {
+    renamed(config, tensors, |name| Some(join(component, name)))
+}
+
+/// The tensors that have a new name, with the options of each layer by its new path.
+fn renamed(
+    config: &AdapterConfig,
+    tensors: &StateDict,
+    new: impl Fn(&str) -> Option<String>,
+) -> (AdapterConfig, StateDict) {
+    let (mut config, old) = (AdapterConfig { layers: [].into(), ..config.clone() }, config);
+    let mut all = StateDict::new();
+    for (name, tensor) in tensors {
+        let Some(new) = new(name) else { continue };
+        if let (true, Some((_, layer))) = (is_lora(name), old.layer(split(name).0)) {
+            config.layers.insert(split(&new).0.to_owned(), layer.clone());
+        }
+        all.insert(new, tensor.clone());
+    }
+    (config, all)
+}

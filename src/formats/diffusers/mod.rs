@@ -1,0 +1,104 @@
+//! The files of diffusers: `pytorch_lora_weights.safetensors`, with the layers of all models of a pipeline.
+//!
+//! A layer's factors are `unet.<path>.lora_A.weight` and `.lora_B.weight`; a text encoder's are
+//! `text_encoder.<path>.lora_linear_layer.down.weight` and `.up.weight`. Ranks and alphas are in the metadata of the
+//! file's header, as PEFT's configuration of each component; without them alpha is r. Older names are read
+//! too.
+
+mod keys;
+mod metadata;
+
+use self::keys::Key;
+use super::layers::{adapter, layers};
+use super::pairs::Pairs;
+use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
+use crate::utils::{AdapterConfig, StateDict};
+use crate::{Error, Result};
+use candle_core::Device;
+use metadata::{Components, METADATA};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const FILE: &str = "pytorch_lora_weights.safetensors";
+
+/// Reads a file, or the one in a folder, into the crate's names, which begin with the component as the
+/// file's do: `unet.`, `transformer.`, `text_encoder.` and others.
+///
+/// # Errors
+/// If the file cannot be read or is malformed; if a name is none of LoRA's, such as `lora_magnitude_vector`; if
+/// an option in the metadata changes the update and is not supported, or differs among the components; if a
+/// layer lacks a factor; if shapes do not fit each other or the metadata; and if a value is not finite. The
+/// error names the file and the tensor.
+pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, StateDict)> {
+    let path = file(path.as_ref());
+    let load = || {
+        let (tensors, metadata) = read(&path, device)?;
+        let mut pairs = Pairs::default();
+        for (key, tensor) in tensors {
+            let Key { path, part } = keys::parse(&key)?;
+            pairs.insert(path, part, key, tensor)?;
+        }
+        let mut layers = pairs.into_layers()?;
+        let Some(text) = metadata.get(METADATA) else {
+            return adapter(AdapterConfig::default(), layers);
+        };
+        let components = Components::read(text)?;
+        for layer in &mut layers {
+            if layer.alpha.is_some() {
+                let reason = "its layer has an alpha as a tensor and one in the metadata";
+                return Err(Error::tensor(&layer.key, reason));
+            }
+            let (r, alpha) = components.rank_alpha(&layer.path)?;
+            if layer.a.dims().first() != Some(&r) {
+                let reason = format!("its shape is {:?}, the metadata's rank {r}", layer.a.dims());
+                return Err(Error::tensor(&layer.key, reason));
+            }
+            layer.alpha = Some(alpha);
+        }
+        adapter(components.config()?, layers)
+    };
+    load().map_err(|e: Error| e.at(&path))
+}
+
+/// Writes an adapter, whose names begin with the component, as [`load`] gives them. Factors keep their bits;
+/// ranks, alphas, `rslora` and `lora_dropout` are in the metadata. Versions of diffusers before 0.34 do not
+/// read them, and take alpha as r.
+///
+/// A `path` that ends in `.safetensors` is the file's; any other is a folder. The file appears complete and
+/// flushed to disk, or not at all. Equal contents give equal bytes.
+///
+/// # Errors
+/// If the adapter has something other than factors, or an embedding; if a name has no component; if a value
+/// is not finite; and if the file system refuses.
+pub fn save(
+    path: impl AsRef<Path>,
+    tensors: &StateDict,
+    config: impl Into<AdapterConfig>,
+) -> Result<()> {
+    let (path, config) = (file(path.as_ref()), config.into());
+    let save = || {
+        let layers = layers(tensors, &config, "diffusers' format")?;
+        let metadata = metadata::write(&config, &layers)?;
+        let mut file = StateDict::new();
+        for layer in layers {
+            let [a, b] = keys::pair(layer.path);
+            file.insert(a, layer.factors.a);
+            file.insert(b, layer.factors.b);
+        }
+        let bytes = serialize(&file, Some((METADATA, metadata)))?;
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        Ok(atomic_file::replace(&path, &bytes)?)
+    };
+    save().map_err(|e: Error| e.at(&path))
+}
+
+fn file(path: &Path) -> PathBuf {
+    let is_file = path.is_file() || path.extension().is_some_and(|end| end == "safetensors");
+    if is_file {
+        path.to_owned()
+    } else {
+        path.join(FILE)
+    }
+}

@@ -1,0 +1,184 @@
+//! The files of kohya's sd-scripts, which AUTOMATIC1111, ComfyUI and civitai use: one safetensors file with
+//! flattened names.
+//!
+//! A layer `unet.down_blocks.0.attentions.0.proj_in` is `lora_unet_down_blocks_0_attentions_0_proj_in`, then
+//! `.lora_down.weight`, which is A, `.lora_up.weight`, which is B, and `.alpha`. Without `.alpha`, or if it is 0, the
+//! update is not scaled: alpha is r.
+
+use super::layers::{adapter, layers, Saved};
+use super::pairs::{Pairs, Part};
+use crate::layers::LayerKind;
+use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
+use crate::utils::{AdapterConfig, StateDict};
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The beginnings of names and the components they stand for. A file with one text encoder has `lora_te_`.
+const PREFIXES: [(&str, &str); 6] = [
+    ("lora_unet_", "unet."),
+    ("lora_unet_", "transformer."),
+    ("lora_te_", "text_encoder."),
+    ("lora_te1_", "text_encoder."),
+    ("lora_te2_", "text_encoder_2."),
+    ("lora_te3_", "text_encoder_3."),
+];
+
+/// Reads a file into the crate's names, which begin with the component: `unet.`, `transformer.`,
+/// `text_encoder.`, `text_encoder_2.` or `text_encoder_3.`.
+///
+/// The dots of a path are not in the file: `names` are the names of all tensors of the base models, each after
+/// its component, such as `unet.conv_in.weight`.
+///
+/// # Errors
+/// If the file cannot be read or is malformed; if a name is none of LoRA's, such as LyCORIS' `lokr_w1` and
+/// `hada_w1_a`, `lora_mid` and `dora_scale`; if a layer lacks a factor, or none or several of the base's have its
+/// name; if shapes do not fit; and if a value is not finite. The error names the file and the tensor.
+pub fn load(
+    path: impl AsRef<Path>,
+    names: &[impl AsRef<str>],
+    device: &Device,
+) -> Result<(AdapterConfig, StateDict)> {
+    let (path, modules) = (path.as_ref(), Modules::new(names));
+    let load = || {
+        let mut pairs = Pairs::default();
+        for (key, tensor) in read(path, device)?.0 {
+            let (flat, part) = parse(&key)?;
+            let module = modules.find(flat).map_err(|reason| Error::tensor(&key, reason))?;
+            pairs.insert(module.to_owned(), part, key, tensor)?;
+        }
+        let mut layers = pairs.into_layers()?;
+        for layer in &mut layers {
+            layer.alpha = layer.alpha.filter(|alpha| *alpha != 0.);
+        }
+        adapter(AdapterConfig::default(), layers)
+    };
+    load().map_err(|e: Error| e.at(path))
+}
+
+fn parse(key: &str) -> Result<(&str, Part)> {
+    let (flat, last) = key.split_once('.').unwrap_or((key, ""));
+    let part = match last {
+        "lora_down.weight" => Part::A,
+        "lora_up.weight" => Part::B,
+        "alpha" => Part::Alpha,
+        "lora_A.weight" | "lora_B.weight" => {
+            return Err(Error::tensor(key, "this is a name of diffusers: read it with `diffusers`"))
+        }
+        _ => {
+            let reason =
+                "it is neither lora_down, lora_up nor alpha of a layer: other methods than \
+                          LoRA have to be merged by the program that trained them";
+            return Err(Error::tensor(key, reason));
+        }
+    };
+    Ok((flat, part))
+}
+
+/// The modules of the bases by their flattened names.
+struct Modules(BTreeMap<String, Vec<String>>);
+
+impl Modules {
+    fn new(names: &[impl AsRef<str>]) -> Self {
+        let mut modules = BTreeMap::<_, Vec<_>>::new();
+        for module in names.iter().filter_map(|name| name.as_ref().strip_suffix(".weight")) {
+            for (prefix, component) in PREFIXES {
+                if let Some(path) = module.strip_prefix(component) {
+                    let flat = format!("{prefix}{}", path.replace('.', "_"));
+                    modules.entry(flat).or_default().push(module.to_owned());
+                }
+            }
+        }
+        Self(modules)
+    }
+
+    /// The path of the module with this flattened name.
+    fn find(&self, flat: &str) -> std::result::Result<&str, String> {
+        match self.0.get(flat).map(Vec::as_slice) {
+            Some([module]) => Ok(module),
+            Some(several) => Err(format!("several layers have this name: {several:?}")),
+            None => {
+                let same = |name: &str| {
+                    let pairs = name.bytes().zip(flat.bytes());
+                    pairs.take_while(|(a, b)| a == b).count()
+                };
+                let mut nearest: Vec<_> = self.0.keys().collect();
+                nearest.sort_by_key(|name| Reverse(same(name)));
+                nearest.truncate(3);
+                Err(format!("the bases have no such layer; the nearest names are {nearest:?}"))
+            }
+        }
+    }
+}
+
+/// Writes an adapter, whose names begin with the component, as [`load`] gives them. Factors keep their bits,
+/// and each layer has its own alpha. The options `rslora` and `lora_dropout` are not in the file: a scaling by
+/// √r becomes an alpha of the same value.
+///
+/// `text_encoder.` becomes `lora_te_`, or `lora_te1_` if there is a `text_encoder_2.` too. The file appears complete
+/// and flushed to disk, or not at all. Equal contents give equal bytes.
+///
+/// # Errors
+/// If the adapter has something other than factors; if a name has no component, or two layers have one
+/// flattened name; if a layer is an embedding, a convolution of other than two dimensions or of several
+/// groups, or has the scaling 0; if a value is not finite; and if the file system refuses.
+pub fn save(
+    path: impl AsRef<Path>,
+    tensors: &StateDict,
+    config: impl Into<AdapterConfig>,
+) -> Result<()> {
+    let (path, config) = (path.as_ref(), config.into());
+    let save = || {
+        let layers = layers(tensors, &config, "kohya's format")?;
+        let several = layers.iter().any(|layer| layer.path.starts_with("text_encoder_"));
+        let mut file = StateDict::new();
+        for layer in layers {
+            let name = format!("{}.lora_A", layer.path);
+            let flat = flattened(&layer, several).map_err(|reason| Error::tensor(&name, reason))?;
+            let alpha = alpha_tensor(layer.plain_alpha()).map_err(|e| Error::tensor(&name, e))?;
+            let parts = [
+                ("lora_down.weight", layer.factors.a),
+                ("lora_up.weight", layer.factors.b),
+                ("alpha", alpha),
+            ];
+            for (last, tensor) in parts {
+                if file.insert(format!("{flat}.{last}"), tensor).is_some() {
+                    let reason = format!("another layer also has the flattened name {flat:?}");
+                    return Err(Error::tensor(name, reason));
+                }
+            }
+        }
+        Ok(atomic_file::replace(path, &serialize(&file, None)?)?)
+    };
+    save().map_err(|e: Error| e.at(path))
+}
+
+/// The name of a layer in the file.
+fn flattened(layer: &Saved, several: bool) -> std::result::Result<String, String> {
+    match layer.kind {
+        LayerKind::Conv2d { groups: 1 } => {}
+        kind if kind.is_linear() => {}
+        kind => return Err(format!("kohya's format has no {kind:?}")),
+    }
+    let unused = if several { "lora_te_" } else { "lora_te1_" };
+    let found = PREFIXES.iter().filter(|(prefix, _)| *prefix != unused);
+    let mut found =
+        found.filter_map(|(prefix, of)| layer.path.strip_prefix(of).map(|rest| (prefix, rest)));
+    let (prefix, rest) = found.next().ok_or(
+        "its name has no component, such as `unet.` or `text_encoder.`: add it with `in_component`",
+    )?;
+    Ok(format!("{prefix}{}", rest.replace('.', "_")))
+}
+
+/// In F32 if that is exact.
+fn alpha_tensor(alpha: f64) -> candle_core::Result<Tensor> {
+    if alpha == 0. {
+        candle_core::bail!("its alpha is 0, which kohya's format takes as r")
+    }
+    match alpha as f32 {
+        short if f64::from(short) == alpha => Tensor::new(short, &Device::Cpu),
+        _ => Tensor::new(alpha, &Device::Cpu),
+    }
+}

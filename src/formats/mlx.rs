@@ -1,0 +1,159 @@
+//! The folders of MLX: `adapters.safetensors` and an `adapter_config.json` of its own.
+//!
+//! Its factors are transposed: `lora_a` (in, r) and `lora_b` (r, out). Its `scale` is the factor of the update, not
+//! divided by r: it is alpha / r. Rank and scale are common to all layers.
+
+use super::layers::{adapter, layers};
+use super::pairs::{Pairs, Part};
+use crate::layers::LayerKind;
+use crate::peft::uniform;
+use crate::utils::checkpoint::{folder, read, safetensors::serialize};
+use crate::utils::names::split;
+use crate::utils::{AdapterConfig, StateDict};
+use crate::{Error, Result};
+use candle_core::Device;
+use serde::Deserialize;
+use serde_json::{json, Value};
+use std::fs;
+use std::path::Path;
+
+const CONFIG: &str = "adapter_config.json";
+const SAFETENSORS: &str = "adapters.safetensors";
+
+/// The names of embeddings, whose factors look like a linear layer's.
+const TABLES: [&str; 2] = ["embed_tokens", "wte"];
+
+/// What the configuration says about the update; MLX keeps its training options there too.
+#[derive(Deserialize)]
+struct Config {
+    #[serde(default = "lora")]
+    fine_tune_type: String,
+    lora_parameters: Parameters,
+}
+
+#[derive(Deserialize)]
+struct Parameters {
+    rank: usize,
+    scale: f64,
+    #[serde(default)]
+    dropout: f32,
+    alpha: Option<Value>,
+}
+
+fn lora() -> String {
+    "lora".to_owned()
+}
+
+/// Reads a folder. `embed_tokens` and `wte` are embeddings, all other layers are linear.
+///
+/// # Errors
+/// If a file is missing or malformed; if it is no LoRA (DoRA, full fine-tuning, adapters of experts); if the
+/// configuration has an `alpha`, which old versions of MLX multiply and new ones ignore; if a layer lacks a
+/// factor or has another rank; and if a value is not finite. The error names the file and the tensor.
+pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, StateDict)> {
+    let (config, file) = (dir.as_ref().join(CONFIG), dir.as_ref().join(SAFETENSORS));
+    let Parameters { rank, scale, dropout, .. } =
+        read_config(&config).map_err(|e| e.at(&config))?;
+    let load = || {
+        let mut pairs = Pairs::default();
+        for (key, tensor) in read(&file, device)?.0 {
+            let (path, part) = match split(&key) {
+                (path, "lora_a") => (path.to_owned(), Part::A),
+                (path, "lora_b") => (path.to_owned(), Part::B),
+                _ => return Err(Error::tensor(key, "it is neither lora_a nor lora_b of a layer")),
+            };
+            if tensor.rank() != 2 {
+                let reason = format!("its shape is {:?}, expected a matrix", tensor.dims());
+                return Err(Error::tensor(key, reason));
+            }
+            let tensor = tensor.t()?.contiguous()?;
+            pairs.insert(path, part, key, tensor)?;
+        }
+        let mut all = pairs.into_layers()?;
+        for layer in &mut all {
+            let own = layer.a.dim(0)?;
+            if own != rank {
+                let reason = format!("its rank is {own}, that in {CONFIG} {rank}");
+                return Err(Error::tensor(&layer.key, reason));
+            }
+            layer.alpha = Some(scale * rank as f64);
+            layer.embedding = TABLES.contains(&split(&layer.path).1);
+        }
+        let mut config = AdapterConfig::default();
+        config.lora.lora_dropout = dropout;
+        adapter(config, all)
+    };
+    load().map_err(|e: Error| e.at(&file))
+}
+
+fn read_config(path: &Path) -> Result<Parameters> {
+    let malformed = |reason: String| Error::Format { format: "MLX adapter", reason };
+    let config: Config =
+        serde_json::from_slice(&fs::read(path)?).map_err(|e| malformed(e.to_string()))?;
+    if config.fine_tune_type != "lora" {
+        let what = format!("the option fine_tune_type = {:?}", config.fine_tune_type);
+        return Err(Error::unsupported(what, "only \"lora\" is"));
+    }
+    let parameters = config.lora_parameters;
+    if let Some(alpha) = &parameters.alpha {
+        let reason = "old versions of MLX scale by scale * alpha / rank, new ones by scale: write \
+                      that of yours as `scale` and remove `alpha`";
+        return Err(Error::unsupported(format!("the option alpha = {alpha}"), reason));
+    }
+    if !(0. ..1.).contains(&parameters.dropout) {
+        return Err(malformed(format!("dropout = {}", parameters.dropout)));
+    }
+    Ok(parameters)
+}
+
+/// Writes a folder. Layers of smaller ranks are padded with zeros, and those with another scaling than the
+/// most frequent one have the ratio multiplied into their B, in F32 at least, which is exact if it is a power
+/// of two. All other factors keep their bits.
+///
+/// The files appear complete or not at all. Equal contents give equal bytes.
+///
+/// # Errors
+/// If the adapter has something other than factors of linear layers, or of embeddings that are not named
+/// `embed_tokens` or `wte`; if a value is not finite; and if the file system refuses.
+pub fn save(
+    dir: impl AsRef<Path>,
+    tensors: &StateDict,
+    config: impl Into<AdapterConfig>,
+) -> Result<()> {
+    let (dir, config) = (dir.as_ref(), config.into());
+    let convert = || {
+        let all = layers(tensors, &config, "MLX's format")?;
+        for layer in &all {
+            let table = TABLES.contains(&split(layer.path).1);
+            let fits = match layer.kind {
+                LayerKind::Embedding => table,
+                kind => kind.is_linear() && !table,
+            };
+            if !fits {
+                let reason = format!("MLX would not take it as a {:?}", layer.kind);
+                return Err(Error::tensor(format!("{}.lora_A", layer.path), reason));
+            }
+        }
+        let keys: Vec<_> = all.iter().map(|layer| layer.path).collect();
+        let scaled = all.into_iter().map(|layer| (layer.plain_alpha(), layer.factors)).collect();
+        let (factors, alpha, rank) = uniform(scaled, |alpha| alpha)?;
+        let mut file = StateDict::new();
+        for (path, factors) in keys.iter().zip(factors) {
+            file.insert(format!("{path}.lora_a"), factors.a.t()?.contiguous()?);
+            file.insert(format!("{path}.lora_b"), factors.b.t()?.contiguous()?);
+        }
+        let dropout = config.lora.lora_dropout.to_string().parse::<f64>().unwrap_or_default();
+        // MLX compares the keys with the paths of all modules; -1 stands for all blocks.
+        let json = json!({
+            "fine_tune_type": "lora",
+            "num_layers": -1,
+            "lora_parameters": {
+                "rank": rank, "scale": alpha / rank as f64, "dropout": dropout, "keys": keys,
+            },
+        });
+        Ok((serialize(&file, None)?, format!("{json:#}\n")))
+    };
+    let (bytes, json) = convert().map_err(|e: Error| e.at(dir))?;
+    let write = folder::replace(dir, (SAFETENSORS, &bytes), (CONFIG, json.as_bytes()));
+    write.map_err(|e| Error::from(e).at(dir))
+}

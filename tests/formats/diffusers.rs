@@ -1,0 +1,189 @@
+//! diffusers' files.
+
+use crate::common::difference;
+use crate::{assert_merged, assert_same, failed, fixture, model, tensors, zeros, CPU};
+use candle_core::DType;
+use candle_nn::VarBuilder;
+use lora::formats::{diffusers, in_component, of_component};
+use lora::{LoraConfig, StateDict};
+use loralib as lora;
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+const FILE: &str = "pytorch_lora_weights.safetensors";
+
+#[test]
+fn merged_weights_agree_with_diffusers() -> lora::Result<()> {
+    for case in ["new", "old", "processor"] {
+        let case = format!("diffusers/{case}");
+        assert_merged(&case, &diffusers::load(fixture(&case), &CPU)?)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn files_are_saved_unchanged() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    for case in ["new", "old", "processor"] {
+        let folder = fixture(&format!("diffusers/{case}"));
+        let (config, adapter) = diffusers::load(&folder, &CPU)?;
+        diffusers::save(dir.path(), &adapter, &config)?;
+        let again = diffusers::load(dir.path().join(FILE), &CPU)?;
+        assert_eq!(again.0, config);
+        assert_same(&again.1, &adapter)?;
+        let of_unet = |path: &Path| -> lora::Result<StateDict> {
+            let all = tensors(path)?.into_iter();
+            Ok(all.filter(|(name, _)| name.starts_with("unet.")).collect())
+        };
+        if case == "new" {
+            assert_same(&of_unet(&dir.path().join(FILE))?, &of_unet(&folder.join(FILE))?)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn metadata_has_rank_alpha_and_patterns() -> lora::Result<()> {
+    let (config, _) = diffusers::load(fixture("diffusers/new"), &CPU)?;
+    let own = |path: &str| (config.lora_config(path).r, config.lora_config(path).lora_alpha);
+    assert_eq!(own("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"), (2, 7.));
+    assert_eq!(own("unet.mid_block.attentions.0.proj_in"), (3, 4.5));
+    assert_eq!(own("unet.up_blocks.1.resnets.0.conv_shortcut"), (3, 7.));
+    Ok(())
+}
+
+#[test]
+fn a_component_is_taken_out_and_put_back() -> lora::Result<()> {
+    let (config, adapter) = diffusers::load(fixture("diffusers/new"), &CPU)?;
+    let (unet_config, unet) = of_component("unet", &config, &adapter)?;
+    let path = "mid_block.attentions.0.proj_in";
+    assert_eq!(unet_config.lora_config(path).lora_alpha, 4.5);
+    let (text_config, text) = of_component("text_encoder", &config, &adapter)?;
+    assert_eq!(unet.len() + text.len(), adapter.len());
+    let (unet_config, mut all) = in_component("unet", &unet_config, &unet);
+    let (text_config, text) = in_component("text_encoder", &text_config, &text);
+    all.extend(text);
+    assert_same(&all, &adapter)?;
+    for path in config.layers.keys() {
+        let own = if path.starts_with("unet.") { &unet_config } else { &text_config };
+        assert_eq!(own.lora_config(path), config.lora_config(path));
+        assert_eq!(own.kind(path), config.kind(path));
+    }
+    let error = of_component("transformer", &config, &adapter).unwrap_err().to_string();
+    assert!(error.contains("unet") && error.contains("text_encoder"), "{error}");
+    Ok(())
+}
+
+/// A file with one layer and this metadata.
+fn with_metadata(metadata: &str, extra: &str) -> lora::Result<String> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("bad.safetensors");
+    let key = |last: &str| format!("unet.q.{last}");
+    let mut file = StateDict::new();
+    file.insert(key("lora_A.weight"), zeros(&[2, 4])?);
+    file.insert(key("lora_B.weight"), zeros(&[6, 2])?);
+    if !extra.is_empty() {
+        file.insert(extra.to_owned(), zeros(&[1])?);
+    }
+    let mut header = std::collections::HashMap::new();
+    if !metadata.is_empty() {
+        header.insert("lora_adapter_metadata".to_owned(), metadata.to_owned());
+    }
+    fs::write(&path, safetensors::serialize(&file, Some(header)).unwrap())?;
+    Ok(match diffusers::load(&path, &CPU) {
+        Ok((config, _)) => format!("loads with {} {}", config.lora.r, config.lora.lora_alpha),
+        error => failed("bad.safetensors", error),
+    })
+}
+
+#[test]
+fn what_changes_the_update_is_read_or_refused_by_name() -> lora::Result<()> {
+    let cases = [
+        ("", "", "loads with 2 2"),
+        (r#"{"unet.r": 2, "unet.lora_alpha": 5}"#, "", "loads with 2 5"),
+        (r#"{"r": 2, "lora_alpha": 5}"#, "", "loads with 2 5"),
+        ("", "unet.q.alpha", "loads with 2 0"),
+        (r#"{"unet.r": 3, "unet.lora_alpha": 5}"#, "", "rank 3"),
+        (r#"{"unet.r": 2}"#, "", "lora_alpha"),
+        (r#"{"unet.r": 2, "unet.lora_alpha": 5, "unet.use_dora": true}"#, "", "use_dora"),
+        (r#"{"unet.r": 2, "unet.lora_alpha": 5, "unet.new": 1}"#, "", "new"),
+        (r#"{"transformer.r": 2, "transformer.lora_alpha": 5}"#, "", "component"),
+        (r#"{"unet.r": 2, "unet.lora_alpha": 5}"#, "unet.q.alpha", "alpha as a tensor"),
+        ("[]", "", "PEFT"),
+        ("", "unet.q.lora_magnitude_vector", "lora_magnitude_vector"),
+        ("", "unet.q.lora_B.bias", "lora_B.bias"),
+        ("", "unet.q.lora.down.weight", "same tensor"),
+        ("", "unet.p.lora_A.weight", "unet.p.lora_A.weight"),
+        ("", "unet.q.lora_A", "loralib"),
+    ];
+    for (metadata, extra, expected) in cases {
+        let result = with_metadata(metadata, extra)?;
+        assert!(result.contains(expected), "{metadata} {extra}: {result}");
+    }
+    let both = r#"{"unet.r": 2, "unet.lora_alpha": 5, "text.r": 1, "text.lora_alpha": 1,
+        "text.use_rslora": true}"#;
+    assert!(with_metadata(both, "")?.contains("unet"));
+    Ok(())
+}
+
+#[test]
+fn rslora_is_in_the_metadata() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cfg = LoraConfig { r: 2, lora_alpha: 5., rslora: true, ..Default::default() };
+    let adapter = StateDict::from([
+        ("transformer.q.lora_A".to_owned(), zeros(&[2, 4])?),
+        ("transformer.q.lora_B".to_owned(), zeros(&[6, 2])?),
+    ]);
+    diffusers::save(dir.path(), &adapter, cfg)?;
+    assert_eq!(diffusers::load(dir.path(), &CPU)?.0.lora, cfg);
+    let bare = adapter.iter().map(|(k, t)| (k.replace("transformer.q", "q"), t.clone())).collect();
+    assert!(failed(FILE, diffusers::save(dir.path(), &bare, cfg)).contains("component"));
+    Ok(())
+}
+
+/// A 1-d convolution of rank r has the rank r/k, rounded up, in this crate.
+#[test]
+fn convolutions_of_all_dimensions_keep_their_update() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let folder = fixture("../peft/conv");
+    let (config, adapter) = lora::peft::load_pretrained(&folder, &CPU)?;
+    let (of_all, all) = in_component("transformer", &config, &adapter);
+    diffusers::save(dir.path(), &all, &of_all)?;
+    let (again, read) = diffusers::load(dir.path(), &CPU)?;
+    assert_same(&read, &all)?;
+    let (again, read) = of_component("transformer", &again, &read)?;
+    for (name, tensor) in tensors(&folder.join("model.safetensors"))? {
+        let Some(name) = name.strip_prefix("merged.") else { continue };
+        let Some(path) = name.strip_suffix(".weight").filter(|path| path.contains("conv")) else {
+            continue;
+        };
+        let own = |config: &lora::AdapterConfig| config.lora_config(path).scaling();
+        assert_eq!(own(&again), own(&config), "{path} {:?}", tensor.dims());
+    }
+    assert_eq!(read.len(), 6);
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_a_component_gives_a_merged_base() -> lora::Result<()> {
+    let (config, all) = diffusers::load(fixture("diffusers/new"), &CPU)?;
+    let (config, unet) = of_component("unet", &config, &all)?;
+    let adapter = lora::Adapter::from_tensors(&config, unet.clone())?;
+    let [base, merged] = model("diffusers/new")?;
+    let of_unet = |all: StateDict| -> HashMap<_, _> {
+        all.into_iter()
+            .filter_map(|(k, t)| Some((k.strip_prefix("unet.")?.to_owned(), t)))
+            .collect()
+    };
+    let vb = VarBuilder::from_tensors(of_unet(base), DType::F32, &CPU);
+    let vb = adapter.merged(vb)?;
+    for (name, expected) in of_unet(merged) {
+        let apart = difference(&vb.get(expected.dims(), &name)?, &expected)?;
+        assert!(apart <= 2e-6, "{name} {apart}");
+    }
+    let half = unet.into_iter().filter(|(name, _)| !name.ends_with("proj_in.lora_B")).collect();
+    let error = lora::Adapter::from_tensors(config, half).unwrap_err().to_string();
+    assert!(error.contains("proj_in.lora_B"), "{error}");
+    Ok(())
+}

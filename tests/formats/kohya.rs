@@ -1,0 +1,162 @@
+//! kohya's files.
+
+use crate::{assert_merged, assert_same, failed, fixture, save, tensors, zeros, CPU};
+use candle_core::{DType, Tensor};
+use lora::formats::kohya;
+use lora::layers::LayerKind;
+use lora::{AdapterConfig, LoraConfig, StateDict};
+use loralib as lora;
+use std::fs;
+
+fn names() -> lora::Result<Vec<String>> {
+    let text = fs::read_to_string(fixture("kohya/names.txt"))?;
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+#[test]
+fn merged_weights_agree_with_diffusers_and_the_formula() -> lora::Result<()> {
+    for case in ["kohya/attention", "kohya/conv"] {
+        let adapter = kohya::load(fixture(case).join("lora.safetensors"), &names()?, &CPU)?;
+        assert_merged(case, &adapter)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn files_are_saved_unchanged() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    for case in ["kohya/attention", "kohya/conv"] {
+        let path = fixture(case).join("lora.safetensors");
+        let (config, adapter) = kohya::load(&path, &names()?, &CPU)?;
+        let again = dir.path().join("again.safetensors");
+        kohya::save(&again, &adapter, &config)?;
+        let (mut ours, mut theirs) = (tensors(&again)?, tensors(&path)?);
+        // A missing alpha and 0 mean r; diffusers writes lora_te1 for the only text encoder.
+        let alphas = |all: &mut StateDict| -> lora::Result<()> {
+            for (name, tensor) in std::mem::take(all) {
+                let name = name.replace("lora_te1_", "lora_te_");
+                let zero = name.ends_with("alpha") && tensor.to_scalar::<f32>()? == 0.;
+                let tensor = if zero { Tensor::new(3f32, &CPU)? } else { tensor };
+                if let Some(layer) = name.strip_suffix(".lora_down.weight") {
+                    let r = Tensor::new(tensor.dim(0)? as f32, &CPU)?;
+                    all.entry(format!("{layer}.alpha")).or_insert(r);
+                }
+                all.insert(name, tensor);
+            }
+            Ok(())
+        };
+        alphas(&mut ours)?;
+        alphas(&mut theirs)?;
+        assert_same(&ours, &theirs)?;
+        assert_eq!(kohya::load(&again, &names()?, &CPU)?.0, config);
+    }
+    Ok(())
+}
+
+#[test]
+fn names_are_resolved_against_the_base_or_refused_with_candidates() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("some.safetensors");
+    let pair = |flat: &str| -> lora::Result<StateDict> {
+        Ok(StateDict::from([
+            (format!("{flat}.lora_down.weight"), zeros(&[2, 4])?),
+            (format!("{flat}.lora_up.weight"), zeros(&[6, 2])?),
+        ]))
+    };
+    save(&path, &pair("lora_unet_a_b_c")?)?;
+    let load = |names: &[&str]| kohya::load(&path, names, &CPU);
+    let (_, adapter) = load(&["unet.a.b_c.weight", "text_encoder.a.b.c.weight"])?;
+    assert_eq!(Vec::from_iter(adapter.keys()), ["unet.a.b_c.lora_A", "unet.a.b_c.lora_B"]);
+    let (_, adapter) = load(&["transformer.a_b.c.weight"])?;
+    assert!(adapter.contains_key("transformer.a_b.c.lora_A"));
+    let error = failed("some.safetensors", load(&["unet.a.b_c.weight", "unet.a_b.c.weight"]));
+    assert!(error.contains("unet.a.b_c") && error.contains("unet.a_b.c"), "{error}");
+    let error = failed("some.safetensors", load(&["unet.a.b.d.weight", "unet.x.weight"]));
+    assert!(error.contains("lora_unet_a_b_c") && error.contains("lora_unet_a_b_d"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn other_methods_and_broken_pairs_are_refused_by_name() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("bad.safetensors");
+    let layer = "lora_unet_mid_block_attentions_0_proj_in";
+    let good = [("lora_down.weight", [2, 8]), ("lora_up.weight", [8, 2])];
+    for last in ["lokr_w1", "hada_w1_a", "lora_mid.weight", "dora_scale", "diff", "lora_A.weight"] {
+        let mut file = StateDict::from([(format!("{layer}.{last}"), zeros(&[2, 2])?)]);
+        for (last, shape) in good {
+            file.insert(format!("{layer}.{last}"), zeros(&shape)?);
+        }
+        save(&path, &file)?;
+        let error = failed("bad.safetensors", kohya::load(&path, &names()?, &CPU));
+        assert!(error.contains(last), "{error}");
+    }
+    for missing in 0..2 {
+        let (last, shape) = good[1 - missing];
+        save(&path, &StateDict::from([(format!("{layer}.{last}"), zeros(&shape)?)]))?;
+        let error = failed("bad.safetensors", kohya::load(&path, &names()?, &CPU));
+        assert!(error.contains(layer), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn scalings_are_kept_and_what_has_no_place_is_refused() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("out.safetensors");
+    let names = ["text_encoder.q.weight", "text_encoder_2.q.weight"];
+    let mut adapter = StateDict::new();
+    for component in ["text_encoder", "text_encoder_2"] {
+        adapter.insert(format!("{component}.q.lora_A"), zeros(&[3, 4])?);
+        adapter.insert(format!("{component}.q.lora_B"), zeros(&[6, 3])?);
+    }
+    for (lora_alpha, rslora) in [(7., false), (1. / 3., false), (16., true), (-2., false)] {
+        let cfg = LoraConfig { r: 3, lora_alpha, rslora, ..Default::default() };
+        kohya::save(&path, &adapter, cfg)?;
+        let file = tensors(&path)?;
+        assert!(file.contains_key("lora_te1_q.alpha") && file.contains_key("lora_te2_q.alpha"));
+        let (config, _) = kohya::load(&path, &names, &CPU)?;
+        assert!((config.lora.scaling() - cfg.scaling()).abs() < 1e-15, "{config:?}");
+    }
+    let before = fs::read(&path)?;
+    let cfg = LoraConfig { r: 3, lora_alpha: 3., ..Default::default() };
+    let failing = |tensors: &StateDict, config: AdapterConfig, named: &str| {
+        let error = failed("out.safetensors", kohya::save(&path, tensors, config));
+        assert!(error.contains(named), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), before, "the old file is there");
+    };
+    let part = |names: &[&str]| -> StateDict {
+        names.iter().map(|n| (n.to_string(), adapter["text_encoder.q.lora_A"].clone())).collect()
+    };
+    failing(&adapter, LoraConfig { lora_alpha: 0., ..cfg }.into(), "alpha is 0");
+    failing(&part(&["text_encoder.q.lora_A"]), cfg.into(), "lora_B");
+    failing(&part(&["text_encoder.q.bias"]), cfg.into(), "q.bias");
+    let table = AdapterConfig::from(cfg).with_layer("q", LayerKind::Embedding);
+    failing(&adapter, table, "Embedding");
+    let bare = adapter.iter().take(2).map(|(k, t)| (k.replace("text_encoder.", ""), t.clone()));
+    failing(&bare.collect(), cfg.into(), "component");
+    let mut twice = StateDict::new();
+    for path in ["unet.a.b", "unet.a_b"] {
+        twice.insert(format!("{path}.lora_A"), adapter["text_encoder.q.lora_A"].clone());
+        twice.insert(format!("{path}.lora_B"), adapter["text_encoder.q.lora_B"].clone());
+    }
+    failing(&twice, cfg.into(), "lora_unet_a_b");
+    Ok(())
+}
+
+/// sd-scripts saves in half precision as a rule.
+#[test]
+fn half_precision_keeps_its_bits() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (path, again) = (dir.path().join("a.safetensors"), dir.path().join("b.safetensors"));
+    let source = tensors(&fixture("kohya/attention/lora.safetensors"))?;
+    for dtype in [DType::F16, DType::BF16] {
+        let half = |(k, t): (&String, &Tensor)| Ok((k.clone(), t.to_dtype(dtype)?));
+        save(&path, &source.iter().map(half).collect::<lora::Result<_>>()?)?;
+        let (config, adapter) = kohya::load(&path, &names()?, &CPU)?;
+        assert!(adapter.values().all(|t| t.dtype() == dtype));
+        kohya::save(&again, &adapter, &config)?;
+        assert_same(&adapter, &kohya::load(&again, &names()?, &CPU)?.1)?;
+    }
+    Ok(())
+}
