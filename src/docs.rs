@@ -3,6 +3,9 @@
 #[doc = include_str!("../docs/candle-transformers.md")]
 pub mod candle_transformers {}
 
+#[doc = include_str!("../docs/data-parallel.md")]
+pub mod data_parallel {}
+
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
 

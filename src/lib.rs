@@ -2,6 +2,7 @@
 #![doc = "[design]: docs::design"]
 #![doc = "[benchmarks]: docs::benchmarks"]
 #![doc = "[walkthrough]: docs::candle_transformers"]
+#![doc = "[data-parallel]: docs::data_parallel"]
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
