@@ -9,6 +9,9 @@ pub mod peft {}
 #[doc = include_str!("../docs/formats.md")]
 pub mod formats {}
 
+#[doc = include_str!("../docs/data-parallel.md")]
+pub mod data_parallel {}
+
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
 

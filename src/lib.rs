@@ -4,6 +4,7 @@
 #![doc = "[walkthrough]: docs::candle_transformers"]
 #![doc = "[peft]: docs::peft"]
 #![doc = "[formats]: docs::formats"]
+#![doc = "[data-parallel]: docs::data_parallel"]
 #![doc = ""]
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]

@@ -3,10 +3,12 @@
 mod adamw;
 mod grads;
 mod linear_cross_entropy;
+mod parallel;
 mod schedule;
 mod state;
 
 pub use adamw::AdamW;
 pub use grads::{add_grads, clip_grad_norm};
 pub use linear_cross_entropy::linear_cross_entropy;
+pub use parallel::{Fingerprint, FlatGrads, Rank, Sampler};
 pub use schedule::Schedule;

@@ -5,6 +5,7 @@ mod bias;
 mod check_grads;
 pub(crate) mod checkpoint;
 mod factors;
+mod fnv;
 pub(crate) mod names;
 mod seeded;
 mod state_dict;
@@ -20,6 +21,7 @@ pub use checkpoint::{
     load_checkpoint, read_adapter, read_state_dict, read_torch_entry, save_state_dict, Checkpoint,
 };
 pub(crate) use factors::factors;
+pub(crate) use fnv::fnv1a;
 pub use seeded::seeded;
 pub(crate) use state_dict::check_finite;
 pub use state_dict::{load_state_dict, lora_state_dict, LoadReport, StateDict, Strict};

@@ -1,5 +1,6 @@
 //! Seeded initialisation, because candle's random numbers on the CPU take no seed.
 
+use super::fnv::fnv1a;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::init::{Init, NormalOrUniform, ZERO};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
@@ -64,7 +65,7 @@ impl SimpleBackend for Seeded<'_> {
         // ZERO instead of `init`, which candle would draw in vain.
         let tensor = vb.get_with_hints_dtype(shape.clone(), name, ZERO, dtype)?;
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream(fnv1a(name));
+        rng.set_stream(fnv1a(name.bytes()));
         let values: Vec<f64> =
             (0..shape.elem_count()).map(|_| distribution.draw(&mut rng)).collect();
         let initial = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?;
@@ -116,11 +117,4 @@ impl Distribution {
         };
         self.mean + self.spread * z
     }
-}
-
-/// The FNV-1a hash, which unlike std's does not change between versions.
-fn fnv1a(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }
