@@ -4,7 +4,6 @@
 mod add_weighted;
 mod files;
 mod plan;
-mod safetensors_file;
 mod tensors;
 mod weight;
 

@@ -3,6 +3,7 @@
 pub(crate) mod atomic_file;
 mod metadata;
 pub(crate) mod safetensors;
+pub(crate) mod safetensors_file;
 pub(crate) mod shards;
 pub(crate) mod torch;
 
