@@ -1,13 +1,15 @@
-//! An adapter for a base: trained, measured before and after, and saved.
+//! An adapter for a base: trained, measured, and the best one saved.
 
 use crate::args::Args;
 use crate::base::Base;
+use crate::batch::Batch;
 use crate::data::{self, Document};
 use crate::examples::examples;
 use crate::loss::{batch_loss, checkpointed_loss, mean_loss};
 use crate::peak;
 use crate::rng::Rng;
-use crate::train::{train, Plan, Saved};
+use crate::run::Run;
+use crate::train::{train, Plan};
 use crate::Result;
 use lora::{Adapter, AdapterConfig};
 use loralib as lora;
@@ -16,8 +18,9 @@ use std::path::Path;
 /// More examples would cost time, and hardly make the measure better.
 const HELD_OUT: usize = 256;
 
-/// Trains on a file, saves the adapter in `--out` and gives a document to talk about.
+/// Trains on a file, keeps the best adapter in `--out` and gives a document to talk about.
 pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
+    peak::reset(); // without the tiny model's training
     let length = (args.length as usize).min(base.config.longest());
     let (train_on, mut valid) = documents(args, base, file)?;
     let (training, cut) = examples(&train_on, &base.tokens, length)?;
@@ -38,14 +41,12 @@ pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
     let summary = adapter.summary()?;
     println!("{} parameters in {} layers", summary.trainable(), summary.adapted.len());
 
-    let measure = |when| -> Result<()> {
+    let validate = || -> Result<f64> {
         adapter.eval()?; // without a graph
         let loss = mean_loss(&model, &measured, args.batch as usize, &base.device)?;
-        println!("validation loss {when}  {loss:.4}, perplexity {:.3}", loss.exp());
-        Ok(adapter.train()?)
+        adapter.train()?;
+        Ok(loss)
     };
-    measure("before")?;
-    peak::reset();
     let plan = Plan {
         what: "adapting",
         steps: args.steps as usize,
@@ -54,20 +55,22 @@ pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
         accumulate: args.accumulate as usize,
         clip: args.clip,
         seed: args.seed,
-        saved: Some(Saved {
-            file: args.out.join("state.safetensors"),
-            every: args.save_every as usize,
-            resume: args.resume,
-            adapter: adapter.clone(),
-        }),
     };
-    let mut times =
-        train(adapter.named_vars()?, &plan, &training, &base.device, |batch| {
-            match args.checkpointing {
-                true => checkpointed_loss(&model, &adapter, batch),
-                false => batch_loss(&model, batch),
-            }
-        })?;
+    let run = Run {
+        out: args.out.clone(),
+        save_every: args.save_every as usize,
+        validate_every: args.validate_every as usize,
+        resume: args.resume,
+        adapter: adapter.clone(),
+        validate: &validate,
+        keep: &|| base.save(&adapter, &args.out),
+    };
+    let loss = |batch: &Batch| match args.checkpointing {
+        true => checkpointed_loss(&model, &adapter, batch),
+        false => batch_loss(&model, batch),
+    };
+    let vars = adapter.named_vars()?;
+    let (mut times, curve) = train(vars, &plan, Some(&run), &training, &base.device, loss)?;
     times.sort();
     if let Some(median) = times.get(times.len() / 2) {
         println!("a step took {:.0} ms (median)", median.as_secs_f64() * 1e3);
@@ -75,9 +78,9 @@ pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
     if let Some(peak) = peak::peak() {
         println!("peak of memory {peak:.0} MiB");
     }
-    measure("after ")?;
-    base.save(&adapter, &args.out)?;
-    println!("adapter in {}", args.out.display());
+    if let Some((step, _)) = curve.best() {
+        println!("adapter of step {step} in {}, losses in loss.svg", args.out.display());
+    }
     Ok(valid.swap_remove(0))
 }
 

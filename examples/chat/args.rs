@@ -1,5 +1,6 @@
 //! The flags.
 
+use crate::sample::Sampler;
 use clap::{Parser, ValueEnum};
 use lora::{LoraConfig, Targets};
 use loralib as lora;
@@ -59,6 +60,10 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 50)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub save_every: u32,
+    /// Measures the validation loss after each N steps, and keeps the adapter if it is the best so far
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub validate_every: u32,
     /// Goes on with the run in --out, with the same options
     #[arg(long, requires = "data")]
     pub resume: bool,
@@ -66,7 +71,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     #[arg(value_parser = clap::value_parser!(u32).range(2..))]
     pub length: u32,
-    /// Seed of the order of examples, of the new adapter and of its dropout
+    /// Seed of the order of examples, of the new adapter, of its dropout and of what the model says
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Where to run
@@ -75,18 +80,25 @@ pub struct Args {
     /// The folder for the adapter, in PEFT's format, and for a GGUF file also as adapter.gguf
     #[arg(long, value_name = "FOLDER", default_value = "target/chat")]
     pub out: PathBuf,
-    /// Only talks, with this adapter: a folder in PEFT's format
-    #[arg(long, value_name = "FOLDER", requires_all = ["model", "prompt"], conflicts_with = "data")]
+    /// Only talks, with this adapter: a folder in PEFT's format. Without --prompt, about the lines of the
+    /// standard input, each after those before it
+    #[arg(long, value_name = "FOLDER", requires = "model", conflicts_with = "data")]
     pub adapter: Option<PathBuf>,
     /// What to say to the model [default: what the first example to measure on begins with]
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
     /// The prompt is a text to continue, not a message, though the model has a chat template
-    #[arg(long, requires = "prompt")]
+    #[arg(long)]
     pub raw: bool,
     /// How many tokens the model says at most
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub tokens: usize,
+    /// Draws tokens by their probabilities, sharpened below 1 and flattened above; at 0 the likeliest is said
+    #[arg(long, value_name = "T", default_value_t = 0., value_parser = temperature)]
+    pub temperature: f64,
+    /// Draws only from the likeliest tokens that have this probability together
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = probability)]
+    pub top_p: f64,
     /// Talks with the adapter beside the frozen weights instead of merged into them, as it always is with a
     /// GGUF file
     #[arg(long)]
@@ -102,6 +114,19 @@ pub enum Place {
     Cuda,
 }
 
+fn temperature(text: &str) -> Result<f64, String> {
+    within(text, 0.0..f64::INFINITY, "0 or more")
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    within(text, f64::MIN_POSITIVE..1f64.next_up(), "above 0 and at most 1")
+}
+
+fn within(text: &str, range: std::ops::Range<f64>, expected: &str) -> Result<f64, String> {
+    let value = text.parse().map_err(|e| format!("{e}"))?;
+    range.contains(&value).then_some(value).ok_or(format!("expected a number {expected}"))
+}
+
 impl Args {
     pub fn lora(&self) -> LoraConfig {
         LoraConfig {
@@ -112,6 +137,10 @@ impl Args {
             merge_weights: false,
             ..Default::default()
         }
+    }
+
+    pub fn sampler(&self) -> Sampler {
+        Sampler::new(self.temperature, self.top_p, self.seed)
     }
 
     pub fn targets(&self) -> Targets {

@@ -50,9 +50,7 @@ impl Base {
         if let Some(file) = &self.file {
             return Ok(file.var_builder(DType::F32, &self.device)?);
         }
-        let tensors = lora::read_state_dict(&self.path, &self.device)?.tensors;
-        let tensors = tensors.into_iter().collect();
-        Ok(VarBuilder::from_tensors(tensors, DType::F32, &self.device))
+        Ok(lora::safetensors_var_builder(&self.path, DType::F32, &self.device)?)
     }
 
     /// Whether an adapter can be merged into the weights: not into quantised ones.

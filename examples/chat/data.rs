@@ -15,6 +15,8 @@ pub enum Kind {
 
 /// A text in pieces, of which the model learns some and is given the others.
 pub struct Document {
+    /// `file:line`, for messages.
+    pub at: String,
     pub kind: Kind,
     pub pieces: Vec<Piece>,
 }
@@ -31,8 +33,8 @@ pub fn read(path: &Path, template: Option<&Template>) -> Result<Vec<Document>> {
     let mut documents = vec![];
     for (at, line) in lines(path)? {
         let read = match plain {
-            true => Ok(vec![Document::text(line.clone())]),
-            false => from_json(&line, template),
+            true => Ok(vec![Document::text(&at, line.clone())]),
+            false => from_json(&at, &line, template),
         };
         documents.extend(read.map_err(|e| format!("{at}: {e}: {}", shortened(&line)))?);
     }
@@ -40,8 +42,12 @@ pub fn read(path: &Path, template: Option<&Template>) -> Result<Vec<Document>> {
 }
 
 impl Document {
-    fn text(text: String) -> Self {
-        Self { kind: Kind::Text, pieces: vec![Piece { text, learned: true }] }
+    fn text(at: &str, text: String) -> Self {
+        Self::new(at, Kind::Text, vec![Piece { text, learned: true }])
+    }
+
+    fn new(at: &str, kind: Kind, pieces: Vec<Piece>) -> Self {
+        Self { at: at.to_owned(), kind, pieces }
     }
 
     /// What a reply follows: what stands before the first learned piece, or the beginning of a text.
@@ -57,26 +63,26 @@ impl Document {
     }
 }
 
-fn from_json(line: &str, template: Option<&Template>) -> Result<Vec<Document>> {
+fn from_json(at: &str, line: &str, template: Option<&Template>) -> Result<Vec<Document>> {
     let json: Value = serde_json::from_str(line)?;
     let text = |key: &str| json[key].as_str().map(str::to_owned);
     if let Some(text) = text("text") {
-        return Ok(vec![Document::text(text)]);
+        return Ok(vec![Document::text(at, text)]);
     }
     if let (Some(prompt), Some(completion)) = (text("prompt"), text("completion")) {
         let given = Piece { text: prompt, learned: false };
         let learned = Piece { text: completion, learned: true };
-        return Ok(vec![Document { kind: Kind::Completion, pieces: vec![given, learned] }]);
+        return Ok(vec![Document::new(at, Kind::Completion, vec![given, learned])]);
     }
     let messages = json["messages"].as_array();
     let messages = messages
         .ok_or("no texts \"text\", or \"prompt\" and \"completion\", and no list \"messages\"")?;
     let template = template.ok_or("the model has no chat template for \"messages\"")?;
-    conversation(messages, template)
+    conversation(at, messages, template)
 }
 
 /// What the assistant says is learned, each time after what the template puts before it.
-fn conversation(messages: &[Value], template: &Template) -> Result<Vec<Document>> {
+fn conversation(at: &str, messages: &[Value], template: &Template) -> Result<Vec<Document>> {
     if let Some(bad) = messages.iter().find(|m| !m["role"].is_string() || !m["content"].is_string())
     {
         return Err(format!("a message without the texts \"role\" and \"content\": {bad}").into());
@@ -95,7 +101,7 @@ fn conversation(messages: &[Value], template: &Template) -> Result<Vec<Document>
         let given = match before.strip_prefix(&said) {
             Some(given) => given,
             None => {
-                documents.push(Document { kind: Kind::Chat, pieces: std::mem::take(&mut pieces) });
+                documents.push(Document::new(at, Kind::Chat, std::mem::take(&mut pieces)));
                 &before
             }
         };
@@ -103,7 +109,7 @@ fn conversation(messages: &[Value], template: &Template) -> Result<Vec<Document>
         pieces.push(Piece { text: reply.to_owned(), learned: true });
         said = after;
     }
-    documents.push(Document { kind: Kind::Chat, pieces });
+    documents.push(Document::new(at, Kind::Chat, pieces));
     match documents.iter().all(|document| document.pieces.is_empty()) {
         true => Err("no message of the role \"assistant\"".into()),
         false => Ok(documents),

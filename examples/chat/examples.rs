@@ -23,7 +23,7 @@ impl Example {
 }
 
 /// Examples of at most `length` tokens to read, and how many documents were cut off to that. Texts are packed: one
-/// follows the other, with an end between them.
+/// follows the other, with an end between them. A document that is a prompt alone after the cut is an error.
 pub fn examples(
     documents: &[Document],
     tokens: &Tokens,
@@ -36,10 +36,16 @@ pub fn examples(
             packed.extend(example.ids);
             continue;
         }
-        if example.inputs() > length {
+        let whole = example.inputs();
+        if whole > length {
             cut += 1;
             example.ids.truncate(length + 1);
             example.learned.truncate(length + 1);
+        }
+        if example.predicted() == 0 {
+            let Document { at, .. } = document;
+            let reason = "no token to learn among the first";
+            return Err(format!("{at}: {reason} {length} of {whole}: see --length").into());
         }
         examples.push(example);
     }
@@ -48,9 +54,8 @@ pub fn examples(
         let ids = packed[start..packed.len().min(start + length + 1)].to_vec();
         examples.push(Example { learned: vec![true; ids.len()], ids });
     }
-    examples.retain(|example| example.predicted() > 0);
     match examples.is_empty() {
-        true => Err(format!("no tokens to learn among the first {length} of any example").into()),
+        true => Err("no text has two tokens: there is nothing to predict".into()),
         false => Ok((examples, cut)),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release --example chat -- --model PATH --data FILE` trains an adapter for a model from the
 //! Hugging Face hub or a GGUF file, saves it in PEFT's format and lets base and adapted model answer one prompt;
-//! `-- --model PATH --adapter FOLDER --prompt TEXT` only talks. Without flags a tiny Llama is trained first;
+//! `-- --model PATH --adapter FOLDER` only talks, about `--prompt TEXT` or the lines of the standard input. Without flags a tiny Llama is trained first;
 //! `-- --help` lists the options.
 
 mod adapt;
@@ -11,6 +11,8 @@ mod attention;
 mod base;
 mod batch;
 mod config;
+mod converse;
+mod curve;
 mod data;
 mod examples;
 mod folder;
@@ -19,6 +21,8 @@ mod gguf;
 mod llama;
 mod loss;
 mod rope;
+mod run;
+mod sample;
 mod talk;
 mod template;
 mod tiny;
@@ -41,6 +45,7 @@ use args::{Args, Place};
 use base::Base;
 use candle_core::Device;
 use clap::Parser;
+use converse::converse;
 use std::fs;
 use std::process::ExitCode;
 use talk::{talk, Prompt};
@@ -72,9 +77,12 @@ fn run(args: &Args) -> Result<()> {
     if !device.is_cpu() {
         device.set_seed(args.seed)?;
     }
-    if let (Some(model), Some(adapter), Some(prompt)) = (&args.model, &args.adapter, &args.prompt) {
+    if let (Some(model), Some(adapter)) = (&args.model, &args.adapter) {
         let base = Base::read(model, &device)?;
-        return talk(args, &base, &Prompt::new(prompt, &base, args.raw)?, adapter);
+        return match &args.prompt {
+            Some(prompt) => talk(args, &base, &Prompt::new(prompt, &base, args.raw)?, adapter),
+            None => converse(args, &base, adapter),
+        };
     }
     fs::create_dir_all(&args.out).map_err(|e| format!("{}: {e}", args.out.display()))?;
     let (model, data) = match (&args.model, &args.data) {

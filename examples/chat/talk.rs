@@ -15,7 +15,7 @@ use std::path::Path;
 pub fn talk(args: &Args, base: &Base, prompt: &Prompt, folder: &Path) -> Result<()> {
     let ids = base.tokens.encode(&prompt.text, !prompt.templated)?;
     println!("\nprompt   {}", prompt.shown.trim());
-    let say = |model: &Llama| generate(model, base, &ids, args.tokens);
+    let say = |model: &Llama| generate(model, base, &ids, args.tokens, &mut args.sampler());
     // One model after the other: each has all the weights.
     println!("base     {}", say(&base.model(base.var_builder()?)?)?.trim());
     println!("adapted  {}", say(&adapted(args, base, folder)?)?.trim());
@@ -23,7 +23,7 @@ pub fn talk(args: &Args, base: &Base, prompt: &Prompt, folder: &Path) -> Result<
 }
 
 /// The model with an adapter that computes without a graph.
-fn adapted(args: &Args, base: &Base, folder: &Path) -> Result<Llama> {
+pub fn adapted(args: &Args, base: &Base, folder: &Path) -> Result<Llama> {
     if base.merges() && !args.unmerged {
         let adapter = Adapter::load(folder, &base.device)?;
         return base.model(adapter.merged(base.var_builder()?)?);

@@ -2,16 +2,17 @@
 
 use super::orientation::with_orientations;
 use super::plan::Plan;
-use super::safetensors_file::SafetensorsFile;
 use super::tensors::merge_into;
+use crate::utils::checkpoint::safetensors_file::SafetensorsFile;
 use crate::utils::checkpoint::shards::Shards;
 use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize, torch};
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Device;
+use safetensors::tensor::View;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 
 /// How much of the base has been written.
@@ -59,7 +60,7 @@ pub fn merge_files(
     let (mut shapes, mut total) = (BTreeMap::new(), 0);
     for path in &paths {
         let shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
-        total += shard.data;
+        total += shard.length;
         for name in shard.header.offset_keys() {
             let shape = shard.header.info(&name).map(|info| info.shape.clone());
             if shapes.insert(name.clone(), shape).is_some() {
@@ -91,13 +92,34 @@ pub fn merge_files(
             _ => out.to_owned(),
         };
         let mut shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
-        atomic_file::replace_with(&target, |file| shard.merge(&plan, file, &mut advance))
+        atomic_file::replace_with(&target, |file| merge(&mut shard, &plan, file, &mut advance))
             .map_err(|e: Error| e.at(path))?;
     }
     if let Shards::Many { folder, index, .. } = &shards {
         let (from, to) = (folder.join(index), out.join(index));
         let copy = || atomic_file::replace(&to, &fs::read(&from)?);
         copy().map_err(|e| Error::from(e).at(&to))?;
+    }
+    Ok(())
+}
+
+/// Writes `shard` to `out` with the changes of the plan.
+fn merge(
+    shard: &mut SafetensorsFile,
+    plan: &Plan,
+    out: &mut File,
+    advance: &mut dyn FnMut(u64),
+) -> Result<()> {
+    out.write_all(shard.start())?;
+    for name in shard.header.offset_keys() {
+        if plan.changes(&name) {
+            let changed = plan.apply(&name, &shard.read(&name)?)?;
+            let Some(changed) = changed else { continue };
+            out.write_all(&View::data(&changed))?;
+        } else {
+            shard.copy(&name, out)?;
+        }
+        advance(shard.size(&name)?);
     }
     Ok(())
 }

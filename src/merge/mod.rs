@@ -7,7 +7,6 @@ mod files;
 mod orientation;
 mod parameter;
 mod plan;
-mod safetensors_file;
 mod tensors;
 mod weight;
 

@@ -7,6 +7,7 @@ pub(crate) mod checkpoint;
 mod factors;
 mod fnv;
 pub(crate) mod names;
+mod safetensors_var_builder;
 mod seeded;
 mod state_dict;
 mod summary;
@@ -22,6 +23,7 @@ pub use checkpoint::{
 };
 pub(crate) use factors::factors;
 pub(crate) use fnv::fnv1a;
+pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;
 pub(crate) use state_dict::check_finite;
 pub use state_dict::{load_state_dict, lora_state_dict, LoadReport, StateDict, Strict};

@@ -4,6 +4,7 @@ pub(crate) mod atomic_file;
 pub(crate) mod folder;
 mod metadata;
 pub(crate) mod safetensors;
+pub(crate) mod safetensors_file;
 pub(crate) mod shards;
 pub(crate) mod torch;
 

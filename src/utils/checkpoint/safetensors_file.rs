@@ -1,22 +1,22 @@
-//! An open safetensors file that is merged tensor by tensor.
+//! An open safetensors file, of which one tensor at a time is read.
 
-use super::plan::Plan;
+use super::safetensors::malformed;
 use crate::ops::checked_elem_count;
-use crate::utils::checkpoint::safetensors::malformed;
 use crate::{Error, Result};
+use ::safetensors::tensor::{Metadata, TensorInfo};
 use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::{Metadata, View};
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Take, Write};
 use std::path::Path;
 
-pub(super) struct SafetensorsFile {
+#[derive(Debug)]
+pub(crate) struct SafetensorsFile {
     file: File,
     /// The header with its length, as in the file.
     start: Vec<u8>,
     pub header: Metadata,
     /// The length of the data after the header.
-    pub data: u64,
+    pub length: u64,
 }
 
 impl SafetensorsFile {
@@ -34,7 +34,7 @@ impl SafetensorsFile {
             .get(8..)
             .and_then(|json| serde_json::from_slice(json).ok())
             .ok_or_else(|| malformed("its header is not that of a safetensors file"))?;
-        let opened = Self { file, start, header, data };
+        let opened = Self { file, start, header, length: data };
         let mut end = 0;
         for name in opened.header.offset_keys() {
             let (from, to) = opened.range(&name)?;
@@ -53,50 +53,57 @@ impl SafetensorsFile {
         }
     }
 
-    fn range(&self, name: &str) -> Result<(u64, u64)> {
-        let info = self.header.info(name).ok_or_else(|| Error::tensor(name, "it is missing"))?;
-        Ok((info.data_offsets.0 as u64, info.data_offsets.1 as u64))
+    /// The header with its length, as in the file.
+    pub fn start(&self) -> &[u8] {
+        &self.start
     }
 
-    /// Writes the file to `out` with the changes of the plan.
-    pub fn merge(
-        &mut self,
-        plan: &Plan,
-        out: &mut File,
-        advance: &mut dyn FnMut(u64),
-    ) -> Result<()> {
-        out.write_all(&self.start)?;
-        self.file.seek(SeekFrom::Start(self.start.len() as u64))?;
-        for name in self.header.offset_keys() {
-            let (from, to) = self.range(&name)?;
-            if plan.changes(&name) {
-                let changed = plan.apply(&name, &self.read(&name, (to - from) as usize)?)?;
-                let Some(changed) = changed else { continue };
-                out.write_all(&View::data(&changed))?;
-            } else {
-                let copied = io::copy(&mut (&mut self.file).take(to - from), out)?;
-                if copied != to - from {
-                    return Err(Error::tensor(name, "the file was truncated meanwhile"));
-                }
-            }
-            advance(to - from);
-        }
-        Ok(())
-    }
-
-    /// Reads the tensor at the file's position.
-    fn read(&mut self, name: &str, size: usize) -> Result<Tensor> {
-        let info = self.header.info(name).ok_or_else(|| Error::tensor(name, "it is missing"))?;
-        let mut bytes = vec![0; size];
-        self.file.read_exact(&mut bytes)?;
+    pub fn read(&mut self, name: &str) -> Result<Tensor> {
+        let mut data = self.data(name)?;
+        let mut bytes = vec![0; data.limit() as usize];
+        data.read_exact(&mut bytes).map_err(|e| Error::tensor(name, e))?;
+        let info = self.info(name)?;
         let dtype = DType::try_from(info.dtype).map_err(|e| Error::tensor(name, e))?;
         let count =
             checked_elem_count(&info.shape).and_then(|n| n.checked_mul(dtype.size_in_bytes()));
-        if count != Some(size) {
-            let reason = format!("it has {size} bytes for the shape {:?} of {dtype:?}", info.shape);
+        if count != Some(bytes.len()) {
+            let reason =
+                format!("it has {} bytes for the shape {:?} of {dtype:?}", bytes.len(), info.shape);
             return Err(Error::tensor(name, reason));
         }
         Tensor::from_raw_buffer(&bytes, dtype, &info.shape, &Device::Cpu)
             .map_err(|e| Error::tensor(name, e))
+    }
+
+    /// Copies a tensor's bytes to `out`.
+    pub fn copy(&mut self, name: &str, out: &mut impl Write) -> Result<()> {
+        let mut data = self.data(name)?;
+        io::copy(&mut data, out)?;
+        match data.limit() {
+            0 => Ok(()),
+            _ => Err(Error::tensor(name, "the file was truncated meanwhile")),
+        }
+    }
+
+    /// The number of a tensor's bytes.
+    pub fn size(&self, name: &str) -> Result<u64> {
+        let (from, to) = self.range(name)?;
+        Ok(to - from)
+    }
+
+    /// A tensor's bytes.
+    fn data(&mut self, name: &str) -> Result<Take<&mut File>> {
+        let (from, to) = self.range(name)?;
+        self.file.seek(SeekFrom::Start(self.start.len() as u64 + from))?;
+        Ok((&mut self.file).take(to - from))
+    }
+
+    fn range(&self, name: &str) -> Result<(u64, u64)> {
+        let (from, to) = self.info(name)?.data_offsets;
+        Ok((from as u64, to as u64))
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.header.info(name).ok_or_else(|| Error::tensor(name, "it is missing"))
     }
 }
