@@ -3,6 +3,7 @@
 //!
 //! `fixtures/peft_models.py` writes the models, adapters and expected values.
 
+mod diffusion;
 mod encoders;
 mod llama_like;
 mod speech_vision;
