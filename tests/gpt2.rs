@@ -29,6 +29,7 @@ const LORA: LoraConfig = LoraConfig {
     merge_weights: true,
     fan_in_fan_out: true,
     rslora: false,
+    use_dora: false,
     gaussian: false,
     lora_dtype: None,
 };

@@ -3,7 +3,7 @@
 use super::naive::Naive;
 use super::{adapter, case, config, device, forward, rand, step, var, Case};
 use candle_core::{DType, Result};
-use lora::LoraModule;
+use lora::{LoraConfig, LoraModule};
 use loralib as lora;
 
 /// (rows, features, r)
@@ -26,6 +26,11 @@ pub fn half() -> Result<Vec<Case>> {
 /// From `d` features to 3·`d`, with an update of the first and the last third.
 pub fn merged_linear() -> Result<Vec<Case>> {
     of_sizes(merged_linear_of)
+}
+
+/// Beside the same layer without `use_dora`.
+pub fn dora() -> Result<Vec<Case>> {
+    of_sizes(dora_of)
 }
 
 fn of_sizes(make: fn(usize, usize, usize) -> Result<Vec<Case>>) -> Result<Vec<Case>> {
@@ -76,5 +81,19 @@ fn merged_linear_of(m: usize, d: usize, r: usize) -> Result<Vec<Case>> {
         case(name("forward"), forward(&ours, &data), plain()),
         case(name("forward, merged"), forward(&merged, &data), plain()),
         case(name("step"), step(&ours, &x)?, vec![("full fine-tuning", step(&full, &x)?)]),
+    ])
+}
+
+fn dora_of(m: usize, d: usize, r: usize) -> Result<Vec<Case>> {
+    let x = var(&[m, d], DType::F32)?;
+    let data = x.detach();
+    let plain = candle_nn::Linear::new(rand(&[d, d], DType::F32)?, None);
+    let lora = lora::Linear::new(plain.clone(), config(r), adapter(DType::F32))?;
+    let cfg = LoraConfig { use_dora: true, ..config(r) };
+    let ours = lora::Linear::new(plain, cfg, adapter(DType::F32))?;
+    let name = |what: &str| format!("DoRA {m}x{d} r {r} {what}");
+    Ok(vec![
+        case(name("forward"), forward(&ours, &data), vec![("LoRA", forward(&lora, &data))]),
+        case(name("step"), step(&ours, &x)?, vec![("LoRA", step(&lora, &x)?)]),
     ])
 }

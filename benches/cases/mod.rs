@@ -36,11 +36,12 @@ pub fn case(group: String, ours: Run, others: Vec<(&'static str, Run)>) -> Case 
 /// The cases whose group starts with `filter`.
 pub fn cases(filter: &str) -> Result<Vec<Case>> {
     type Cases = fn() -> Result<Vec<Case>>;
-    let kinds: [(&str, Cases); 11] = [
+    let kinds: [(&str, Cases); 12] = [
         ("Adapters", adapters::adapters),
         ("Linear", linear::linear),
         ("MergedLinear", linear::merged_linear),
         ("BF16", linear::half),
+        ("DoRA", linear::dora),
         ("Embedding", embedding::embedding),
         ("Conv2d", conv::conv2d),
         ("Conv1d", conv::conv1d),

@@ -1,10 +1,10 @@
-"""Times this crate beside Python loralib on torch, in turn on the same machine (A B A B ...), and
-beside peft-rs.
+"""Times this crate beside Python loralib on torch, or for DoRA beside PEFT, in turn on the same machine
+(A B A B ...), and beside peft-rs.
 
     python3 benches/compare/compare.py [FILTER] [--rounds 25] [--threads N] [--features avx512]
                                          [--device cuda] [--bench PROGRAM]
 
-Installs torch and loralib into a folder of its own (target/compare) where this Python lacks them, and
+Installs torch, loralib and PEFT into a folder of its own (target/compare) where this Python lacks them, and
 builds the crate's bench (or takes PROGRAM, built elsewhere by `cargo bench --no-run --bench ratios`).
 Each layer waits in two processes, and in each round one after the other runs it for about a fifth of a
 second: a machine whose speed varies is the same for both. Prints one table: the median of each over the
@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOLDER = ROOT / "target" / "compare"
-PACKAGES = ["torch", "loralib", "numpy"]
+PACKAGES = ["torch", "loralib", "peft", "numpy"]
 
 
 def layers(device):
@@ -35,7 +35,7 @@ def layers(device):
         "cuda": [(4096, 4096, 16), (8192, 2048, 16)],
     }
     found = {}
-    for kind in ["Linear", "MergedLinear"]:
+    for kind in ["Linear", "MergedLinear", "DoRA"]:
         for m, d, r in linear[device]:
             found[f"{kind} {m}x{d} r {r}"] = kind, (m, d, r)
     found["Embedding 32000x512 r 8"] = "Embedding", ()
@@ -45,7 +45,7 @@ def layers(device):
 
 
 def python():
-    """An interpreter with torch and loralib: this one, or that of a folder of its own."""
+    """An interpreter with these packages: this one, or that of a folder of its own."""
     test = f"import {', '.join(PACKAGES)}"
     if subprocess.run([sys.executable, "-c", test], capture_output=True).returncode == 0:
         return sys.executable
@@ -89,8 +89,18 @@ class Runner:
         return float(answer)
 
 
+def dora(d, r):
+    """PEFT's layer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential(torch.nn.Linear(d, d, bias=False))
+    config = LoraConfig(r=r, lora_alpha=2 * r, use_dora=True, target_modules=["0"])
+    return get_peft_model(model, config).base_model.model[0]
+
+
 def measure(group, device):
-    """Runs in torch's interpreter: one layer of Python loralib."""
+    """Runs in torch's interpreter: one layer of Python loralib or PEFT."""
     import time
 
     import loralib as lora
@@ -109,7 +119,9 @@ def measure(group, device):
         m, d, r = sizes
         options = dict(r=r, lora_alpha=2 * r, bias=False)
         x = torch.randn(m, d)
-        if kind == "Linear":
+        if kind == "DoRA":
+            layer = dora(d, r)
+        elif kind == "Linear":
             layer = lora.Linear(d, d, **options)
         else:
             layer = lora.MergedLinear(d, 3 * d, enable_lora=[True, False, True], **options)
@@ -178,7 +190,7 @@ def main():
     env = dict(os.environ, RAYON_NUM_THREADS=str(args.threads), MIMALLOC_PURGE_DELAY="-1")
     loralib = [python(), __file__, "--device", args.device, "--measure"]
     print(f"{args.rounds} rounds, {args.device}, {args.threads} threads; milliseconds")
-    print(f"{'':<42}{'this crate':>12}{'loralib':>12}{'ratio':>8}{'middle half':>18}")
+    print(f"{'':<42}{'this crate':>12}{'Python':>12}{'ratio':>8}{'middle half':>18}")
     for group in groups:
         ours, theirs = [*bench(args), f"{group} ", "--ask"], [*loralib, group]
         with Runner(ours, env) as ours, Runner(theirs, env) as theirs:

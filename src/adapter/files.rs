@@ -45,10 +45,11 @@ impl Adapter {
     /// its targets, as of [`load`](Self::load).
     ///
     /// # Errors
-    /// If a layer has only one of its factors, or the configuration has a layer that the adapter lacks.
+    /// If a layer has only one of its factors, or with `use_dora` no magnitude, or the configuration has a layer
+    /// that the adapter lacks.
     pub fn from_tensors(config: impl Into<AdapterConfig>, tensors: StateDict) -> Result<Self> {
         let config = config.into();
-        config.check_used(factors(&tensors)?.into_keys())?;
+        config.check_used(factors(&tensors, &config)?.into_keys())?;
         Self::loaded(config, tensors)
     }
 

@@ -3,7 +3,7 @@
 
 use crate::layers::{LayerKind, LoraConfig};
 use crate::peft::{from_peft, kind, plain_alpha, same_scaling, to_peft, with_layers, Factors};
-use crate::utils::names::{is_lora, join, refuse_peft_names};
+use crate::utils::names::{is_factor, join, refuse_peft_names};
 use crate::utils::{factors, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -25,6 +25,10 @@ pub(super) fn adapter(
     config: AdapterConfig,
     layers: Vec<Layer>,
 ) -> Result<(AdapterConfig, StateDict)> {
+    if config.lora.use_dora {
+        let reason = "the magnitudes of DoRA are read from PEFT's folders alone";
+        return Err(Error::unsupported("the option use_dora = true", reason));
+    }
     let (mut own, mut tensors) = (vec![], StateDict::new());
     for Layer { path, key, a, b, alpha, embedding } in layers {
         let read = || {
@@ -69,12 +73,12 @@ pub(super) fn layers<'a>(
     format: &str,
 ) -> Result<Vec<Saved<'a>>> {
     refuse_peft_names(tensors.keys())?;
-    if let Some(name) = tensors.keys().find(|name| !is_lora(name)) {
+    if let Some(name) = tensors.keys().find(|name| !is_factor(name)) {
         let reason = format!("{format} has lora_A and lora_B alone: merge it into the base");
         return Err(Error::tensor(name, reason));
     }
     let mut layers = vec![];
-    for (path, [a, b]) in factors(tensors)? {
+    for (path, [a, b]) in factors(tensors, config)? {
         let kind = config.kind(path).unwrap_or(&LayerKind::Linear);
         let cfg = config.lora_config(path);
         let convert = || {

@@ -8,7 +8,7 @@ use super::writer::{f32, string, Entry, Writer};
 use crate::layers::LayerKind;
 use crate::peft::{plain_alpha, to_peft, Factors};
 use crate::utils::checkpoint::atomic_file;
-use crate::utils::names::{is_lora, join, refuse_peft_names};
+use crate::utils::names::{is_factor, join, refuse_peft_names};
 use crate::utils::{check_finite, factors, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
@@ -33,8 +33,8 @@ const ALIGNMENT: u64 = 32;
 /// The file appears complete and flushed to disk, or not at all. Equal contents give equal bytes.
 ///
 /// # Errors
-/// If the adapter has something other than factors, which llama.cpp cannot take: biases, and modules that are
-/// trained as a whole; merge those. If the base lacks a layer, has another shape or an unknown
+/// If the adapter has something other than factors, which llama.cpp cannot take: biases, modules that are
+/// trained as a whole, and DoRA's magnitudes; merge those. If the base lacks a layer, has another shape or an unknown
 /// architecture; if a factor is missing or its rank is not the configuration's; if the embedding has an
 /// adapter and is the output layer too, on which llama.cpp stops; if a value is not finite; and if the file
 /// system refuses. The error names the file and the tensor.
@@ -103,13 +103,13 @@ fn layers<'a>(
     base: &File,
 ) -> Result<Vec<Layer<'a>>> {
     refuse_peft_names(adapter.keys())?;
-    if let Some(name) = adapter.keys().find(|name| !is_lora(name)) {
+    if let Some(name) = adapter.keys().find(|name| !is_factor(name)) {
         let reason = "llama.cpp's adapters have lora_A and lora_B alone: merge it into the base";
         return Err(Error::tensor(name, reason));
     }
     let names = Names::of(base)?;
     let mut layers = vec![];
-    for (path, [a, b]) in factors(adapter)? {
+    for (path, [a, b]) in factors(adapter, config)? {
         let layer = layer(path, (a, b), config, base, &names);
         layers.push(layer.map_err(|reason| Error::tensor(join(path, "lora_A"), reason))?);
     }

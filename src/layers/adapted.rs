@@ -58,8 +58,8 @@ impl<K> Adapted<K> {
         self.weight.base().blocks()
     }
 
-    /// The merged weight `W + ΔW` in the base's shape and dtype, rounded once, without a graph. A quantised
-    /// base is dequantised.
+    /// The merged weight, `W + ΔW` or with DoRA `m ∘ (W + ΔW)/‖W + ΔW‖`, in the base's shape and dtype, rounded
+    /// once, without a graph. A quantised base is dequantised.
     ///
     /// # Errors
     /// If a merged value is not finite.
@@ -80,6 +80,11 @@ impl<K> Adapted<K> {
     /// `lora_B`, e.g. (out_features, r) for [`Linear`](crate::Linear). `None` if r = 0.
     pub fn lora_b(&self) -> Option<&Tensor> {
         self.weight.update().map(|update| update.b())
+    }
+
+    /// `lora_magnitude_vector` (out). `None` without [`use_dora`](crate::LoraConfig::use_dora), or if r = 0.
+    pub fn lora_magnitude_vector(&self) -> Option<&Tensor> {
+        self.weight.update()?.magnitude().map(|magnitude| &magnitude.m)
     }
 
     /// The scaling of `B·A`: `lora_alpha / r`, or `lora_alpha / √r` with `rslora`; 0 if r = 0.

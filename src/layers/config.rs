@@ -26,12 +26,18 @@ pub struct LoraConfig {
     /// Whether the update is scaled by `lora_alpha / √r` instead, which keeps the learning speed of large
     /// ranks ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732); not in loralib). Default `false`.
     pub rslora: bool,
+    /// Whether the layer trains the magnitude of each output too (DoRA, [Liu et al.
+    /// 2024](https://arxiv.org/abs/2402.09353); PEFT's `use_dora`, not in loralib): the effective weight is
+    /// `m ∘ (W + ΔW)/‖W + ΔW‖`, whose norm has no gradient. m is a variable `lora_magnitude_vector` (out), which is
+    /// initialised with the norms of W. Default `false`. An error for [`MergedLinear`](crate::MergedLinear), and for
+    /// a new layer over a W with an output of zeros.
+    pub use_dora: bool,
     /// Whether `lora_A` is initialised from N(0, 1/r²), PEFT's `init_lora_weights="gaussian"`, and not from
     /// U(±1/√columns). Not in loralib, and not saved. Default `false`. Of no effect in an
     /// [`Embedding`](crate::Embedding), whose `lora_A` is zero.
     pub gaussian: bool,
-    /// The dtype of `lora_A` and `lora_B`. By default the base's, but F32 for F16 and BF16 bases: in F16
-    /// AdamW's epsilon rounds to 0, and its first step makes all of `lora_A` NaN.
+    /// The dtype of `lora_A`, `lora_B` and the magnitude. By default the base's, but F32 for F16 and BF16 bases:
+    /// in F16 AdamW's epsilon rounds to 0, and its first step makes all of `lora_A` NaN.
     pub lora_dtype: Option<DType>,
 }
 
@@ -44,6 +50,7 @@ impl Default for LoraConfig {
             merge_weights: true,
             fan_in_fan_out: false,
             rslora: false,
+            use_dora: false,
             gaussian: false,
             lora_dtype: None,
         }

@@ -209,7 +209,8 @@ pub(super) fn adapt<C: ConvConfig>(
     let ranks = checked_product(&[cfg.r, k])?;
     let columns = checked_product(&[&[per_group, groups], &[k; 3][..n.div_ceil(2)]].concat())?;
     let rows = out / groups * k.pow(n as u32 / 2);
-    let update = || low_rank((ranks, columns), rows, FactorInit::RandomA, cfg, base.dtype(), vb);
+    let placed = (base, Placement::Reshaped);
+    let update = || low_rank((ranks, columns), rows, FactorInit::RandomA, cfg, placed, vb);
     let update = (cfg.r > 0).then(update).transpose()?;
     Weight::new(base.clone(), update, Placement::Reshaped, cfg)
 }

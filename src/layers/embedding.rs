@@ -85,7 +85,8 @@ pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<
         &[("lora_dropout", cfg.lora_dropout > 0.), ("fan_in_fan_out", cfg.fan_in_fan_out)],
     )?;
     let (num, dim) = base.dims2()?;
-    let update = || low_rank((cfg.r, num), dim, FactorInit::NormalB, cfg, base.dtype(), vb);
+    let placed = (base, Placement::Transposed);
+    let update = || low_rank((cfg.r, num), dim, FactorInit::NormalB, cfg, placed, vb);
     let update = (cfg.r > 0).then(update).transpose()?;
     Weight::new(base.clone(), update, Placement::Transposed, cfg)
 }

@@ -1,9 +1,14 @@
 //! Initialisation: the factors of a new adapter, and torch's initial weights.
 
+use super::base::dequantized;
 use super::config::LoraConfig;
-use crate::ops::{checked_product, LowRank, Split};
-use candle_core::{DType, Result};
+use super::weight::Placement;
+use crate::ops::{self, checked_product, LowRank, Magnitude, Split};
+use candle_core::{bail, DType, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
+
+/// The last component of the name of DoRA's magnitude.
+pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// How the factors are initialised. One of them is zero, so that ΔW = 0 at the start.
 pub(super) enum FactorInit {
@@ -19,17 +24,46 @@ pub(super) fn uniform(fan_in: usize) -> Init {
     Init::Uniform { lo: -bound, up: bound }
 }
 
-/// `lora_A` (ranks, columns) and `lora_B` (rows, ranks) from `vb`, for all outputs at once.
+/// `lora_A` (ranks, columns) and `lora_B` (rows, ranks) from `vb`, for all outputs at once, and with DoRA the
+/// magnitude.
 pub(super) fn low_rank(
     (ranks, columns): (usize, usize),
     rows: usize,
     init: FactorInit,
     cfg: &LoraConfig,
-    base: DType,
+    (base, placement): (&Tensor, Placement),
     vb: &VarBuilder,
 ) -> Result<LowRank> {
     let split = Split { outputs: 0..rows, ranks: 0..ranks, b_rows: 0..rows };
-    split_low_rank((ranks, columns), (rows, ranks), vec![split], init, cfg, base, vb)
+    let shapes = ((ranks, columns), (rows, ranks));
+    let update = split_low_rank(shapes.0, shapes.1, vec![split], init, cfg, base.dtype(), vb)?;
+    match cfg.use_dora {
+        false => Ok(update),
+        true => Ok(update.with_magnitude(magnitude(cfg, base, placement, vb)?)),
+    }
+}
+
+/// `lora_magnitude_vector` (out) from `vb`, initialised with the norms of the base's outputs.
+fn magnitude(
+    cfg: &LoraConfig,
+    base: &Tensor,
+    placement: Placement,
+    vb: &VarBuilder,
+) -> Result<Magnitude> {
+    let base_squares = ops::squares(&dequantized(base.clone())?, placement.output_dim())?;
+    let (norms, dtype) = (base_squares.sqrt()?, cfg.adapter_dtype(base.dtype()));
+    let is_new = !vb.contains_tensor(MAGNITUDE);
+    if is_new && norms.to_dtype(DType::F32)?.min_all()?.to_scalar::<f32>()? == 0. {
+        bail!(
+            "an output of the base weight {:?} is zero, and use_dora needs its direction: leave the layer out",
+            base.dims()
+        )
+    }
+    let m = vb.get_with_hints_dtype(norms.shape(), MAGNITUDE, Init::Const(0.), dtype)?;
+    if is_new {
+        Var::from_tensor(&m)?.set(&norms.to_dtype(dtype)?)?;
+    }
+    Ok(Magnitude { m, base_squares })
 }
 
 /// `lora_A` and `lora_B` of the given shapes from `vb`, for several splits of the outputs.

@@ -169,7 +169,8 @@ pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<
     cfg.validate(base.dtype())?;
     let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;
-    let update = || low_rank((cfg.r, in_dim), out_dim, FactorInit::RandomA, cfg, base.dtype(), vb);
+    let placed = (base, kind.placement());
+    let update = || low_rank((cfg.r, in_dim), out_dim, FactorInit::RandomA, cfg, placed, vb);
     let update = (cfg.r > 0).then(update).transpose()?;
     Weight::new(base.clone(), update, kind.placement(), cfg)
 }

@@ -2,7 +2,7 @@
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
 use super::base::placeholder;
-use super::config::LoraConfig;
+use super::config::{refuse_options, LoraConfig};
 use super::init::{split_low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
 use super::linear::LinearKind;
@@ -63,8 +63,8 @@ impl MergedLinear {
     /// has no adapter.
     ///
     /// # Errors
-    /// If the outputs do not divide into the splits, an option is out of range, or `vb` has tensors of
-    /// other shapes.
+    /// If the outputs do not divide into the splits, an option is out of range or not supported (`use_dora`),
+    /// or `vb` has tensors of other shapes.
     pub fn new(
         base: candle_nn::Linear,
         enable_lora: &[bool],
@@ -141,6 +141,7 @@ pub(super) fn adapt(
     vb: &VarBuilder,
 ) -> Result<Weight> {
     cfg.validate(base.dtype())?;
+    refuse_options("a merged linear layer", &[("use_dora", cfg.use_dora)])?;
     let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;
     let total = splits.iter().try_fold(0usize, |sum, (size, _)| sum.checked_add(*size));

@@ -20,6 +20,16 @@ pub(crate) enum Placement {
     Reshaped,
 }
 
+impl Placement {
+    /// The dimension of the outputs.
+    pub fn output_dim(self) -> usize {
+        match self {
+            Self::AsIs | Self::Reshaped => 0,
+            Self::Transposed => 1,
+        }
+    }
+}
+
 /// A weight with a mode of its own, or with one that all layers of an adapter share.
 #[derive(Debug, Clone)]
 pub(crate) enum Weight {
@@ -240,7 +250,7 @@ impl Tensors {
         Ok(MergedCopy { weight: self.merged()?, bias: bias.map(|bias| bias.detach()) })
     }
 
-    /// `W + ΔW` in W's layout, without a graph. The base is never written.
+    /// The merged weight in W's layout, without a graph. The base is never written.
     fn merged(&self) -> Result<Tensor> {
         let base = self.base.dense()?;
         let Some(update) = &self.update else {
@@ -251,6 +261,7 @@ impl Tensors {
             Placement::Reshaped => (update.b().dim(0)?, update.a().dim(1)?),
         };
         let transposed = self.placement == Placement::Transposed;
-        ops::merge(&base, matrix, update.terms(base.dtype(), matrix, transposed)?)
+        let magnitude = update.magnitude().map(|own| (own, self.placement.output_dim()));
+        ops::merge(&base, matrix, update.terms(base.dtype(), matrix, transposed)?, magnitude)
     }
 }

@@ -1,6 +1,6 @@
 //! The weighted sum of adapters.
 
-use crate::utils::names::{is_lora, join, split};
+use crate::utils::names::{is_factor, join, split};
 use crate::utils::StateDict;
 use crate::{Error, Result};
 use candle_core::{bail, DType, Tensor};
@@ -28,14 +28,14 @@ use candle_core::{bail, DType, Tensor};
 ///
 /// # Errors
 /// If there are no adapters, a weight is not finite, the adapters differ in names or shapes, or one has a
-/// tensor that is not a factor: biases and heads have no such sum.
+/// tensor that is not a factor: biases, heads and DoRA's magnitudes have no such sum.
 pub fn add_weighted(adapters: &[(&StateDict, f64)]) -> Result<StateDict> {
     let Some((first, _)) = adapters.first().filter(|(first, _)| !first.is_empty()) else {
         return Err(Error::Invalid("there are no adapters to add".to_owned()));
     };
     let mut sum = StateDict::new();
     for (adapter, weight) in adapters {
-        if let Some(name) = adapter.keys().find(|name| !is_lora(name)) {
+        if let Some(name) = adapter.keys().find(|name| !is_factor(name)) {
             return Err(Error::tensor(name, "only lora_A and lora_B have a weighted sum"));
         }
         let names = |a: &StateDict, b: &StateDict| -> Vec<String> {

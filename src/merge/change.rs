@@ -1,7 +1,7 @@
 //! What an adapter does to a tensor of the base.
 
 use super::parameter::merged_parameter;
-use super::weight::merged_weight;
+use super::weight::{merged_weight, Factors};
 use crate::layers::LayerKind;
 use crate::ops::is_finite;
 use crate::utils::AdapterConfig;
@@ -10,8 +10,8 @@ use candle_core::{bail, DType, Result, Tensor};
 pub(super) enum Change {
     /// The adapter's own tensor in place of the base's.
     Replace(Tensor),
-    /// `W + ΔW` of the layer or parameter at `path`.
-    Update { path: String, a: Tensor, b: Tensor },
+    /// The merged weight of the layer or parameter at `path`.
+    Update { path: String, factors: Factors },
     /// The bias plus the scaled bias of lora_B, of the layer at `path`.
     AddBias { path: String, bias: Tensor },
     /// Rows of a table, in place of those at `indices`.
@@ -22,14 +22,14 @@ impl Change {
     pub fn apply(&self, base: &Tensor, config: &AdapterConfig) -> Result<Tensor> {
         match self {
             Self::Replace(tensor) => replaced(base, tensor),
-            Self::Update { path, a, b } => {
+            Self::Update { path, factors } => {
                 let (kind, cfg) = (config.kind(path), config.lora_config(path));
                 match kind {
                     Some(LayerKind::Parameter { .. }) => {
                         let transposed = config.layer(path).and_then(|(_, own)| own.fan_in_fan_out);
-                        merged_parameter(base, a, b, cfg, transposed)
+                        merged_parameter(base, factors, cfg, transposed)
                     }
-                    kind => merged_weight(base, a, b, kind, cfg),
+                    kind => merged_weight(base, factors, kind, cfg),
                 }
             }
             Self::AddBias { path, bias } => {

@@ -1,7 +1,7 @@
 //! A merged parameter of PEFT's `target_parameters`: a matrix (out, in), or fused experts, each with factors of
 //! its own, A (experts, r, in) and B (experts, out, r). A matrix counts as one expert.
 
-use super::weight::merged_weight;
+use super::weight::{merged_weight, Factors};
 use crate::layers::{LayerKind, LoraConfig};
 use candle_core::{bail, Result, Tensor};
 
@@ -9,11 +9,13 @@ use candle_core::{bail, Result, Tensor};
 /// they are square.
 pub(super) fn merged_parameter(
     w: &Tensor,
-    a: &Tensor,
-    b: &Tensor,
+    Factors { a, b, magnitude }: &Factors,
     cfg: LoraConfig,
     transposed: Option<bool>,
 ) -> Result<Tensor> {
+    if magnitude.is_some() {
+        bail!("it is a parameter without a layer, for which PEFT has no use_dora")
+    }
     let ((experts, r, inputs), (of_b, outs, _)) = (a.dims3()?, b.dims3()?);
     let (rows, columns, transposed) = match *w.dims() {
         [rows, columns] if experts == 1 => (rows, columns, Some(false)),
@@ -45,7 +47,8 @@ pub(super) fn merged_parameter(
     let cfg = LoraConfig { fan_in_fan_out, ..cfg };
     let each = w.reshape((experts, rows, columns))?;
     let merged = (0..experts).map(|e| {
-        merged_weight(&each.get(e)?, &a.get(e)?, &b.get(e)?, Some(&LayerKind::Linear), cfg)
+        let factors = Factors { a: a.get(e)?, b: b.get(e)?, magnitude: None };
+        merged_weight(&each.get(e)?, &factors, Some(&LayerKind::Linear), cfg)
     });
     Tensor::stack(&merged.collect::<Result<Vec<_>>>()?, 0)?.reshape(w.shape())
 }

@@ -1,9 +1,10 @@
 //! Which tensors of a base an adapter changes, and how.
 
 use super::change::Change;
-use crate::layers::LayerKind;
+use super::weight::Factors;
+use crate::layers::{LayerKind, MAGNITUDE};
 use crate::utils::names::{join, refuse_peft_names, split};
-use crate::utils::{AdapterConfig, StateDict};
+use crate::utils::{check_magnitudes, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -26,6 +27,7 @@ impl Plan {
             ));
         }
         refuse_peft_names(adapter.keys())?;
+        check_magnitudes(adapter, &config)?;
         // A convolution's tensors may have loralib's second names.
         let find = |path: &str, last: &str| {
             let names = [join(path, last), join(&join(path, "conv"), last)];
@@ -48,9 +50,11 @@ impl Plan {
                         Some(LayerKind::Parameter { .. }) => return Err(missing(path)),
                         _ => find(path, "weight")?,
                     };
-                    updates.push((base, Change::Update { path: path.to_owned(), a: tensor, b }));
+                    let magnitude = adapter.get(&join(path, MAGNITUDE)).cloned();
+                    let factors = Factors { a: tensor, b, magnitude };
+                    updates.push((base, Change::Update { path: path.to_owned(), factors }));
                 }
-                "lora_B" => drop(other("lora_A")?),
+                "lora_B" | MAGNITUDE => drop(other("lora_A")?),
                 "lora_bias" => {
                     let change = Change::AddBias { path: path.to_owned(), bias: tensor };
                     updates.push((find(path, "bias")?, change));

@@ -2,17 +2,23 @@
 
 use crate::layers::{
     Conv1d, Conv2d, Conv3d, Conv3dConfig, Embedding, LayerKind, Linear, LoraConfig, MergedLinear,
-    Total,
+    Total, MAGNITUDE,
 };
 use candle_core::{bail, DType, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
-use std::collections::HashMap;
 
-/// `W + ΔW` of the layer that `kind` declares or, if it is `None`, that the shapes determine.
-pub(crate) fn merged_weight(
+/// What the adapter has of a layer.
+pub(super) struct Factors {
+    pub a: Tensor,
+    pub b: Tensor,
+    /// With DoRA.
+    pub magnitude: Option<Tensor>,
+}
+
+/// The merged weight of the layer that `kind` declares or, if it is `None`, that the shapes determine.
+pub(super) fn merged_weight(
     w: &Tensor,
-    a: &Tensor,
-    b: &Tensor,
+    Factors { a, b, magnitude }: &Factors,
     kind: Option<&LayerKind>,
     cfg: LoraConfig,
 ) -> Result<Tensor> {
@@ -24,9 +30,9 @@ pub(crate) fn merged_weight(
         (DType::F64, _) | (_, DType::F64) => DType::F64,
         _ => DType::F32,
     };
-    let factors = [("lora_A", a), ("lora_B", b)];
-    let factors: HashMap<_, _> = factors.map(|(name, t)| (name.to_owned(), t.clone())).into();
-    let vb = VarBuilder::from_tensors(factors, dtype, w.device());
+    let tensors = [("lora_A", Some(a)), ("lora_B", Some(b)), (MAGNITUDE, magnitude.as_ref())];
+    let tensors = tensors.into_iter().filter_map(|(name, t)| Some((name.to_owned(), t?.clone())));
+    let vb = VarBuilder::from_tensors(tensors.collect(), dtype, w.device());
     let cfg = LoraConfig { lora_dropout: 0., lora_dtype: Some(dtype), ..cfg };
     let inputs = *a.dims().last().unwrap_or(&0);
     match (kind, w.dims()) {

@@ -5,7 +5,7 @@ use super::backend::Backend;
 use super::low_rank::compute_dtype;
 use super::op::{if_tracked, Custom, Op};
 use super::zero_grads::with_zero_grads;
-use candle_core::op::{Add, Mul};
+use candle_core::op::{Add, Div, Mul};
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
 /// `x + c` of one shape, with a gradient for each operand that is tracked.
@@ -55,6 +55,16 @@ fn same_device(x: &Tensor, c: &Tensor) -> Result<()> {
 /// `x ∘ c`, with `c` of any shape that broadcasts to `x`'s.
 pub(crate) fn mul_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
     x.apply_op1(Custom(MulFrozenOp(c.detach().broadcast_as(x.shape())?)))
+}
+
+/// `x / c` of one shape.
+pub(crate) fn div_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
+    x.apply_op1(Custom(DivFrozenOp(c.detach())))
+}
+
+/// `x ∘ mask` and `x − x ∘ mask`.
+pub(crate) fn split(x: &Tensor, mask: &Tensor) -> Result<(Tensor, Tensor)> {
+    Ok((mul_frozen(x, mask)?, mul_frozen(x, &mask.affine(-1., 1.)?)?))
 }
 
 struct AddFrozenOp(Tensor);
@@ -121,5 +131,20 @@ impl Op<1> for MulFrozenOp {
 
     fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
         Ok([Some((grad * &self.0)?)])
+    }
+}
+
+struct DivFrozenOp(Tensor);
+
+impl Op<1> for DivFrozenOp {
+    const NAME: &'static str = "div-frozen";
+
+    fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
+        let (c, cl) = self.0.storage_and_layout();
+        Ok((x.binary_impl::<Div>(S::of(&c)?, l, cl)?, l.shape().clone()))
+    }
+
+    fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
+        Ok([Some((grad / &self.0)?)])
     }
 }

@@ -1,8 +1,9 @@
 //! `y = W[ids] + (Aᵀ)[ids]·(s·B)ᵀ`: rows of a frozen table and of its low-rank update as one operation.
-//! Only A's own gradient has the size of the table. The table may be quantised.
+//! Only A's own gradient has the size of the table. The table may be quantised. With DoRA the row is scaled.
 
 use super::backend::Backend;
 use super::cpu::gather_columns;
+use super::dora;
 use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
 use super::matrix::Matrix;
@@ -13,7 +14,7 @@ use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
 /// (r, num) and B (dim, r).
 pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> Result<Tensor> {
-    let (num, dim) = w.dims2()?;
+    let (table, (num, dim)) = (w, w.dims2()?);
     if !ids.dtype().is_int() {
         bail!("embedding: the ids are {:?}, expected integers", ids.dtype())
     }
@@ -22,9 +23,9 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
     if ids.elem_count() == 0 {
         // Some backends refuse an empty lookup.
         let y = Tensor::zeros(dims, w.dtype(), &w.device())?;
-        let factors = update.map(|update| [update.a(), update.b()]);
         let weight = w.dense().filter(|_| update.is_none());
-        return with_zero_grads(y, weight.into_iter().chain(factors.into_iter().flatten()));
+        let variables = update.into_iter().flat_map(LowRank::variables);
+        return with_zero_grads(y, weight.into_iter().chain(variables));
     }
     // candle reads the largest value of an index dtype as padding: id 255 of a u8 or u32::MAX would
     // give zeros without an error. In i64 they are ordinary ids.
@@ -49,7 +50,14 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
                 w => (rows(w)?, Tensor::arange(0, ids.elem_count() as i64, ids.device())?),
             };
             let op = LoraEmbeddingOp { w, at, ids, term, scaling: update.scaling() };
-            update.a().apply_op2(update.b(), Custom(op))
+            let y = update.a().apply_op2(update.b(), Custom(op))?;
+            match update.magnitude() {
+                None => Ok(y),
+                Some(magnitude) => {
+                    let norms = dora::norms(table, update, magnitude)?;
+                    dora::scaled(&y, magnitude, &norms, None)
+                }
+            }
         }
     };
     out?.reshape(dims)

@@ -2,7 +2,8 @@
 //! weight for a batch whose rows have different adapters.
 
 use super::backend::Backend;
-use super::linear::{checked, gemm_layout, gemm_operand, linear, linear_no_grad, masked, LinearOp};
+use super::linear::{checked, linear};
+use super::linear_op::{gemm_layout, gemm_operand, linear_no_grad, masked, LinearOp};
 use super::low_rank::{LowRank, LowRankTerm};
 use super::matmul::matmul;
 use super::matrix::Matrix;

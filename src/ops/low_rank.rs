@@ -48,7 +48,16 @@ pub(crate) struct ScaledFactors {
     pub a: Tensor,
 }
 
-/// Factors A and B, their scaling, and the dropout of the update's input.
+/// DoRA's magnitude: the length of each output's row of the effective weight.
+#[derive(Debug, Clone)]
+pub(crate) struct Magnitude {
+    /// (out)
+    pub m: Tensor,
+    /// ‖w‖² of each row of the base (out), in the compute dtype.
+    pub base_squares: Tensor,
+}
+
+/// Factors A and B, their scaling, the dropout of the update's input, and with DoRA the magnitude.
 #[derive(Debug, Clone)]
 pub(crate) struct LowRank {
     a: Tensor,
@@ -56,12 +65,13 @@ pub(crate) struct LowRank {
     scaling: f64,
     dropout: Dropout,
     splits: Arc<[Split]>,
+    magnitude: Option<Magnitude>,
 }
 
 impl LowRank {
     pub fn new(a: Tensor, b: Tensor, scaling: f64, p: f32, splits: Vec<Split>) -> Self {
         let dropout = Dropout { p, stream: None };
-        Self { a, b, scaling, dropout, splits: splits.into() }
+        Self { a, b, scaling, dropout, splits: splits.into(), magnitude: None }
     }
 
     pub fn a(&self) -> &Tensor {
@@ -72,12 +82,26 @@ impl LowRank {
         &self.b
     }
 
+    /// A, B and the magnitude.
+    pub fn variables(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.a, &self.b].into_iter().chain(self.magnitude.as_ref().map(|magnitude| &magnitude.m))
+    }
+
     pub fn scaling(&self) -> f64 {
         self.scaling
     }
 
     pub fn dropout(&self) -> &Dropout {
         &self.dropout
+    }
+
+    /// With DoRA.
+    pub fn magnitude(&self) -> Option<&Magnitude> {
+        self.magnitude.as_ref()
+    }
+
+    pub fn with_magnitude(self, magnitude: Magnitude) -> Self {
+        Self { magnitude: Some(magnitude), ..self }
     }
 
     /// The same update with masks from a stream.
@@ -87,7 +111,9 @@ impl LowRank {
 
     /// The same update for evaluation: without dropout and without a graph.
     pub fn detached(&self) -> Self {
-        Self { a: self.a.detach(), b: self.b.detach(), dropout: Dropout::default(), ..self.clone() }
+        let (a, b, dropout) = (self.a.detach(), self.b.detach(), Dropout::default());
+        let detached = |magnitude: Magnitude| Magnitude { m: magnitude.m.detach(), ..magnitude };
+        Self { a, b, dropout, magnitude: self.magnitude.clone().map(detached), ..self.clone() }
     }
 
     /// A, contiguous, in the compute dtype beside a base of dtype `base`.

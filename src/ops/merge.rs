@@ -1,20 +1,27 @@
-//! The merged weight `W + ΔW`, computed in F32 (F64 beside F64) and rounded once. On the CPU, ΔW is
-//! added block by block and never built.
+//! The merged weight `W + ΔW`, with DoRA `c ∘ (W + ΔW)`, computed in F32 (F64 beside F64) and rounded once. On the
+//! CPU, ΔW is added block by block and never built.
 
 use super::backend::Backend;
+use super::dora::scaled_weight;
 use super::finite::is_finite;
-use super::low_rank::{compute_dtype, LowRankTerm};
+use super::low_rank::{compute_dtype, LowRankTerm, Magnitude};
 use super::op::{Custom, Op};
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
-/// The contiguous `w`, seen as a matrix of shape `matrix`, plus the terms. Errors if a value of the
-/// result is not finite.
-pub(crate) fn merge(w: &Tensor, matrix: (usize, usize), terms: Vec<LowRankTerm>) -> Result<Tensor> {
-    let merged = w
-        .contiguous()?
-        .apply_op1_no_bwd(&Custom(MergeOp { matrix, terms }))?
-        .to_dtype(w.dtype())?
-        .detach();
+/// The contiguous `w`, seen as a matrix of shape `matrix`, plus the terms; with DoRA, each output then has
+/// its magnitude, along the given dimension of `w`. Errors if a value of the result is not finite.
+pub(crate) fn merge(
+    w: &Tensor,
+    matrix: (usize, usize),
+    terms: Vec<LowRankTerm>,
+    magnitude: Option<(&Magnitude, usize)>,
+) -> Result<Tensor> {
+    let sum = w.contiguous()?.apply_op1_no_bwd(&Custom(MergeOp { matrix, terms }))?;
+    let merged = match magnitude {
+        None => sum,
+        Some((magnitude, dim)) => scaled_weight(&sum, magnitude, dim)?,
+    };
+    let merged = merged.to_dtype(w.dtype())?.detach();
     if !is_finite(&merged)? {
         bail!(
             "the merged weight {:?} in {:?} is not finite: the base or the adapter holds NaN, \

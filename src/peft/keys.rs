@@ -1,5 +1,6 @@
 //! The names of tensors in a PEFT file.
 
+use crate::layers::MAGNITUDE;
 use crate::utils::names::{is_lora, is_within, split};
 use crate::utils::{AdapterConfig, Bias};
 
@@ -17,6 +18,8 @@ pub(super) enum Key<'a> {
     B(&'a str, bool),
     /// The bias of the factor B of a layer.
     BiasOfB(&'a str),
+    /// DoRA's magnitude of a layer.
+    Magnitude(&'a str),
     /// Rows of a table, by the table's path.
     Tokens(&'a str),
     /// What only training needs.
@@ -36,6 +39,9 @@ pub(super) fn parse(key: &str) -> Option<Key<'_>> {
         ("weight", (path, "lora_A")) => Key::A(path, false),
         ("weight", (path, "lora_B")) => Key::B(path, false),
         ("bias", (path, "lora_B")) => Key::BiasOfB(path),
+        // PEFT saves it by the shorter name.
+        (MAGNITUDE, _) => Key::Magnitude(path),
+        ("weight", (path, MAGNITUDE)) => Key::Magnitude(path),
         ("trainable_tokens_delta", (path, "token_adapter")) => Key::Tokens(path),
         ("lora_velora_embed", _) => Key::Training,
         (last, (path, "base_layer")) => Key::Base(path, last),
@@ -53,6 +59,10 @@ pub(super) fn pair(path: &str, embedding: bool) -> (String, String) {
 
 pub(super) fn bias_of_b(path: &str) -> String {
     format!("{PREFIX}{path}.lora_B.bias")
+}
+
+pub(super) fn magnitude(path: &str) -> String {
+    format!("{PREFIX}{path}.{MAGNITUDE}")
 }
 
 pub(super) fn tokens(path: &str) -> String {
@@ -76,7 +86,10 @@ pub(super) fn wrapped(mut path: &str) -> (&str, usize) {
 /// The adapter's name in a key, as a model's `state_dict()` has it.
 fn adapter_name(key: &str) -> Option<&str> {
     let mut components = key.split('.').skip_while(|component| {
-        !matches!(*component, "lora_A" | "lora_B" | "lora_embedding_A" | "lora_embedding_B")
+        !matches!(
+            *component,
+            "lora_A" | "lora_B" | "lora_embedding_A" | "lora_embedding_B" | MAGNITUDE
+        )
     });
     components.nth(1).filter(|name| !matches!(*name, "weight" | "bias"))
 }

@@ -11,10 +11,10 @@ use super::parameters::rename;
 use super::rank_alpha::with_layers;
 use super::read_config::{read_config, Json};
 use super::tokens;
-use crate::layers::LayerKind;
+use crate::layers::{LayerKind, MAGNITUDE};
 use crate::utils::checkpoint::read;
 use crate::utils::names::join;
-use crate::utils::{AdapterConfig, StateDict};
+use crate::utils::{check_magnitudes, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ use std::{fs, io};
 ///
 /// # Errors
 /// If a file is missing or malformed, the configuration has an option that changes the update and is not
-/// supported (DoRA, initialisations that change the base, unknown keys with a value), keys have the adapter's
+/// supported (initialisations that change the base, unknown keys with a value), keys have the adapter's
 /// name, `target_parameters` do not tell which factors are whose, a layer is a convolution of several groups
 /// as PEFT adapts them, a factor lacks the other, a shape does not fit the rank or the other factor, the
 /// configuration does not include a tensor, or a value is not finite. The error names the file and the key
@@ -120,9 +120,11 @@ fn convert(mut json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDi
             (None, _) => return Err(Error::tensor(a_key, "it is missing")),
             (_, None) => return Err(Error::tensor(b_key, "it is missing")),
         };
-        for (key, factor) in [(&a_key, &a), (&b_key, &b)] {
-            if !factor.dtype().is_float() {
-                return Err(Error::tensor(key, format!("it holds {:?}", factor.dtype())));
+        let magnitude_key = keys::magnitude(&pair.path);
+        let magnitude = pair.magnitude.as_ref().map(|magnitude| (&magnitude_key, magnitude));
+        for (key, tensor) in [(&a_key, &a), (&b_key, &b)].into_iter().chain(magnitude) {
+            if !tensor.dtype().is_float() {
+                return Err(Error::tensor(key, format!("it holds {:?}", tensor.dtype())));
             }
         }
         let bias_key = keys::bias_of_b(&pair.path);
@@ -131,6 +133,9 @@ fn convert(mut json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDi
             (None, true) => return Err(Error::tensor(bias_key, "it is missing, lora_bias is set")),
             (Some(_), false) => return Err(Error::tensor(bias_key, "lora_bias is not set")),
             (None, false) => {}
+        }
+        if let Some(magnitude) = pair.magnitude {
+            loaded.insert(join(&path, MAGNITUDE), magnitude.flatten_all()?);
         }
         let r = json.patterns.rank(&path)?.unwrap_or(given.r);
         let alpha = json.patterns.alpha(&path)?.unwrap_or(given.lora_alpha);
@@ -157,7 +162,9 @@ fn convert(mut json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDi
         loaded.insert(join(&path, "lora_B"), factors.b);
         layers.push((path, kind, factors.r, alpha));
     }
-    Ok((with_layers(json.config, layers), loaded))
+    let config = with_layers(json.config, layers);
+    check_magnitudes(&loaded, &config)?;
+    Ok((config, loaded))
 }
 
 /// The kind by the shapes of the factors. An error if it contradicts the `given` one.

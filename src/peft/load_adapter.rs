@@ -18,8 +18,8 @@ use std::path::Path;
 /// report lists it as unexpected, also with [`Strict::Yes`].
 ///
 /// # Errors
-/// As [`load_pretrained_as`] and [`load_state_dict`]; and if a layer's rank or scaling differs from
-/// `config`'s.
+/// As [`load_pretrained_as`] and [`load_state_dict`]; and if a layer's rank, scaling or use_dora
+/// differs from `config`'s.
 pub fn load_adapter(
     dir: impl AsRef<Path>,
     vars: &VarMap,
@@ -37,6 +37,11 @@ pub fn load_adapter(
             if saved.r != model.r {
                 let reason =
                     format!("its rank is {}, the configuration has r = {}", saved.r, model.r);
+                return Err(Error::tensor(name, reason));
+            }
+            if saved.use_dora != model.use_dora {
+                let (saved, model) = (saved.use_dora, model.use_dora);
+                let reason = format!("its use_dora is {saved}, the configuration's {model}");
                 return Err(Error::tensor(name, reason));
             }
             let (saved, model) = (saved.scaling(), model.scaling());

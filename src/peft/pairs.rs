@@ -15,6 +15,8 @@ pub(super) struct Pair {
     pub b: Option<Tensor>,
     /// The bias of B.
     pub bias: Option<Tensor>,
+    /// DoRA's.
+    pub magnitude: Option<Tensor>,
     pub embedding: bool,
     /// Its path in the file's keys.
     pub path: String,
@@ -49,9 +51,19 @@ pub(super) fn group(config: &AdapterConfig, tensors: StateDict) -> Result<Groupe
         let unknown = || Error::tensor(&key, keys::reason(&key));
         let parsed = keys::parse(&key).ok_or_else(unknown)?;
         let (path, embedding) = match parsed {
-            Key::A("", _) | Key::B("", _) | Key::BiasOfB("") => return Err(unknown()),
+            Key::A("", _) | Key::B("", _) | Key::BiasOfB("") | Key::Magnitude("") => {
+                return Err(unknown())
+            }
             Key::A(path, embedding) | Key::B(path, embedding) => (path, embedding),
             Key::BiasOfB(path) => (path, false),
+            Key::Magnitude(path) => {
+                let pair = pairs.entry(path.to_owned()).or_default();
+                pair.path = path.to_owned();
+                if pair.magnitude.replace(tensor).is_some() {
+                    return Err(Error::tensor(&key, "the file has it under two names"));
+                }
+                continue;
+            }
             Key::Tokens(path) => {
                 tokens.insert(path.to_owned(), tensor);
                 continue;

@@ -85,6 +85,7 @@ pub(crate) fn read_config(text: &[u8]) -> Result<Json> {
             _ if empty => {}
             "lora_dropout" => lora.lora_dropout = dropout(value).ok_or_else(wrong)?,
             "fan_in_fan_out" => lora.fan_in_fan_out = value.as_bool().ok_or_else(wrong)?,
+            "use_dora" => lora.use_dora = value.as_bool().ok_or_else(wrong)?,
             "use_rslora" => lora.rslora = value.as_bool().ok_or_else(wrong)?,
             "bias" => config.bias = value.as_str().ok_or_else(wrong)?.parse::<Bias>()?,
             "base_model_name_or_path" => {
@@ -109,13 +110,6 @@ pub(crate) fn read_config(text: &[u8]) -> Result<Json> {
                 _ => return Err(unsupported(key, value, CHANGED_BASE)),
             },
             key if HARMLESS_KEYS.contains(&key) => {}
-            "use_dora" => {
-                return Err(unsupported(
-                    key,
-                    value,
-                    "DoRA also normalizes and scales the base's weight",
-                ))
-            }
             "enable_lora" => {
                 return Err(unsupported(
                     key,

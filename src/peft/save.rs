@@ -8,7 +8,7 @@ use super::parameters;
 use super::tokens;
 use super::uniform::{uniform, whole};
 use super::write_config::write_config;
-use crate::layers::{LayerKind, LoraConfig};
+use crate::layers::{LayerKind, LoraConfig, MAGNITUDE};
 use crate::utils::checkpoint::{folder, safetensors::serialize};
 use crate::utils::names::{is_lora, join, split};
 use crate::utils::{factors, AdapterConfig, StateDict};
@@ -50,7 +50,7 @@ pub fn save_pretrained(
 /// multiplied into its B, in F32 at least, which is exact if it is a power of two.
 ///
 /// # Errors
-/// As [`save_pretrained`].
+/// As [`save_pretrained`], and if the adapter has `use_dora`.
 pub fn save_plain(
     dir: impl AsRef<Path>,
     tensors: &StateDict,
@@ -76,7 +76,11 @@ fn convert(
     config: &AdapterConfig,
     plain: bool,
 ) -> Result<(StateDict, String)> {
-    let factors = factors(tensors)?;
+    if plain && config.lora.use_dora {
+        let reason = "these programs have no magnitudes: merge the adapter into the base";
+        return Err(Error::unsupported("an adapter with use_dora", reason));
+    }
+    let factors = factors(tensors, config)?;
     let paths: BTreeSet<&str> = factors.keys().copied().collect();
     config.check_used(paths.iter().copied())?;
     let wrappers = parameters::wrappers(config, &paths);
@@ -94,6 +98,12 @@ fn convert(
         let factors = to_peft(kind, Factors { a: a.clone(), b: b.clone(), r: cfg.r })
             .map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
         let in_file = wrappers.get(path).map_or(path, String::as_str);
+        if let Some(magnitude) = tensors.get(&join(path, MAGNITUDE)) {
+            // A convolution's has the rank of its output.
+            let ones = kind.spatial().map_or(0, |(n, _)| n);
+            let dims = [vec![1; ones.min(1)], magnitude.dims().to_vec(), vec![1; ones]].concat();
+            converted.insert(keys::magnitude(in_file), magnitude.reshape(dims)?);
+        }
         pairs.push((path, keys::pair(in_file, *kind == LayerKind::Embedding), factors, cfg));
     }
     let mut config = config.clone();

@@ -50,7 +50,7 @@ pub(crate) fn write_config(
         "revision": null,
         "target_modules": targets,
         "task_type": config.task_type,
-        "use_dora": false,
+        "use_dora": config.lora.use_dora,
         "use_rslora": config.lora.rslora,
     });
     if !parameters.is_empty() {

@@ -52,8 +52,10 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
         None => x.detach(),
     };
 
-    let trained: Vec<_> = [Some(head.weight()), head.bias(), head.lora_a(), head.lora_b()]
+    let factors = [head.lora_a(), head.lora_b(), head.lora_magnitude_vector()];
+    let trained: Vec<_> = [Some(head.weight()), head.bias()]
         .into_iter()
+        .chain(factors)
         .flatten()
         .filter(|t| t.track_op())
         .collect();

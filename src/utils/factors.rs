@@ -1,13 +1,19 @@
 //! The factors of each layer in a state dict.
 
-use super::names::{is_lora, join, split};
-use super::StateDict;
+use super::names::{is_factor, is_lora, join, split};
+use super::{AdapterConfig, StateDict};
+use crate::layers::MAGNITUDE;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
 
-/// `lora_A` and `lora_B` of each layer, by its path. An error if one of them is missing.
-pub(crate) fn factors(tensors: &StateDict) -> Result<BTreeMap<&str, [&Tensor; 2]>> {
+/// `lora_A` and `lora_B` of each layer, by its path. An error if one of them is missing, and that of
+/// [`check_magnitudes`].
+pub(crate) fn factors<'a>(
+    tensors: &'a StateDict,
+    config: &AdapterConfig,
+) -> Result<BTreeMap<&'a str, [&'a Tensor; 2]>> {
+    check_magnitudes(tensors, config)?;
     let layers = tensors.keys().filter(|name| is_lora(name)).map(|name| split(name).0);
     let pair = |path| {
         let factor = |last| {
@@ -18,4 +24,21 @@ pub(crate) fn factors(tensors: &StateDict) -> Result<BTreeMap<&str, [&Tensor; 2]
         Ok((path, [factor("lora_A")?, factor("lora_B")?]))
     };
     layers.map(pair).collect()
+}
+
+/// An error if a layer has DoRA's magnitude and its options have not `use_dora`, or the other way round.
+pub(crate) fn check_magnitudes(tensors: &StateDict, config: &AdapterConfig) -> Result<()> {
+    for path in tensors.keys().filter(|name| is_factor(name)).map(|name| split(name).0) {
+        let name = join(path, MAGNITUDE);
+        match (tensors.contains_key(&name), config.lora_config(path).use_dora) {
+            (true, false) => {
+                return Err(Error::tensor(name, "the configuration's use_dora is not set"))
+            }
+            (false, true) => {
+                return Err(Error::tensor(name, "it is missing, the configuration has use_dora"))
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! Names of tensors: a dotted path whose last component says what the tensor is.
 
+use crate::layers::MAGNITUDE;
 use crate::{Error, Result};
 use fancy_regex::{Regex, RegexBuilder};
 
@@ -18,8 +19,14 @@ pub(crate) fn join(layer: &str, last: &str) -> String {
     }
 }
 
-pub(crate) fn is_lora(name: &str) -> bool {
+/// Whether `name` is that of a factor.
+pub(crate) fn is_factor(name: &str) -> bool {
     matches!(split(name).1, "lora_A" | "lora_B")
+}
+
+/// Whether `name` is that of a factor, or of DoRA's magnitude.
+pub(crate) fn is_lora(name: &str) -> bool {
+    is_factor(name) || split(name).1 == MAGNITUDE
 }
 
 /// Whether this is a tensor of an adapter alone: a factor, the bias of lora_B, or rows of a table.

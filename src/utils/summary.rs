@@ -2,6 +2,7 @@
 
 use super::names::{join, split};
 use super::trainable::Trainable;
+use crate::layers::MAGNITUDE;
 use crate::Result;
 use candle_nn::VarMap;
 use std::collections::BTreeMap;
@@ -28,6 +29,8 @@ pub struct AdaptedLayer {
     pub a: Vec<usize>,
     /// The shape of `lora_B`.
     pub b: Vec<usize>,
+    /// The length of DoRA's `lora_magnitude_vector`, or 0.
+    pub magnitude: usize,
 }
 
 impl AdaptedLayer {
@@ -36,9 +39,9 @@ impl AdaptedLayer {
         self.b.last().copied().unwrap_or(0)
     }
 
-    /// The number of elements of both factors.
+    /// The number of elements of both factors and the magnitude.
     pub fn parameters(&self) -> usize {
-        elem_count(&self.a) + elem_count(&self.b)
+        elem_count(&self.a) + elem_count(&self.b) + self.magnitude
     }
 }
 
@@ -76,7 +79,9 @@ pub fn summary(vars: &VarMap, trainable: impl Into<Trainable>) -> Result<Summary
         // A factor without the other one is not an adapted layer, but it is trained.
         if let Some(b) = others.remove(&join(layer, "lora_B")) {
             let a = others.remove(name).unwrap_or_default();
-            adapted.push(AdaptedLayer { name: layer.to_owned(), a, b });
+            let magnitude =
+                others.remove(&join(layer, MAGNITUDE)).map_or(0, |dims| elem_count(&dims));
+            adapted.push(AdaptedLayer { name: layer.to_owned(), a, b, magnitude });
         }
     }
     Ok(Summary { adapted, others, total: None })

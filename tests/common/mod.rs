@@ -14,6 +14,7 @@ pub const CFG: LoraConfig = LoraConfig {
     merge_weights: true,
     fan_in_fan_out: false,
     rslora: false,
+    use_dora: false,
     gaussian: false,
     lora_dtype: None,
 };

@@ -27,7 +27,7 @@ pub struct Case<'a, K> {
     pub name: &'a str,
     pub weight: &'a [usize],
     pub bias: Option<usize>,
-    pub input: Tensor,
+    pub input: &'a Tensor,
     pub cfg: LoraConfig,
     pub make: &'a dyn Fn(LoraConfig, VarBuilder) -> Result<Adapted<K>>,
     /// The output of the candle layer that `into_merged` returns.
@@ -53,6 +53,18 @@ where
         contract(case, dtype).map_err(|e| e.context(format!("{} in {dtype:?}", case.name)))?;
     }
     Ok(())
+}
+
+/// Checks the layer without DoRA and with it.
+pub fn check_with_dora<K: Clone + std::fmt::Debug + Send + Sync + 'static>(
+    case: &Case<K>,
+) -> Result<()>
+where
+    Adapted<K>: Module,
+{
+    check(case)?;
+    let name = format!("{} with DoRA", case.name);
+    check(&Case { name: &name, cfg: LoraConfig { use_dora: true, ..case.cfg }, ..*case })
 }
 
 fn contract<K: Clone + std::fmt::Debug + Send + Sync + 'static>(
@@ -93,12 +105,15 @@ where
 
     // A new layer equals its base.
     assert_eq!(layer.scaling(), 1.5);
-    assert_eq!(difference(&layer.forward(&x)?, &base_out)?, 0., "{name}: a new update is zero");
+    let half = matches!(dtype, DType::F16 | DType::BF16);
+    let apart = difference(&layer.forward(&x)?, &base_out)?;
+    // With DoRA the product is rounded before the bias is added.
+    let limit = if case.cfg.use_dora && half { tolerance(dtype) } else { 0. };
+    assert!(apart <= limit, "{name}: a new update is zero, {apart} apart");
     assert_eq!(bits(&layer.merged_weight()?)?, bits(layer.weight())?, "{name}: a new merge");
 
     // Random factors change it.
     for (seed, (_, var)) in adapter.data().lock().unwrap().iter().enumerate() {
-        let half = matches!(dtype, DType::F16 | DType::BF16);
         assert_eq!(var.dtype(), if half { DType::F32 } else { dtype });
         var.set(&rnd(10 + seed as u64, var.dims(), var.dtype())?)?;
     }
@@ -109,7 +124,8 @@ where
     // Only the adapter gets gradients, and no others are kept.
     let grads = train_out.sqr()?.sum_all()?.backward()?;
     assert_eq!(lora::missing_grads(&adapter, &grads), Vec::<String>::new(), "{name}");
-    assert_eq!(grads.get_ids().count(), 2, "{name}: gradients of A and B only");
+    let variables = if case.cfg.use_dora { 3 } else { 2 };
+    assert_eq!(grads.get_ids().count(), variables, "{name}: gradients of the adapter only");
 
     // Evaluation merges, gives the same output, and records no graph.
     let (weight, saved) = (bits(layer.weight())?, lora::lora_state_dict(&adapter, Bias::None)?);
@@ -144,7 +160,7 @@ where
     let apart = difference(&merged, &eval_out)?;
     assert!(apart < tolerance(dtype), "{name}: into_merged differs by {apart} from evaluation");
 
-    unmerged_evaluation(case, &x, &train_out, make)?;
+    unmerged_evaluation(case, variables, &x, &train_out, make)?;
 
     // A merge that is not finite is an error and changes nothing.
     let a = adapter.data().lock().unwrap()["lora_A"].clone();
@@ -161,6 +177,7 @@ where
 /// Without merging, evaluation adds the update, without dropout and without a graph.
 fn unmerged_evaluation<K>(
     case: &Case<K>,
+    variables: usize,
     x: &Tensor,
     train_out: &Tensor,
     make: impl Fn(LoraConfig) -> Result<Adapted<K>>,
@@ -181,7 +198,7 @@ where
         let outs: Result<HashSet<_>> = (0..20).map(|_| bits(&layer.forward(x)?)).collect();
         assert!(outs?.len() > 1, "{name}: dropout in training");
         let grads = layer.forward(x)?.sqr()?.sum_all()?.backward()?;
-        assert_eq!(grads.get_ids().count(), 2, "{name}: gradients with dropout");
+        assert_eq!(grads.get_ids().count(), variables, "{name}: gradients with dropout");
         layer.eval()?;
         let apart = difference(&layer.forward(x)?, train_out)?;
         let limit = tolerance(train_out.dtype());

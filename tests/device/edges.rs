@@ -13,7 +13,7 @@ fn linear_over_several_row_blocks() -> Result<()> {
         name: "Linear of 300 rows",
         weight: &[257, 33],
         bias: Some(257),
-        input: rnd(3, &[300, 33], DType::F64)?,
+        input: &rnd(3, &[300, 33], DType::F64)?,
         cfg: CFG,
         make: &|cfg, vb| lora::linear(33, 257, cfg, vb),
         plain: &linear_plain,

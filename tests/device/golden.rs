@@ -1,6 +1,7 @@
-//! The crate against Microsoft's loralib, whose values `../fixtures/golden.py` wrote.
+//! The crate against Microsoft's loralib and PEFT's DoRA, whose values `../fixtures/golden.py` and `../fixtures/dora.py`
+//! wrote.
 
-mod case;
+pub mod case;
 mod names;
 
 use crate::common::device;
@@ -130,7 +131,7 @@ where
 }
 
 #[test]
-fn linear_agrees_with_loralib() -> Result<()> {
+fn linear_agrees_with_loralib_and_peft() -> Result<()> {
     check_all(
         "Linear",
         |c, w, b, vb| lora::Linear::new(candle_nn::Linear::new(w, b), c.config(), vb),
@@ -155,7 +156,7 @@ fn merged_linear_agrees_with_loralib() -> Result<()> {
 }
 
 #[test]
-fn embedding_agrees_with_loralib() -> Result<()> {
+fn embedding_agrees_with_loralib_and_peft() -> Result<()> {
     check_all(
         "Embedding",
         |c, w, _, vb| {
@@ -191,7 +192,7 @@ where
 }
 
 #[test]
-fn conv1d_agrees_with_loralib() -> Result<()> {
+fn conv1d_agrees_with_loralib_and_peft() -> Result<()> {
     check_conv(
         "Conv1d",
         |[padding, stride, dilation, groups]| Conv1dConfig {
@@ -208,7 +209,7 @@ fn conv1d_agrees_with_loralib() -> Result<()> {
 }
 
 #[test]
-fn conv2d_agrees_with_loralib() -> Result<()> {
+fn conv2d_agrees_with_loralib_and_peft() -> Result<()> {
     check_conv(
         "Conv2d",
         |[padding, stride, dilation, groups]| Conv2dConfig {
@@ -225,7 +226,7 @@ fn conv2d_agrees_with_loralib() -> Result<()> {
 }
 
 #[test]
-fn conv3d_agrees_with_loralib() -> Result<()> {
+fn conv3d_agrees_with_loralib_and_peft() -> Result<()> {
     check_conv(
         "Conv3d",
         |[padding, stride, dilation, groups]| Conv3dConfig { padding, stride, dilation, groups },

@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod contract;
+mod dora;
 mod edges;
 mod golden;
 mod gradients;

@@ -45,7 +45,7 @@ fn factors(a: &[usize], b: &[usize], dtype: DType) -> Result<VarBuilder<'static>
     Ok(VarBuilder::from_varmap(&vars, dtype, &device()))
 }
 
-/// Output and gradients of x, A and B for one upstream gradient.
+/// Output and gradients of x, A, B and the magnitude for one upstream gradient.
 fn outputs<K>(layer: &Adapted<K>, x: &Var) -> Result<Vec<Tensor>>
 where
     Adapted<K>: Module,
@@ -53,7 +53,8 @@ where
     let y = layer.forward(x)?;
     let grads = (&y * rnd(9, y.dims(), y.dtype())?)?.sum_all()?.backward()?;
     let mut all = vec![y];
-    for t in [Some(x.as_tensor()), layer.lora_a(), layer.lora_b()].into_iter().flatten() {
+    let variables = [layer.lora_a(), layer.lora_b(), layer.lora_magnitude_vector()];
+    for t in [Some(x.as_tensor())].into_iter().chain(variables).flatten() {
         all.push(grads.get(t).expect("a gradient").clone());
     }
     Ok(all)
@@ -115,6 +116,35 @@ fn splits_dropout_and_a_transposed_weight_compute_as_over_a_dense_one() -> Resul
     let quantized = lora::Linear::quantized(w, None, cfg, vb.clone())?;
     let expected = lora::Linear::new(dense, cfg, vb)?;
     assert_close(&outputs(&quantized, &x)?, &outputs(&expected, &x)?, 1e-6, "transposed")
+}
+
+#[test]
+fn dora_computes_as_over_a_dense_weight() -> Result<()> {
+    let cfg = LoraConfig { use_dora: true, ..CFG };
+    let x = Var::from_tensor(&rnd(5, &[7, IN], DType::F32)?)?;
+    let w = quantize(1, &[OUT, IN], GgmlDType::Q8_0)?;
+    let dense = candle_nn::Linear::new(w.dequantize(&device())?, None);
+    let vb = || {
+        let vars = VarMap::new();
+        for (name, seed, shape) in [
+            ("lora_A", 3, &[2, IN][..]),
+            ("lora_B", 4, &[OUT, 2]),
+            ("lora_magnitude_vector", 5, &[OUT]),
+        ] {
+            let var = Var::from_tensor(&rnd(seed, shape, DType::F32)?)?;
+            vars.data().lock().unwrap().insert(name.into(), var);
+        }
+        Ok::<_, candle_core::Error>(VarBuilder::from_varmap(&vars, DType::F32, &device()))
+    };
+    let mut quantized = lora::Linear::quantized(w, None, cfg, vb()?)?;
+    let expected = lora::Linear::new(dense, cfg, vb()?)?;
+    let (ours, theirs) = (outputs(&quantized, &x)?, outputs(&expected, &x)?);
+    assert_eq!(ours.len(), 5);
+    assert_close(&ours, &theirs, 1e-5, "DoRA")?;
+    quantized.eval()?;
+    let evaluated = quantized.forward(&x.detach())?;
+    assert!(!evaluated.track_op());
+    assert_close(&[evaluated], &theirs[..1], 1e-5, "DoRA in evaluation")
 }
 
 /// The weight is decoded to F32 on the CPU and to the model's dtype on devices.

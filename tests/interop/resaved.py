@@ -20,6 +20,7 @@ import checkpoints
 
 MODELS = {
     "gpt2": checkpoints.tiny_gpt2,
+    "dora_gpt2": checkpoints.tiny_gpt2,
     "tied_tokens": checkpoints.tiny_gpt2,
     "embed_tokens": checkpoints.tiny_llama,
     "parameters": checkpoints.Moe,

@@ -7,5 +7,6 @@ mod adapter;
 mod adapters;
 mod bad_input;
 mod checkpointing;
+mod dora;
 mod operations;
 mod peft_config;

@@ -151,7 +151,7 @@ fn options_that_a_new_adapter_cannot_have_are_named() {
         ("init_lora_weights", json!(false)),
         ("init_lora_weights", json!("pissa")),
         ("ensure_weight_tying", json!(true)),
-        ("use_dora", json!(true)),
+        ("use_dora", json!("yes")),
         ("lora_bias", json!(true)),
         ("lora_dropout", json!(1.0)),
         ("target_parameters", json!(["mlp.experts.up"])),

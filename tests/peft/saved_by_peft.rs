@@ -11,7 +11,7 @@ use lora::{Bias, LoraConfig};
 use loralib as lora;
 use std::collections::HashMap;
 
-const CASES: [&str; 13] = [
+const CASES: [&str; 15] = [
     "linear",
     "bin",
     "rslora",
@@ -25,6 +25,8 @@ const CASES: [&str; 13] = [
     "gpt2",
     "embed_tokens",
     "order",
+    "dora",
+    "dora_gpt2",
 ];
 
 /// What is merged, and not computed beside the base; and what only training needs.

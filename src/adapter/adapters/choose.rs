@@ -12,7 +12,7 @@ impl Adapters {
     ///
     /// # Errors
     /// Those of `f`; if there is no adapter of a name, or none is named, or one twice; if a strength is not
-    /// finite; and if an adapter of a sum trains with dropout, which a sum does not have.
+    /// finite; and if an adapter of a sum trains with dropout, or has `use_dora`, which a sum does not have.
     pub fn with<T, E: From<Error>>(
         &self,
         adapters: impl Into<Strengths>,
@@ -37,7 +37,8 @@ impl Adapters {
     ///
     /// # Errors
     /// Those of `f`; if there is no adapter of a name, or no row; if an adapter [trains](Self::add), since the
-    /// factors get no gradient here; and in an adapted layer, if its input has another number of rows.
+    /// factors get no gradient here, or has `use_dora`; and in an adapted layer, if its input has another number
+    /// of rows.
     pub fn with_rows<T, E: From<Error>>(
         &self,
         rows: &[Option<&str>],
@@ -50,6 +51,9 @@ impl Adapters {
         let adapters = self.named(strengths)?;
         let alone = matches!(adapters[..], [(.., 1.)]);
         let chosen = adapters.into_iter().map(|(name, added, strength)| {
+            if !alone {
+                added.refuse_dora(name)?;
+            }
             let chosen = added.chosen(strength);
             let dropped = |update: &LowRank| update.dropout().p > 0.;
             if !alone && chosen.mode == Mode::Train && chosen.updates.values().any(dropped) {
@@ -69,7 +73,9 @@ impl Adapters {
         }
         let of = |group: &[Option<&str>]| {
             let Some(name) = group[0] else { return Ok((group.len(), None)) };
-            let chosen = self.one(name)?.chosen(1.);
+            let added = self.one(name)?;
+            added.refuse_dora(name)?;
+            let chosen = added.chosen(1.);
             if chosen.mode == Mode::Train {
                 let reason = "call `eval()`, or choose it for a whole batch by `with`";
                 return Err(Error::Invalid(format!(
@@ -83,6 +89,17 @@ impl Adapters {
 }
 
 impl Added {
+    /// An error if a layer has a magnitude: it scales the base's output too.
+    pub(super) fn refuse_dora(&self, name: &str) -> Result<()> {
+        match self.updates.values().any(|update| update.magnitude().is_some()) {
+            false => Ok(()),
+            true => Err(Error::unsupported(
+                format!("the adapter {name:?} with use_dora in a weighted sum or by rows"),
+                "its magnitudes scale the base's output too: choose it alone by `with`, at the strength 1",
+            )),
+        }
+    }
+
     fn chosen(&self, strength: f64) -> Chosen {
         let mode = built::lock(&self.adapter.built).mode_among_others(self.adapter.options.loaded);
         Chosen { updates: self.updates.clone(), strength, mode }

@@ -25,10 +25,12 @@ impl Adapters {
     /// values: to [merge](Adapter::merged), to save, or to add. It is like a [loaded](Adapter::load) adapter.
     ///
     /// # Errors
-    /// If there is no adapter of a name, or none is named, or one twice; and if a strength is not finite.
+    /// If there is no adapter of a name, or none is named, or one twice; if a strength is not finite; and if an
+    /// adapter has `use_dora`.
     pub fn sum(&self, adapters: impl Into<Strengths>) -> Result<Adapter> {
         let mut layers = BTreeMap::<String, Layer>::new();
-        for (_, added, strength) in self.named(&adapters.into())? {
+        for (name, added, strength) in self.named(&adapters.into())? {
+            added.refuse_dora(name)?;
             let config = added.adapter.config();
             for (path, update) in added.updates.iter() {
                 let layer = layers.entry(path.clone()).or_default();

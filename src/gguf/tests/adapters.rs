@@ -23,6 +23,7 @@ const CFG: LoraConfig = LoraConfig {
     merge_weights: true,
     fan_in_fan_out: false,
     rslora: false,
+    use_dora: false,
     gaussian: false,
     lora_dtype: None,
 };
@@ -203,6 +204,7 @@ fn what_llama_cpp_cannot_take_is_not_saved() {
     alone.remove(&format!("{q}.lora_A"));
     let nan = (random(0, &[4, 64]) / 0.).unwrap();
     let bias = "model.layers.0.self_attn.q_proj.bias";
+    let magnitude = "model.layers.0.self_attn.q_proj.lora_magnitude_vector";
     let peft = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
     let linear = AdapterConfig::from(CFG);
     let declared = |name: &str, kind| AdapterConfig::from(CFG).with_layer(name, kind);
@@ -212,6 +214,7 @@ fn what_llama_cpp_cannot_take_is_not_saved() {
     let cases = [
         (&own, StateDict::new(), linear.clone(), "empty"),
         (&own, with(bias, random(0, &[64])), linear.clone(), bias),
+        (&own, with(magnitude, random(0, &[64])), linear.clone(), "merge it into the base"),
         (&own, with(peft, random(0, &[4, 64])), linear.clone(), "peft::load_adapter"),
         (&own, with("lm_head.weight", random(0, &[10, 64])), linear.clone(), "\"lm_head.weight\""),
         (&own, alone, linear.clone(), "q_proj.lora_A\": it is missing"),

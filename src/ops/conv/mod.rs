@@ -10,15 +10,17 @@ mod device;
 mod geometry;
 mod unfold;
 
-use crate::ops::elementwise::{add, mul_frozen};
+use crate::ops::dora::scaled_weight;
+use crate::ops::elementwise::{add, mul_frozen, split};
 use crate::ops::low_rank::LowRank;
 use candle_core::{DType, Device, Result, Tensor};
 use geometry::Sizes;
 
 pub(crate) use geometry::Geometry;
 
-/// `conv(x, W) + conv(dropout(x), ΔW)` with `ΔW = (s·B·A)` reshaped to the kernel: `x` (batch, in,
-/// spatial..) with `w` (out, in/g, k..) to (batch, out, spatial..).
+/// `conv(x, W) + conv(x̃, ΔW)` with `ΔW = (s·B·A)` reshaped to the kernel and x̃ = dropout(x): `x` (batch,
+/// in, spatial..) with `w` (out, in/g, k..) to (batch, out, spatial..). With DoRA
+/// `conv(x − x̃, W) + conv(x̃, c ∘ (W + ΔW))`, as in PEFT.
 ///
 /// Each operand gets a gradient only if it leads to a variable.
 pub(crate) fn conv(
@@ -30,17 +32,21 @@ pub(crate) fn conv(
     let Some(update) = update else { return base_conv(x, w, geometry) };
     let factor = update.factors(w.dtype())?.remove(0);
     let delta = factor.b.matmul(&factor.a)?.reshape(w.shape())?;
-    match update.dropout().mask(x, x.dtype())? {
-        // The kernel is small beside the activations: adding ΔW to it costs less than a second
-        // convolution.
-        None => {
-            let w = add(&delta, &w.to_dtype(delta.dtype())?)?;
-            base_conv(x, &w.to_dtype(x.dtype())?, geometry)
+    // The kernel is small beside the activations: adding ΔW to it costs less than a second convolution.
+    let effective = || {
+        let w = add(&delta, &w.to_dtype(delta.dtype())?)?;
+        match update.magnitude() {
+            None => Ok(w),
+            Some(magnitude) => scaled_weight(&w, magnitude, 0),
         }
-        Some(mask) => {
-            let dropped = mul_frozen(x, &mask)?;
-            let update = base_conv(&dropped, &delta.to_dtype(x.dtype())?, geometry)?;
-            add(&base_conv(x, w, geometry)?, &update)
+    };
+    let conv = |x: &Tensor, w: &Tensor| base_conv(x, &w.to_dtype(x.dtype())?, geometry);
+    match (update.dropout().mask(x, x.dtype())?, update.magnitude()) {
+        (None, _) => conv(x, &effective()?),
+        (Some(mask), None) => add(&conv(x, w)?, &conv(&mul_frozen(x, &mask)?, &delta)?),
+        (Some(mask), Some(_)) => {
+            let (kept, rest) = split(x, &mask)?;
+            add(&conv(&rest, w)?, &conv(&kept, &effective()?)?)
         }
     }
 }

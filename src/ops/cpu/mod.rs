@@ -20,6 +20,7 @@ mod gemm;
 #[path = "gemm_by_candle.rs"]
 mod gemm;
 mod low_rank;
+mod row_squares;
 mod rows;
 
 use crate::ops::backend::{
@@ -35,7 +36,8 @@ pub(super) use buffer::filled;
 pub(super) use dropout::seeded_mask;
 pub(super) use gemm::{gemm_into, Real, FUSED_ATTENTION};
 pub(super) use low_rank::{add_assign, gather_columns};
-pub(super) use rows::{exp_nonpositive, map_rows, max, sum};
+pub(super) use row_squares::row_squares;
+pub(super) use rows::{exp_nonpositive, map_rows, max, sum, sum_of_products};
 
 impl Backend for CpuStorage {
     fn of(storage: &Storage) -> Result<&Self> {
@@ -87,7 +89,7 @@ impl Backend for CpuStorage {
         xs: [(&Self, &Layout); N],
         f: impl FnOnce([&[f32]; N]) -> Result<(Vec<f32>, R)>,
     ) -> Result<(Self, R)> {
-        let (y, other) = f(f32_slices(xs)?)?;
+        let (y, other) = f(rows::f32_slices(xs)?)?;
         Ok((CpuStorage::F32(y), other))
     }
 
@@ -96,7 +98,7 @@ impl Backend for CpuStorage {
         f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
     ) -> Result<Self> {
         let n = xs[0].1.dims().last().copied().unwrap_or(1);
-        Ok(CpuStorage::F32(rows::rows(f32_slices(xs)?, n, f)))
+        Ok(CpuStorage::F32(rows::rows(rows::f32_slices(xs)?, n, f)))
     }
 
     fn add_low_rank(
@@ -114,18 +116,6 @@ impl Backend for CpuStorage {
         }
         Ok(self)
     }
-}
-
-/// The values of contiguous F32 operands.
-fn f32_slices<'a, const N: usize>(xs: [(&'a CpuStorage, &Layout); N]) -> Result<[&'a [f32]; N]> {
-    let mut values = [&[][..]; N];
-    for (values, (storage, layout)) in values.iter_mut().zip(xs) {
-        let Some((from, to)) = layout.contiguous_offsets() else {
-            bail!("an operand of a fused operation is not contiguous: {layout:?}")
-        };
-        *values = &f32::cpu_storage_as_slice(storage)?[from..to];
-    }
-    Ok(values)
 }
 
 #[cfg(test)]

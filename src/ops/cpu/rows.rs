@@ -2,8 +2,9 @@
 //! instructions of the machine. candle's own operations take a pass and a buffer for each step.
 
 use super::buffer::filled;
+use super::low_rank::add_assign;
 use crate::ops::backend::Backend;
-use candle_core::{CpuStorage, Result, Tensor};
+use candle_core::{bail, CpuStorage, Device, Layout, Result, Tensor, WithDType};
 use rayon::prelude::*;
 
 /// Values that one thread works on at a time.
@@ -20,6 +21,36 @@ pub(in crate::ops) fn map_rows<const N: usize>(
     let y = CpuStorage::map_rows(std::array::from_fn(|i| (storages[i], guards[i].1)), f)?;
     let CpuStorage::F32(y) = y else { candle_core::bail!("map_rows: expected F32") };
     Tensor::from_vec(y, xs[0].shape(), xs[0].device())
+}
+
+/// The sum over all rows of `a ∘ b`, contiguous F32 tensors (.., n) on the CPU, without a graph. The order of the
+/// sum does not depend on the threads.
+pub(in crate::ops) fn sum_of_products([a, b]: [&Tensor; 2]) -> Result<Tensor> {
+    /// Values of each that are summed at a time.
+    const PART: usize = 1 << 16;
+    let ((a, al), (b, bl)) = (a.storage_and_layout(), b.storage_and_layout());
+    let n = al.dims().last().copied().unwrap_or(1);
+    let [a, b] = f32_slices([(CpuStorage::of(&a)?, al), (CpuStorage::of(&b)?, bl)])?;
+    let part = (PART / n.max(1)).max(1) * n.max(1);
+    let parts: Vec<_> = a
+        .par_chunks(part)
+        .zip(b.par_chunks(part))
+        .map(|(a, b)| {
+            let mut sums = vec![0f32; n];
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (a, b) in a.chunks_exact(n).zip(b.chunks_exact(n)) {
+                        sums.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += a * b);
+                    }
+                },
+            );
+            sums
+        })
+        .collect();
+    let mut sums = vec![0.; n];
+    parts.iter().for_each(|part| add_assign(&mut sums, part));
+    Tensor::new(sums, &Device::Cpu)
 }
 
 /// Rows of `n` values; see [`Backend::map_rows`]. `f` must be `#[inline(always)]`: only inlined code is
@@ -46,6 +77,20 @@ pub(super) fn rows<const N: usize>(
         );
     });
     y
+}
+
+/// The values of contiguous F32 operands.
+pub(super) fn f32_slices<'a, const N: usize>(
+    xs: [(&'a CpuStorage, &Layout); N],
+) -> Result<[&'a [f32]; N]> {
+    let mut values = [&[][..]; N];
+    for (values, (storage, layout)) in values.iter_mut().zip(xs) {
+        let Some((from, to)) = layout.contiguous_offsets() else {
+            bail!("an operand of a fused operation is not contiguous: {layout:?}")
+        };
+        *values = &f32::cpu_storage_as_slice(storage)?[from..to];
+    }
+    Ok(values)
 }
 
 /// Calls `f`, which must be `#[inline(always)]`, compiled for the widest vector instructions.

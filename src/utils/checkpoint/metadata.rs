@@ -23,6 +23,8 @@ struct Json {
     fan_in_fan_out: bool,
     #[serde(default)]
     rslora: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    use_dora: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     lora_dtype: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -83,6 +85,7 @@ pub(super) fn to_json(config: &AdapterConfig) -> Result<String> {
         merge_weights: lora.merge_weights,
         fan_in_fan_out: lora.fan_in_fan_out,
         rslora: lora.rslora,
+        use_dora: lora.use_dora,
         lora_dtype: lora.lora_dtype.map(|dtype| dtype.as_str().to_owned()),
         bias: (*bias != Bias::None).then(|| bias.to_string()),
         modules_to_save: modules_to_save.clone(),
@@ -108,6 +111,7 @@ pub(super) fn from_json(text: &str) -> Result<AdapterConfig> {
             merge_weights: json.merge_weights,
             fan_in_fan_out: json.fan_in_fan_out,
             rslora: json.rslora,
+            use_dora: json.use_dora,
             lora_dtype: json.lora_dtype.map(dtype).transpose()?,
             ..Default::default()
         },
@@ -137,6 +141,7 @@ mod tests {
             merge_weights: false,
             fan_in_fan_out: true,
             rslora: true,
+            use_dora: true,
             lora_dtype: Some(DType::BF16),
             ..Default::default()
         };

@@ -12,6 +12,7 @@ use self::metadata::{from_json, to_json};
 use self::safetensors::{serialize, Metadata};
 use self::shards::Shards;
 use super::adapter_config::AdapterConfig;
+use super::factors::check_magnitudes;
 use super::names::{is_lora, refuse_peft_names, split};
 use super::state_dict::{load_state_dict, LoadReport, StateDict, Strict};
 use crate::layers::{LayerKind, LoraConfig};
@@ -190,6 +191,7 @@ fn check_config(tensors: &StateDict, config: &AdapterConfig) -> Result<()> {
         );
         return Err(Error::Format { format: "LoRA adapter", reason });
     }
+    check_magnitudes(tensors, config)?;
     for (name, tensor) in tensors {
         let rank = match (split(name).1, tensor.dims()) {
             ("lora_A", &[rank, _]) | ("lora_B", &[_, rank]) => rank,
@@ -226,6 +228,7 @@ fn check_same(tensors: &StateDict, saved: &AdapterConfig, model: &AdapterConfig)
         same("r", theirs.r.to_string(), ours.r.to_string())?;
         same("lora_alpha", theirs.lora_alpha.to_string(), ours.lora_alpha.to_string())?;
         same("rslora", theirs.rslora.to_string(), ours.rslora.to_string())?;
+        same("use_dora", theirs.use_dora.to_string(), ours.use_dora.to_string())?;
         let kind = |config: &AdapterConfig| config.kind(path?).map(|kind| format!("{kind:?}"));
         if let (Some(saved), Some(model)) = (kind(saved), kind(model)) {
             same("kind", saved, model)?;

@@ -1,6 +1,6 @@
 //! The contract for the convolutions, against candle's own in one and two dimensions.
 
-use super::{check, Case};
+use super::{check_with_dora, Case};
 use crate::common::{rnd, CFG};
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig};
@@ -35,11 +35,11 @@ fn convolutions() -> Result<()> {
             let bias_len = bias.then_some(6);
             let one = Conv1dConfig { padding, stride, dilation, groups, cudnn_fwd_algo: None };
             let new = if bias { lora::conv1d } else { lora::conv1d_no_bias };
-            check(&Case {
+            check_with_dora(&Case {
                 name: &name(1),
                 weight: &[6, 4 / groups, k],
                 bias: bias_len,
-                input: rnd(3, &[2, 4, 7], DType::F64)?,
+                input: &rnd(3, &[2, 4, 7], DType::F64)?,
                 cfg: CFG,
                 make: &|cfg, vb| new(4, 6, k, one, cfg, vb),
                 plain: &|layer, x| {
@@ -51,11 +51,11 @@ fn convolutions() -> Result<()> {
             })?;
             let two = Conv2dConfig { padding, stride, dilation, groups, cudnn_fwd_algo: None };
             let new = if bias { lora::conv2d } else { lora::conv2d_no_bias };
-            check(&Case {
+            check_with_dora(&Case {
                 name: &name(2),
                 weight: &[6, 4 / groups, k, k],
                 bias: bias_len,
-                input: rnd(3, &[2, 4, 7, 6], DType::F64)?,
+                input: &rnd(3, &[2, 4, 7, 6], DType::F64)?,
                 cfg: CFG,
                 make: &|cfg, vb| new(4, 6, k, two, cfg, vb),
                 plain: &|layer, x| {
@@ -67,11 +67,11 @@ fn convolutions() -> Result<()> {
             })?;
             let three = Conv3dConfig { padding, stride, dilation, groups };
             let new = if bias { lora::conv3d } else { lora::conv3d_no_bias };
-            check(&Case {
+            check_with_dora(&Case {
                 name: &name(3),
                 weight: &[6, 4 / groups, k, k, k],
                 bias: bias_len,
-                input: rnd(3, &[2, 4, 5, 6, 4], DType::F64)?,
+                input: &rnd(3, &[2, 4, 5, 6, 4], DType::F64)?,
                 cfg: CFG,
                 make: &|cfg, vb| new(4, 6, k, three, cfg, vb),
                 plain: &|layer, x| layer.into_merged()?.forward(x),

@@ -1,6 +1,6 @@
 //! The contract for the layers of one matrix: Linear, MergedLinear and Embedding.
 
-use super::{check, Case};
+use super::{check, check_with_dora, Case};
 use crate::common::{device, rnd, CFG};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use lora::LoraConfig;
@@ -17,11 +17,11 @@ pub fn linear_plain(layer: lora::Linear, x: &Tensor) -> Result<Tensor> {
 fn linear() -> Result<()> {
     for (fan_in_fan_out, bias) in [(false, true), (false, false), (true, true), (true, false)] {
         for leading in [&[][..], &[1], &[7], &[2, 3], &[2, 1, 3], &[2, 1, 2, 3]] {
-            check(&Case {
+            check_with_dora(&Case {
                 name: &format!("Linear, fan_in_fan_out {fan_in_fan_out}, input {leading:?}"),
                 weight: if fan_in_fan_out { &[6, 5] } else { &[5, 6] },
                 bias: bias.then_some(5),
-                input: rnd(3, &[leading, &[6]].concat(), DType::F64)?,
+                input: &rnd(3, &[leading, &[6]].concat(), DType::F64)?,
                 cfg: LoraConfig { fan_in_fan_out, ..CFG },
                 make: &|cfg, vb| lora::linear_b(6, 5, bias, cfg, vb),
                 plain: &linear_plain,
@@ -47,7 +47,7 @@ fn merged_linear() -> Result<()> {
                 name: &format!("MergedLinear {enable:?}, fan_in_fan_out {fan_in_fan_out}"),
                 weight: if fan_in_fan_out { &[4, 9] } else { &[9, 4] },
                 bias: fan_in_fan_out.then_some(9),
-                input: rnd(3, &[2, 3, 4], DType::F64)?,
+                input: &rnd(3, &[2, 3, 4], DType::F64)?,
                 cfg: LoraConfig { fan_in_fan_out, ..CFG },
                 make: &|cfg, vb| {
                     if fan_in_fan_out {
@@ -69,7 +69,7 @@ fn merged_linear_with_unequal_splits() -> Result<()> {
         name: "MergedLinear with splits",
         weight: &[10, 4],
         bias: Some(10),
-        input: rnd(3, &[3, 4], DType::F64)?,
+        input: &rnd(3, &[3, 4], DType::F64)?,
         cfg: CFG,
         make: &|cfg, vb| {
             let base = candle_nn::linear(4, 10, vb.clone())?;
@@ -84,11 +84,11 @@ fn embedding() -> Result<()> {
     for dtype in [DType::U8, DType::U32, DType::I32, DType::I64] {
         // A GPU does not convert to or from I32.
         let ids = Tensor::new(&[[0u32, 10, 3], [3, 3, 7]], &Device::Cpu)?.to_dtype(dtype)?;
-        check(&Case {
+        check_with_dora(&Case {
             name: &format!("Embedding of {dtype:?}"),
             weight: &[11, 6],
             bias: None,
-            input: ids.to_device(&device())?,
+            input: &ids.to_device(&device())?,
             cfg: CFG,
             make: &|cfg, vb| lora::embedding(11, 6, cfg, vb),
             plain: &|layer, _| {

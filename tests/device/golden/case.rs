@@ -1,4 +1,4 @@
-//! The cases that `fixtures/golden.py` wrote.
+//! The cases that `fixtures/golden.py` and, of DoRA, `fixtures/dora.py` wrote.
 
 use crate::common::{device, difference};
 use candle_core::{DType, Result, Tensor};
@@ -17,7 +17,8 @@ const TOLERANCES: [(DType, f64); 4] =
 
 pub type Tensors = HashMap<String, Tensor>;
 
-/// One layer with one set of options: its inputs, and loralib's results.
+/// One layer with one set of options: its inputs, and the results of loralib or, with
+/// DoRA, PEFT.
 pub struct Case {
     pub options: Value,
     pub dtype: DType,
@@ -25,8 +26,13 @@ pub struct Case {
     pub tensors: Tensors,
 }
 
-pub fn golden() -> Value {
-    serde_json::from_slice(&std::fs::read(format!("{FOLDER}/golden.json")).unwrap()).unwrap()
+pub fn golden(file: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(format!("{FOLDER}/{file}.json")).unwrap()).unwrap()
+}
+
+/// The tensors of the cases that `fixtures/dora.py` wrote.
+pub fn dora_tensors() -> Result<Tensors> {
+    candle_core::safetensors::load(format!("{FOLDER}/dora.safetensors"), &device())
 }
 
 pub fn strings(list: &Value) -> BTreeSet<String> {
@@ -35,9 +41,12 @@ pub fn strings(list: &Value) -> BTreeSet<String> {
 
 /// The cases of a layer, in every dtype.
 pub fn cases(layer: &str) -> Result<Vec<Case>> {
-    let all = candle_core::safetensors::load(format!("{FOLDER}/layers.safetensors"), &device())?;
+    let mut all =
+        candle_core::safetensors::load(format!("{FOLDER}/layers.safetensors"), &device())?;
+    all.extend(dora_tensors()?);
     let mut cases = vec![];
-    for options in golden()["cases"].as_array().unwrap() {
+    let options = ["golden", "dora"].map(|file| golden(file)["cases"].as_array().unwrap().clone());
+    for options in options.iter().flatten() {
         if options["layer"] != layer {
             continue;
         }
@@ -77,6 +86,7 @@ impl Case {
             r: self.size("r"),
             lora_alpha: self.options["lora_alpha"].as_f64().unwrap(),
             fan_in_fan_out: self.flag("fan_in_fan_out"),
+            use_dora: self.options["use_dora"] == true,
             lora_dtype: Some(self.dtype),
             ..Default::default()
         }
@@ -101,7 +111,7 @@ impl Case {
     }
 
     pub fn parameters(&self) -> Tensors {
-        let names = ["weight", "bias", "lora_A", "lora_B"];
+        let names = ["weight", "bias", "lora_A", "lora_B", "lora_magnitude_vector"];
         let own = |name: &str| Some((name.to_owned(), self.tensors.get(name)?.clone()));
         names.into_iter().filter_map(own).collect()
     }

@@ -56,7 +56,7 @@ fn expected(golden: &Value, word: &str, of: &str) -> BTreeSet<String> {
 
 #[test]
 fn trained_and_saved_names_agree_with_loralib() -> Result<()> {
-    let golden = golden();
+    let golden = golden("golden");
     let mut state = Tensors::new();
     for (name, shape) in golden["model"]["state"].as_object().unwrap() {
         let shape: Vec<usize> = serde_json::from_value(shape.clone()).unwrap();

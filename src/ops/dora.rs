@@ -1,0 +1,166 @@
+//! DoRA, the weight-decomposed update: `c ∘ (W + ΔW)` with `c = m/‖W + ΔW‖` for each output, in which
+//! the magnitude m is trained and the norm has no gradient ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)).
+
+use super::backend::Backend;
+use super::cpu::{map_rows, row_squares, sum_of_products};
+use super::elementwise::{add_bias, div_frozen};
+use super::fused::fused_or_composed;
+use super::linear_op::linear_no_grad;
+use super::low_rank::{compute_dtype, LowRank, Magnitude};
+use super::matmul::matmul;
+use super::matrix::Matrix;
+use super::op::{if_tracked, Custom, Op};
+use candle_core::{DType, Layout, Result, Shape, Tensor};
+
+/// Values that are squared at a time.
+const PART: usize = 1 << 20;
+
+/// ‖w‖² of each output of a dense weight whose outputs are the dimension `dim`, 0 or 1, in the compute dtype.
+pub(crate) fn squares(w: &Tensor, dim: usize) -> Result<Tensor> {
+    let w = w.detach().flatten_from(1)?;
+    let (rows, columns) = w.dims2()?;
+    let step = (PART / columns.max(1)).max(1);
+    let parts = (0..rows).step_by(step).map(|from| {
+        let part = w.narrow(0, from, step.min(rows - from))?.to_dtype(compute_dtype(w.dtype()))?;
+        match dim == 0 && is_f32_rows_on_cpu(&part) {
+            // In the order of the sum with an update, so that the norms of a new layer are the base's to the bit.
+            true => row_squares(&part, None),
+            false => part.sqr()?.sum(1 - dim),
+        }
+    });
+    let parts = parts.collect::<Result<Vec<_>>>()?;
+    match dim {
+        0 => Tensor::cat(&parts, 0),
+        _ => Tensor::stack(&parts, 0)?.sum(0),
+    }
+}
+
+/// `c ∘ w` of the dense `w = W + ΔW` in the compute dtype, with gradients for `w` and m.
+pub(crate) fn scaled_weight(w: &Tensor, magnitude: &Magnitude, dim: usize) -> Result<Tensor> {
+    let scale = div_frozen(&magnitude.m.to_dtype(w.dtype())?, &squares(w, dim)?.sqrt()?)?;
+    let ones = vec![1; w.rank() - dim - 1];
+    w.broadcast_mul(&scale.reshape([scale.dims(), &ones].concat())?)
+}
+
+/// ‖W + ΔW‖ of each output of `w` (in, out), without ΔW. Where there is no kernel for it:
+/// `‖w + s·b·A‖² = ‖w‖² + s·b·(2·A·w + s·A·Aᵀ·b)`.
+pub(super) fn norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result<Tensor> {
+    let (squares, update) = (&magnitude.base_squares, update.detached());
+    let factor = update.factors(squares.dtype())?.remove(0);
+    let b = factor.b.contiguous()?;
+    if let Some(rows) = w.dense().map(|w| w.detach().t()).transpose()?.filter(is_f32_rows_on_cpu) {
+        return row_squares(&rows, Some((&factor.a, &b)))?.sqrt();
+    }
+    let a = factor.a.to_dtype(w.dtype())?;
+    let a_w = linear_no_grad(&a, w.detach(), a.dim(0)?, vec![])?.to_dtype(squares.dtype())?.t()?;
+    let a_a = matmul(&factor.a, &factor.a.t()?)?;
+    let added = (&b * ((a_w * 2.)? + matmul(&b, &a_a)?)?)?;
+    (squares + added.sum(1)?)?.sqrt()
+}
+
+fn is_f32_rows_on_cpu(w: &Tensor) -> bool {
+    w.device().is_cpu() && w.dtype() == DType::F32 && w.is_contiguous()
+}
+
+/// `m/norms ∘ x + bias` of `x` (.., out), with gradients for `x`, m and the bias.
+pub(super) fn scaled(
+    x: &Tensor,
+    magnitude: &Magnitude,
+    norms: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let (m, dtype) = (magnitude.m.to_dtype(norms.dtype())?, norms.dtype());
+    let (tracked, frozen) = match bias {
+        Some(b) if b.track_op() => (Some(b), None),
+        b => (None, b),
+    };
+    let fused = |x: &Tensor| {
+        let bias = frozen.map_or(norms.zeros_like(), |bias| bias.detach().to_dtype(dtype));
+        let scale = (m.detach() / norms)?;
+        x.apply_op2(&m, Custom(ScaleOp { scale, norms: norms.clone(), bias: bias? }))
+    };
+    let composed = |x: &Tensor| {
+        let y = x.to_dtype(dtype)?.broadcast_mul(&div_frozen(&m, norms)?)?.to_dtype(x.dtype())?;
+        frozen.map_or(Ok(y.clone()), |bias| add_bias(&y, bias, y.rank() - 1))
+    };
+    let y = fused_or_composed(x, fused, composed)?;
+    tracked.map_or(Ok(y.clone()), |bias| add_bias(&y, bias, y.rank() - 1))
+}
+
+/// The operands are `x` and m, in F32 on the CPU.
+struct ScaleOp {
+    /// (out)
+    scale: Tensor,
+    norms: Tensor,
+    bias: Tensor,
+}
+
+impl Op<2> for ScaleOp {
+    const NAME: &'static str = "dora-scale";
+
+    fn forward<S: Backend>(&self, [(x, l), _]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
+        let (scale, sl) = self.scale.storage_and_layout();
+        let (bias, bl) = self.bias.storage_and_layout();
+        let y = S::map_rows(
+            [(x, l), (S::of(&scale)?, sl), (S::of(&bias)?, bl)],
+            #[inline(always)]
+            |_, [x, scale, bias], y| {
+                for (((y, x), scale), bias) in y.iter_mut().zip(x).zip(scale).zip(bias) {
+                    *y = x * scale + bias;
+                }
+            },
+        )?;
+        Ok((y, l.shape().clone()))
+    }
+
+    fn backward(
+        &self,
+        [x, m]: [&Tensor; 2],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 2]> {
+        let grad = grad.contiguous()?;
+        let gx = if_tracked(x, || {
+            map_rows(
+                [&grad, &self.scale],
+                #[inline(always)]
+                |_, [g, scale], gx| {
+                    gx.iter_mut().zip(g).zip(scale).for_each(|((gx, g), scale)| *gx = g * scale);
+                },
+            )
+        })?;
+        let gm = if_tracked(m, || sum_of_products([&grad, x])? / &self.norms)?;
+        Ok([gx, gm])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::low_rank::Split;
+    use candle_core::Device;
+
+    /// The kernel on rows, and the expanded square on columns and in F64.
+    #[test]
+    fn norms_are_those_of_the_dense_sum() -> Result<()> {
+        for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F64, 1e-13)] {
+            for (out, k, r) in [(1, 1, 1), (4, 64, 2), (7, 131, 3), (130, 33, 8)] {
+                let rand = |dims: (usize, usize)| {
+                    Tensor::randn(0f64, 1., dims, &Device::Cpu)?.to_dtype(dtype)
+                };
+                let (w, a, b) = (rand((out, k))?, rand((r, k))?, rand((out, r))?);
+                let split = Split { outputs: 0..out, ranks: 0..r, b_rows: 0..out };
+                let update = LowRank::new(a.clone(), b.clone(), 0.5, 0., vec![split]);
+                let magnitude = Magnitude { m: w.sum(1)?, base_squares: squares(&w, 0)? };
+                let dense = (&w + (b.matmul(&a)? * 0.5)?)?.sqr()?.sum(1)?.sqrt()?;
+                for w in [w.t()?, w.t()?.contiguous()?] {
+                    let found = norms(&Matrix::Dense(w), &update, &magnitude)?;
+                    let apart = ((found / &dense)? - 1.)?.abs()?.max_all()?.to_dtype(DType::F64)?;
+                    let apart = apart.to_scalar::<f64>()?;
+                    assert!(apart < 10. * tolerance, "{dtype:?} {out} {k} {r}: {apart}");
+                }
+            }
+        }
+        Ok(())
+    }
+}
