@@ -78,7 +78,7 @@ impl Run<'_> {
         curve: &mut Curve,
     ) -> Result<()> {
         let step = opt.steps();
-        let due = |every| step % every == 0 || step == plan.steps;
+        let due = |every| step.is_multiple_of(every) || step == plan.steps;
         if due(self.validate_every) {
             let best = curve.best();
             let loss = self.measure(step, curve)?;
