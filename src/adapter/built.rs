@@ -6,7 +6,7 @@ use crate::utils::names::{join, split};
 use crate::utils::{variables, Bias, LayerConfig};
 use crate::{Error, Result};
 use candle_nn::VarMap;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// What is known of the layers so far.
@@ -18,6 +18,8 @@ pub(super) struct Built {
     /// The layers whose weights the model has read and no layer has taken, with the weights' ranks.
     unclaimed: BTreeMap<String, usize>,
     failures: BTreeMap<String, String>,
+    /// The last components of all layers whose weights the model has read.
+    names: BTreeSet<String>,
     /// The options of the last model.
     options: Option<Arc<Options>>,
 }
@@ -44,6 +46,11 @@ impl Built {
     /// A model is built with these options.
     pub fn options(&mut self, options: &Arc<Options>) {
         self.options = Some(options.clone());
+    }
+
+    /// The model has read the weight of a layer.
+    pub fn layer_read(&mut self, path: &str) {
+        self.names.insert(split(path).1.to_owned());
     }
 
     /// The model has read the weight of a target.
@@ -91,10 +98,15 @@ impl Built {
     }
 
     pub fn check(&self, options: &Arc<Options>, vars: &VarMap) -> Result<()> {
-        if self.options.as_ref().is_some_and(|built| !Arc::ptr_eq(built, options)) {
-            let reason =
-                "the options of the adapter were changed after `var_builder`: set them before";
-            return Err(Error::Invalid(reason.to_owned()));
+        let invalid = |reason: &str| Err(Error::Invalid(reason.to_owned()));
+        match &self.options {
+            None => return invalid("no model was built on the adapter's `var_builder` yet"),
+            Some(built) if !Arc::ptr_eq(built, options) => {
+                return invalid(
+                    "the options of the adapter were changed after `var_builder`: set them before",
+                );
+            }
+            Some(_) => {}
         }
         if let Some((path, reason)) = self.failures.iter().next() {
             return Err(Error::tensor(join(path, "weight"), reason));
@@ -109,13 +121,24 @@ impl Built {
         let unclaimed = self.unclaimed.keys().filter(|_| !all_linear);
         let known = self.layers.keys().chain(unclaimed).map(String::as_str);
         options.valid().map_err(Error::Invalid)?;
-        let hinted = |reason: String| Error::Invalid(reason + options.layers.hint());
+        let names = || self.names.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let hinted = |reason: String| {
+            Error::Invalid(format!(
+                "{reason}{}; its layers are named {}",
+                options.layers.hint(),
+                names()
+            ))
+        };
         options.targets.check(known).map_err(hinted)?;
         // All-linear also reads the weights of norms and other layers.
         if let Some((path, _)) = self.unclaimed.iter().find(|(_, rank)| !all_linear || **rank == 2)
         {
-            let reason = "it is a target, but the model builds no layer of `lora::nn` around it: it may use \
-                          the tensor itself, transpose, cast or split it; `exclude` it";
+            let reason = match self.layers.is_empty() {
+                true => "no layer of `lora::nn` was built around it: does the model's file have `use loralib::nn as \
+                         candle_nn;` at its top?",
+                false => "it is a target, but the model builds no layer of `lora::nn` around it: it may use the \
+                          tensor itself, transpose, cast or split it; `exclude` it",
+            };
             return Err(Error::tensor(join(path, "weight"), reason));
         }
         let of_layer =

@@ -1,10 +1,10 @@
 //! An adapter's files: this crate's format and PEFT's.
 
 use super::{Adapter, Targets};
-use crate::utils::names::{is_adapted_weight, is_lora, split};
+use crate::utils::names::{is_adapted_weight, is_lora, refuse_peft_names, split};
 use crate::utils::{
     factors, load_state_dict, read_adapter, save_state_dict, AdapterConfig, LoadReport, StateDict,
-    Strict,
+    Strict, Trainable,
 };
 use crate::{peft, Error, Result};
 use candle_core::{DType, Device, Var};
@@ -45,10 +45,17 @@ impl Adapter {
     /// its targets, as of [`load`](Self::load).
     ///
     /// # Errors
-    /// If a layer has only one of its factors, or with `use_dora` no magnitude, or the configuration has a layer
-    /// that the adapter lacks.
+    /// If the names are PEFT's; if no tensor is a factor or in the configuration's selection; if a layer lacks one of
+    /// its factors or its magnitude; and if the configuration has a layer that the adapter lacks.
     pub fn from_tensors(config: impl Into<AdapterConfig>, tensors: StateDict) -> Result<Self> {
         let config = config.into();
+        refuse_peft_names(tensors.keys())?;
+        let selection = Trainable::from(&config);
+        if !tensors.keys().any(|name| selection.selects(name, |n| tensors.contains_key(n))) {
+            let names =
+                tensors.keys().next().map(|name| format!(", but {name:?}")).unwrap_or_default();
+            return Err(Error::Invalid(format!("the adapter has no lora_A and lora_B{names}")));
+        }
         config.check_used(factors(&tensors, &config)?.into_keys())?;
         Self::loaded(config, tensors)
     }
@@ -158,9 +165,8 @@ fn read(path: &Path, device: &Device) -> Result<(AdapterConfig, StateDict)> {
     }
     let (config, tensors) = read_adapter(path, device)?;
     let config = config.ok_or_else(|| {
-        let reason =
-            "it has no configuration: read it with `read_state_dict`, and give the options to \
-                      `Adapter::new`";
+        let reason = "it has no configuration of this crate: of PEFT's format load the folder; read files of \
+                      other programs by `formats`, and torch's by `read_state_dict` and `Adapter::from_tensors`";
         Error::Invalid(reason.to_owned()).at(path)
     })?;
     Ok((config, tensors))

@@ -170,15 +170,18 @@ impl Adapter {
         var_builder::targeted(base, options, vars, built)
     }
 
-    /// An error unless every target is an adapted layer. Call it after the model is built.
+    /// An error unless every target is an adapted layer, and there is something to train. Call it after the model
+    /// is built.
     ///
     /// # Errors
-    /// If the options were changed after `var_builder`; if a target matches no layer; if the model reads a
+    /// If no model was built on `var_builder`, or the options were changed after it; if nothing is selected to be
+    /// trained, as with `r = 0`, the default; if a target matches no layer; if the model reads a
     /// target's weight without building a layer of [`nn`](crate::nn) around it, for instance transposed; if a
     /// layer could not be adapted; and if the adapter has factors for a layer that the model lacks. The error
     /// has the names.
     pub fn check(&self) -> Result<()> {
-        built::lock(&self.built).check(&self.options, &self.vars)
+        built::lock(&self.built).check(&self.options, &self.vars)?;
+        self.named_vars().map(drop)
     }
 
     /// How many masks dropout has drawn from the [`seed`](Self::seed), 0 without one: with the variables and the

@@ -97,7 +97,11 @@ impl Targets {
         if unmatched.is_empty() {
             Ok(())
         } else {
-            Err(format!("the targets {unmatched:?} match no layer of the model"))
+            let how = match &self.0 {
+                Rule::Regex(..) => ", as regular expressions of whole paths",
+                _ => "",
+            };
+            Err(format!("the targets {unmatched:?} match no layer of the model{how}"))
         }
     }
 }

@@ -50,6 +50,7 @@ impl Targeted<'_> {
     /// Registers a claim if this is a target's weight.
     fn register(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
         let (path, "weight") = split(name) else { return Ok(tensor) };
+        built::lock(&self.built).layer_read(path);
         if !self.options.selects(path) {
             return Ok(tensor);
         }

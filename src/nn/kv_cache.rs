@@ -3,10 +3,11 @@
 //! candle's caches cut the graph of keys and values, and leave those of a training step to the next one.
 //! Here `append` returns the cached and the new values with their graph and does not store the new ones if
 //! one of them leads to a variable. Layers before the first adapted key or value still store theirs: clear the
-//! cache before each step. All other methods are those of the cache behind it; `Cache`, `RotatingCache` and
+//! cache before each step. A single position that leads to a variable is an error: it is a token that is generated
+//! in training mode, for which the cache lacks all others. All other methods are those of the cache behind it; `Cache`, `RotatingCache` and
 //! `ScatteredKvCache` are candle's.
 
-use candle_core::{Result, Tensor};
+use candle_core::{bail, Result, Tensor};
 use std::ops::{Deref, DerefMut};
 
 pub use candle_nn::kv_cache::*;
@@ -38,12 +39,15 @@ macro_rules! cache {
             /// The cached and the new keys and values.
             ///
             /// # Errors
-            /// If the shapes do not fit, or the cache is full.
+            /// If the shapes do not fit, the cache is full, or a single position leads to a variable.
             pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
                 if !tracked(k, v) {
                     return self.0.append(&k.contiguous()?, &v.contiguous()?);
                 }
                 let dim = $dim(&self.0);
+                if k.dim(dim)? == 1 {
+                    bail!("a cache of keys stores nothing in training: call `eval()` of the adapter before generating")
+                }
                 let (cached_k, cached_v) = self.cached()?;
                 Ok((concat(cached_k, k, dim)?, concat(cached_v, v, dim)?))
             }

@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 ///
 /// The step is torch's, with one count of steps for all variables, as candle has it. Moments are in F32 beside F32, F16 and BF16 (F64 beside F64), and so is the step, whose
 /// result is rounded once: in candle's, F16 variables become NaN, since its epsilon is 0 in F16. A variable without a
-/// gradient is left as it is.
+/// gradient is left as it is. A gradient of NaN makes its variable NaN, as in torch: [`clip_grad_norm`](super::clip_grad_norm)
+/// reports it before the step.
 ///
 /// ```
 /// # fn main() -> loralib::Result<()> {

@@ -21,10 +21,37 @@ fn check(adapter: &Adapter) -> String {
 #[test]
 fn a_target_that_matches_nothing_is_named() {
     let error = check(&Adapter::new(cfg()).targets(["qkv", "q_proj"]));
-    assert!(error.contains("q_proj") && !error.contains("qkv"), "{error}");
-    assert!(check(&Adapter::new(cfg()).targets("layers\\..*x")).contains("layers"));
+    assert!(error.contains("[\"q_proj\"] match no layer"), "{error}");
+    assert!(error.ends_with("named down_proj, embed, head, norm, qkv, up_proj"), "{error}");
+    let error = check(&Adapter::new(cfg()).targets("q_proj"));
+    assert!(error.contains("regular expressions of whole paths"), "{error}");
     let error = check(&Adapter::new(cfg()).targets("(qkv"));
     assert!(error.contains("(qkv") && error.contains("regular expression"), "{error}");
+}
+
+#[test]
+fn a_check_needs_a_model_on_lora_nn_and_something_to_train() {
+    let adapter = Adapter::new(cfg()).targets(["qkv"]);
+    let error = adapter.check().unwrap_err().to_string();
+    assert!(error.contains("no model was built"), "{error}");
+    let _candles = ::candle_nn::linear(8, 24, adapter.var_builder(vb(&base())).pp("layers.0.qkv"));
+    let error = adapter.check().unwrap_err().to_string();
+    assert!(error.contains("use loralib::nn as candle_nn;"), "{error}");
+    assert!(check(&Adapter::new(LoraConfig::default()).targets(["qkv"])).contains("r = 0"));
+    assert!(check(&Adapter::new(cfg())).contains("nothing to train"));
+}
+
+#[test]
+fn tensors_that_are_no_adapter_are_an_error() {
+    let from = |name: &str| {
+        let tensor = Tensor::zeros((2, 2), candle_core::DType::F32, &CPU).unwrap();
+        let tensors = [(name.to_owned(), tensor)].into();
+        Adapter::from_tensors(cfg(), tensors).unwrap_err().to_string()
+    };
+    let error = from("base_model.model.q.lora_A.weight");
+    assert!(error.contains("PEFT"), "{error}");
+    let error = from("q.lora_down.weight");
+    assert!(error.contains("no lora_A and lora_B, but \"q.lora_down.weight\""), "{error}");
 }
 
 #[test]

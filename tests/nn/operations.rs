@@ -244,6 +244,9 @@ fn caches_store_nothing_while_a_gradient_is_wanted() -> Result<()> {
                 assert_eq!(all.sum_all()?.backward()?.get_ids().count(), 2, "the graph is whole");
             }
             assert_eq!(cache.current_seq_len(), 3);
+            let token = |t: &Tensor| t.narrow(2, 0, 1);
+            let error = cache.append(&token(&tracked)?, &token(&v)?).unwrap_err().to_string();
+            assert!(error.contains("`eval()`"), "{error}");
             cache.reset();
             let (all, _) = cache.append(&tracked, &v)?;
             assert_eq!(all.dims(), [1, 2, 3, 4]);

@@ -23,12 +23,17 @@ pub(super) struct Fitted {
 impl Fitted {
     pub fn new(adapter: &Adapter, layers: &[Layer<Arc<SharedWeight>>]) -> Result<Self> {
         refuse_others(adapter)?;
+        if layers.is_empty() {
+            let reason = "no layer of `lora::nn` was built on `Adapters::var_builder`, or the model was dropped";
+            return Err(Error::Invalid(reason.to_owned()));
+        }
         let (options, held) = (&adapter.options, variables(&adapter.vars));
         let (vars, built) = (VarMap::new(), Arc::<Mutex<Built>>::default());
         vars.data().lock().unwrap_or_else(PoisonError::into_inner).extend(held.clone());
         built::lock(&built).options(options);
         let mut fitted = vec![];
         for (path, kind, base) in layers {
+            built::lock(&built).layer_read(path);
             if !(options.selects(path) && options.adapts(kind)) {
                 continue;
             }

@@ -84,12 +84,12 @@ fn an_adapter_that_does_not_fit_is_not_added() -> Result<()> {
 #[test]
 fn adapters_need_a_model() -> Result<()> {
     let (adapters, adapter) = (Adapters::new(), Adapter::new(cfg(2, 3.)).targets("all-linear"));
-    says(adapters.add("early", &adapter), &["\"early\"", "no layer"]);
+    says(adapters.add("early", &adapter), &["\"early\"", "`Adapters::var_builder`"]);
     let model = Model::new(adapters.var_builder(vb(&base())))?;
     adapters.add("in time", &adapter)?;
     adapters.with("in time", || model.forward(&ids()))?;
     drop(model);
-    says(adapters.add("late", &Adapter::new(cfg(2, 3.)).targets(["up_proj"])), &["no layer"]);
+    says(adapters.add("late", &Adapter::new(cfg(2, 3.)).targets(["up_proj"])), &["dropped"]);
     Ok(())
 }
 
