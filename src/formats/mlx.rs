@@ -114,7 +114,7 @@ fn read_config(path: &Path) -> Result<Parameters> {
 ///
 /// # Errors
 /// If the adapter has something other than factors of linear layers, or of embeddings that are not named
-/// `embed_tokens` or `wte`; if a value is not finite; and if the file system refuses.
+/// `embed_tokens` or `wte`, or with `fan_in_fan_out`; if a value is not finite; and if the file system refuses.
 pub fn save(
     dir: impl AsRef<Path>,
     tensors: &StateDict,
@@ -122,7 +122,7 @@ pub fn save(
 ) -> Result<()> {
     let (dir, config) = (dir.as_ref(), config.into());
     let convert = || {
-        let all = layers(tensors, &config, "MLX's format")?;
+        let all = layers(tensors, &config, "MLX's format", false)?;
         for layer in &all {
             let table = TABLES.contains(&split(layer.path).1);
             let fits = match layer.kind {

@@ -65,6 +65,7 @@ mod write_config;
 pub(crate) use convert::{from_peft, to_peft};
 pub(crate) use factors::{plain_alpha, same_scaling, Factors};
 pub(crate) use files::{config_file, malformed};
+pub(crate) use keys::adapter_name;
 pub(crate) use load::kind;
 pub use load::{load_pretrained, load_pretrained_as};
 pub use load_adapter::load_adapter;
