@@ -1,4 +1,4 @@
-//! The folders of MLX: `adapters.safetensors` and an `adapter_config.json` of its own.
+//! MLX's folders: `adapters.safetensors` and an `adapter_config.json` of its own.
 //!
 //! Its factors are transposed: `lora_a` (in, r) and `lora_b` (r, out). Its `scale` is the factor of the update, not
 //! divided by r: it is alpha / r. Rank and scale are common to all layers.
@@ -82,7 +82,8 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, St
 }
 
 fn read_config(path: &Path) -> Result<Parameters> {
-    let malformed = |reason: String| Error::Format { format: "MLX adapter", reason };
+    let malformed =
+        |reason: String| Error::Invalid(format!("it is no configuration of MLX: {reason}"));
     let config: Config = serde_json::from_slice(without_mark(&fs::read(path)?))
         .map_err(|e| malformed(e.to_string()))?;
     if let Some(other) = config.fine_tune_type.filter(|kind| kind != "lora") {
@@ -125,7 +126,8 @@ pub fn save(
                 kind => kind.is_linear() && !table,
             };
             if !fits {
-                let reason = format!("MLX would not take it for {:?}", layer.kind);
+                let reason =
+                    format!("its kind is {:?}, which MLX has not by this name", layer.kind);
                 return Err(Error::tensor(format!("{}.lora_A", layer.path), reason));
             }
         }

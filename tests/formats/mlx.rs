@@ -1,4 +1,4 @@
-//! MLX' folders.
+//! MLX's folders.
 
 use crate::common::bits;
 use crate::{assert_merged, assert_same, failed, fixture, save, tensors, zeros, CPU};

@@ -38,14 +38,14 @@ impl Components {
         components.into_iter().map(read).collect::<Result<_>>().map(Self)
     }
 
-    /// The rank and alpha of a layer.
-    pub fn rank_alpha(&self, path: &str) -> Result<(usize, f64)> {
+    /// The rank and alpha of the layer whose factor has this key.
+    pub fn rank_alpha(&self, path: &str, key: &str) -> Result<(usize, f64)> {
         let within = path.split_once('.').unwrap_or(("", path));
         let (path, json) = match (self.0.get(within.0), self.0.get("")) {
             (Some(json), _) => (within.1, json),
             (None, Some(json)) => (path, json),
             (None, None) => {
-                return Err(Error::tensor(path, "the metadata has no options of its component"))
+                return Err(Error::tensor(key, "the metadata has no options of its component"))
             }
         };
         let given = &json.config.lora;

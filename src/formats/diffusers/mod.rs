@@ -59,7 +59,7 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, S
                 let reason = "its layer has an alpha as a tensor and one in the metadata";
                 return Err(Error::tensor(&layer.key, reason));
             }
-            let (r, alpha) = components.rank_alpha(&layer.path)?;
+            let (r, alpha) = components.rank_alpha(&layer.path, &layer.key)?;
             if layer.a.dims().first() != Some(&r) {
                 let reason = format!("its shape is {:?}, the metadata's rank {r}", layer.a.dims());
                 return Err(Error::tensor(&layer.key, reason));
