@@ -6,13 +6,17 @@ use std::collections::BTreeMap;
 
 /// The beginnings of names and of the paths they stand for. All are read; of those that fit a path, [`Names`]
 /// writes the first.
-const PREFIXES: [(&str, &str); 11] = [
+const PREFIXES: [(&str, &str); 14] = [
     ("lora_unet_", "unet.model.diffusion_model."),
     ("lora_unet_", "unet."),
     ("lora_unet_", "diffusion_model."),
     ("lora_unet_", "transformer.model.diffusion_model."),
     ("lora_unet_", "transformer."),
     ("lora_transformer_", "transformer."),
+    // transformers 5 has no `text_model` in the paths of CLIP; these programs have.
+    ("lora_te_text_model_encoder_layers_", "text_encoder.encoder.layers."),
+    ("lora_te1_text_model_encoder_layers_", "text_encoder.encoder.layers."),
+    ("lora_te2_text_model_encoder_layers_", "text_encoder_2.encoder.layers."),
     ("lora_te_", "text_encoder."),
     ("lora_te1_", "text_encoder."),
     // T5 is the second text encoder of Flux, and has its name in Stable Diffusion 3.
@@ -86,8 +90,10 @@ impl Modules {
 
 /// The names to write for an adapter.
 pub(super) struct Names {
-    /// The entries of [`PREFIXES`] that its programs do not read.
-    unused: [(&'static str, &'static str); 2],
+    /// The beginning of a text encoder's names that the model's programs do not read.
+    other_encoder: &'static str,
+    /// The same of a transformer.
+    other_transformer: &'static str,
 }
 
 impl Names {
@@ -96,23 +102,32 @@ impl Names {
     /// diffusers'.
     pub fn new<'a>(paths: impl Iterator<Item = &'a str> + Clone) -> Self {
         // SDXL's attentions have several blocks.
+        let of_sdxl = |path: &str| path.contains(".transformer_blocks.1.");
         let first = |path: &str| {
-            let other = !path.starts_with("unet.") && !path.starts_with("text_encoder.");
-            !other && !path.contains(".transformer_blocks.1.")
+            path.starts_with("text_encoder.") || path.starts_with("unet.") && !of_sdxl(path)
         };
         let of_diffusers = |path: &str| {
             let rest = path.strip_prefix("transformer.").unwrap_or_default();
             rest.starts_with("transformer_blocks.")
                 || rest.starts_with("single_transformer_blocks.")
         };
-        let encoder = if paths.clone().all(first) { "lora_te1_" } else { "lora_te_" };
-        let denoiser =
-            if paths.clone().any(of_diffusers) { "lora_unet_" } else { "lora_transformer_" };
-        Self { unused: [(encoder, "text_encoder."), (denoiser, "transformer.")] }
+        let all = || paths.clone();
+        Self {
+            other_encoder: if all().all(first) { "lora_te1_" } else { "lora_te_" },
+            other_transformer: if all().any(of_diffusers) {
+                "lora_unet_"
+            } else {
+                "lora_transformer_"
+            },
+        }
     }
 
     pub fn flattened(&self, path: &str) -> Result<String, String> {
-        let fits = |entry: &(&str, &str)| path.starts_with(entry.1) && !self.unused.contains(entry);
+        let fits = |entry: &(&str, &str)| {
+            let other = entry.0.starts_with(self.other_encoder)
+                || *entry == (self.other_transformer, "transformer.");
+            path.starts_with(entry.1) && !other
+        };
         let (prefix, beginning) = PREFIXES.into_iter().find(fits).ok_or(NO_COMPONENT)?;
         Ok(flattened(prefix, &path[beginning.len()..]))
     }
