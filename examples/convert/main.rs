@@ -102,8 +102,10 @@ fn convert(args: &Args) -> Result<()> {
     let adapter = read::read(from, &args.from, args, &bases)?;
     println!("read as {from}: {} layers", layers(&adapter.1));
     if layers(&adapter.1) == 0 {
-        let first = adapter.1.keys().next();
-        return Err(format!("{}: {first:?} is no factor's name", args.from.display()).into());
+        let first = adapter.1.keys().next().map_or("nothing", String::as_str);
+        let reason = "it has no lora_A, but";
+        let folder = "; give PEFT's file by its folder";
+        return Err(format!("{}: {reason} {first}{folder}", args.from.display()).into());
     }
     let adapter = renamed(from, args.to, args, adapter)?;
     write::write(args.to, &args.out, &adapter, &bases)?;

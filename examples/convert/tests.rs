@@ -95,6 +95,9 @@ fn errors_name_the_file() {
     assert!(error().contains("adapters.safetensors"), "{}", error());
     let file = fixture("peft/pattern/adapter_model.safetensors");
     assert!(run(&file, "loralib", &out, &[]).unwrap().contains("PEFT"));
+    let options = ["--r", "2", "--lora-alpha", "2"];
+    let error = run(&fixture("torch/good.pt"), "loralib", &out, &options).unwrap();
+    assert!(error.contains("good.pt: it has no lora_A, but "), "{error}");
 }
 
 /// Factors that are padded or scaled differently are compared by their updates.

@@ -142,6 +142,7 @@ fn a_layer_of_no_component_is_refused() -> lora::Result<()> {
         ("q", "", "component"),
         ("down_blocks.0.attentions.0.q", bare, "loads with 2 5"),
         ("transformer_2.q", "", "loads with 2 2"),
+        ("diffusion_model.q", "", "loads with 2 2"),
         ("my_model.q", r#"{"my_model.r": 2, "my_model.lora_alpha": 5}"#, "loads with 2 5"),
     ];
     for (layer, metadata, expected) in cases {
