@@ -2,6 +2,7 @@
 #![doc = "[design]: docs::design"]
 #![doc = "[benchmarks]: docs::benchmarks"]
 #![doc = "[walkthrough]: docs::candle_transformers"]
+#![doc = "[language-model]: docs::fine_tune_a_language_model"]
 #![doc = "[peft]: docs::peft"]
 #![doc = "[formats]: docs::formats"]
 #![doc = "[data-parallel]: docs::data_parallel"]

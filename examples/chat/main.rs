@@ -2,8 +2,8 @@
 //!
 //! `cargo run --release --example chat -- --model PATH --data FILE` trains an adapter for a model from the
 //! Hugging Face hub or a GGUF file, saves it in PEFT's format and lets base and adapted model answer one prompt;
-//! `-- --model PATH --adapter FOLDER` only talks, about `--prompt TEXT` or the lines of the standard input. Without flags a tiny Llama is trained first;
-//! `-- --help` lists the options.
+//! `-- --model PATH --adapter FOLDER` only talks, about `--prompt TEXT` or the lines of the standard input. Without
+//! flags a tiny Llama is trained first; `-- --help` lists the options.
 
 mod adapt;
 mod args;
@@ -25,6 +25,8 @@ mod run;
 mod sample;
 mod talk;
 mod template;
+#[cfg(test)]
+mod tests;
 mod tiny;
 mod tokens;
 mod train;

@@ -151,5 +151,5 @@ pub fn save(
     };
     let (bytes, json) = convert().map_err(|e: Error| e.at(dir))?;
     let write = folder::replace(dir, (SAFETENSORS, &bytes), (CONFIG, json.as_bytes()));
-    write.map_err(|e| Error::from(e).at(dir))
+    write.map_err(|e| e.at(dir))
 }

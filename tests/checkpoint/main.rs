@@ -11,6 +11,7 @@ mod resume;
 mod seeded;
 mod selection;
 mod shards;
+mod var_builder;
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};

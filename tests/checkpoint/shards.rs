@@ -8,9 +8,9 @@ use loralib as lora;
 use std::fs;
 use std::path::Path;
 
-const INDEX: &str = "model.safetensors.index.json";
+pub const INDEX: &str = "model.safetensors.index.json";
 
-fn shard(folder: &Path, file: &str, names: &[&str]) -> lora::Result<StateDict> {
+pub fn shard(folder: &Path, file: &str, names: &[&str]) -> lora::Result<StateDict> {
     let tensor = |(seed, name): (usize, &&str)| {
         let tensor = rnd(seed as u64 + name.len() as u64, &[2, 3], DType::F32)?.to_device(&CPU)?;
         Ok((name.to_string(), tensor))
@@ -20,7 +20,7 @@ fn shard(folder: &Path, file: &str, names: &[&str]) -> lora::Result<StateDict> {
     Ok(tensors)
 }
 
-fn index(folder: &Path, map: &[(&str, &str)]) -> lora::Result<()> {
+pub fn index(folder: &Path, map: &[(&str, &str)]) -> lora::Result<()> {
     let map: serde_json::Map<_, _> =
         map.iter().map(|(name, file)| (name.to_string(), (*file).into())).collect();
     Ok(fs::write(folder.join(INDEX), serde_json::json!({ "weight_map": map }).to_string())?)

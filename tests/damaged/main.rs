@@ -1,11 +1,12 @@
 //! A damaged file is an error that names the file: no panic, and no memory beyond a small multiple of
-//! the file's size. And writers that are killed at any moment.
+//! the file's size. And writers that are killed at any moment or find the disk full.
 
 mod hostile;
 mod judge;
 mod killed;
 mod mutants;
 mod reasons;
+mod training;
 
 use candle_core::Device;
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -10,6 +10,7 @@ mod merged_alone;
 mod patterns;
 mod refused;
 mod saved_by_peft;
+mod served;
 
 use candle_core::{Device, Tensor};
 use lora::StateDict;
