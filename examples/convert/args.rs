@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(long, value_name = "[COMPONENT=]PATH")]
     pub base: Vec<String>,
     /// The component of a pipeline, such as `unet`: taken out of a file of diffusers or kohya, or added to
-    /// names for one
+    /// names for one. For a conversion within these two it leaves the others out
     #[arg(long)]
     pub component: Option<String>,
     /// The entry of torch's file that is the state dict
@@ -60,9 +60,13 @@ pub enum Format {
 }
 
 impl Format {
-    /// Whether the names begin with a component.
-    pub fn is_of_pipelines(self) -> bool {
-        matches!(self, Self::Diffusers | Self::Kohya)
+    /// Whether the names begin with a component; `None` if they may.
+    pub fn is_of_pipelines(self) -> Option<bool> {
+        match self {
+            Self::Diffusers | Self::Kohya => Some(true),
+            Self::Loralib | Self::Torch => None,
+            _ => Some(false),
+        }
     }
 }
 
@@ -74,7 +78,7 @@ impl fmt::Display for Format {
             Self::PeftPlain => "PEFT's folder with plain scaling",
             Self::Diffusers => "diffusers' file",
             Self::Kohya => "kohya's file",
-            Self::Mlx => "MLX' folder",
+            Self::Mlx => "MLX's folder",
             Self::Gguf => "llama.cpp's adapter",
             Self::Torch => "torch's state dict",
         })

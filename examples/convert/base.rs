@@ -4,6 +4,8 @@ use crate::Result;
 use lora::{gguf, StateDict};
 use loralib as lora;
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
+use std::error::Error;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
@@ -30,28 +32,43 @@ impl Bases {
         Ok(all)
     }
 
-    /// Also with the layers of an adapter, whose names are known.
+    /// Also with the layers of an adapter in components that have no base, whose names are known from it.
     pub fn with_names_of(mut self, tensors: &StateDict) -> Self {
+        let component = |name: &str| name.split('.').next().map(str::to_owned);
+        let given: BTreeSet<_> = self.names.iter().map(|name| component(name)).collect();
         let paths = tensors.keys().filter_map(|name| name.strip_suffix(".lora_A"));
-        self.names = paths.map(|path| format!("{path}.weight")).collect();
+        let others = paths.filter(|path| !given.contains(&component(path)));
+        self.names.extend(others.map(|path| format!("{path}.weight")));
         self
     }
 }
 
-/// The names in a safetensors file or an index of several; only its header is read.
+/// The entries in the header of a safetensors file that are no tensors, without PEFT's and diffusers' options.
+pub fn metadata(path: &Path) -> Result<Vec<String>> {
+    let kept = ["format", "lora_adapter_metadata", "adapter_config.json"];
+    let all = header(path)?.get("__metadata__").and_then(Value::as_object).cloned();
+    let names = all.unwrap_or_default().into_iter().map(|(name, _)| name);
+    Ok(names.filter(|name| !kept.contains(&name.as_str())).collect())
+}
+
+/// The names in a safetensors file or an index of several.
 fn names(path: &Path) -> Result<Vec<String>> {
-    let failed = |e: &dyn ToString| format!("{}: {}", path.display(), e.to_string());
-    let header = || {
+    let read = || {
         if path.extension().is_some_and(|end| end == "json") {
             let index: Map<String, Value> = serde_json::from_slice(&fs::read(path)?)?;
             let map = index.get("weight_map").and_then(Value::as_object).cloned();
             return map.ok_or("it has no weight_map".into());
         }
-        let (mut file, mut length, mut header) = (File::open(path)?, [0; 8], vec![]);
-        file.read_exact(&mut length)?;
-        file.take(u64::from_le_bytes(length)).read_to_end(&mut header)?;
-        Ok(serde_json::from_slice::<Map<_, _>>(&header)?)
+        header(path)
     };
-    let header: Result<Map<_, _>> = header();
-    Ok(header.map_err(|e| failed(&e))?.into_iter().map(|(name, _)| name).collect())
+    let entries = read().map_err(|e: Box<dyn Error>| format!("{}: {e}", path.display()))?;
+    Ok(entries.into_iter().map(|(name, _)| name).collect())
+}
+
+/// The header of a safetensors file.
+fn header(path: &Path) -> Result<Map<String, Value>> {
+    let (mut file, mut length, mut header) = (File::open(path)?, [0; 8], vec![]);
+    file.read_exact(&mut length)?;
+    file.take(u64::from_le_bytes(length)).read_to_end(&mut header)?;
+    Ok(serde_json::from_slice(&header)?)
 }

@@ -11,7 +11,7 @@ use std::fmt;
 const MOST: f64 = 2e-6;
 
 pub enum Verdict {
-    /// Factors are equal bit for bit, and scalings to the last digit.
+    /// Factors are equal bit for bit, and scalings to 15 digits.
     Equal,
     /// The updates are equal, from other factors.
     SameUpdate,
@@ -22,9 +22,9 @@ pub enum Verdict {
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
-            Self::Equal => {
-                f.write_str("lossless: the same factors bit for bit, and the same scalings")
-            }
+            Self::Equal => f.write_str(
+                "lossless: the same factors bit for bit, and the same scalings to 15 digits",
+            ),
             Self::SameUpdate => f.write_str("lossless: other factors with the same update"),
             Self::Rounded(apart) => write!(f, "rounded: updates differ by {apart:.1e}"),
         }
@@ -68,50 +68,63 @@ fn same_values(a: &StateDict, b: &StateDict) -> Result<Option<f64>> {
     Ok(Some(apart))
 }
 
-/// ΔW of each layer, and all other tensors.
+/// ΔW of each layer, and all other tensors: what a base of zeros becomes.
 fn updates((config, tensors): &Adapter) -> Result<StateDict> {
     let (mut base, mut explicit) = (StateDict::new(), config.clone());
     explicit.layers.clear();
-    for (name, a) in tensors {
-        let Some(path) = name.strip_suffix(".lora_A") else {
-            if !name.ends_with(".lora_B") {
-                base.insert(name.clone(), a.clone());
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F64, &Device::Cpu);
+    for (name, tensor) in tensors {
+        let (path, last) = name.rsplit_once('.').unwrap_or(("", name));
+        match last {
+            "lora_A" => {
+                let b = tensors.get(&format!("{path}.lora_B")).ok_or("a lora_B is missing")?;
+                let kind = config.kind(path).unwrap_or(&LayerKind::Linear);
+                let LoraConfig { r, lora_alpha, fan_in_fan_out, .. } = config.lora_config(path);
+                let layer = LayerConfig {
+                    kind: Some(kind.clone()),
+                    r: Some(r),
+                    lora_alpha: Some(lora_alpha),
+                    fan_in_fan_out: Some(fan_in_fan_out),
+                };
+                explicit.layers.insert(path.to_owned(), layer);
+                let (name, mut shape) = weight(path, kind, [tensor, b], r)?;
+                if fan_in_fan_out {
+                    shape.reverse();
+                }
+                base.insert(name, zeros(&shape)?);
             }
-            continue;
-        };
-        let b = tensors.get(&format!("{path}.lora_B")).ok_or("a lora_B is missing")?;
-        let kind = config.kind(path).unwrap_or(&LayerKind::Linear);
-        let LoraConfig { r, lora_alpha, fan_in_fan_out, .. } = config.lora_config(path);
-        let layer = LayerConfig {
-            kind: Some(kind.clone()),
-            r: Some(r),
-            lora_alpha: Some(lora_alpha),
-            fan_in_fan_out: Some(fan_in_fan_out),
-        };
-        explicit.layers.insert(path.to_owned(), layer);
-        let mut shape = weight_shape(kind, a.dims2()?, b.dims2()?, r);
-        if fan_in_fan_out {
-            shape.reverse();
+            "lora_B" | "lora_magnitude_vector" => {}
+            "lora_bias" => drop(base.insert(format!("{path}.bias"), zeros(tensor.dims())?)),
+            // After lora_A, which has the size of the whole table.
+            "trainable_tokens" => {
+                let rows = config.trainable_token_indices.get(path).into_iter().flatten();
+                let count = rows.max().map_or(0, |row| row + 1);
+                let table = zeros(&[count, tensor.dim(1)?])?;
+                base.entry(format!("{path}.weight")).or_insert(table);
+            }
+            _ => drop(base.insert(name.clone(), tensor.clone())),
         }
-        let zeros = Tensor::zeros(shape.as_slice(), DType::F64, &Device::Cpu)?;
-        base.insert(format!("{path}.weight"), zeros);
     }
     Ok(lora::merge_into(&base, tensors, explicit)?)
 }
 
-/// The shape of the weight under factors of rank `r`.
-fn weight_shape(
+/// The name of the tensor that factors of rank `r` change, and its shape.
+fn weight(
+    path: &str,
     kind: &LayerKind,
-    (rows, columns): (usize, usize),
-    (outs, _): (usize, usize),
+    [a, b]: [&Tensor; 2],
     r: usize,
-) -> Vec<usize> {
+) -> Result<(String, Vec<usize>)> {
+    if let LayerKind::Parameter { .. } = kind {
+        return Ok((path.to_owned(), vec![a.dim(0)?, b.dim(1)?, a.dim(2)?]));
+    }
+    let ((rows, columns), (outs, _)) = (a.dims2()?, b.dims2()?);
     let conv = |n: u32, groups: usize| {
         let k = rows / r.max(1);
         let (out, inputs) = (outs / k.pow(n / 2) * groups, columns / k.pow(n.div_ceil(2)) / groups);
         [&[out, inputs][..], &[k; 3][..n as usize]].concat()
     };
-    match kind {
+    let shape = match kind {
         LayerKind::Embedding => vec![columns, outs],
         LayerKind::Conv1d { groups } => conv(1, *groups),
         LayerKind::Conv2d { groups } => conv(2, *groups),
@@ -122,5 +135,6 @@ fn weight_shape(
         }
         LayerKind::MergedSplits(splits) => vec![splits.iter().map(|split| split.0).sum(), columns],
         _ => vec![outs, columns],
-    }
+    };
+    Ok((format!("{path}.weight"), shape))
 }

@@ -9,8 +9,12 @@ use std::io::Read;
 use std::path::Path;
 
 pub fn format(path: &Path) -> Result<Format> {
-    let found = if path.is_dir() { of_folder(path)? } else { of_file(path)? };
-    found.ok_or_else(|| format!("{}: it is no adapter of a known format", path.display()).into())
+    let found = if path.is_dir() { of_folder(path) } else { of_file(path) };
+    let found = found.and_then(|format| format.ok_or("it is no adapter of a known format".into()));
+    found.map_err(|e| match e.downcast_ref::<lora::Error>() {
+        Some(_) => e, // It names the file.
+        None => format!("{}: {e}", path.display()).into(),
+    })
 }
 
 fn of_folder(dir: &Path) -> Result<Option<Format>> {
@@ -21,7 +25,10 @@ fn of_folder(dir: &Path) -> Result<Option<Format>> {
     if !config.exists() {
         return Ok(None);
     }
-    let config: serde_json::Value = serde_json::from_slice(&fs::read(config)?)?;
+    let text = fs::read_to_string(config)?;
+    // Some editors put a byte order mark before the text.
+    let config: serde_json::Value = serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        .map_err(|e| format!("adapter_config.json: {e}"))?;
     let mlx = config.get("lora_parameters").is_some() || config.get("fine_tune_type").is_some();
     Ok(Some(if mlx { Format::Mlx } else { Format::Peft }))
 }

@@ -4,6 +4,29 @@ use crate::utils::names::{is_lora, join, split};
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 
+/// Why the layer of one model is not written for a pipeline.
+pub(super) const NO_COMPONENT: &str =
+    "its name begins with no component of a pipeline, such as `unet.` or `transformer.`: add it with `in_component`";
+
+/// diffusers' components with adapters, and `diffusion_model`, which ComfyUI names the original release's denoiser.
+const COMPONENTS: [&str; 10] = [
+    "unet",
+    "transformer",
+    "transformer_2",
+    "transformer_ref",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "text_conditioner",
+    "connectors",
+    "diffusion_model",
+];
+
+/// Whether a path begins with the component of a pipeline.
+pub(super) fn has_component(path: &str) -> bool {
+    path.split_once('.').is_some_and(|(component, _)| COMPONENTS.contains(&component))
+}
+
 /// The part of an adapter whose names begin with `component` and a dot, by the names after it: those of
 /// the component's own model.
 ///

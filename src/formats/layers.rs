@@ -66,11 +66,13 @@ impl Saved<'_> {
     }
 }
 
-/// The layers of an adapter. An error if it has something else, which `format` does not have.
+/// The layers of an adapter. An error if it has something else, which `format` does not have, or a linear layer
+/// with another `fan_in_fan_out` than the file's.
 pub(super) fn layers<'a>(
     tensors: &'a StateDict,
     config: &'a AdapterConfig,
     format: &str,
+    fan_in_fan_out: bool,
 ) -> Result<Vec<Saved<'a>>> {
     refuse_peft_names(tensors.keys())?;
     if let Some(name) = tensors.keys().find(|name| !is_factor(name)) {
@@ -81,6 +83,14 @@ pub(super) fn layers<'a>(
     for (path, [a, b]) in factors(tensors, config)? {
         let kind = config.kind(path).unwrap_or(&LayerKind::Linear);
         let cfg = config.lora_config(path);
+        if kind.is_linear() && cfg.fan_in_fan_out != fan_in_fan_out {
+            let own = cfg.fan_in_fan_out;
+            let reason = format!(
+                "its fan_in_fan_out is {own}, and {format} cannot say it: save it in this crate's format, or \
+                 set {fan_in_fan_out}, if the weight is so in the program that will read the file"
+            );
+            return Err(Error::tensor(join(path, "lora_A"), reason));
+        }
         let convert = || {
             cfg.validate(a.dtype())?;
             to_peft(kind, Factors { a: a.clone(), b: b.clone(), r: cfg.r })

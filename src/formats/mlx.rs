@@ -1,4 +1,4 @@
-//! The folders of MLX: `adapters.safetensors` and an `adapter_config.json` of its own.
+//! MLX's folders: `adapters.safetensors` and an `adapter_config.json` of its own.
 //!
 //! Its factors are transposed: `lora_a` (in, r) and `lora_b` (r, out). Its `scale` is the factor of the update, not
 //! divided by r: it is alpha / r. Rank and scale are common to all layers.
@@ -6,7 +6,7 @@
 use super::layers::{adapter, layers};
 use super::pairs::{Pairs, Part};
 use crate::layers::LayerKind;
-use crate::peft::uniform;
+use crate::peft::{shortest, uniform, without_mark};
 use crate::utils::checkpoint::{folder, read, safetensors::serialize};
 use crate::utils::names::split;
 use crate::utils::{AdapterConfig, StateDict};
@@ -26,8 +26,7 @@ const TABLES: [&str; 2] = ["embed_tokens", "wte"];
 /// What the configuration says about the update; MLX keeps its training options there too.
 #[derive(Deserialize)]
 struct Config {
-    #[serde(default = "lora")]
-    fine_tune_type: String,
+    fine_tune_type: Option<String>,
     lora_parameters: Parameters,
 }
 
@@ -38,10 +37,6 @@ struct Parameters {
     #[serde(default)]
     dropout: f32,
     alpha: Option<Value>,
-}
-
-fn lora() -> String {
-    "lora".to_owned()
 }
 
 /// Reads a folder. `embed_tokens` and `wte` are embeddings, all other layers are linear.
@@ -87,11 +82,12 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, St
 }
 
 fn read_config(path: &Path) -> Result<Parameters> {
-    let malformed = |reason: String| Error::Format { format: "MLX adapter", reason };
-    let config: Config =
-        serde_json::from_slice(&fs::read(path)?).map_err(|e| malformed(e.to_string()))?;
-    if config.fine_tune_type != "lora" {
-        let what = format!("the option fine_tune_type = {:?}", config.fine_tune_type);
+    let malformed =
+        |reason: String| Error::Invalid(format!("it is no configuration of MLX: {reason}"));
+    let config: Config = serde_json::from_slice(without_mark(&fs::read(path)?))
+        .map_err(|e| malformed(e.to_string()))?;
+    if let Some(other) = config.fine_tune_type.filter(|kind| kind != "lora") {
+        let what = format!("the option fine_tune_type = {other:?}");
         return Err(Error::unsupported(what, "only \"lora\" is"));
     }
     let parameters = config.lora_parameters;
@@ -114,7 +110,7 @@ fn read_config(path: &Path) -> Result<Parameters> {
 ///
 /// # Errors
 /// If the adapter has something other than factors of linear layers, or of embeddings that are not named
-/// `embed_tokens` or `wte`; if a value is not finite; and if the file system refuses.
+/// `embed_tokens` or `wte`, or with `fan_in_fan_out`; if a value is not finite; and if the file system refuses.
 pub fn save(
     dir: impl AsRef<Path>,
     tensors: &StateDict,
@@ -122,7 +118,7 @@ pub fn save(
 ) -> Result<()> {
     let (dir, config) = (dir.as_ref(), config.into());
     let convert = || {
-        let all = layers(tensors, &config, "MLX's format")?;
+        let all = layers(tensors, &config, "MLX's format", false)?;
         for layer in &all {
             let table = TABLES.contains(&split(layer.path).1);
             let fits = match layer.kind {
@@ -130,7 +126,8 @@ pub fn save(
                 kind => kind.is_linear() && !table,
             };
             if !fits {
-                let reason = format!("MLX would not take it as a {:?}", layer.kind);
+                let reason =
+                    format!("its kind is {:?}, which MLX has not by this name", layer.kind);
                 return Err(Error::tensor(format!("{}.lora_A", layer.path), reason));
             }
         }
@@ -142,13 +139,12 @@ pub fn save(
             file.insert(format!("{path}.lora_a"), factors.a.t()?.contiguous()?);
             file.insert(format!("{path}.lora_b"), factors.b.t()?.contiguous()?);
         }
-        let dropout = config.lora.lora_dropout.to_string().parse::<f64>().unwrap_or_default();
         // MLX compares the keys with the paths of all modules; -1 stands for all blocks.
         let json = json!({
             "fine_tune_type": "lora",
             "num_layers": -1,
             "lora_parameters": {
-                "rank": rank, "scale": alpha / rank as f64, "dropout": dropout, "keys": keys,
+                "rank": rank, "scale": alpha / rank as f64, "dropout": shortest(config.lora.lora_dropout), "keys": keys,
             },
         });
         Ok((serialize(&file, None)?, format!("{json:#}\n")))

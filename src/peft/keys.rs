@@ -84,7 +84,7 @@ pub(super) fn wrapped(mut path: &str) -> (&str, usize) {
 }
 
 /// The adapter's name in a key, as a model's `state_dict()` has it.
-fn adapter_name(key: &str) -> Option<&str> {
+pub(crate) fn adapter_name(key: &str) -> Option<&str> {
     let mut components = key.split('.').skip_while(|component| {
         !matches!(
             *component,

@@ -41,8 +41,7 @@ pub(crate) fn write_config(
         "layers_pattern": null,
         "layers_to_transform": null,
         "lora_alpha": number(alpha),
-        // The shortest decimal form of the f32: 0.05, not 0.05000000074505806.
-        "lora_dropout": config.lora.lora_dropout.to_string().parse::<f64>().unwrap_or_default(),
+        "lora_dropout": shortest(config.lora.lora_dropout),
         "modules_to_save": (!config.modules_to_save.is_empty()).then_some(&config.modules_to_save),
         "peft_type": "LORA",
         "r": r,
@@ -72,6 +71,11 @@ fn number(value: f64) -> Value {
     } else {
         value.into()
     }
+}
+
+/// The shortest decimal form: 0.05, not 0.05000000074505806.
+pub(crate) fn shortest(value: f32) -> Option<f64> {
+    value.to_string().parse().ok()
 }
 
 /// A pattern that matches this path alone: the path itself, which every version of PEFT compares

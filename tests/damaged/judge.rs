@@ -1,14 +1,13 @@
 //! Reads damaged files: each is an error that names the file, or has a reason why it loads.
 
+use crate::measured;
 use crate::mutants::mutants;
-use crate::LARGEST;
 use candle_core::{DType, Tensor};
 use lora::StateDict;
 use loralib as lora;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 /// The number of mutants for each result.
 pub type Ends = BTreeMap<&'static str, usize>;
@@ -27,9 +26,8 @@ pub fn judged<T>(
         // A new file, because some file systems flush a file that is overwritten.
         fs::remove_file(bad).unwrap();
         fs::write(bad, mutant).unwrap();
-        LARGEST.store(0, Ordering::Relaxed);
-        let result = read();
-        largest = largest.max(LARGEST.load(Ordering::Relaxed));
+        let (result, memory) = measured(&read);
+        largest = largest.max(memory);
         let end = match result {
             Ok(_) if mutant == good => "the file is as it was",
             Ok(loaded) => judge(&expected, loaded, mutant),
@@ -41,7 +39,8 @@ pub fn judged<T>(
         };
         *ends.entry(end).or_default() += 1;
     });
-    println!("{}: {ends:?}, {largest} bytes at once", bad.display());
+    let count: usize = ends.values().sum();
+    println!("{}: {count} mutants, {ends:?}, {largest} bytes at once", bad.display());
     // zip allocates 64 KiB for the end of an archive, a regular expression up to 1 MiB.
     assert!(largest < 8 * good.len() + (1 << 20), "{largest} bytes for a file of {}", good.len());
     ends

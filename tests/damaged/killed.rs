@@ -100,6 +100,7 @@ fn killed_writer_leaves_complete_files() -> lora::Result<()> {
 #[cfg(unix)]
 #[test]
 fn reader_during_a_save_reads_again() -> lora::Result<()> {
+    let _alone = alone();
     let dir = tempfile::tempdir()?;
     let [folder, new] = ["folder", "new"].map(|name| dir.path().join(name));
     let cfg = |lora_alpha| LoraConfig { r: 2, lora_alpha, ..Default::default() };

@@ -111,6 +111,7 @@ fn a_run_that_is_killed_again_and_again_ends_in_the_same_bits() -> lora::Result<
 
 #[test]
 fn a_lost_seed_gives_another_run() -> lora::Result<()> {
+    let _alone = alone();
     let (dir, mut unbroken) = trained(3)?;
     unbroken.step()?;
     let factors = |run: &Run| -> lora::Result<Vec<Vec<f32>>> {
@@ -139,6 +140,7 @@ fn saver() {
 #[cfg(unix)]
 #[test]
 fn a_full_disk_is_an_error_and_leaves_the_last_files() -> lora::Result<()> {
+    let _alone = alone();
     let (dir, run) = trained(3)?;
     run.adapter.save_pretrained(dir.path())?;
     let files = || -> std::io::Result<Vec<_>> {

@@ -77,9 +77,13 @@ fn a_component_is_taken_out_and_put_back() -> lora::Result<()> {
 
 /// A file with one layer and this metadata.
 fn with_metadata(metadata: &str, extra: &str) -> lora::Result<String> {
+    of_layer("unet.q", metadata, extra)
+}
+
+fn of_layer(layer: &str, metadata: &str, extra: &str) -> lora::Result<String> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("bad.safetensors");
-    let key = |last: &str| format!("unet.q.{last}");
+    let key = |last: &str| format!("{layer}.{last}");
     let mut file = StateDict::new();
     file.insert(key("lora_A.weight"), zeros(&[2, 4])?);
     file.insert(key("lora_B.weight"), zeros(&[6, 2])?);
@@ -116,14 +120,82 @@ fn what_changes_the_update_is_read_or_refused_by_name() -> lora::Result<()> {
         ("", "unet.q.lora.down.weight", "same tensor"),
         ("", "unet.p.lora_A.weight", "unet.p.lora_A.weight"),
         ("", "unet.q.lora_A", "loralib"),
+        ("", "unet.q.lora_A.default.weight", "name \"default\""),
+        ("", "lora_unet_q.lora_down.weight", "kohya"),
     ];
     for (metadata, extra, expected) in cases {
         let result = with_metadata(metadata, extra)?;
         assert!(result.contains(expected), "{metadata} {extra}: {result}");
     }
-    let both = r#"{"unet.r": 2, "unet.lora_alpha": 5, "text.r": 1, "text.lora_alpha": 1,
-        "text.use_rslora": true}"#;
-    assert!(with_metadata(both, "")?.contains("unet"));
+    Ok(())
+}
+
+#[test]
+fn a_layer_of_no_component_is_refused() -> lora::Result<()> {
+    let bare = r#"{"r": 2, "lora_alpha": 5}"#;
+    let cases = [
+        ("base_model.model.q", "", "PEFT"),
+        ("base_model.model.q", bare, "PEFT"),
+        ("unet._orig_mod.q", "", "compiled"),
+        ("_orig_mod.unet.q", bare, "compiled"),
+        ("down_blocks.0.attentions.0.q", "", "component"),
+        ("q", "", "component"),
+        ("down_blocks.0.attentions.0.q", bare, "loads with 2 5"),
+        ("transformer_2.q", "", "loads with 2 2"),
+        ("diffusion_model.q", "", "loads with 2 2"),
+        ("my_model.q", r#"{"my_model.r": 2, "my_model.lora_alpha": 5}"#, "loads with 2 5"),
+    ];
+    for (layer, metadata, expected) in cases {
+        let result = of_layer(layer, metadata, "")?;
+        assert!(result.contains(expected), "{layer} {metadata}: {result}");
+    }
+    Ok(())
+}
+
+/// What a text encoder alone has: transformers writes the name of its base, diffusers none of a U-Net's.
+#[test]
+fn components_differ_in_options_that_do_not_change_the_update() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("lora.safetensors");
+    let tensors = StateDict::from([
+        ("unet.q.lora_A.weight".to_owned(), zeros(&[2, 4])?),
+        ("unet.q.lora_B.weight".to_owned(), zeros(&[6, 2])?),
+    ]);
+    let load = |text: &str| {
+        let metadata = format!(
+            r#"{{"unet.r": 2, "unet.lora_alpha": 5, "unet.use_rslora": true, "unet.lora_dropout": 0.5,
+                "unet.task_type": "T", "text_encoder.r": 1, "text_encoder.lora_alpha": 1, {text}}}"#
+        );
+        let header = HashMap::from([("lora_adapter_metadata".to_owned(), metadata)]);
+        fs::write(&path, safetensors::serialize(&tensors, Some(header)).unwrap())?;
+        diffusers::load(&path, &CPU)
+    };
+    let harmless = r#""text_encoder.base_model_name_or_path": "a", "text_encoder.task_type": "T",
+        "text_encoder.lora_dropout": 0.1, "text_encoder.use_rslora": "#;
+    let (config, _) = load(&format!("{harmless} true"))?;
+    let expected = LoraConfig { r: 2, lora_alpha: 5., rslora: true, ..Default::default() };
+    assert_eq!(config.lora, expected);
+    assert_eq!((config.base_model_name_or_path, config.task_type), (None, Some("T".to_owned())));
+    let error = failed("lora.safetensors", load(&format!("{harmless} false")));
+    assert!(error.contains("use_rslora") && error.contains("\"unet\""), "{error}");
+    Ok(())
+}
+
+/// The oldest names of an attention with keys and values of a second input.
+#[test]
+fn added_projections_of_a_processor_are_those_of_its_attention() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("lora.safetensors");
+    let tensors = StateDict::from([
+        ("unet.a.processor.add_k_proj_lora.down.weight".to_owned(), zeros(&[2, 4])?),
+        ("unet.a.processor.add_k_proj_lora.up.weight".to_owned(), zeros(&[6, 2])?),
+    ]);
+    crate::save(&path, &tensors)?;
+    let (_, adapter) = diffusers::load(&path, &CPU)?;
+    assert_eq!(
+        Vec::from_iter(adapter.keys()),
+        ["unet.a.add_k_proj.lora_A", "unet.a.add_k_proj.lora_B"]
+    );
     Ok(())
 }
 
@@ -153,15 +225,16 @@ fn convolutions_of_all_dimensions_keep_their_update() -> lora::Result<()> {
     let (again, read) = diffusers::load(dir.path(), &CPU)?;
     assert_same(&read, &all)?;
     let (again, read) = of_component("transformer", &again, &read)?;
-    for (name, tensor) in tensors(&folder.join("model.safetensors"))? {
-        let Some(name) = name.strip_prefix("merged.") else { continue };
-        let Some(path) = name.strip_suffix(".weight").filter(|path| path.contains("conv")) else {
-            continue;
-        };
-        let own = |config: &lora::AdapterConfig| config.lora_config(path).scaling();
-        assert_eq!(own(&again), own(&config), "{path} {:?}", tensor.dims());
-    }
     assert_eq!(read.len(), 6);
+    let base = tensors(&folder.join("model.safetensors"))?.into_iter();
+    let base = base.filter_map(|(k, t)| Some((k.strip_prefix("base.")?.to_owned(), t))).collect();
+    let ours = lora::merge_into(&base, &read, again)?;
+    assert_same(&ours, &lora::merge_into(&base, &adapter, config)?)?;
+    for path in ["conv1", "conv2", "conv3"] {
+        assert!(
+            difference(&ours[&format!("{path}.weight")], &base[&format!("{path}.weight")])? > 1e-3
+        );
+    }
     Ok(())
 }
 

@@ -31,10 +31,13 @@ fn files_are_saved_unchanged() -> lora::Result<()> {
         let again = dir.path().join("again.safetensors");
         kohya::save(&again, &adapter, &config)?;
         let (mut ours, mut theirs) = (tensors(&again)?, tensors(&path)?);
-        // A missing alpha and 0 mean r; diffusers writes lora_te1 for the only text encoder.
+        // A missing alpha and 0 mean r. `attention` is diffusers', which writes lora_te1 for any text encoder.
         let alphas = |all: &mut StateDict| -> lora::Result<()> {
             for (name, tensor) in std::mem::take(all) {
-                let name = name.replace("lora_te1_", "lora_te_");
+                let by_diffusers = case == "kohya/attention";
+                let name = if by_diffusers { name.replace("lora_te1_", "lora_te_") } else { name };
+                // The fixtures' text encoder is transformers 5's.
+                let name = name.replace("te_encoder_layers", "te_text_model_encoder_layers");
                 let zero = name.ends_with("alpha") && tensor.to_scalar::<f32>()? == 0.;
                 let tensor = if zero { Tensor::new(3f32, &CPU)? } else { tensor };
                 if let Some(layer) = name.strip_suffix(".lora_down.weight") {
@@ -73,6 +76,120 @@ fn names_are_resolved_against_the_base_or_refused_with_candidates() -> lora::Res
     assert!(error.contains("unet.a.b_c") && error.contains("unet.a_b.c"), "{error}");
     let error = failed("some.safetensors", load(&["unet.a.b.d.weight", "unet.x.weight"]));
     assert!(error.contains("lora_unet_a_b_c") && error.contains("lora_unet_a_b_d"), "{error}");
+    Ok(())
+}
+
+/// Adapters of one model each, and the names that sd-scripts (networks/lora.py, lora_flux.py, lora_sd3.py) and, for
+/// diffusers' layers of a transformer, OneTrainer have for their layers.
+#[test]
+fn layers_have_the_names_of_the_programs_for_their_model() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("some.safetensors");
+    let clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1";
+    let big_clip = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1";
+    let models: [&[(&str, &str)]; 9] = [
+        &[(clip, "lora_te_text_model_encoder_layers_0_mlp_fc1")],
+        &[
+            (
+                "text_encoder.encoder.layers.0.mlp.fc1",
+                "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+            ),
+            (
+                "text_encoder_2.encoder.layers.0.mlp.fc1",
+                "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+            ),
+        ],
+        &[
+            (
+                "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+                "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q",
+            ),
+            (clip, "lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        ],
+        &[
+            (
+                "unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q",
+                "lora_unet_mid_block_attentions_0_transformer_blocks_1_attn1_to_q",
+            ),
+            (clip, "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        ],
+        &[
+            (
+                "unet.model.diffusion_model.input_blocks.4.1.proj_in",
+                "lora_unet_input_blocks_4_1_proj_in",
+            ),
+            (clip, "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+            (big_clip, "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
+        ],
+        &[
+            ("transformer.double_blocks.0.img_attn.qkv", "lora_unet_double_blocks_0_img_attn_qkv"),
+            (clip, "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+            (
+                "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+                "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            ),
+        ],
+        &[
+            (
+                "transformer.transformer_blocks.0.attn.to_q",
+                "lora_transformer_transformer_blocks_0_attn_to_q",
+            ),
+            ("transformer.x_embedder", "lora_transformer_x_embedder"),
+            (clip, "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+        ],
+        &[
+            (
+                "transformer.joint_blocks.0.x_block.attn.qkv",
+                "lora_unet_joint_blocks_0_x_block_attn_qkv",
+            ),
+            (big_clip, "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
+            (
+                "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
+                "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            ),
+        ],
+        &[("diffusion_model.blocks.0.self_attn.q", "lora_unet_blocks_0_self_attn_q")],
+    ];
+    let cfg = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+    for layers in models {
+        let mut adapter = StateDict::new();
+        for (layer, _) in layers {
+            adapter.insert(format!("{layer}.lora_A"), zeros(&[2, 4])?);
+            adapter.insert(format!("{layer}.lora_B"), zeros(&[6, 2])?);
+        }
+        kohya::save(&path, &adapter, cfg)?;
+        let file = tensors(&path)?;
+        assert_eq!(file.len(), 3 * layers.len());
+        for (_, name) in layers {
+            assert!(file.contains_key(&format!("{name}.alpha")), "{name}: {:?}", file.keys());
+        }
+        let names: Vec<_> = layers.iter().map(|(layer, _)| format!("{layer}.weight")).collect();
+        assert_same(&kohya::load(&path, &names, &CPU)?.1, &adapter)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_base_in_another_layout_is_told() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("some.safetensors");
+    for (layer, original) in [
+        ("unet.model.diffusion_model.input_blocks.4.1.proj_in", "input_blocks"),
+        ("transformer.double_blocks.0.img_attn.qkv", "double_blocks"),
+    ] {
+        let adapter = StateDict::from([
+            (format!("{layer}.lora_A"), zeros(&[2, 4])?),
+            (format!("{layer}.lora_B"), zeros(&[6, 2])?),
+        ]);
+        kohya::save(&path, &adapter, LoraConfig { r: 2, ..Default::default() })?;
+        let diffusers =
+            ["unet.down_blocks.1.attentions.0.proj_in.weight", "transformer.x_embedder.weight"];
+        let error = failed("some.safetensors", kohya::load(&path, &diffusers, &CPU));
+        assert!(error.contains("original release") && error.contains(original), "{error}");
+        let other = [layer.replace(['0', '4'], "1") + ".weight"];
+        let error = failed("some.safetensors", kohya::load(&path, &other, &CPU));
+        assert!(error.contains("nearest"), "{error}");
+    }
     Ok(())
 }
 
@@ -129,6 +246,7 @@ fn scalings_are_kept_and_what_has_no_place_is_refused() -> lora::Result<()> {
         names.iter().map(|n| (n.to_string(), adapter["text_encoder.q.lora_A"].clone())).collect()
     };
     failing(&adapter, LoraConfig { lora_alpha: 0., ..cfg }.into(), "alpha is 0");
+    failing(&adapter, LoraConfig { fan_in_fan_out: true, ..cfg }.into(), "fan_in_fan_out");
     failing(&part(&["text_encoder.q.lora_A"]), cfg.into(), "lora_B");
     failing(&part(&["text_encoder.q.bias"]), cfg.into(), "q.bias");
     let table = AdapterConfig::from(cfg).with_layer("q", LayerKind::Embedding);

@@ -1,4 +1,4 @@
-//! MLX' folders.
+//! MLX's folders.
 
 use crate::common::bits;
 use crate::{assert_merged, assert_same, failed, fixture, save, tensors, zeros, CPU};
@@ -28,6 +28,20 @@ fn folders_are_saved_unchanged() -> lora::Result<()> {
     assert_same(&tensors(&dir.path().join(file))?, &tensors(&fixture("mlx").join(file))?)?;
     let text = fs::read_to_string(dir.path().join("adapter_config.json"))?;
     assert!(text.contains(r#""scale": 20.0"#) && text.contains(r#""rank": 3"#), "{text}");
+    Ok(())
+}
+
+/// As some editors and programs write it.
+#[test]
+fn a_byte_order_mark_and_null_for_the_default_are_read() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let file = "adapters.safetensors";
+    fs::copy(fixture("mlx").join(file), dir.path().join(file))?;
+    let text = fs::read_to_string(fixture("mlx/adapter_config.json"))?;
+    let text = text.replace(r#""fine_tune_type": "lora""#, r#""fine_tune_type": null"#);
+    assert!(text.contains("null"));
+    fs::write(dir.path().join("adapter_config.json"), format!("\u{feff}{text}"))?;
+    assert_eq!(mlx::load(dir.path(), &CPU)?.0, mlx::load(fixture("mlx"), &CPU)?.0);
     Ok(())
 }
 
@@ -102,16 +116,18 @@ fn what_mlx_means_otherwise_is_refused_by_name() -> lora::Result<()> {
 fn what_mlx_lacks_is_not_saved() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let lora = LoraConfig { r: 2, lora_alpha: 6., ..Default::default() };
-    for (path, kind) in [
-        ("wpe", LayerKind::Embedding),
-        ("wte", LayerKind::Linear),
-        ("c", LayerKind::Conv1d { groups: 1 }),
+    for (path, kind, fan_in_fan_out) in [
+        ("wpe", LayerKind::Embedding, false),
+        ("wte", LayerKind::Linear, false),
+        ("c", LayerKind::Conv1d { groups: 1 }, false),
+        ("c_proj", LayerKind::Linear, true),
     ] {
         let adapter = StateDict::from([
             (format!("{path}.lora_A"), zeros(&[2, 3])?),
             (format!("{path}.lora_B"), zeros(&[5, 2])?.to_dtype(DType::F32)?),
         ]);
-        let config = AdapterConfig::from(lora).with_layer(path, kind);
+        let config = LoraConfig { fan_in_fan_out, ..lora };
+        let config = AdapterConfig::from(config).with_layer(path, kind);
         let error = mlx::save(dir.path(), &adapter, config).unwrap_err().to_string();
         assert!(error.contains(path), "{error}");
         assert_eq!(fs::read_dir(dir.path())?.count(), 0);

@@ -1,6 +1,7 @@
 //! The names of tensors in a file of diffusers, in their newest form and in older ones.
 
 use crate::formats::pairs::Part;
+use crate::peft::adapter_name;
 use crate::utils::names::{is_lora, join, split};
 use crate::{Error, Result};
 
@@ -27,11 +28,13 @@ const ENDS: [(&str, Part); 7] = [
 ];
 
 /// The layers of an attention under a name of its processor, in a U-Net and in a text encoder.
-const PROCESSORS: [(&str, &str, &str); 4] = [
+const PROCESSORS: [(&str, &str, &str); 6] = [
     ("to_q_lora", "to_q", "q_proj"),
     ("to_k_lora", "to_k", "k_proj"),
     ("to_v_lora", "to_v", "v_proj"),
     ("to_out_lora", "to_out.0", "out_proj"),
+    ("add_k_proj_lora", "add_k_proj", "add_k_proj"),
+    ("add_v_proj_lora", "add_v_proj", "add_v_proj"),
 ];
 
 /// The keys of a layer's factors. The newer ones of a text encoder without adapted attention are an error in
@@ -43,16 +46,39 @@ pub(super) fn pair(path: &str) -> [String; 2] {
 
 pub(super) fn parse(key: &str) -> Result<Key> {
     let end = |(end, part): &(&str, Part)| Some((key.strip_suffix(end)?, *part));
-    if let Some((path, part)) = ENDS.iter().find_map(end) {
-        return Ok(Key { path: path.replace(".processor.", "."), part });
+    let named = match ENDS.iter().find_map(end) {
+        Some((path, part)) => Some(Key { path: path.replace(".processor.", "."), part }),
+        None => processor(key),
+    };
+    let named = named.filter(|_| !is_compiled(key));
+    named.ok_or_else(|| Error::tensor(key, reason(key)))
+}
+
+/// Whether the model was compiled when it was saved.
+fn is_compiled(key: &str) -> bool {
+    key.split('.').any(|component| component == "_orig_mod")
+}
+
+/// Why a key is none of diffusers', and what to do.
+fn reason(key: &str) -> String {
+    if is_compiled(key) {
+        return "the model was compiled when it was saved: remove `_orig_mod` from the names"
+            .to_owned();
     }
-    processor(key).ok_or_else(|| {
-        let reason = match is_lora(key) {
-            true => "this is a name of loralib's format: read the file with `read_adapter`",
-            false => "its name is not one of a LoRA adapter in diffusers' format",
-        };
-        Error::tensor(key, reason)
-    })
+    if key.ends_with(".lora_down.weight") || key.ends_with(".lora_up.weight") {
+        return "this is a name of kohya's: read the file with `kohya`".to_owned();
+    }
+    if let Some(adapter) = adapter_name(key) {
+        return format!(
+            "it has the adapter's name {adapter:?}, as in a model's `state_dict()`: remove this component \
+             from the names"
+        );
+    }
+    match is_lora(key) {
+        true => "this is a name of loralib's format: read the file with `read_adapter`",
+        false => "its name is not one of a LoRA adapter in diffusers' format",
+    }
+    .to_owned()
 }
 
 /// `unet.<attention>.processor.to_q_lora.down.weight`.

@@ -1,8 +1,11 @@
 //! The options in a file's header: PEFT's configurations of all components in one JSON object, each key after
 //! its component and a dot.
 
+use crate::formats::component::NO_COMPONENT;
 use crate::formats::layers::Saved;
+use crate::layers::LoraConfig;
 use crate::peft::{malformed, object, read_config, write_config, Json};
+use crate::utils::names::join;
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use serde_json::value::{to_raw_value, RawValue};
@@ -35,14 +38,14 @@ impl Components {
         components.into_iter().map(read).collect::<Result<_>>().map(Self)
     }
 
-    /// The rank and alpha of a layer.
-    pub fn rank_alpha(&self, path: &str) -> Result<(usize, f64)> {
+    /// The rank and alpha of the layer whose factor has this key.
+    pub fn rank_alpha(&self, path: &str, key: &str) -> Result<(usize, f64)> {
         let within = path.split_once('.').unwrap_or(("", path));
         let (path, json) = match (self.0.get(within.0), self.0.get("")) {
             (Some(json), _) => (within.1, json),
             (None, Some(json)) => (path, json),
             (None, None) => {
-                return Err(Error::tensor(path, "the metadata has no options of its component"))
+                return Err(Error::tensor(key, "the metadata has no options of its component"))
             }
         };
         let given = &json.config.lora;
@@ -50,19 +53,39 @@ impl Components {
         Ok((r, json.patterns.alpha(path)?.unwrap_or(given.lora_alpha)))
     }
 
-    /// The options other than ranks and alphas, which are the same for all components.
+    /// The options other than ranks and alphas. Those that change the update are the same for all components; of the
+    /// others, those that all have are kept.
     pub fn config(self) -> Result<AdapterConfig> {
-        let mut found: Option<AdapterConfig> = None;
+        let mut common: Option<AdapterConfig> = None;
         for (component, json) in self.0 {
-            let mut config = json.config;
-            (config.lora.r, config.lora.lora_alpha) = (0, 1.);
-            if found.as_ref().is_some_and(|found| *found != config) {
-                let reason = format!("the options of {component:?} differ from other components'");
+            let AdapterConfig { lora, base_model_name_or_path, task_type, .. } = json.config;
+            let lora = LoraConfig { r: 0, lora_alpha: 1., ..lora };
+            let own =
+                AdapterConfig { lora, base_model_name_or_path, task_type, ..Default::default() };
+            let Some(common) = &mut common else {
+                common = Some(own);
+                continue;
+            };
+            let lora_dropout = common.lora.lora_dropout;
+            if common.lora != (LoraConfig { lora_dropout, ..lora }) {
+                let reason = format!(
+                    "use_rslora, use_dora or fan_in_fan_out of {component:?} differs from other components'"
+                );
                 return Err(Error::unsupported("an adapter with several configurations", reason));
             }
-            found = Some(config);
+            if lora_dropout != lora.lora_dropout {
+                common.lora.lora_dropout = 0.;
+            }
+            keep_equal(&mut common.base_model_name_or_path, &own.base_model_name_or_path);
+            keep_equal(&mut common.task_type, &own.task_type);
         }
-        Ok(found.unwrap_or_default())
+        Ok(common.unwrap_or_default())
+    }
+}
+
+fn keep_equal(common: &mut Option<String>, own: &Option<String>) {
+    if common != own {
+        *common = None;
     }
 }
 
@@ -74,13 +97,10 @@ pub(super) fn write(config: &AdapterConfig, layers: &[Saved]) -> Result<String> 
             Some(parts) if layer.kind.is_linear() || layer.kind.spatial().is_some() => parts,
             Some(_) => {
                 let reason = format!("diffusers' format has no {:?}", layer.kind);
-                return Err(Error::tensor(layer.path, reason));
+                return Err(Error::tensor(join(layer.path, "lora_A"), reason));
             }
             None => {
-                let reason =
-                    "its name has no component, such as `unet.` or `transformer.`: add it \
-                              with `in_component`";
-                return Err(Error::tensor(layer.path, reason));
+                return Err(Error::tensor(join(layer.path, "lora_A"), NO_COMPONENT));
             }
         };
         let layer = (path, layer.factors.r, layer.alpha());

@@ -9,9 +9,11 @@ mod keys;
 mod metadata;
 
 use self::keys::Key;
+use super::component::has_component;
 use super::layers::{adapter, layers};
 use super::pairs::Pairs;
 use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
+use crate::utils::names::refuse_peft_names;
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Device;
@@ -21,18 +23,24 @@ use std::path::{Path, PathBuf};
 
 const FILE: &str = "pytorch_lora_weights.safetensors";
 
+const UNKNOWN_COMPONENT: &str =
+    "its name does not begin with a component of diffusers, such as `unet.`, and the file has no metadata: add \
+     the component to the names";
+
 /// Reads a file, or the one in a folder, into the crate's names, which begin with the component as the
-/// file's do: `unet.`, `transformer.`, `text_encoder.` and others.
+/// file's do: `unet.`, `transformer.`, `text_encoder.` and others. Of the options that do not change the update
+/// (`lora_dropout`, the name of the base, the type of task), those that all components have are kept.
 ///
 /// # Errors
-/// If the file cannot be read or is malformed; if a name is none of LoRA's, such as `lora_magnitude_vector`; if
-/// an option in the metadata changes the update and is not supported, or differs among the components; if a
-/// layer lacks a factor; if shapes do not fit each other or the metadata; and if a value is not finite. The
+/// If the file cannot be read or is malformed; if a name is none of LoRA's, such as `lora_magnitude_vector`, or
+/// is PEFT's or kohya's; if names begin with no known component, and there is no metadata; if an option in the
+/// metadata changes the update and is not supported, or differs among the components; if a layer lacks a factor; if shapes do not fit each other or the metadata; and if a value is not finite. The
 /// error names the file and the tensor.
 pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, StateDict)> {
     let path = file(path.as_ref());
     let load = || {
         let (tensors, metadata) = read(&path, device)?;
+        refuse_peft_names(tensors.keys())?;
         let mut pairs = Pairs::default();
         for (key, tensor) in tensors {
             let Key { path, part } = keys::parse(&key)?;
@@ -40,6 +48,9 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, S
         }
         let mut layers = pairs.into_layers()?;
         let Some(text) = metadata.get(METADATA) else {
+            if let Some(layer) = layers.iter().find(|layer| !has_component(&layer.path)) {
+                return Err(Error::tensor(&layer.key, UNKNOWN_COMPONENT));
+            }
             return adapter(AdapterConfig::default(), layers);
         };
         let components = Components::read(text)?;
@@ -48,7 +59,7 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, S
                 let reason = "its layer has an alpha as a tensor and one in the metadata";
                 return Err(Error::tensor(&layer.key, reason));
             }
-            let (r, alpha) = components.rank_alpha(&layer.path)?;
+            let (r, alpha) = components.rank_alpha(&layer.path, &layer.key)?;
             if layer.a.dims().first() != Some(&r) {
                 let reason = format!("its shape is {:?}, the metadata's rank {r}", layer.a.dims());
                 return Err(Error::tensor(&layer.key, reason));
@@ -77,7 +88,7 @@ pub fn save(
 ) -> Result<()> {
     let (path, config) = (file(path.as_ref()), config.into());
     let save = || {
-        let layers = layers(tensors, &config, "diffusers' format")?;
+        let layers = layers(tensors, &config, "diffusers' format", config.lora.fan_in_fan_out)?;
         let metadata = metadata::write(&config, &layers)?;
         let mut file = StateDict::new();
         for layer in layers {

@@ -5,32 +5,24 @@
 //! `.lora_down.weight`, which is A, `.lora_up.weight`, which is B, and `.alpha`. Without `.alpha`, or if it is 0, the
 //! update is not scaled: alpha is r.
 
-use super::layers::{adapter, layers, Saved};
+mod names;
+
+use super::layers::{adapter, layers};
 use super::pairs::{Pairs, Part};
 use crate::layers::LayerKind;
 use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
-use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use names::{Modules, Names};
 use std::path::Path;
-
-/// The beginnings of names and the components they stand for. A file with one text encoder has `lora_te_`.
-const PREFIXES: [(&str, &str); 6] = [
-    ("lora_unet_", "unet."),
-    ("lora_unet_", "transformer."),
-    ("lora_te_", "text_encoder."),
-    ("lora_te1_", "text_encoder."),
-    ("lora_te2_", "text_encoder_2."),
-    ("lora_te3_", "text_encoder_3."),
-];
 
 /// Reads a file into the crate's names, which begin with the component: `unet.`, `transformer.`,
 /// `text_encoder.`, `text_encoder_2.` or `text_encoder_3.`.
 ///
 /// The dots of a path are not in the file: `names` are the names of all tensors of the base models, each after
-/// its component, such as `unet.conv_in.weight`.
+/// its component, such as `unet.conv_in.weight`. Files for SDXL and Flux mostly have the layers of the original
+/// release: then the names are those of its checkpoint, such as `unet.model.diffusion_model.input_blocks.0.0.weight`.
 ///
 /// # Errors
 /// If the file cannot be read or is malformed; if a name is none of LoRA's, such as LyCORIS' `lokr_w1` and
@@ -77,53 +69,20 @@ fn parse(key: &str) -> Result<(&str, Part)> {
     Ok((flat, part))
 }
 
-/// The modules of the bases by their flattened names.
-struct Modules(BTreeMap<String, Vec<String>>);
-
-impl Modules {
-    fn new(names: &[impl AsRef<str>]) -> Self {
-        let mut modules = BTreeMap::<_, Vec<_>>::new();
-        for module in names.iter().filter_map(|name| name.as_ref().strip_suffix(".weight")) {
-            for (prefix, component) in PREFIXES {
-                if let Some(path) = module.strip_prefix(component) {
-                    let flat = format!("{prefix}{}", path.replace('.', "_"));
-                    modules.entry(flat).or_default().push(module.to_owned());
-                }
-            }
-        }
-        Self(modules)
-    }
-
-    /// The path of the module with this flattened name.
-    fn find(&self, flat: &str) -> std::result::Result<&str, String> {
-        match self.0.get(flat).map(Vec::as_slice) {
-            Some([module]) => Ok(module),
-            Some(several) => Err(format!("several layers have this name: {several:?}")),
-            None => {
-                let same = |name: &str| {
-                    let pairs = name.bytes().zip(flat.bytes());
-                    pairs.take_while(|(a, b)| a == b).count()
-                };
-                let mut nearest: Vec<_> = self.0.keys().collect();
-                nearest.sort_by_key(|name| Reverse(same(name)));
-                nearest.truncate(3);
-                Err(format!("the bases have no such layer; the nearest names are {nearest:?}"))
-            }
-        }
-    }
-}
-
 /// Writes an adapter, whose names begin with the component, as [`load`] gives them. Factors keep their bits,
 /// and each layer has its own alpha. The options `rslora` and `lora_dropout` are not in the file: a scaling by
 /// √r becomes an alpha of the same value.
 ///
-/// `text_encoder.` becomes `lora_te_`, or `lora_te1_` if there is a `text_encoder_2.` too. The file appears complete
-/// and flushed to disk, or not at all. Equal contents give equal bytes.
+/// The names are those that sd-scripts has for the model: `text_encoder.` becomes `lora_te_` for Stable Diffusion 1 and
+/// 2, `lora_te1_` for others, and T5 `lora_te3_`. A `transformer.` with diffusers' layers becomes
+/// `lora_transformer_`, which diffusers and ComfyUI read for Flux, one with those of the original release `lora_unet_`.
+///
+/// The file appears complete and flushed to disk, or not at all. Equal contents give equal bytes.
 ///
 /// # Errors
 /// If the adapter has something other than factors; if a name has no component, or two layers have one
 /// flattened name; if a layer is an embedding, a convolution of other than two dimensions or of several
-/// groups, or has the scaling 0; if a value is not finite; and if the file system refuses.
+/// groups, or has `fan_in_fan_out` or the scaling 0; if a value is not finite; and if the file system refuses.
 pub fn save(
     path: impl AsRef<Path>,
     tensors: &StateDict,
@@ -131,12 +90,13 @@ pub fn save(
 ) -> Result<()> {
     let (path, config) = (path.as_ref(), config.into());
     let save = || {
-        let layers = layers(tensors, &config, "kohya's format")?;
-        let several = layers.iter().any(|layer| layer.path.starts_with("text_encoder_"));
+        let layers = layers(tensors, &config, "kohya's format", false)?;
+        let names = Names::new(layers.iter().map(|layer| layer.path));
         let mut file = StateDict::new();
         for layer in layers {
             let name = format!("{}.lora_A", layer.path);
-            let flat = flattened(&layer, several).map_err(|reason| Error::tensor(&name, reason))?;
+            let flat = check_kind(layer.kind).and_then(|()| names.flattened(layer.path));
+            let flat = flat.map_err(|reason| Error::tensor(&name, reason))?;
             let alpha = alpha_tensor(layer.plain_alpha()).map_err(|e| Error::tensor(&name, e))?;
             let parts = [
                 ("lora_down.weight", layer.factors.a),
@@ -155,21 +115,12 @@ pub fn save(
     save().map_err(|e: Error| e.at(path))
 }
 
-/// The name of a layer in the file.
-fn flattened(layer: &Saved, several: bool) -> std::result::Result<String, String> {
-    match layer.kind {
-        LayerKind::Conv2d { groups: 1 } => {}
-        kind if kind.is_linear() => {}
-        kind => return Err(format!("kohya's format has no {kind:?}")),
+fn check_kind(kind: &LayerKind) -> std::result::Result<(), String> {
+    match kind {
+        LayerKind::Conv2d { groups: 1 } => Ok(()),
+        kind if kind.is_linear() => Ok(()),
+        kind => Err(format!("kohya's format has no {kind:?}")),
     }
-    let unused = if several { "lora_te_" } else { "lora_te1_" };
-    let found = PREFIXES.iter().filter(|(prefix, _)| *prefix != unused);
-    let mut found =
-        found.filter_map(|(prefix, of)| layer.path.strip_prefix(of).map(|rest| (prefix, rest)));
-    let (prefix, rest) = found.next().ok_or(
-        "its name has no component, such as `unet.` or `text_encoder.`: add it with `in_component`",
-    )?;
-    Ok(format!("{prefix}{}", rest.replace('.', "_")))
 }
 
 /// In F32 if that is exact.
