@@ -6,7 +6,7 @@ use crate::adapter::target::Target;
 use crate::adapter::Adapter;
 use crate::layers::{dequantized, SharedWeight, Weight};
 use crate::ops::LowRank;
-use crate::utils::names::{is_lora, join};
+use crate::utils::names::{is_adapter, is_lora, join};
 use crate::utils::{variables, Bias, LayerConfig};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -79,9 +79,13 @@ fn refuse_others(adapter: &Adapter) -> Result<()> {
         None if config.bias != Bias::None => "a bias beside factors".to_owned(),
         None => return Ok(()),
     };
-    let reason =
-        "it would replace the base's own, which all adapters share: merge this adapter with \
-                  `Adapter::merged`, or build a model on its `var_builder`";
+    let reason = match other.is_some_and(|name| is_adapter(name)) {
+        true => "it is merged alone: merge this adapter with `Adapter::merged`",
+        false => {
+            "it would replace the base's own, which all adapters share: merge this adapter with \
+             `Adapter::merged`, or build a model on its `var_builder`"
+        }
+    };
     Err(Error::unsupported(what, reason))
 }
 

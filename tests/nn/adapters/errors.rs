@@ -28,6 +28,11 @@ fn a_choice_that_cannot_be_made_is_an_error() -> Result<()> {
     says(rows(&[Some("sql"), Some("sqk")]), &["no adapter \"sqk\""]);
     says(rows(&[Some("sql"), None, None]), &["[2, 3, 8]", "(3, ..)"]);
     says(rows(&[Some("chat"), None, None]), &["[2, 3]", "(3, ..)"]);
+    let positions = Tensor::new(&[0u32, 1], &Device::Cpu)?;
+    let rows_of = |ids: Tensor| {
+        served.adapters.with_rows(&[Some("chat"), None], || served.model.forward(&ids))
+    };
+    says(rows_of(positions), &["ids are [2]", "unsqueeze"]);
     served.alone[0].1.train()?;
     says(rows(&[Some("sql"), None]), &["\"sql\" trains", "eval()"]);
     says(served.adapters.remove("sqk"), &["no adapter \"sqk\""]);
@@ -62,6 +67,8 @@ fn an_adapter_that_does_not_fit_is_not_added() -> Result<()> {
     says(add(&loaded(plain(), &half)?), &["\"new\"", "down_proj.lora_B", "does not have it"]);
     let bias = plain().with_trainable(Bias::All)?;
     says(add(&loaded(bias, &[("head.bias", &[3])])?), &["\"head.bias\"", "base's own", "merged"]);
+    let bias_of_b = loaded(plain(), &[("layers.1.up_proj.lora_bias", &[8])])?;
+    says(add(&bias_of_b), &["up_proj.lora_bias", "merged alone"]);
     let module = Adapter::new(cfg(2, 3.)).targets(["up_proj"]).trainable(Bias::None.and("head"))?;
     says(add(&module), &["\"head\"", "base's own"]);
     let targets = Adapter::new(cfg(2, 3.)).targets(["up_proj", "q_proj"]);
