@@ -29,7 +29,8 @@ pub struct LoraConfig {
     /// Whether the layer trains the magnitude of each output too (DoRA, [Liu et al.
     /// 2024](https://arxiv.org/abs/2402.09353); PEFT's `use_dora`, not in loralib): the effective weight is
     /// `m ∘ (W + ΔW)/‖W + ΔW‖`, whose norm has no gradient. m is a variable `lora_magnitude_vector` (out), which is
-    /// initialised with the norms of W. Default `false`. An error for [`MergedLinear`](crate::MergedLinear), and for
+    /// initialised with the norms of W when the layer is built: variables of the base are loaded before, or by
+    /// [`load_state_dict`](crate::load_state_dict). Default `false`. An error for [`MergedLinear`](crate::MergedLinear), and for
     /// a new layer over a W with an output of zeros.
     pub use_dora: bool,
     /// Whether `lora_A` is initialised from N(0, 1/r²), PEFT's `init_lora_weights="gaussian"`, and not from

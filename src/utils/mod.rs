@@ -6,6 +6,7 @@ mod check_grads;
 pub(crate) mod checkpoint;
 mod factors;
 mod fnv;
+mod magnitudes;
 pub(crate) mod names;
 mod safetensors_var_builder;
 mod seeded;

@@ -266,7 +266,7 @@ fn what_cannot_be_merged_leaves_no_file() {
     let good = || pair(q, random(0, &[4, 64]));
     let huge = pair(q, (random(0, &[4, 64]) * 1e6).unwrap());
     let nan = pair(q, (random(0, &[4, 64]) / 0.).unwrap());
-    let conv = config(8.).with_layer("q_proj", LayerKind::Conv1d { groups: 1 });
+    let conv = config(8.).with_layer("q_proj", LayerKind::Conv1d { groups: 2 });
     let unused = config(8.).with_layer("v_proj", LayerKind::Linear);
     let cases = [
         (StateDict::new(), config(8.), GgmlDType::F16, "empty"),
