@@ -52,7 +52,9 @@ pub(super) fn norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Resu
     }
     let base_squares = match (&magnitude.base_squares, w) {
         (Some(base_squares), _) => base_squares.clone(),
-        (None, Matrix::Dense(w)) => squares(w, 1)?,
+        // As it is stored, so that the sum has the order of a new layer's.
+        (None, Matrix::Dense(w)) if w.is_contiguous() => squares(w, 1)?,
+        (None, Matrix::Dense(w)) => squares(&w.t()?, 0)?,
         (None, Matrix::Quantized(w)) => squares(&w.dequantize()?, 1)?,
     };
     let a = factor.a.to_dtype(w.dtype())?;
