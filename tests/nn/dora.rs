@@ -197,14 +197,14 @@ fn formats_without_magnitudes_refuse_it_with_the_way_out() -> Result<()> {
 #[test]
 fn magnitudes_and_the_option_belong_together() -> Result<()> {
     let (base, adapter, _) = trained()?;
-    let base = base.into_iter().collect();
     let dir = tempfile::tempdir()?;
     let mut tensors = lora::lora_state_dict(adapter.var_map(), Bias::None)?;
     let plain = LoraConfig { use_dora: false, ..CFG };
+    let state_dict = base.clone().into_iter().collect();
     let check = |tensors: &lora::StateDict, cfg| {
         let errors = [
             lora::save_state_dict(tensors, cfg, dir.path().join("a")).unwrap_err().to_string(),
-            lora::merge_into(&base, tensors, cfg).unwrap_err().to_string(),
+            lora::merge_into(&state_dict, tensors, cfg).unwrap_err().to_string(),
             Adapter::from_tensors(cfg, tensors.clone()).unwrap_err().to_string(),
         ];
         for error in errors {
@@ -212,6 +212,11 @@ fn magnitudes_and_the_option_belong_together() -> Result<()> {
         }
     };
     check(&tensors, plain);
+    let other = Adapter::new(plain).targets(["qkv", "embed", "up_proj"]);
+    let _model = Model::new(other.var_builder(vb(&base)))?;
+    adapter.save(dir.path().join("dora"))?;
+    let error = other.restore(dir.path().join("dora")).unwrap_err().to_string();
+    assert!(error.contains("its use_dora is true"), "{error}");
     tensors.remove("embed.lora_magnitude_vector");
     check(&tensors, CFG);
     Ok(())
