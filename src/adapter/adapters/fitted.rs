@@ -2,11 +2,12 @@
 
 use super::places::Layer;
 use crate::adapter::built::{self, Built};
+use crate::adapter::merged_only::MergedOnly;
 use crate::adapter::target::Target;
 use crate::adapter::Adapter;
 use crate::layers::{dequantized, SharedWeight, Weight};
 use crate::ops::LowRank;
-use crate::utils::names::{is_adapter, is_lora, join};
+use crate::utils::names::{is_lora, join};
 use crate::utils::{variables, Bias, LayerConfig};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -70,22 +71,20 @@ impl Fitted {
     }
 }
 
-/// An error if the adapter has biases or modules.
+/// An error if the adapter has biases or modules, or changes that are merged alone.
 fn refuse_others(adapter: &Adapter) -> Result<()> {
-    let (config, vars) = (&adapter.options.config, variables(&adapter.vars));
+    let config = &adapter.options.config;
+    MergedOnly::new(config, &adapter.vars).refuse_any()?;
+    let vars = variables(&adapter.vars);
     let other = vars.keys().find(|name| !is_lora(name)).or(config.modules_to_save.first());
     let what = match other {
         Some(name) => format!("{name:?} beside factors"),
         None if config.bias != Bias::None => "a bias beside factors".to_owned(),
         None => return Ok(()),
     };
-    let reason = match other.is_some_and(|name| is_adapter(name)) {
-        true => "it is merged alone: merge this adapter with `Adapter::merged`",
-        false => {
-            "it would replace the base's own, which all adapters share: merge this adapter with \
-             `Adapter::merged`, or build a model on its `var_builder`"
-        }
-    };
+    let reason =
+        "it would replace the base's own, which all adapters share: merge this adapter with \
+                  `Adapter::merged`, or build a model on its `var_builder`";
     Err(Error::unsupported(what, reason))
 }
 
