@@ -53,13 +53,12 @@ fn magnitude(
 ) -> Result<Magnitude> {
     let (is_new, dtype) = (!vb.contains_tensor(MAGNITUDE), cfg.adapter_dtype(base.dtype()));
     let squares = ops::squares(&dequantized(base.clone())?, placement.output_dim())?;
+    let initial = is_new.then(|| norms(&squares)?.to_dtype(dtype)).transpose()?;
     let mut m = vb.get_with_hints_dtype(squares.shape(), MAGNITUDE, ZERO, dtype)?;
-    if is_new {
-        let initial = norms(&squares)?.to_dtype(dtype)?;
-        match m.is_variable() {
-            true => Var::from_tensor(&m)?.set(&initial)?,
-            false => m = initial,
-        }
+    match initial {
+        Some(initial) if m.is_variable() => Var::from_tensor(&m)?.set(&initial)?,
+        Some(initial) => m = initial,
+        None => {}
     }
     Ok(Magnitude { m, base_squares: (!base.track_op()).then_some(squares) })
 }

@@ -7,28 +7,30 @@ use crate::{Error, Result};
 use candle_core::{DType, Tensor, Var};
 use std::collections::BTreeMap;
 
-/// For each magnitude that still has the norms of its layer's weight, which is to be replaced, the new norms.
-pub(super) fn renewed<'a>(
+/// Adds to the `staged` values of variables the new norms for each magnitude that has none and still has the norms
+/// of its layer's weight, which is to be replaced.
+pub(super) fn renew<'a>(
     vars: &'a BTreeMap<String, Var>,
-    weight: impl Fn(&str) -> Option<Tensor>,
-) -> Result<Vec<(&'a str, &'a Var, Tensor)>> {
-    let mut renewed = vec![];
+    staged: &mut BTreeMap<&'a str, (&'a Var, Tensor)>,
+) -> Result<()> {
     for (name, var) in vars.iter().filter(|(name, _)| split(name).1 == MAGNITUDE) {
         let of = join(split(name).0, "weight");
-        let (Some(before), Some(after)) = (vars.get(&of), weight(&of)) else { continue };
+        let (None, Some((before, after))) = (staged.get(name.as_str()), staged.get(of.as_str()))
+        else {
+            continue;
+        };
         let norms = || {
             for dim in [0, 1] {
                 if is_initial(var, before, dim)? {
-                    let norms = initial_magnitude(&after, dim)?;
-                    return Ok(Some(norms.to_dtype(var.dtype())?));
+                    return Ok(Some(initial_magnitude(after, dim)?.to_dtype(var.dtype())?));
                 }
             }
             Ok(None)
         };
         let norms = norms().map_err(|e: candle_core::Error| Error::tensor(of, e))?;
-        renewed.extend(norms.map(|norms| (name.as_str(), var, norms)));
+        staged.extend(norms.map(|norms| (name.as_str(), (var, norms))));
     }
-    Ok(renewed)
+    Ok(())
 }
 
 /// Whether a magnitude has the norms of the outputs of `w`, which are its dimension `dim`.

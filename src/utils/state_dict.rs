@@ -1,6 +1,6 @@
 //! State dicts: the tensors of a model's variables by name.
 
-use super::magnitudes::renewed;
+use super::magnitudes::renew;
 use super::names::{is_lora, join, refuse_peft_names, refuse_wrapped_names, split};
 use super::trainable::{expected, variables, Trainable};
 use crate::ops::is_finite;
@@ -81,10 +81,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
         refuse_wrapped_names(&unexpected, &missing)?;
         return Err(Error::Names { missing, unexpected });
     }
-    let weight = |name: &str| staged.get(name).map(|(_, value)| value.clone());
-    for (name, var, norms) in renewed(&vars, weight)? {
-        staged.entry(name).or_insert((var, norms));
-    }
+    renew(&vars, &mut staged)?;
     let loaded = staged.keys().map(|name| name.to_string()).collect();
     set_all(staged)?;
     Ok(LoadReport { loaded, missing, unexpected })
