@@ -1,16 +1,21 @@
 //! A head that is tied to the embeddings has no weight in the base. PEFT's `ensure_weight_tying` writes its change
 //! beside that of the embeddings: the transposed factors, or an equal tensor.
 
+use crate::layers::MAGNITUDE;
 use crate::utils::names::{join, split};
 use crate::utils::StateDict;
 use candle_core::{DType, Result, Tensor};
 
-/// Whether the adapter makes the change of the weight at `path` to another weight, which the base has.
+/// Whether the adapter makes the change of the weight at `path` to another weight, which the base has. With DoRA it
+/// does not: the outputs of the two layers, and so their magnitudes, are not the same.
 pub(super) fn is_tied(
     path: &str,
     adapter: &StateDict,
     exists: impl Fn(&str) -> bool,
 ) -> Result<bool> {
+    if adapter.contains_key(&join(path, MAGNITUDE)) {
+        return Ok(false);
+    }
     for other in adapter.keys().map(|name| split(name).0) {
         if other == path || !exists(&join(other, "weight")) {
             continue;

@@ -38,6 +38,14 @@ fn the_copy_of_a_tied_head_is_passed_over() -> lora::Result<()> {
     let untied = base.clone().into_iter().chain(untied).collect();
     let merged = lora::merge_into(&untied, &tied, config())?;
     assert!(difference(&merged["head.weight"], &expected["embed.weight"])? < 1e-6);
+    let mut dora = tied.clone();
+    for (path, n) in [("embed", 4), ("head", 7)] {
+        dora.insert(format!("{path}.lora_magnitude_vector"), tensor(4, &[n], DType::F32));
+    }
+    let mut with_dora = config();
+    with_dora.lora.use_dora = true;
+    let error = lora::merge_into(&base, &dora, with_dora).unwrap_err().to_string();
+    assert!(error.contains("head.weight"), "{error}");
     let other = adapter((b.t()? * 2.)?, a.t()?.contiguous()?);
     let error = lora::merge_into(&base, &other, config()).unwrap_err().to_string();
     assert!(error.contains("head.weight") && error.contains("does not have it"), "{error}");
