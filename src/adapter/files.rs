@@ -3,8 +3,8 @@
 use super::{Adapter, Targets};
 use crate::utils::names::{is_adapted_weight, is_lora, refuse_peft_names, split};
 use crate::utils::{
-    factors, load_state_dict, read_adapter, save_state_dict, AdapterConfig, LoadReport, StateDict,
-    Strict, Trainable,
+    check_same_options, factors, load_state_dict, read_adapter, save_state_dict, AdapterConfig,
+    LoadReport, StateDict, Strict, Trainable,
 };
 use crate::{peft, Error, Result};
 use candle_core::{DType, Device, Var};
@@ -130,27 +130,11 @@ impl Adapter {
     /// saved with an adapted embedding as unexpected.
     ///
     /// # Errors
-    /// As [`load`](Self::load) and [`load_state_dict`]; and if a layer's rank or scaling differs.
+    /// As [`load`](Self::load) and [`load_state_dict`]; and if a layer's rank, scaling or use_dora differs.
     pub fn restore(&self, path: impl AsRef<Path>) -> Result<LoadReport> {
         let path = path.as_ref();
         let (saved, tensors) = read(path, &Device::Cpu)?;
-        let own = self.config();
-        for name in tensors.keys().filter(|name| is_lora(name)) {
-            let layer = split(name).0;
-            let (saved, model) = (saved.lora_config(layer), own.lora_config(layer));
-            // PEFT's format may round lora_alpha.
-            let same = (saved.scaling() - model.scaling()).abs() <= 1e-12 * saved.scaling().abs();
-            if saved.r != model.r || !same {
-                let reason = format!(
-                    "it was saved with r = {} and the scaling {}, the adapter has {} and {}",
-                    saved.r,
-                    saved.scaling(),
-                    model.r,
-                    model.scaling()
-                );
-                return Err(Error::tensor(name, reason).at(path));
-            }
-        }
+        check_same_options(&tensors, &saved, &self.config()).map_err(|e| e.at(path))?;
         let report = match path.is_dir() {
             true => peft::load_beside_base(&self.vars, tensors, Strict::Yes),
             false => load_state_dict(&self.vars, &tensors, Strict::Yes),

@@ -25,6 +25,11 @@ impl MergedOnly {
         Self(parameters.chain(layers).collect())
     }
 
+    /// An error if there is one.
+    pub fn refuse_any(&self) -> Result<()> {
+        self.0.iter().try_for_each(|name| self.refuse(name))
+    }
+
     /// An error for such a tensor.
     pub fn refuse(&self, name: &str) -> Result<()> {
         if self.0.contains(name) {

@@ -29,8 +29,10 @@ pub struct LoraConfig {
     /// Whether the layer trains the magnitude of each output too (DoRA, [Liu et al.
     /// 2024](https://arxiv.org/abs/2402.09353); PEFT's `use_dora`, not in loralib): the effective weight is
     /// `m ∘ (W + ΔW)/‖W + ΔW‖`, whose norm has no gradient. m is a variable `lora_magnitude_vector` (out), which is
-    /// initialised with the norms of W. Default `false`. An error for [`MergedLinear`](crate::MergedLinear), and for
-    /// a new layer over a W with an output of zeros.
+    /// initialised with the norms of W when the layer is built: variables of the base are loaded before, or by
+    /// [`load_state_dict`](crate::load_state_dict). Each forward computes the norms unless the update is merged, which
+    /// for a single token takes several times the layer's product: merge to serve. Default `false`. An error for
+    /// [`MergedLinear`](crate::MergedLinear), and for a new layer over a W with an output of zeros.
     pub use_dora: bool,
     /// Whether `lora_A` is initialised from N(0, 1/r²), PEFT's `init_lora_weights="gaussian"`, and not from
     /// U(±1/√columns). Not in loralib, and not saved. Default `false`. Of no effect in an

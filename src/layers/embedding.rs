@@ -5,10 +5,11 @@ use super::base::placeholder;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{low_rank, FactorInit};
 use super::kind::LayerKind;
+use super::update::Update;
 use super::weight::{Effective, Placement, Weight};
 use crate::ops;
 use candle_core::quantized::QTensor;
-use candle_core::{Module, Result, Tensor};
+use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 use std::sync::Arc;
 
@@ -95,6 +96,13 @@ impl Module for Embedding {
     /// Ids (..) to rows (.., dim).
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         let Effective { weight, update, .. } = self.weight.effective()?;
+        if matches!((&update, ids.rank()), (Update::Rows(_), 1)) {
+            bail!(
+                "the ids are {:?}, expected (rows, ..): with an adapter for each row they do not tell whether they \
+                 are of the rows or, as positions are, of all rows: unsqueeze them",
+                ids.dims()
+            )
+        }
         update.apply(ids, |ids, update| ops::embedding(ids, &weight, update))
     }
 }

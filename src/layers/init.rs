@@ -5,7 +5,8 @@ use super::config::LoraConfig;
 use super::weight::Placement;
 use crate::ops::{self, checked_product, LowRank, Magnitude, Split};
 use candle_core::{bail, DType, Result, Tensor, Var};
-use candle_nn::{Init, VarBuilder};
+use candle_nn::init::{Init, ZERO};
+use candle_nn::VarBuilder;
 
 /// The last component of the name of DoRA's magnitude.
 pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
@@ -50,20 +51,33 @@ fn magnitude(
     placement: Placement,
     vb: &VarBuilder,
 ) -> Result<Magnitude> {
-    let base_squares = ops::squares(&dequantized(base.clone())?, placement.output_dim())?;
-    let (norms, dtype) = (base_squares.sqrt()?, cfg.adapter_dtype(base.dtype()));
-    let is_new = !vb.contains_tensor(MAGNITUDE);
-    if is_new && norms.to_dtype(DType::F32)?.min_all()?.to_scalar::<f32>()? == 0. {
-        bail!(
-            "an output of the base weight {:?} is zero, and use_dora needs its direction: leave the layer out",
-            base.dims()
-        )
+    let (is_new, dtype) = (!vb.contains_tensor(MAGNITUDE), cfg.adapter_dtype(base.dtype()));
+    let squares = ops::squares(&dequantized(base.clone())?, placement.output_dim())?;
+    let initial = is_new.then(|| norms(&squares)?.to_dtype(dtype)).transpose()?;
+    let mut m = vb.get_with_hints_dtype(squares.shape(), MAGNITUDE, ZERO, dtype)?;
+    match initial {
+        Some(initial) if m.is_variable() => Var::from_tensor(&m)?.set(&initial)?,
+        Some(initial) => m = initial,
+        None => {}
     }
-    let m = vb.get_with_hints_dtype(norms.shape(), MAGNITUDE, Init::Const(0.), dtype)?;
-    if is_new {
-        Var::from_tensor(&m)?.set(&norms.to_dtype(dtype)?)?;
+    Ok(Magnitude { m, base_squares: (!base.track_op()).then_some(squares) })
+}
+
+/// DoRA's initial magnitude, the norms of the outputs of `w`, which are its dimension `dim`.
+pub(crate) fn initial_magnitude(w: &Tensor, dim: usize) -> Result<Tensor> {
+    norms(&ops::squares(w, dim)?)
+}
+
+/// An error if a norm is zero.
+fn norms(squares: &Tensor) -> Result<Tensor> {
+    let zero =
+        squares.eq(0f64)?.flatten_all()?.to_vec1::<u8>()?.into_iter().position(|zero| zero == 1);
+    match zero {
+        None => squares.sqrt(),
+        Some(output) => bail!(
+            "output {output} of the base weight is zero, and use_dora needs its direction: leave the layer out"
+        ),
     }
-    Ok(Magnitude { m, base_squares })
 }
 
 /// `lora_A` and `lora_B` of the given shapes from `vb`, for several splits of the outputs.

@@ -26,7 +26,7 @@ pub use conv::{
     Conv3dConfig, ConvConfig,
 };
 pub use embedding::{embedding, Embedding, EmbeddingKind};
-pub(crate) use init::MAGNITUDE;
+pub(crate) use init::{initial_magnitude, MAGNITUDE};
 pub use kind::LayerKind;
 pub(crate) use kind::Total;
 pub use linear::{linear, linear_b, linear_no_bias, Linear, LinearKind};

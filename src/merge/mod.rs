@@ -8,6 +8,7 @@ mod orientation;
 mod parameter;
 mod plan;
 mod tensors;
+mod tied;
 mod weight;
 
 pub use add_weighted::add_weighted;

@@ -1,9 +1,10 @@
 //! Which tensors of a base an adapter changes, and how.
 
 use super::change::Change;
+use super::tied::is_tied;
 use super::weight::Factors;
 use crate::layers::{LayerKind, MAGNITUDE};
-use crate::utils::names::{join, refuse_peft_names, split};
+use crate::utils::names::{is_factor, join, refuse_peft_names, split};
 use crate::utils::{check_magnitudes, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -45,6 +46,10 @@ impl Plan {
             match last {
                 "lora_A" => {
                     let b = other("lora_B")?;
+                    let weight = join(path, "weight");
+                    if !exists(&weight) && is_tied(path, adapter, &exists)? {
+                        continue;
+                    }
                     let base = match config.kind(path) {
                         Some(LayerKind::Parameter { .. }) if exists(path) => path.to_owned(),
                         Some(LayerKind::Parameter { .. }) => return Err(missing(path)),
@@ -69,6 +74,7 @@ impl Plan {
                     })?;
                     updates.push((find(path, "weight")?, Change::Rows { indices, rows: tensor }));
                 }
+                "weight" if !exists(name) && is_tied(path, adapter, &exists)? => {}
                 _ => {
                     let name = match exists(name) {
                         true => name.clone(),
@@ -78,10 +84,8 @@ impl Plan {
                 }
             }
         }
-        config.check_used(updates.iter().filter_map(|(_, change)| match change {
-            Change::Update { path, .. } => Some(path.as_str()),
-            _ => None,
-        }))?;
+        config
+            .check_used(adapter.keys().filter(|name| is_factor(name)).map(|name| split(name).0))?;
         for (name, change) in updates {
             // PEFT also saves the table under an embedding's adapter. In a state dict of a whole model
             // it may be merged already.

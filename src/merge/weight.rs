@@ -18,10 +18,11 @@ pub(super) struct Factors {
 /// The merged weight of the layer that `kind` declares or, if it is `None`, that the shapes determine.
 pub(super) fn merged_weight(
     w: &Tensor,
-    Factors { a, b, magnitude }: &Factors,
+    factors: &Factors,
     kind: Option<&LayerKind>,
     cfg: LoraConfig,
 ) -> Result<Tensor> {
+    let Factors { a, b, magnitude } = factors;
     if cfg.r == 0 {
         bail!("the configuration has r = 0, the adapter a lora_A {:?}", a.dims())
     }
@@ -35,7 +36,20 @@ pub(super) fn merged_weight(
     let vb = VarBuilder::from_tensors(tensors.collect(), dtype, w.device());
     let cfg = LoraConfig { lora_dropout: 0., lora_dtype: Some(dtype), ..cfg };
     let inputs = *a.dims().last().unwrap_or(&0);
+    // A convolution with a kernel of 1 is a linear layer, whose weight has other dimensions.
+    let pointwise = |kind: &LayerKind| kind.spatial().is_some_and(|(_, groups)| groups == 1);
+    let as_linear = (Some(&LayerKind::Linear), LoraConfig { fan_in_fan_out: false, ..cfg });
+    let (kind, cfg) = match (kind, w.dims()) {
+        (Some(kind), &[_, columns]) if pointwise(kind) && a.dims() == [cfg.r, columns] => as_linear,
+        (kind, _) => (kind, cfg),
+    };
     match (kind, w.dims()) {
+        (Some(LayerKind::Linear), [_, _, kernel @ ..])
+            if !kernel.is_empty() && kernel.iter().all(|k| *k == 1) =>
+        {
+            let (kind, cfg) = as_linear;
+            merged_weight(&w.flatten_from(1)?, factors, kind, cfg)?.reshape(w.shape())
+        }
         (Some(LayerKind::Embedding), &[_, dim]) => {
             let cfg = LoraConfig { fan_in_fan_out: false, ..cfg };
             Embedding::new(candle_nn::Embedding::new(w.clone(), dim), cfg, vb)?.merged_weight()

@@ -45,17 +45,23 @@ pub(crate) fn scaled_weight(w: &Tensor, magnitude: &Magnitude, dim: usize) -> Re
 /// ‖W + ΔW‖ of each output of `w` (in, out), without ΔW. Where there is no kernel for it:
 /// `‖w + s·b·A‖² = ‖w‖² + s·b·(2·A·w + s·A·Aᵀ·b)`.
 pub(super) fn norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result<Tensor> {
-    let (squares, update) = (&magnitude.base_squares, update.detached());
-    let factor = update.factors(squares.dtype())?.remove(0);
+    let factor = update.detached().factors(w.dtype())?.remove(0);
     let b = factor.b.contiguous()?;
     if let Some(rows) = w.dense().map(|w| w.detach().t()).transpose()?.filter(is_f32_rows_on_cpu) {
         return row_squares(&rows, Some((&factor.a, &b)))?.sqrt();
     }
+    let base_squares = match (&magnitude.base_squares, w) {
+        (Some(base_squares), _) => base_squares.clone(),
+        // As it is stored, so that the sum has the order of a new layer's.
+        (None, Matrix::Dense(w)) if w.is_contiguous() => squares(w, 1)?,
+        (None, Matrix::Dense(w)) => squares(&w.t()?, 0)?,
+        (None, Matrix::Quantized(w)) => squares(&w.dequantize()?, 1)?,
+    };
     let a = factor.a.to_dtype(w.dtype())?;
-    let a_w = linear_no_grad(&a, w.detach(), a.dim(0)?, vec![])?.to_dtype(squares.dtype())?.t()?;
+    let a_w = linear_no_grad(&a, w.detach(), a.dim(0)?, vec![])?.to_dtype(b.dtype())?.t()?;
     let a_a = matmul(&factor.a, &factor.a.t()?)?;
     let added = (&b * ((a_w * 2.)? + matmul(&b, &a_a)?)?)?;
-    (squares + added.sum(1)?)?.sqrt()
+    (base_squares + added.sum(1)?)?.sqrt()
 }
 
 fn is_f32_rows_on_cpu(w: &Tensor) -> bool {
@@ -151,10 +157,12 @@ mod tests {
                 let (w, a, b) = (rand((out, k))?, rand((r, k))?, rand((out, r))?);
                 let split = Split { outputs: 0..out, ranks: 0..r, b_rows: 0..out };
                 let update = LowRank::new(a.clone(), b.clone(), 0.5, 0., vec![split]);
-                let magnitude = Magnitude { m: w.sum(1)?, base_squares: squares(&w, 0)? };
+                let kept = Magnitude { m: w.sum(1)?, base_squares: Some(squares(&w, 0)?) };
+                let changing = Magnitude { base_squares: None, ..kept.clone() };
                 let dense = (&w + (b.matmul(&a)? * 0.5)?)?.sqr()?.sum(1)?.sqrt()?;
-                for w in [w.t()?, w.t()?.contiguous()?] {
-                    let found = norms(&Matrix::Dense(w), &update, &magnitude)?;
+                let (rows, columns) = (w.t()?, w.t()?.contiguous()?);
+                for (w, magnitude) in [(&rows, &kept), (&columns, &kept), (&columns, &changing)] {
+                    let found = norms(&Matrix::Dense(w.clone()), &update, magnitude)?;
                     let apart = ((found / &dense)? - 1.)?.abs()?.max_all()?.to_dtype(DType::F64)?;
                     let apart = apart.to_scalar::<f64>()?;
                     assert!(apart < 10. * tolerance, "{dtype:?} {out} {k} {r}: {apart}");

@@ -53,8 +53,8 @@ pub(crate) struct ScaledFactors {
 pub(crate) struct Magnitude {
     /// (out)
     pub m: Tensor,
-    /// ‖w‖² of each row of the base (out), in the compute dtype.
-    pub base_squares: Tensor,
+    /// ‖w‖² of each output of the base (out), in the compute dtype. `None` for a variable, whose values may change.
+    pub base_squares: Option<Tensor>,
 }
 
 /// Factors A and B, their scaling, the dropout of the update's input, and with DoRA the magnitude.

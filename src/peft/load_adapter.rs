@@ -1,9 +1,10 @@
 //! Loads a folder in PEFT's format into the variables of an existing model.
 
 use super::load::load_pretrained_as;
-use crate::utils::names::{is_adapted_weight, is_lora, split};
+use crate::utils::names::is_adapted_weight;
 use crate::utils::{
-    load_state_dict, variables, AdapterConfig, LayerConfig, LoadReport, StateDict, Strict,
+    check_same_options, load_state_dict, variables, AdapterConfig, LayerConfig, LoadReport,
+    StateDict, Strict,
 };
 use crate::{Error, Result};
 use candle_core::Device;
@@ -31,27 +32,7 @@ pub fn load_adapter(
     let kinds: Vec<_> = config.layers.iter().filter_map(kind).collect();
     let (saved, tensors) = load_pretrained_as(dir, &kinds, &Device::Cpu)?;
     let load = || {
-        for name in tensors.keys().filter(|name| is_lora(name)) {
-            let path = split(name).0;
-            let (saved, model) = (saved.lora_config(path), config.lora_config(path));
-            if saved.r != model.r {
-                let reason =
-                    format!("its rank is {}, the configuration has r = {}", saved.r, model.r);
-                return Err(Error::tensor(name, reason));
-            }
-            if saved.use_dora != model.use_dora {
-                let (saved, model) = (saved.use_dora, model.use_dora);
-                let reason = format!("its use_dora is {saved}, the configuration's {model}");
-                return Err(Error::tensor(name, reason));
-            }
-            let (saved, model) = (saved.scaling(), model.scaling());
-            // A conversion to another rank and back rounds lora_alpha.
-            let same = (saved - model).abs() <= 1e-12 * saved.abs();
-            if !same {
-                let reason = format!("its scaling is {saved}, the configuration's {model}");
-                return Err(Error::tensor(name, reason));
-            }
-        }
+        check_same_options(&tensors, &saved, &config)?;
         load_beside_base(vars, tensors, strict)
     };
     load().map_err(|e: Error| e.at(dir))

@@ -57,12 +57,15 @@ mod tests {
             (r"(?!.*vision).*\.q", "model.text.q", true),
             (r"^(?!.*vision).*\.q", "model.vision.q", false),
             (r".*\bq", "layers.0.q", true),
+            (r"[\[0]", "layers.0", true),
         ];
         for (pattern, path, expected) in all {
             let pattern = ModulePattern::new(pattern)?;
             assert_eq!(pattern.matches(path)?, expected, "{pattern:?} {path}");
         }
-        for bad in ["(a", "[ab", "*", "\\", "a)|(b"] {
+        // Python reads "[[0]" as a class, and refuses flags behind a text.
+        assert!(ModulePattern::new("(?i)Q")?.matches("layers.0.q")?);
+        for bad in ["(a", "[ab", "*", "\\", "a)|(b", "[[0]"] {
             assert!(ModulePattern::new(bad).is_err(), "{bad}");
         }
         Ok(())

@@ -31,8 +31,9 @@ struct InOrder {
 
 /// Keys that do not change the update: how the adapter was made and trained, and which modules have one,
 /// which the tensors tell too.
-const HARMLESS_KEYS: [&str; 16] = [
+const HARMLESS_KEYS: [&str; 18] = [
     "auto_mapping",
+    "corda_config",
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
@@ -40,6 +41,7 @@ const HARMLESS_KEYS: [&str; 16] = [
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
+    "lora_ga_config",
     "megatron_core",
     "merge_weights",
     "peft_version",
@@ -107,7 +109,7 @@ pub(crate) fn read_config(text: &[u8]) -> Result<Json> {
             "init_lora_weights" => match value {
                 Value::Bool(_) => {}
                 Value::String(how) if HARMLESS_INITS.contains(&how.as_str()) => {}
-                _ => return Err(unsupported(key, value, CHANGED_BASE)),
+                _ => return Err(unsupported(key, value, &changed_base(value))),
             },
             key if HARMLESS_KEYS.contains(&key) => {}
             "enable_lora" => {
@@ -123,12 +125,20 @@ pub(crate) fn read_config(text: &[u8]) -> Result<Json> {
     Ok(Json { config, patterns: own, lora_bias, target_parameters, token_indices })
 }
 
-/// Why an initialisation like PiSSA is not read.
-const CHANGED_BASE: &str =
-    "the initialisation also changed the base model, and the folder does not tell how. Either save the \
-     adapter as a plain LoRA for the unchanged base, by PEFT's `save_pretrained(folder, \
-     path_initial_model_for_weight_conversion=...)`; or, if your base is the changed one, as \
-     `model.unload().save_pretrained(...)` writes it, set init_lora_weights to true";
+/// Why an initialisation like PiSSA is not read. PEFT converts all but LoftQ.
+fn changed_base(init: &Value) -> String {
+    let converted = match init == "loftq" {
+        true => "",
+        false => {
+            "save the adapter as a plain LoRA for the unchanged base, by PEFT's `save_pretrained(folder, \
+             path_initial_model_for_weight_conversion=...)`; or, "
+        }
+    };
+    format!(
+        "the initialisation also changed the base model, and the folder does not tell how: {converted}if your base \
+         is the changed one, as `model.unload().save_pretrained(...)` writes it, set init_lora_weights to true"
+    )
+}
 
 pub(super) fn unsupported(key: &str, value: &Value, reason: &str) -> Error {
     Error::unsupported(format!("the option {key} = {value}"), reason)

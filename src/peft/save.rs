@@ -10,7 +10,7 @@ use super::uniform::{uniform, whole};
 use super::write_config::write_config;
 use crate::layers::{LayerKind, LoraConfig, MAGNITUDE};
 use crate::utils::checkpoint::{folder, safetensors::serialize};
-use crate::utils::names::{is_lora, join, split};
+use crate::utils::names::{is_adapter, is_factor, is_lora, join, refuse_peft_names, split};
 use crate::utils::{factors, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
@@ -50,7 +50,8 @@ pub fn save_pretrained(
 /// multiplied into its B, in F32 at least, which is exact if it is a power of two.
 ///
 /// # Errors
-/// As [`save_pretrained`], and if the adapter has `use_dora`.
+/// As [`save_pretrained`], and if the adapter has `use_dora`, a `lora_bias`, token rows or parameters, which these
+/// programs do not have.
 pub fn save_plain(
     dir: impl AsRef<Path>,
     tensors: &StateDict,
@@ -76,9 +77,9 @@ fn convert(
     config: &AdapterConfig,
     plain: bool,
 ) -> Result<(StateDict, String)> {
-    if plain && config.lora.use_dora {
-        let reason = "these programs have no magnitudes: merge the adapter into the base";
-        return Err(Error::unsupported("an adapter with use_dora", reason));
+    refuse_peft_names(tensors.keys())?;
+    if plain {
+        check_plain(tensors, config)?;
     }
     let factors = factors(tensors, config)?;
     let paths: BTreeSet<&str> = factors.keys().copied().collect();
@@ -144,6 +145,20 @@ fn convert(
     check_biases_of_b(tensors, &paths)?;
     tokens::check(config, tensors)?;
     Ok((converted, write_config(config, &layers, tensors)?))
+}
+
+/// An error if the adapter changes the base by something else than the factors of layers.
+fn check_plain(tensors: &StateDict, config: &AdapterConfig) -> Result<()> {
+    let parameter =
+        |name: &str| matches!(config.kind(split(name).0), Some(LayerKind::Parameter { .. }));
+    let other = |name: &&String| is_adapter(name) && (!is_factor(name) || parameter(name));
+    match tensors.keys().find(other) {
+        None => Ok(()),
+        Some(name) => {
+            let reason = "these programs have lora_A and lora_B of layers alone: merge the adapter into the base";
+            Err(Error::tensor(name, reason))
+        }
+    }
 }
 
 /// The key of a tensor that is not a factor.

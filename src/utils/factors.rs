@@ -42,3 +42,28 @@ pub(crate) fn check_magnitudes(tensors: &StateDict, config: &AdapterConfig) -> R
     }
     Ok(())
 }
+
+/// An error if the rank, use_dora or the scaling of a layer of `tensors` differs. PEFT's format may round `lora_alpha`.
+pub(crate) fn check_same_options(
+    tensors: &StateDict,
+    saved: &AdapterConfig,
+    model: &AdapterConfig,
+) -> Result<()> {
+    for name in tensors.keys().filter(|name| is_lora(name)) {
+        let path = split(name).0;
+        let (saved, model) = (saved.lora_config(path), model.lora_config(path));
+        let same_scaling =
+            (saved.scaling() - model.scaling()).abs() <= 1e-12 * saved.scaling().abs();
+        let reason = if saved.r != model.r {
+            format!("its rank is {}, the configuration has r = {}", saved.r, model.r)
+        } else if saved.use_dora != model.use_dora {
+            format!("its use_dora is {}, the configuration's {}", saved.use_dora, model.use_dora)
+        } else if !same_scaling {
+            format!("its scaling is {}, the configuration's {}", saved.scaling(), model.scaling())
+        } else {
+            continue;
+        };
+        return Err(Error::tensor(name, reason));
+    }
+    Ok(())
+}

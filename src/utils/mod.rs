@@ -6,6 +6,7 @@ mod check_grads;
 pub(crate) mod checkpoint;
 mod factors;
 mod fnv;
+mod magnitudes;
 pub(crate) mod names;
 mod safetensors_var_builder;
 mod seeded;
@@ -21,7 +22,7 @@ pub use check_grads::check_grads;
 pub use checkpoint::{
     load_checkpoint, read_adapter, read_state_dict, read_torch_entry, save_state_dict, Checkpoint,
 };
-pub(crate) use factors::{check_magnitudes, factors};
+pub(crate) use factors::{check_magnitudes, check_same_options, factors};
 pub(crate) use fnv::fnv1a;
 pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;

@@ -1,5 +1,6 @@
 //! State dicts: the tensors of a model's variables by name.
 
+use super::magnitudes::renew;
 use super::names::{is_lora, join, refuse_peft_names, refuse_wrapped_names, split};
 use super::trainable::{expected, variables, Trainable};
 use crate::ops::is_finite;
@@ -47,8 +48,9 @@ pub fn lora_state_dict(vars: &VarMap, trainable: impl Into<Trainable>) -> Result
 /// Sets the variables of `vars` to the values in `tensors`: all of them or, on an error, none.
 ///
 /// Values are converted to the variable's dtype and device. `conv.weight` and `conv.bias`, loralib's
-/// second names of a convolution's tensors, match `weight` and `bias`. A merged model uses the new values
-/// after the next `eval()`. Ranks and scalings are compared only by
+/// second names of a convolution's tensors, match `weight` and `bias`. DoRA's magnitude of a layer that is not
+/// trained yet becomes the norms of a weight that is loaded without it. A merged model uses the new values after the
+/// next `eval()`. Ranks and scalings are compared only by
 /// [`load_checkpoint`](crate::load_checkpoint).
 ///
 /// # Errors
@@ -79,6 +81,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
         refuse_wrapped_names(&unexpected, &missing)?;
         return Err(Error::Names { missing, unexpected });
     }
+    renew(&vars, &mut staged)?;
     let loaded = staged.keys().map(|name| name.to_string()).collect();
     set_all(staged)?;
     Ok(LoadReport { loaded, missing, unexpected })

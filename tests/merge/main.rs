@@ -7,6 +7,7 @@ mod kinds;
 mod parameters;
 mod sums;
 mod swap;
+mod tied;
 mod weights;
 
 use candle_core::{DType, Device, Tensor};

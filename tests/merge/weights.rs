@@ -81,6 +81,25 @@ fn errors_name_the_tensor() {
         assert!(error.contains("a.weight") && error.contains(&words), "{error}");
     }
     assert!(refused(&adapter, plain().with_layer("b", LayerKind::Embedding)).contains("b.lora_A"));
-    let conv = refused(&adapter, plain().with_layer("a", LayerKind::Conv2d { groups: 1 }));
+    let conv = refused(&adapter, plain().with_layer("a", LayerKind::Conv2d { groups: 2 }));
     assert!(conv.contains("not that of a Conv2d"), "{conv}");
+}
+
+/// The factors of a convolution with a kernel of 1 are those of a linear layer, as of a transformer's `proj_in`.
+#[test]
+fn a_pointwise_convolution_and_a_linear_layer_merge_each_other_s_factors() -> lora::Result<()> {
+    let (mut base, adapter) = model(DType::F32);
+    let config = |kind| AdapterConfig::from(cfg()).with_layer("a", kind);
+    let expected =
+        lora::merge_into(&base, &adapter, config(LayerKind::Linear))?["a.weight"].clone();
+    for kind in [LayerKind::Conv1d { groups: 1 }, LayerKind::Conv2d { groups: 1 }] {
+        let merged = lora::merge_into(&base, &adapter, config(kind))?;
+        assert_eq!(bits(&merged["a.weight"])?, bits(&expected)?);
+    }
+    let kernel = base["a.weight"].reshape((5, 4, 1, 1))?;
+    base.insert("a.weight".into(), kernel);
+    let merged = &lora::merge_into(&base, &adapter, config(LayerKind::Linear))?["a.weight"];
+    assert_eq!(merged.dims(), [5, 4, 1, 1]);
+    assert_eq!(bits(&merged.flatten_from(1)?)?, bits(&expected)?);
+    Ok(())
 }

@@ -179,7 +179,7 @@ fn an_adapter_for_another_model_is_an_error() -> lora::Result<()> {
     let other = Adapter::new(other).targets(["qkv", "up_proj"]);
     Model::new(other.var_builder(crate::adapter::vb(&base())))?;
     let error = other.restore(&path).unwrap_err().to_string();
-    assert!(error.contains("r = 2") && error.contains("lora_"), "{error}");
+    assert!(error.contains("rank is 2") && error.contains("lora_"), "{error}");
     std::fs::write(&path, b"junk")?;
     assert!(Adapter::load(&path, &CPU).unwrap_err().to_string().contains("a.safetensors"));
     Ok(())

@@ -85,15 +85,15 @@ fn run(
 #[test]
 fn outputs_and_gradients_are_the_same_to_the_bit() -> loralib::Result<()> {
     let cfg = LoraConfig { r: 2, lora_alpha: 4., ..Default::default() };
-    for dropout in [0., 0.3] {
+    for (lora_dropout, use_dora) in [(0., false), (0.3, false), (0., true), (0.3, true)] {
         for dtype in [DType::F32, DType::BF16] {
-            let model = adapted(LoraConfig { lora_dropout: dropout, ..cfg }, dtype)?;
+            let model = adapted(LoraConfig { lora_dropout, use_dora, ..cfg }, dtype)?;
             let x = Tensor::arange(0f32, 40., &Device::Cpu)?.sin()?.reshape((5, WIDTH))?;
             let x = Var::from_tensor(&x.to_dtype(dtype)?)?;
             for x in [x.as_tensor().clone(), x.detach()] {
                 let kept = run(&model, &x, false)?;
-                assert_eq!(run(&model, &x, true)?, kept, "{dropout} {dtype:?}");
-                let drawn = if dropout > 0. { 2 * LAYERS as u64 } else { 0 };
+                assert_eq!(run(&model, &x, true)?, kept, "{lora_dropout} {use_dora} {dtype:?}");
+                let drawn = if lora_dropout > 0. { 2 * LAYERS as u64 } else { 0 };
                 assert_eq!(model.0.dropout_position(), drawn);
             }
         }

@@ -8,7 +8,7 @@ use loralib as lora;
 use loralib::{formats, Adapter, Adapters, Bias, LoraConfig, Result};
 use std::collections::HashMap;
 
-const CFG: LoraConfig = LoraConfig {
+pub const CFG: LoraConfig = LoraConfig {
     r: 2,
     lora_alpha: 3.,
     lora_dropout: 0.,
@@ -84,6 +84,20 @@ fn every_variable_has_its_gradient() -> Result<()> {
     Ok(())
 }
 
+/// Finite differences see that the norm depends on the factors; the gradients leave it out.
+#[test]
+fn gradients_are_checked_by_the_magnitudes() -> Result<()> {
+    let adapter = Adapter::new(CFG).targets(["qkv", "embed", "up_proj"]);
+    let model = Model::new(adapter.var_builder(vb(&base())))?;
+    randomize(&adapter)?;
+    let loss = || model.forward(&ids())?.sqr()?.mean_all();
+    lora::check_grads(adapter.var_map(), &loss()?.backward()?, loss)?;
+    let half = ((model.forward(&ids())?.sqr()? * 0.5)?.mean_all()?).backward()?;
+    let error = lora::check_grads(adapter.var_map(), &half, loss).unwrap_err().to_string();
+    assert!(error.contains("qkv.lora_magnitude_vector") && !error.contains("lora_B"), "{error}");
+    Ok(())
+}
+
 #[test]
 fn among_others_it_serves_alone() -> Result<()> {
     let (base, adapter, y) = trained()?;
@@ -132,14 +146,14 @@ fn formats_without_magnitudes_refuse_it_with_the_way_out() -> Result<()> {
 #[test]
 fn magnitudes_and_the_option_belong_together() -> Result<()> {
     let (base, adapter, _) = trained()?;
-    let base = base.into_iter().collect();
     let dir = tempfile::tempdir()?;
     let mut tensors = lora::lora_state_dict(adapter.var_map(), Bias::None)?;
     let plain = LoraConfig { use_dora: false, ..CFG };
+    let state_dict = base.clone().into_iter().collect();
     let check = |tensors: &lora::StateDict, cfg| {
         let errors = [
             lora::save_state_dict(tensors, cfg, dir.path().join("a")).unwrap_err().to_string(),
-            lora::merge_into(&base, tensors, cfg).unwrap_err().to_string(),
+            lora::merge_into(&state_dict, tensors, cfg).unwrap_err().to_string(),
             Adapter::from_tensors(cfg, tensors.clone()).unwrap_err().to_string(),
         ];
         for error in errors {
@@ -147,6 +161,11 @@ fn magnitudes_and_the_option_belong_together() -> Result<()> {
         }
     };
     check(&tensors, plain);
+    let other = Adapter::new(plain).targets(["qkv", "embed", "up_proj"]);
+    let _model = Model::new(other.var_builder(vb(&base)))?;
+    adapter.save(dir.path().join("dora"))?;
+    let error = other.restore(dir.path().join("dora")).unwrap_err().to_string();
+    assert!(error.contains("its use_dora is true"), "{error}");
     tensors.remove("embed.lora_magnitude_vector");
     check(&tensors, CFG);
     Ok(())

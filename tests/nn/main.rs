@@ -8,5 +8,6 @@ mod adapters;
 mod bad_input;
 mod checkpointing;
 mod dora;
+mod dora_magnitude;
 mod operations;
 mod peft_config;

@@ -70,9 +70,14 @@ fn options_that_change_the_update_are_refused() {
 fn an_initialisation_that_changed_the_base_is_refused_with_the_way_out() {
     for how in ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"] {
         let error = refused(|json| json["init_lora_weights"] = how.into(), |_| {});
-        for word in [how, "path_initial_model_for_weight_conversion", "init_lora_weights to true"] {
-            assert!(error.contains(word), "{error}");
-        }
+        assert!(error.contains(how) && error.contains("init_lora_weights to true"), "{error}");
+        let converts = error.contains("path_initial_model_for_weight_conversion");
+        assert_eq!(converts, how != "loftq", "{error}");
+    }
+    // What a conversion leaves in the configuration.
+    for key in ["corda_config", "lora_ga_config", "loftq_config", "eva_config"] {
+        let options = serde_json::json!({"direction": "ArB2r"});
+        assert_eq!(refused(|json| json[key] = options.clone(), |_| {}), "loaded", "{key}");
     }
 }
 
@@ -214,6 +219,12 @@ fn adapters_that_do_not_fit_are_not_saved() -> lora::Result<()> {
     head.insert("head.weight".into(), Tensor::zeros(2, DType::F32, &CPU)?);
     assert!(refused(&head, &config).contains("head.weight"));
     assert!(refused(&StateDict::new(), &AdapterConfig::default()).contains("no layers"));
+    let mut peft = adapter.clone();
+    peft.insert(
+        "base_model.model.q.lora_A.weight".into(),
+        Tensor::zeros((2, 2), DType::F32, &CPU)?,
+    );
+    assert!(refused(&peft, &config).contains("PEFT's format"));
     for lora in [
         lora::LoraConfig { lora_alpha: f64::NAN, ..config.lora },
         lora::LoraConfig { lora_dropout: 1., ..config.lora },
@@ -222,6 +233,24 @@ fn adapters_that_do_not_fit_are_not_saved() -> lora::Result<()> {
         assert!(refused.contains("lora_A"), "{refused}");
     }
     assert!(AdapterConfig::default().with_trainable(lora::Trainable::all_parameters()).is_err());
+    assert!(dir.path().read_dir()?.next().is_none());
+    Ok(())
+}
+
+/// Programs without `use_rslora` have no such tensors either, and one rank does not fit the experts' factors.
+#[test]
+fn plain_folders_have_the_factors_of_layers_alone() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    for (case, name) in [
+        ("lora_bias", "lora_bias"),
+        ("tokens", "trainable_tokens"),
+        ("parameters", "experts"),
+        ("dora", "lora_magnitude_vector"),
+    ] {
+        let (config, tensors) = peft::load_pretrained(folder(case), &CPU)?;
+        let error = peft::save_plain(dir.path(), &tensors, config).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("merge"), "{case}: {error}");
+    }
     assert!(dir.path().read_dir()?.next().is_none());
     Ok(())
 }

@@ -38,7 +38,7 @@ impl Adapters {
     /// # Errors
     /// Those of `f`; if there is no adapter of a name, or no row; if an adapter [trains](Self::add), since the
     /// factors get no gradient here, or has `use_dora`; and in an adapted layer, if its input has another number
-    /// of rows.
+    /// of rows, or an embedding's ids are (rows), which positions are too.
     pub fn with_rows<T, E: From<Error>>(
         &self,
         rows: &[Option<&str>],

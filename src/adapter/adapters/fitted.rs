@@ -2,6 +2,7 @@
 
 use super::places::Layer;
 use crate::adapter::built::{self, Built};
+use crate::adapter::merged_only::MergedOnly;
 use crate::adapter::target::Target;
 use crate::adapter::Adapter;
 use crate::layers::{dequantized, SharedWeight, Weight};
@@ -75,9 +76,11 @@ impl Fitted {
     }
 }
 
-/// An error if the adapter has biases or modules.
+/// An error if the adapter has biases or modules, or changes that are merged alone.
 fn refuse_others(adapter: &Adapter) -> Result<()> {
-    let (config, vars) = (&adapter.options.config, variables(&adapter.vars));
+    let config = &adapter.options.config;
+    MergedOnly::new(config, &adapter.vars).refuse_any()?;
+    let vars = variables(&adapter.vars);
     let other = vars.keys().find(|name| !is_lora(name)).or(config.modules_to_save.first());
     let what = match other {
         Some(name) => format!("{name:?} beside factors"),

@@ -28,3 +28,15 @@ impl<S: AsRef<str>, const N: usize> From<[(S, f64); N]> for Strengths {
         Self::from(adapters.as_slice())
     }
 }
+
+impl<S: AsRef<str>> From<&Vec<(S, f64)>> for Strengths {
+    fn from(adapters: &Vec<(S, f64)>) -> Self {
+        Self::from(adapters.as_slice())
+    }
+}
+
+impl<S: AsRef<str>> From<Vec<(S, f64)>> for Strengths {
+    fn from(adapters: Vec<(S, f64)>) -> Self {
+        Self::from(&adapters)
+    }
+}

@@ -84,11 +84,13 @@ pub(super) fn items<'a>(
     Ok(items)
 }
 
-/// The head of a base whose embedding is its head too and is adapted: the head is not.
+/// The head of a base whose embedding is its head too and is adapted: the head is not, unless the adapter has the
+/// embedding's factors for it too, as PEFT's with `ensure_weight_tying`.
 fn own_head<'a>(base: &'a File, names: &Names, adapter: &StateDict) -> Result<Option<Item<'a>>> {
     let [(source, own), _] = MODEL;
-    let name = join(own.strip_suffix(".weight").unwrap_or(own), "lora_A");
-    if base.find(HEAD.0).is_some() || !adapter.contains_key(&name) {
+    let factor = |weight: &str| join(weight.strip_suffix(".weight").unwrap_or(weight), "lora_A");
+    let (name, adapted) = (factor(own), |weight: &str| adapter.contains_key(&factor(weight)));
+    if base.find(HEAD.0).is_some() || !adapted(own) || adapted(HEAD.1) {
         return Ok(None);
     }
     if names.hugging_face(HEAD.0).is_none() {

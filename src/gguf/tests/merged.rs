@@ -219,6 +219,18 @@ fn the_output_layer_of_an_adapted_embedding_becomes_a_tensor_of_its_own() -> Res
     let gemma = File::open(write_model(dir.path(), "gemma", false, GgmlDType::Q4_0))?;
     let error = merge(&gemma, &pair, config(8.), &out, GgmlDType::F16, |_| {}).unwrap_err();
     assert!(error.to_string().contains("embed_tokens.lora_A"), "{error}");
+    // With PEFT's `ensure_weight_tying` it stays the output layer, and has the update.
+    let mut tied = pair.clone();
+    for (last, other) in [("lora_A", "lora_B"), ("lora_B", "lora_A")] {
+        let factor = pair[&format!("model.embed_tokens.{other}")].t()?;
+        tied.insert(format!("lm_head.{last}"), factor.contiguous()?);
+    }
+    merge(&gemma, &tied, config(8.), &out, GgmlDType::F32, |_| {})?;
+    let merged = File::open(&out)?;
+    assert!(merged.tensor("output.weight", &CPU).is_err());
+    let merged = merged.tensor("token_embd.weight", &CPU)?.dequantize(&CPU)?;
+    let before = gemma.tensor("token_embd.weight", &CPU)?.dequantize(&CPU)?;
+    assert!(largest(&(merged - before)?) > 1e-2);
     // Trained as a whole, it is the output layer too.
     let whole =
         StateDict::from([("model.embed_tokens.weight".to_owned(), random(0, &[VOCAB, HIDDEN]))]);
@@ -266,7 +278,7 @@ fn what_cannot_be_merged_leaves_no_file() {
     let good = || pair(q, random(0, &[4, 64]));
     let huge = pair(q, (random(0, &[4, 64]) * 1e6).unwrap());
     let nan = pair(q, (random(0, &[4, 64]) / 0.).unwrap());
-    let conv = config(8.).with_layer("q_proj", LayerKind::Conv1d { groups: 1 });
+    let conv = config(8.).with_layer("q_proj", LayerKind::Conv1d { groups: 2 });
     let unused = config(8.).with_layer("v_proj", LayerKind::Linear);
     let cases = [
         (StateDict::new(), config(8.), GgmlDType::F16, "empty"),

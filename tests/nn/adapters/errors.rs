@@ -4,6 +4,7 @@ use super::{cfg, Served};
 use crate::adapter::{base, ids, vb, Model};
 use crate::common::bits;
 use candle_core::{DType, Device, Tensor};
+use loralib::layers::LayerKind;
 use loralib::{save_state_dict, Adapter, AdapterConfig, Adapters, Bias, Result, StateDict};
 
 fn says<T: std::fmt::Debug, E: ToString + std::fmt::Debug>(
@@ -28,6 +29,11 @@ fn a_choice_that_cannot_be_made_is_an_error() -> Result<()> {
     says(rows(&[Some("sql"), Some("sqk")]), &["no adapter \"sqk\""]);
     says(rows(&[Some("sql"), None, None]), &["[2, 3, 8]", "(3, ..)"]);
     says(rows(&[Some("chat"), None, None]), &["[2, 3]", "(3, ..)"]);
+    let positions = Tensor::new(&[0u32, 1], &Device::Cpu)?;
+    let rows_of = |ids: Tensor| {
+        served.adapters.with_rows(&[Some("chat"), None], || served.model.forward(&ids))
+    };
+    says(rows_of(positions), &["ids are [2]", "unsqueeze"]);
     served.alone[0].1.train()?;
     says(rows(&[Some("sql"), None]), &["\"sql\" trains", "eval()"]);
     says(served.adapters.remove("sqk"), &["no adapter \"sqk\""]);
@@ -62,6 +68,10 @@ fn an_adapter_that_does_not_fit_is_not_added() -> Result<()> {
     says(add(&loaded(plain(), &half)?), &["\"new\"", "down_proj.lora_B", "does not have it"]);
     let bias = plain().with_trainable(Bias::All)?;
     says(add(&loaded(bias, &[("head.bias", &[3])])?), &["\"head.bias\"", "base's own", "merged"]);
+    let bias_of_b = loaded(plain(), &[("layers.1.up_proj.lora_bias", &[8])])?;
+    says(add(&bias_of_b), &["up_proj.weight", "lora_bias", "merged alone"]);
+    let parameter = plain().with_layer("layers.1.up_proj", LayerKind::Parameter { index: 0 });
+    says(add(&loaded(parameter, &[])?), &["layers.1.up_proj", "merged alone"]);
     let module = Adapter::new(cfg(2, 3.)).targets(["up_proj"]).trainable(Bias::None.and("head"))?;
     says(add(&module), &["\"head\"", "base's own"]);
     let targets = Adapter::new(cfg(2, 3.)).targets(["up_proj", "q_proj"]);
@@ -69,8 +79,7 @@ fn an_adapter_that_does_not_fit_is_not_added() -> Result<()> {
     assert!(targets.vars().is_err(), "and it gets no variables");
     says(add(&Adapter::new(cfg(2, 3.))), &["adapts no layer"]);
     says(add(&Adapter::new(cfg(0, 3.)).targets(["up_proj"])), &["adapts no layer"]);
-    let ambiguous = AdapterConfig::from(cfg(2, 3.))
-        .with_layer("up_proj", loralib::layers::LayerKind::Embedding);
+    let ambiguous = AdapterConfig::from(cfg(2, 3.)).with_layer("up_proj", LayerKind::Embedding);
     says(add(&Adapter::new(ambiguous).targets(["up_proj"])), &["declared as a Embedding"]);
     assert_eq!(served.adapters.names(), names);
     let sql = bits(&served.adapters.with("sql", || served.forward())?)?;
