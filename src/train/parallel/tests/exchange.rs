@@ -68,15 +68,17 @@ fn a_gradient_that_some_ranks_lack_counts_as_zero_there() -> Result<()> {
     let vars = ["both", "first", "none"]
         .map(|name| Var::new(&[3f32], &Device::Cpu).map(|var| (name.to_owned(), var)));
     let vars: BTreeMap<_, _> = vars.into_iter().collect::<candle_core::Result<_>>()?;
-    let grads = ranks(2, |rank, threads| -> Result<_> {
+    let grads = ranks(3, |rank, threads| -> Result<_> {
         let flat = FlatGrads::new(vars.clone(), rank)?;
-        let mut loss = vars["both"].sqr()?;
-        if rank.index() == 0 {
-            loss = (loss + &vars["first"].sqr()?)?;
-        }
+        // The last rank's weight is 0.
+        let (name, weight) = [("first", 1.), ("both", 1.), ("none", 0.)][rank.index()];
+        let loss = match name {
+            "both" => vars[name].sqr()?,
+            _ => (vars["both"].sqr()? + vars[name].sqr()?)?,
+        };
         let loss = loss.sum_all()?;
         let mut grads = loss.backward()?;
-        flat.all_reduce(&mut grads, &loss, 1., |part| threads.sum(rank, part))?;
+        flat.all_reduce(&mut grads, &loss, weight, |part| threads.sum(rank, part))?;
         let value = |name: &str| grads.get(&vars[name]).map(|grad| grad.to_vec1::<f32>().unwrap());
         Ok(["both", "first", "none"].map(value))
     });
