@@ -23,11 +23,42 @@ pub(crate) fn is_finite(t: &Tensor) -> Result<bool> {
         Storage::Cpu(CpuStorage::F16(v)) => all(&v[range]),
         _ => {
             drop(storage);
-            // The product is NaN where a value is not finite. Rows are summed first, because a
-            // device sums a whole tensor in one thread block.
-            let rows = t.dims().first().map_or(1, |n| *n);
-            let sum = (&t * 0.)?.reshape((rows, ()))?.sum(1)?.sum_all()?;
-            sum.to_dtype(DType::F32)?.to_scalar::<f32>()? == 0.
+            product_sum(&t)? == 0.
         }
     })
+}
+
+/// The sum of 0 times each value: NaN where one is not finite. Rows are summed first, because a device sums a whole
+/// tensor in one thread block.
+fn product_sum(t: &Tensor) -> Result<f32> {
+    let t = (t.flatten_all()? * 0.)?;
+    let rows = t.elem_count().isqrt();
+    let columns = t.elem_count() / rows;
+    let mut sum = t.narrow(0, 0, rows * columns)?.reshape((rows, columns))?.sum(1)?.sum_all()?;
+    let rest = t.elem_count() - rows * columns;
+    if rest > 0 {
+        sum = (sum + t.narrow(0, rows * columns, rest)?.sum_all()?)?;
+    }
+    sum.to_dtype(DType::F32)?.to_scalar()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// The device's way, on the CPU.
+    #[test]
+    fn the_sum_of_products_sees_every_value() -> Result<()> {
+        for len in [1, 2, 3, 4, 8, 11, 12] {
+            let finite = vec![1e30f32; len];
+            assert_eq!(product_sum(&Tensor::new(finite.clone(), &Device::Cpu)?)?, 0.);
+            for i in 0..len {
+                let mut values = finite.clone();
+                values[i] = f32::INFINITY;
+                assert!(product_sum(&Tensor::new(values, &Device::Cpu)?)?.is_nan());
+            }
+        }
+        Ok(())
+    }
 }

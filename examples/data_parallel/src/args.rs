@@ -1,6 +1,6 @@
 //! The flags.
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -11,6 +11,7 @@ use std::path::PathBuf;
 pub struct Args {
     /// Text to train on, in UTF-8 and on every machine, instead of the embedded one
     #[arg(long, value_name = "FILE")]
+    #[serde(skip)] // Its content is compared.
     pub text: Option<PathBuf>,
     /// Steps of the whole run, those before --resume included
     #[arg(long, default_value_t = 50)]
@@ -27,10 +28,10 @@ pub struct Args {
     /// The base's blocks
     #[arg(long, default_value_t = 4)]
     pub layers: usize,
-    /// The adapter's rank
+    /// The rank of the adapter's low-rank update
     #[arg(long, default_value_t = 8)]
-    pub rank: usize,
-    /// The adapter's strength: its update is scaled by alpha / rank
+    pub r: usize,
+    /// The adapter's strength: its update is scaled by alpha / r
     #[arg(long, default_value_t = 16.)]
     pub alpha: f64,
     /// The probability with which a value of the adapter's input is dropped
@@ -51,5 +52,22 @@ pub struct Args {
     /// The folder for adapter.safetensors, state.safetensors and report.json; with --resume, ranks on other
     /// machines read it too
     #[arg(long, value_name = "FOLDER", default_value = "target/data_parallel")]
+    #[serde(skip)] // Machines may mount it elsewhere.
     pub out: PathBuf,
+    /// Trains on a GPU for each rank, and sums by NCCL: needs a build with --features nccl
+    #[arg(long)]
+    pub gpu: bool,
+    /// To see what follows: the last rank does this in its sixth step
+    #[arg(long, value_enum)]
+    pub fault: Option<Fault>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+pub enum Fault {
+    /// Its loss is NaN
+    Nan,
+    /// Its forward fails
+    Error,
+    /// Its adapter changes
+    Drift,
 }

@@ -44,7 +44,7 @@ pub struct Batch {
 
 impl Batch {
     /// `None` without sequences.
-    pub fn new(sequences: &[&[u8]]) -> Result<Option<Self>> {
+    pub fn new(sequences: &[&[u8]], device: &Device) -> Result<Option<Self>> {
         let Some(width) = sequences.iter().map(|s| s.len() - 1).max() else { return Ok(None) };
         let (mut ids, mut labels, mut predicted) = (vec![], vec![], 0);
         for (i, sequence) in sequences.iter().enumerate() {
@@ -55,7 +55,7 @@ impl Batch {
             labels.resize((i + 1) * width, IGNORED);
         }
         let shape = (sequences.len(), width);
-        let ids = Tensor::from_vec(ids, shape, &Device::Cpu)?;
-        Ok(Some(Self { ids, labels: Tensor::from_vec(labels, shape, &Device::Cpu)?, predicted }))
+        let ids = Tensor::from_vec(ids, shape, device)?;
+        Ok(Some(Self { ids, labels: Tensor::from_vec(labels, shape, device)?, predicted }))
     }
 }

@@ -1,12 +1,14 @@
 //! Data-parallel training of an adapter over MPI: each rank computes the gradients of its share of the batch, and only
 //! the adapter's gradients travel.
 //!
-//! `mpirun -n 2 -x RAYON_NUM_THREADS=1 target/release/data_parallel`; `--help` lists the flags.
+//! `mpirun -n 2 --bind-to none -x RAYON_NUM_THREADS=1 target/release/data_parallel`; `--help` lists the flags.
 
 mod args;
 mod base;
 mod data;
 mod model;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod train;
 mod world;
 
@@ -18,6 +20,7 @@ mod rng;
 
 use args::Args;
 use clap::Parser;
+use std::io::Write;
 use std::process::ExitCode;
 use world::World;
 
@@ -47,7 +50,9 @@ fn main() -> ExitCode {
             }
         };
         if let Err(error) = train::train(&args, &world) {
-            eprintln!("error: rank {}: {error}", world.rank().index());
+            // Written at once, since all ranks may write.
+            let line = format!("error: rank {}: {error}\n", world.rank().index());
+            let _ = std::io::stderr().write_all(line.as_bytes());
             world.abort();
         }
         ExitCode::SUCCESS

@@ -2,7 +2,7 @@
 
 use crate::{Error, Result};
 
-/// Rank `index` of `of` ranks: its share of each batch, and its masks of dropout.
+/// Rank `index` of `count` processes (not the rank of a LoRA): its share of each batch, and its masks of dropout.
 ///
 /// ```
 /// use loralib::train::Rank;
@@ -15,17 +15,19 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rank {
     index: usize,
-    of: usize,
+    count: usize,
 }
 
 impl Rank {
     /// # Errors
-    /// If `index` is not less than `of`.
-    pub fn new(index: usize, of: usize) -> Result<Self> {
-        if index >= of {
-            return Err(Error::Invalid(format!("rank {index} of {of} ranks: they count from 0")));
+    /// If `index` is not less than `count`.
+    pub fn new(index: usize, count: usize) -> Result<Self> {
+        if index >= count {
+            return Err(Error::Invalid(format!(
+                "rank {index} of {count} ranks: they count from 0"
+            )));
         }
-        Ok(Self { index, of })
+        Ok(Self { index, count })
     }
 
     /// This rank's number, from 0.
@@ -34,8 +36,8 @@ impl Rank {
     }
 
     /// The number of ranks.
-    pub fn of(&self) -> usize {
-        self.of
+    pub fn count(&self) -> usize {
+        self.count
     }
 
     /// This rank's part of a batch that is the same on all ranks. The parts of all ranks, one after another,
@@ -43,7 +45,8 @@ impl Rank {
     /// there are ranks.
     pub fn shard<'a, T>(&self, batch: &'a [T]) -> &'a [T] {
         // In u128, since the product may exceed usize.
-        let start = |rank: usize| (batch.len() as u128 * rank as u128 / self.of as u128) as usize;
+        let start =
+            |rank: usize| (batch.len() as u128 * rank as u128 / self.count as u128) as usize;
         &batch[start(self.index)..start(self.index + 1)]
     }
 
