@@ -59,20 +59,18 @@ impl SafetensorsFile {
     }
 
     pub fn read(&mut self, name: &str) -> Result<Tensor> {
-        let mut data = self.data(name)?;
-        let mut bytes = vec![0; data.limit() as usize];
-        data.read_exact(&mut bytes).map_err(|e| Error::tensor(name, e))?;
-        let info = self.info(name)?;
-        let dtype = DType::try_from(info.dtype).map_err(|e| Error::tensor(name, e))?;
-        let count =
-            checked_elem_count(&info.shape).and_then(|n| n.checked_mul(dtype.size_in_bytes()));
-        if count != Some(bytes.len()) {
-            let reason =
-                format!("it has {} bytes for the shape {:?} of {dtype:?}", bytes.len(), info.shape);
-            return Err(Error::tensor(name, reason));
+        let TensorInfo { dtype, shape, .. } = self.info(name)?.clone();
+        let dtype = DType::try_from(dtype).map_err(|e| Error::tensor(name, e))?;
+        let count = checked_elem_count(&shape);
+        let data = self.data(name)?;
+        let size = data.limit();
+        match count.filter(|n| n.checked_mul(dtype.size_in_bytes()) == usize::try_from(size).ok()) {
+            Some(count) => tensor(data, dtype, &shape, count).map_err(|e| Error::tensor(name, e)),
+            None => {
+                let reason = format!("it has {size} bytes for the shape {shape:?} of {dtype:?}");
+                Err(Error::tensor(name, reason))
+            }
         }
-        Tensor::from_raw_buffer(&bytes, dtype, &info.shape, &Device::Cpu)
-            .map_err(|e| Error::tensor(name, e))
     }
 
     /// Copies a tensor's bytes to `out`.
@@ -106,4 +104,26 @@ impl SafetensorsFile {
     fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.header.info(name).ok_or_else(|| Error::tensor(name, "it is missing"))
     }
+}
+
+/// A tensor of `count` values. F32 needs no second buffer of its size, which matters for the largest of a model.
+fn tensor(
+    mut data: impl Read,
+    dtype: DType,
+    shape: &[usize],
+    count: usize,
+) -> candle_core::Result<Tensor> {
+    if dtype == DType::F32 {
+        let (mut values, mut part) = (Vec::with_capacity(count), vec![0; 1 << 16]);
+        while values.len() < count {
+            let length = part.len().min(4 * (count - values.len()));
+            let part = &mut part[..length];
+            data.read_exact(part)?;
+            values.extend(part.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+        }
+        return Tensor::from_vec(values, shape, &Device::Cpu);
+    }
+    let mut bytes = vec![0; count * dtype.size_in_bytes()];
+    data.read_exact(&mut bytes)?;
+    Tensor::from_raw_buffer(&bytes, dtype, shape, &Device::Cpu)
 }
