@@ -13,7 +13,7 @@ use candle_nn::{
 };
 
 const CPU: Device = Device::Cpu;
-const CFG: LoraConfig = LoraConfig {
+pub const CFG: LoraConfig = LoraConfig {
     r: 2,
     lora_alpha: 3.,
     lora_dropout: 0.,

@@ -8,17 +8,7 @@ use loralib as lora;
 use loralib::{formats, Adapter, Adapters, Bias, LoraConfig, Result};
 use std::collections::HashMap;
 
-pub const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    use_dora: true,
-    gaussian: false,
-    lora_dtype: None,
-};
+pub const CFG: LoraConfig = LoraConfig { use_dora: true, ..crate::adapter::CFG };
 
 /// The base, the adapter and its output.
 fn trained() -> Result<(HashMap<String, Tensor>, Adapter, Tensor)> {
