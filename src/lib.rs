@@ -22,6 +22,9 @@ pub mod merge;
 pub mod nn;
 mod ops;
 pub mod peft;
+#[cfg(test)]
+#[path = "../tests/common/random.rs"]
+mod random;
 pub mod train;
 pub mod utils;
 
@@ -33,7 +36,8 @@ pub use error::{Error, Result};
 pub use layers::{
     conv1d, conv1d_no_bias, conv2d, conv2d_no_bias, conv3d, conv3d_no_bias, embedding, linear,
     linear_b, linear_no_bias, merged_linear, merged_linear_no_bias, Adapted, Conv1d, Conv2d,
-    Conv3d, Conv3dConfig, Embedding, Linear, LoraConfig, LoraModule, MergedLinear, Mode,
+    Conv3d, Conv3dConfig, Embedding, InitLoraWeights, Linear, LoraConfig, LoraModule, MergedLinear,
+    Mode,
 };
 pub use merge::{add_weighted, merge_files, merge_into};
 pub use utils::*;

@@ -7,7 +7,7 @@ mod gpt2;
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use common::{device, difference};
+use common::{device, difference, randn};
 use gpt2::{Config, Gpt2};
 use lora::{Bias, LoraConfig, LoraModule, StateDict};
 use loralib as lora;
@@ -22,17 +22,8 @@ const CONFIG: Config = Config {
     layer_norm_epsilon: 1e-5,
 };
 
-const LORA: LoraConfig = LoraConfig {
-    r: 4,
-    lora_alpha: 32.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: true,
-    rslora: false,
-    use_dora: false,
-    gaussian: false,
-    lora_dtype: None,
-};
+const LORA: LoraConfig =
+    LoraConfig { r: 4, lora_alpha: 32., fan_in_fan_out: true, ..LoraConfig::DEFAULT };
 
 /// The fixture's weights under transformers' names, its ids and its logits.
 fn fixture() -> Result<(StateDict, Tensor, Tensor)> {
@@ -67,7 +58,7 @@ fn logits_agree_with_transformers() -> Result<()> {
     assert!(d < 1e-4, "with a fresh adapter: {d}");
 
     for var in vars.all_vars() {
-        var.set(&(var.randn_like(0., 1.)? * 0.05)?)?;
+        var.set(&(randn(var.shape(), var.dtype(), var.device())? * 0.05)?)?;
     }
     let unmerged = logits(&model, &ids)?;
     assert!(difference(&unmerged, &expected)? > 0.1);

@@ -3,8 +3,8 @@
 use super::{Adapter, Targets};
 use crate::utils::names::{is_adapted_weight, is_lora, refuse_peft_names, split};
 use crate::utils::{
-    check_same_options, factors, load_state_dict, read_adapter, save_state_dict, AdapterConfig,
-    LoadReport, StateDict, Strict, Trainable,
+    check_same_options, factors, load_state_dict, plain, read_adapter, save_state_dict,
+    AdapterConfig, LoadReport, StateDict, Strict, Trainable,
 };
 use crate::{peft, Error, Result};
 use candle_core::{DType, Device, Var};
@@ -62,13 +62,16 @@ impl Adapter {
 
     /// An adapter of these tensors, whose layers are its targets.
     pub(super) fn loaded(config: AdapterConfig, tensors: StateDict) -> Result<Self> {
+        let (tensors, config) = plain(&tensors, &config)?;
         let layers = tensors.keys().map(|name| split(name)).filter(|(_, last)| *last == "lora_A");
-        let adapter = Self::new(config).targets(Targets::paths(layers.map(|(path, _)| path)));
+        let adapter = Self::new(&*config).targets(Targets::paths(layers.map(|(path, _)| path)));
         // PEFT loads a saved table in place of the base's.
         let exists = |name: &str| tensors.contains_key(name);
         let replaces = |name: &str| is_adapted_weight(name, exists);
-        let (frozen, vars): (StateDict, StateDict) =
-            tensors.clone().into_iter().partition(|(name, _)| replaces(name));
+        let (frozen, vars): (StateDict, StateDict) = tensors
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.clone()))
+            .partition(|(name, _)| replaces(name));
         {
             let mut data = adapter.vars.data().lock().unwrap_or_else(PoisonError::into_inner);
             for (name, tensor) in vars {

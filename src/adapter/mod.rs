@@ -224,7 +224,7 @@ impl Adapter {
     /// # Errors
     /// If there are none.
     pub fn named_vars(&self) -> Result<BTreeMap<String, Var>> {
-        Trainable::from(&self.options.config).select(&self.vars)
+        Trainable::from(&self.options.config).trained(&self.vars)
     }
 
     /// All variables of the adapter by name, for functions that take a `VarMap`, such as

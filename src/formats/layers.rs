@@ -1,8 +1,8 @@
 //! The layers of an adapter with the factors that most formats have, which are PEFT's: (r, in) and (out, r),
 //! or (r, in, k..) and (out, r, 1..) of a convolution.
 
-use crate::layers::{LayerKind, LoraConfig};
-use crate::peft::{from_peft, kind, plain_alpha, same_scaling, to_peft, with_layers, Factors};
+use crate::layers::{same_scaling, LayerKind, LoraConfig};
+use crate::peft::{from_peft, kind, plain_alpha, to_peft, with_layers, Factors};
 use crate::utils::names::{is_factor, join, refuse_peft_names};
 use crate::utils::{factors, AdapterConfig, StateDict};
 use crate::{Error, Result};

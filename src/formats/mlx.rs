@@ -9,7 +9,7 @@ use crate::layers::LayerKind;
 use crate::peft::{shortest, uniform, without_mark};
 use crate::utils::checkpoint::{folder, read, safetensors::serialize};
 use crate::utils::names::split;
-use crate::utils::{AdapterConfig, StateDict};
+use crate::utils::{plain, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Device;
 use serde::Deserialize;
@@ -118,7 +118,8 @@ pub fn save(
 ) -> Result<()> {
     let (dir, config) = (dir.as_ref(), config.into());
     let convert = || {
-        let all = layers(tensors, &config, "MLX's format", false)?;
+        let (tensors, config) = &plain(tensors, &config)?;
+        let all = layers(tensors, config, "MLX's format", false)?;
         for layer in &all {
             let table = TABLES.contains(&split(layer.path).1);
             let fits = match layer.kind {

@@ -9,7 +9,7 @@ use crate::layers::LayerKind;
 use crate::peft::{plain_alpha, to_peft, Factors};
 use crate::utils::checkpoint::atomic_file;
 use crate::utils::names::{is_factor, join, refuse_peft_names};
-use crate::utils::{check_finite, factors, AdapterConfig, StateDict};
+use crate::utils::{check_finite, factors, plain, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
@@ -49,6 +49,7 @@ pub fn save_adapter(
 }
 
 fn write(path: &Path, adapter: &StateDict, config: &AdapterConfig, base: &File) -> Result<()> {
+    let (adapter, config) = &plain(adapter, config)?;
     let layers = layers(adapter, config, base)?;
     let alpha = common_alpha(&layers)?;
     let mut tensors = BTreeMap::new();

@@ -1,5 +1,6 @@
 //! The options of an adapter.
 
+use super::init_lora_weights::InitLoraWeights;
 use candle_core::{bail, DType, Result};
 
 /// loralib's options, with loralib's names and defaults.
@@ -34,10 +35,9 @@ pub struct LoraConfig {
     /// for a single token takes several times the layer's product: merge to serve. Default `false`. An error for
     /// [`MergedLinear`](crate::MergedLinear), and for a new layer over a W with an output of zeros.
     pub use_dora: bool,
-    /// Whether `lora_A` is initialised from N(0, 1/r²), PEFT's `init_lora_weights="gaussian"`, and not from
-    /// U(±1/√columns). Not in loralib, and not saved. Default `false`. Of no effect in an
-    /// [`Embedding`](crate::Embedding), whose `lora_A` is zero.
-    pub gaussian: bool,
+    /// How new factors are initialised, PEFT's `init_lora_weights`. Not in loralib, and not saved. Of no effect in
+    /// an [`Embedding`](crate::Embedding), whose `lora_A` is zero.
+    pub init_lora_weights: InitLoraWeights,
     /// The dtype of `lora_A`, `lora_B` and the magnitude. By default the base's, but F32 for F16 and BF16 bases:
     /// in F16 AdamW's epsilon rounds to 0, and its first step makes all of `lora_A` NaN.
     pub lora_dtype: Option<DType>,
@@ -45,21 +45,24 @@ pub struct LoraConfig {
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        Self {
-            r: 0,
-            lora_alpha: 1.,
-            lora_dropout: 0.,
-            merge_weights: true,
-            fan_in_fan_out: false,
-            rslora: false,
-            use_dora: false,
-            gaussian: false,
-            lora_dtype: None,
-        }
+        Self::DEFAULT
     }
 }
 
 impl LoraConfig {
+    /// The default, for constants.
+    pub const DEFAULT: Self = Self {
+        r: 0,
+        lora_alpha: 1.,
+        lora_dropout: 0.,
+        merge_weights: true,
+        fan_in_fan_out: false,
+        rslora: false,
+        use_dora: false,
+        init_lora_weights: InitLoraWeights::Uniform,
+        lora_dtype: None,
+    };
+
     /// The scaling of the update, `lora_alpha / r` (`lora_alpha / √r` with `rslora`); 0 for r = 0.
     pub fn scaling(&self) -> f64 {
         match self.r {
@@ -91,6 +94,15 @@ impl LoraConfig {
             }
         }
         Ok(())
+    }
+}
+
+/// The `lora_alpha` that gives rank `to` the scaling of `alpha` and rank `from`.
+pub(crate) fn same_scaling(alpha: f64, from: usize, to: usize, rslora: bool) -> f64 {
+    match (from == to, rslora) {
+        (true, _) => alpha,
+        (false, true) => alpha * (to as f64 / from as f64).sqrt(),
+        (false, false) => alpha * to as f64 / from as f64,
     }
 }
 

@@ -197,7 +197,13 @@ pub(super) fn adapt<C: ConvConfig>(
     let n = C::N;
     let (_, stride, dilation, groups) = kind.options();
     cfg.validate(base.dtype())?;
-    refuse_options("a convolution", &[("fan_in_fan_out", cfg.fan_in_fan_out)])?;
+    refuse_options(
+        "a convolution",
+        &[
+            ("fan_in_fan_out", cfg.fan_in_fan_out),
+            ("init_lora_weights", cfg.init_lora_weights.of_base()),
+        ],
+    )?;
     let dims = base.dims();
     if dims.len() != n + 2 || dims[2..].iter().any(|k| *k != dims[2]) {
         bail!("conv{n}d: the weight is {dims:?}, expected (out, in/groups) and {n} equal kernel sizes")

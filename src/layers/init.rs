@@ -2,9 +2,11 @@
 
 use super::base::dequantized;
 use super::config::LoraConfig;
+use super::init_lora_weights::InitLoraWeights;
+use super::initial::{set, Initial};
 use super::weight::Placement;
 use crate::ops::{self, checked_product, LowRank, Magnitude, Split};
-use candle_core::{bail, DType, Result, Tensor, Var};
+use candle_core::{bail, DType, Result, Tensor};
 use candle_nn::init::{Init, ZERO};
 use candle_nn::VarBuilder;
 
@@ -37,7 +39,22 @@ pub(super) fn low_rank(
 ) -> Result<LowRank> {
     let split = Split { outputs: 0..rows, ranks: 0..ranks, b_rows: 0..rows };
     let shapes = ((ranks, columns), (rows, ranks));
-    let update = split_low_rank(shapes.0, shapes.1, vec![split], init, cfg, base.dtype(), vb)?;
+    check_sizes([shapes.0, shapes.1])?;
+    let initial = match (&init, placement) {
+        (FactorInit::RandomA, Placement::AsIs | Placement::Transposed) => {
+            Initial::new(cfg, base, placement, vb)?
+        }
+        _ => None,
+    };
+    let [mut a, mut b] = factors(shapes.0, shapes.1, init, cfg, base.dtype(), vb)?;
+    if let Some(initial) = &initial {
+        initial.start([&mut a, &mut b])?;
+    }
+    let update = LowRank::new(a, b, cfg.scaling(), cfg.lora_dropout, vec![split]);
+    let update = match initial {
+        Some(initial) => update.with_initial(initial.into_factors()),
+        None => update,
+    };
     match cfg.use_dora {
         false => Ok(update),
         true => Ok(update.with_magnitude(magnitude(cfg, base, placement, vb)?)),
@@ -55,10 +72,8 @@ fn magnitude(
     let squares = ops::squares(&dequantized(base.clone())?, placement.output_dim())?;
     let initial = is_new.then(|| norms(&squares)?.to_dtype(dtype)).transpose()?;
     let mut m = vb.get_with_hints_dtype(squares.shape(), MAGNITUDE, ZERO, dtype)?;
-    match initial {
-        Some(initial) if m.is_variable() => Var::from_tensor(&m)?.set(&initial)?,
-        Some(initial) => m = initial,
-        None => {}
+    if let Some(initial) = initial {
+        set(&mut m, initial)?;
     }
     Ok(Magnitude { m, base_squares: (!base.track_op()).then_some(squares) })
 }
@@ -90,13 +105,28 @@ pub(super) fn split_low_rank(
     base: DType,
     vb: &VarBuilder,
 ) -> Result<LowRank> {
-    for (rows, columns) in [a_shape, b_shape] {
-        // In bytes, with room for the largest dtype and a copy.
-        checked_product(&[rows, columns, 16])?;
-    }
+    let [a, b] = factors(a_shape, b_shape, init, cfg, base, vb)?;
+    Ok(LowRank::new(a, b, cfg.scaling(), cfg.lora_dropout, splits))
+}
+
+/// An error if the bytes of a factor, with room for the largest dtype and a copy, exceed a `usize`.
+fn check_sizes(shapes: [(usize, usize); 2]) -> Result<()> {
+    shapes.iter().try_for_each(|(rows, columns)| checked_product(&[*rows, *columns, 16]).map(drop))
+}
+
+/// `lora_A` and `lora_B` of the given shapes from `vb`.
+fn factors(
+    a_shape: (usize, usize),
+    b_shape: (usize, usize),
+    init: FactorInit,
+    cfg: &LoraConfig,
+    base: DType,
+    vb: &VarBuilder,
+) -> Result<[Tensor; 2]> {
+    check_sizes([a_shape, b_shape])?;
     let dtype = cfg.adapter_dtype(base);
     let (a_init, b_init) = match init {
-        FactorInit::RandomA if cfg.gaussian => {
+        FactorInit::RandomA if cfg.init_lora_weights == InitLoraWeights::Gaussian => {
             (Init::Randn { mean: 0., stdev: 1. / cfg.r as f64 }, Init::Const(0.))
         }
         FactorInit::RandomA => (uniform(a_shape.1), Init::Const(0.)),
@@ -104,5 +134,5 @@ pub(super) fn split_low_rank(
     };
     let a = vb.get_with_hints_dtype(a_shape, "lora_A", a_init, dtype)?;
     let b = vb.get_with_hints_dtype(b_shape, "lora_B", b_init, dtype)?;
-    Ok(LowRank::new(a, b, cfg.scaling(), cfg.lora_dropout, splits))
+    Ok([a, b])
 }

@@ -141,7 +141,10 @@ pub(super) fn adapt(
     vb: &VarBuilder,
 ) -> Result<Weight> {
     cfg.validate(base.dtype())?;
-    refuse_options("a merged linear layer", &[("use_dora", cfg.use_dora)])?;
+    refuse_options(
+        "a merged linear layer",
+        &[("use_dora", cfg.use_dora), ("init_lora_weights", cfg.init_lora_weights.of_base())],
+    )?;
     let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;
     let total = splits.iter().try_fold(0usize, |sum, (size, _)| sum.checked_add(*size));

@@ -9,6 +9,8 @@ mod config;
 mod conv;
 mod embedding;
 mod init;
+mod init_lora_weights;
+mod initial;
 mod kind;
 mod linear;
 mod merged_linear;
@@ -20,6 +22,7 @@ pub(crate) use adapt::adapt;
 pub use adapted::{Adapted, Kind};
 pub(crate) use base::{dequantized, on_device, placeholder};
 pub(crate) use choice::{choose, Choice, Chosen, Owner, Place};
+pub(crate) use config::same_scaling;
 pub use config::LoraConfig;
 pub use conv::{
     conv1d, conv1d_no_bias, conv2d, conv2d_no_bias, conv3d, conv3d_no_bias, Conv1d, Conv2d, Conv3d,
@@ -27,6 +30,8 @@ pub use conv::{
 };
 pub use embedding::{embedding, Embedding, EmbeddingKind};
 pub(crate) use init::{initial_magnitude, MAGNITUDE};
+pub use init_lora_weights::InitLoraWeights;
+pub(crate) use initial::{INITIAL_A, INITIAL_B};
 pub use kind::LayerKind;
 pub(crate) use kind::Total;
 pub use linear::{linear, linear_b, linear_no_bias, Linear, LinearKind};

@@ -5,7 +5,7 @@ use super::tied::is_tied;
 use super::weight::Factors;
 use crate::layers::{LayerKind, MAGNITUDE};
 use crate::utils::names::{is_factor, join, refuse_peft_names, split};
-use crate::utils::{check_magnitudes, AdapterConfig, StateDict};
+use crate::utils::{check_magnitudes, plain, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -29,13 +29,14 @@ impl Plan {
         }
         refuse_peft_names(adapter.keys())?;
         check_magnitudes(adapter, &config)?;
+        let (adapter, config) = plain(adapter, &config)?;
         // A convolution's tensors may have loralib's second names.
         let find = |path: &str, last: &str| {
             let names = [join(path, last), join(&join(path, "conv"), last)];
             names.into_iter().find(|name| exists(name)).ok_or_else(|| missing(&join(path, last)))
         };
         let (mut changes, mut updates) = (BTreeMap::<String, Vec<Change>>::new(), vec![]);
-        for (name, tensor) in adapter {
+        for (name, tensor) in adapter.iter() {
             let (path, last) = split(name);
             let other = |last| {
                 let other = adapter.get(&join(path, last)).cloned();
@@ -47,7 +48,7 @@ impl Plan {
                 "lora_A" => {
                     let b = other("lora_B")?;
                     let weight = join(path, "weight");
-                    if !exists(&weight) && is_tied(path, adapter, &exists)? {
+                    if !exists(&weight) && is_tied(path, &adapter, &exists)? {
                         continue;
                     }
                     let base = match config.kind(path) {
@@ -74,7 +75,7 @@ impl Plan {
                     })?;
                     updates.push((find(path, "weight")?, Change::Rows { indices, rows: tensor }));
                 }
-                "weight" if !exists(name) && is_tied(path, adapter, &exists)? => {}
+                "weight" if !exists(name) && is_tied(path, &adapter, &exists)? => {}
                 _ => {
                     let name = match exists(name) {
                         true => name.clone(),
@@ -97,7 +98,7 @@ impl Plan {
                 _ => changes.entry(name).or_default().push(change),
             }
         }
-        Ok(Self { changes, config })
+        Ok(Self { changes, config: config.into_owned() })
     }
 
     /// The tensor that replaces this one of the base, or `None` if it is unchanged.

@@ -50,12 +50,13 @@ fn composed(logits: &Tensor, labels: &[u32], scale: f64) -> Result<(Tensor, Tens
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::normal;
     use candle_core::{Device, Var};
 
     #[test]
     fn loss_and_gradient_are_those_of_candle_s_operations() -> Result<()> {
         let labels = [3, 0, 36];
-        let x = Var::from_tensor(&(Tensor::randn(0f64, 1., (3, 37), &Device::Cpu)? * 5.)?)?;
+        let x = Var::from_tensor(&(normal((3, 37))? * 5.)?)?;
         let picked = Tensor::new(&labels, &Device::Cpu)?;
         let loss = candle_nn::loss::cross_entropy(x.as_tensor(), &picked)?;
         let expected = (loss.backward()?.get(&x).unwrap() * 6.)?;

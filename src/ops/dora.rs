@@ -144,16 +144,14 @@ impl Op<2> for ScaleOp {
 mod tests {
     use super::*;
     use crate::ops::low_rank::Split;
-    use candle_core::Device;
+    use crate::random::normal;
 
     /// The kernel on rows, and the expanded square on columns and in F64.
     #[test]
     fn norms_are_those_of_the_dense_sum() -> Result<()> {
         for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F64, 1e-13)] {
             for (out, k, r) in [(1, 1, 1), (4, 64, 2), (7, 131, 3), (130, 33, 8)] {
-                let rand = |dims: (usize, usize)| {
-                    Tensor::randn(0f64, 1., dims, &Device::Cpu)?.to_dtype(dtype)
-                };
+                let rand = |dims: (usize, usize)| normal(dims)?.to_dtype(dtype);
                 let (w, a, b) = (rand((out, k))?, rand((r, k))?, rand((out, r))?);
                 let split = Split { outputs: 0..out, ranks: 0..r, b_rows: 0..out };
                 let update = LowRank::new(a.clone(), b.clone(), 0.5, 0., vec![split]);

@@ -32,6 +32,7 @@ pub(crate) fn linear(
     }
     let (x, w) = (x.contiguous()?, gemm_operand(w)?);
     let Some(update) = update else { return product(&x, m, w, bias, None, None) };
+    let update = &*update.joined()?;
     match update.magnitude() {
         None => {
             let mask = update.dropout().mask(&x, compute_dtype(x.dtype()))?;

@@ -37,7 +37,7 @@ pub(crate) fn linear_rows(
         start = group.end;
         let Some(update) = update else { continue };
         let input = input.narrow(0, group.start, group.len())?;
-        for f in update.factors(dtype)? {
+        for f in update.joined()?.factors(dtype)? {
             let u = matmul(&input, &f.a.t()?)?;
             terms.push(LowRankTerm { u, v: f.b.t()?, rows: group.clone(), cols: f.outputs });
             factors.push(f.a);

@@ -3,6 +3,7 @@
 
 use super::dropout::{Dropout, DropoutStream};
 use candle_core::{DType, Result, Tensor};
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -57,6 +58,11 @@ pub(crate) struct Magnitude {
     pub base_squares: Option<Tensor>,
 }
 
+/// A and B of an update `B·A − B₀·A₀`, each of twice the rank: A over A₀, and B beside −B₀.
+pub(crate) fn joined([a, b]: [&Tensor; 2], [a0, b0]: [&Tensor; 2]) -> Result<[Tensor; 2]> {
+    Ok([Tensor::cat(&[a, a0], 0)?, Tensor::cat(&[b, &b0.neg()?], 1)?])
+}
+
 /// Factors A and B, their scaling, the dropout of the update's input, and with DoRA the magnitude.
 #[derive(Debug, Clone)]
 pub(crate) struct LowRank {
@@ -66,12 +72,14 @@ pub(crate) struct LowRank {
     dropout: Dropout,
     splits: Arc<[Split]>,
     magnitude: Option<Magnitude>,
+    /// A₀ and B₀, whose product is subtracted from B·A. Only of an update with a single split.
+    initial: Option<[Tensor; 2]>,
 }
 
 impl LowRank {
     pub fn new(a: Tensor, b: Tensor, scaling: f64, p: f32, splits: Vec<Split>) -> Self {
         let dropout = Dropout { p, stream: None };
-        Self { a, b, scaling, dropout, splits: splits.into(), magnitude: None }
+        Self { a, b, scaling, dropout, splits: splits.into(), magnitude: None, initial: None }
     }
 
     pub fn a(&self) -> &Tensor {
@@ -102,6 +110,20 @@ impl LowRank {
 
     pub fn with_magnitude(self, magnitude: Magnitude) -> Self {
         Self { magnitude: Some(magnitude), ..self }
+    }
+
+    /// Subtracts the product of these frozen factors, A₀ and B₀.
+    pub fn with_initial(self, [a0, b0]: [Tensor; 2]) -> Self {
+        Self { initial: Some([a0.detach(), b0.detach()]), ..self }
+    }
+
+    /// The same update with A and B that contain the initial factors: what is computed with.
+    pub fn joined(&self) -> Result<Cow<'_, Self>> {
+        let Some([a0, b0]) = &self.initial else { return Ok(Cow::Borrowed(self)) };
+        let [a, b] = joined([&self.a, &self.b], [a0, b0])?;
+        let rows = 0..b.dim(0)?;
+        let split = Split { outputs: rows.clone(), ranks: 0..a.dim(0)?, b_rows: rows };
+        Ok(Cow::Owned(Self { a, b, splits: [split].into(), initial: None, ..self.clone() }))
     }
 
     /// The same update with masks from a stream.
@@ -145,7 +167,7 @@ impl LowRank {
         (rows, cols): (usize, usize),
         transposed: bool,
     ) -> Result<Vec<LowRankTerm>> {
-        let terms = self.detached().factors(base)?.into_iter().map(|f| {
+        let terms = self.joined()?.detached().factors(base)?.into_iter().map(|f| {
             Ok(if transposed {
                 LowRankTerm { u: f.a.t()?, v: f.b.t()?, rows: 0..rows, cols: f.outputs }
             } else {

@@ -9,6 +9,7 @@ use std::ops::Range;
 pub(crate) fn weighted_sum(updates: &[(LowRank, f64)]) -> Result<LowRank> {
     let (mut all_a, mut all_b, mut rows) = (vec![], vec![], 0);
     for (update, strength) in updates {
+        let update = update.joined()?;
         for f in update.factors(update.a().dtype())? {
             rows = rows.max(f.outputs.end);
             all_a.push(f.a);

@@ -1,6 +1,6 @@
 //! The factors of a layer during a conversion.
 
-use crate::layers::LoraConfig;
+use crate::layers::{same_scaling, LoraConfig};
 use candle_core::{DType, Device, Result, Tensor};
 
 /// The factors of a layer and its rank.
@@ -9,15 +9,6 @@ pub(crate) struct Factors {
     pub a: Tensor,
     pub b: Tensor,
     pub r: usize,
-}
-
-/// The `lora_alpha` that gives rank `to` the scaling of `alpha` and rank `from`.
-pub(crate) fn same_scaling(alpha: f64, from: usize, to: usize, rslora: bool) -> f64 {
-    match (from == to, rslora) {
-        (true, _) => alpha,
-        (false, true) => alpha * (to as f64 / from as f64).sqrt(),
-        (false, false) => alpha * to as f64 / from as f64,
-    }
 }
 
 /// The `lora_alpha` that gives a layer's scaling with the rank `to` and without `rslora`.

@@ -2,16 +2,15 @@
 
 use super::convert::from_peft;
 use super::experts;
-use super::factors::same_scaling;
 use super::files::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
 use super::modules;
 use super::pairs::{group, Grouped};
 use super::parameters::rename;
 use super::rank_alpha::with_layers;
-use super::read_config::{read_config, Json};
+use super::read_config::{read_saved_config, Json};
 use super::tokens;
-use crate::layers::{LayerKind, MAGNITUDE};
+use crate::layers::{same_scaling, LayerKind, MAGNITUDE};
 use crate::utils::checkpoint::read;
 use crate::utils::names::join;
 use crate::utils::{check_magnitudes, AdapterConfig, StateDict};
@@ -68,7 +67,7 @@ pub fn load_pretrained_as<S: AsRef<str>>(
         return Err(Error::Invalid(reason.to_owned()).at(dir));
     }
     let (text, path, tensors) = read_both(dir, device)?;
-    let mut json = read_config(&text).map_err(|e| e.at(&dir.join(CONFIG)))?;
+    let mut json = read_saved_config(&text).map_err(|e| e.at(&dir.join(CONFIG)))?;
     for (module, kind) in kinds {
         json.config = json.config.with_layer(module.as_ref(), kind.clone());
     }

@@ -63,7 +63,7 @@ mod uniform;
 mod write_config;
 
 pub(crate) use convert::{from_peft, to_peft};
-pub(crate) use factors::{plain_alpha, same_scaling, Factors};
+pub(crate) use factors::{plain_alpha, Factors};
 pub(crate) use files::{config_file, malformed};
 pub(crate) use keys::adapter_name;
 pub(crate) use load::kind;
@@ -72,7 +72,7 @@ pub use load_adapter::load_adapter;
 pub(crate) use load_adapter::load_beside_base;
 pub(crate) use patterns::Patterns;
 pub(crate) use rank_alpha::with_layers;
-pub(crate) use read_config::{object, read_config, without_mark, Json};
+pub(crate) use read_config::{object, read_saved_config, without_mark, Json};
 pub(crate) use read_fresh::{read_fresh, Modules};
 pub use save::{save_plain, save_pretrained};
 pub(crate) use uniform::uniform;

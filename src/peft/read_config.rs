@@ -31,13 +31,14 @@ struct InOrder {
 
 /// Keys that do not change the update: how the adapter was made and trained, and which modules have one,
 /// which the tensors tell too.
-const HARMLESS_KEYS: [&str; 18] = [
+const HARMLESS_KEYS: [&str; 19] = [
     "auto_mapping",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "inference_mode",
+    "init_lora_weights",
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
@@ -64,7 +65,8 @@ pub(crate) fn object(text: &[u8]) -> Result<Map<String, Value>> {
     serde_json::from_slice(without_mark(text)).map_err(malformed)
 }
 
-pub(crate) fn read_config(text: &[u8]) -> Result<Json> {
+/// The configuration, but for the initialisation.
+pub(super) fn read_config(text: &[u8]) -> Result<Json> {
     let map = object(text)?;
     let in_order: InOrder = serde_json::from_slice(without_mark(text)).map_err(malformed)?;
     let (mut config, mut own) = (AdapterConfig::default(), Patterns::default());
@@ -106,11 +108,6 @@ pub(crate) fn read_config(text: &[u8]) -> Result<Json> {
             "trainable_token_indices" => {
                 token_indices = TokenIndices::read(value).ok_or_else(wrong)?
             }
-            "init_lora_weights" => match value {
-                Value::Bool(_) => {}
-                Value::String(how) if HARMLESS_INITS.contains(&how.as_str()) => {}
-                _ => return Err(unsupported(key, value, &changed_base(value))),
-            },
             key if HARMLESS_KEYS.contains(&key) => {}
             "enable_lora" => {
                 return Err(unsupported(
@@ -123,6 +120,16 @@ pub(crate) fn read_config(text: &[u8]) -> Result<Json> {
         }
     }
     Ok(Json { config, patterns: own, lora_bias, target_parameters, token_indices })
+}
+
+/// The configuration of an adapter that was saved. An error if its initialisation changed the base.
+pub(crate) fn read_saved_config(text: &[u8]) -> Result<Json> {
+    match object(text)?.get("init_lora_weights") {
+        None | Some(Value::Null | Value::Bool(_)) => {}
+        Some(Value::String(how)) if HARMLESS_INITS.contains(&how.as_str()) => {}
+        Some(how) => return Err(unsupported("init_lora_weights", how, &changed_base(how))),
+    }
+    read_config(text)
 }
 
 /// Why an initialisation like PiSSA is not read. PEFT converts all but LoftQ.

@@ -4,6 +4,7 @@ use super::files::malformed;
 use super::patterns::Patterns;
 use super::read_config::{is_empty, object, read_config, strings, unsupported, Json};
 use super::tokens;
+use crate::layers::InitLoraWeights;
 use crate::utils::AdapterConfig;
 use crate::Result;
 use serde_json::{Map, Value};
@@ -34,7 +35,7 @@ pub(crate) fn read_fresh(file: &Path) -> Result<Fresh> {
     let text = fs::read(file)?;
     let (map, Json { mut config, patterns, .. }) = (&object(&text)?, read_config(&text)?);
     check_trained(map)?;
-    config.lora.gaussian = map.get("init_lora_weights").is_some_and(|how| how == "gaussian");
+    config.lora.init_lora_weights = initialisation(map)?;
     let targets = given(map, "target_modules", modules)?.ok_or_else(|| {
         let null = map.get("target_modules").unwrap_or(&Value::Null);
         unsupported(
@@ -57,14 +58,6 @@ pub(crate) fn read_fresh(file: &Path) -> Result<Fresh> {
 
 /// An error for options that count in training alone, or that are only read and merged.
 fn check_trained(map: &Map<String, Value>) -> Result<()> {
-    match map.get("init_lora_weights") {
-        None | Some(Value::Bool(true)) => {}
-        Some(how) if how == "gaussian" => {}
-        Some(how) => {
-            let reason = "a new adapter is initialised by `true`, as loralib's, or by \"gaussian\"";
-            return Err(unsupported("init_lora_weights", how, reason));
-        }
-    }
     let merged = "it is read and merged, but not trained";
     let refused = [
         ("ensure_weight_tying", "each layer has an adapter of its own"),
@@ -83,6 +76,14 @@ fn check_trained(map: &Map<String, Value>) -> Result<()> {
             Err(unsupported("lora_dropout", all, "nothing would be left to train"))
         }
         _ => Ok(()),
+    }
+}
+
+fn initialisation(map: &Map<String, Value>) -> Result<InitLoraWeights> {
+    match map.get("init_lora_weights") {
+        None => Ok(InitLoraWeights::Uniform),
+        Some(Value::String(name)) => name.parse(),
+        Some(other) => other.to_string().parse(),
     }
 }
 

@@ -1,17 +1,17 @@
 //! Writes a folder in PEFT's format.
 
 use super::convert::to_peft;
-use super::factors::{plain_alpha, same_scaling, Factors};
+use super::factors::{plain_alpha, Factors};
 use super::files::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
 use super::parameters;
 use super::tokens;
 use super::uniform::{uniform, whole};
 use super::write_config::write_config;
-use crate::layers::{LayerKind, LoraConfig, MAGNITUDE};
+use crate::layers::{same_scaling, LayerKind, LoraConfig, MAGNITUDE};
 use crate::utils::checkpoint::{folder, safetensors::serialize};
 use crate::utils::names::{is_adapter, is_factor, is_lora, join, refuse_peft_names, split};
-use crate::utils::{factors, AdapterConfig, StateDict};
+use crate::utils::{factors, plain as plain_factors, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -78,6 +78,7 @@ fn convert(
     plain: bool,
 ) -> Result<(StateDict, String)> {
     refuse_peft_names(tensors.keys())?;
+    let (tensors, config) = &plain_factors(tensors, config)?;
     if plain {
         check_plain(tensors, config)?;
     }
@@ -107,7 +108,7 @@ fn convert(
         }
         pairs.push((path, keys::pair(in_file, *kind == LayerKind::Embedding), factors, cfg));
     }
-    let mut config = config.clone();
+    let mut config = AdapterConfig::clone(config);
     if plain {
         let scaled = pairs.iter().map(|(_, _, f, cfg)| (plain_alpha(cfg, f.r), f.clone()));
         let (factors, lora_alpha, r) = uniform(scaled.collect(), whole)?;

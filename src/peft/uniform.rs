@@ -1,6 +1,7 @@
 //! One rank and one alpha for all layers of an adapter, for programs that have no others.
 
-use super::factors::{same_scaling, Factors};
+use super::factors::Factors;
+use crate::layers::same_scaling;
 use candle_core::{DType, Result};
 
 /// Factors with the `lora_alpha` of each, padded with zeros to the largest rank, that all have the returned

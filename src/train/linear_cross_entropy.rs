@@ -130,6 +130,7 @@ fn counted(labels: &Tensor, classes: usize) -> Result<(Vec<u32>, Vec<u32>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::normal;
     use crate::LoraConfig;
     use candle_core::Device;
     use candle_nn::{VarBuilder, VarMap};
@@ -182,7 +183,7 @@ mod tests {
     fn a_trained_weight_and_bias_have_their_gradients() -> Result<()> {
         let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F64, &Device::Cpu);
         let head = crate::linear(5, CLASSES, LoraConfig::default(), vb)?;
-        let x = Tensor::randn(0f64, 1., (14, 5), &Device::Cpu)?;
+        let x = normal((14, 5))?;
         let labels = Tensor::arange(0i64, 14, &Device::Cpu)?;
         let expected = candle_nn::loss::cross_entropy(&head.forward(&x)?, &labels)?.backward()?;
         let grads = linear_cross_entropy(&x, &head, &labels)?.backward()?;
@@ -195,7 +196,7 @@ mod tests {
     #[test]
     fn half_precision_states_give_an_f32_loss_and_gradients_of_their_dtype() -> Result<()> {
         let head = head(DType::BF16)?;
-        let x = Tensor::randn(0f32, 1., (14, 5), &Device::Cpu)?.to_dtype(DType::BF16)?;
+        let x = normal((14, 5))?.to_dtype(DType::BF16)?;
         let x = Var::from_tensor(&x)?;
         let labels = Tensor::arange(0u32, 14, &Device::Cpu)?;
         let loss = linear_cross_entropy(&x, &head, &labels)?;
@@ -211,7 +212,7 @@ mod tests {
     #[test]
     fn a_scaled_loss_scales_half_precision_gradients_without_overflow() -> Result<()> {
         let head = head(DType::F16)?;
-        let x = Tensor::randn(0f32, 1., (14, 5), &Device::Cpu)?.to_dtype(DType::F16)?;
+        let x = normal((14, 5))?.to_dtype(DType::F16)?;
         let x = Var::from_tensor(&x)?;
         let labels = Tensor::arange(0i64, 14, &Device::Cpu)?;
         let loss = || linear_cross_entropy(&x, &head, &labels);

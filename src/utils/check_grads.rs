@@ -1,6 +1,6 @@
 //! Compares gradients with finite differences of the loss.
 
-use super::names::{is_factor, join, split};
+use super::names::{is_factor, is_initial, join, split};
 use super::trainable::{expected, variables};
 use crate::layers::MAGNITUDE;
 use crate::{Error, Result};
@@ -67,7 +67,7 @@ pub fn check_grads(
     let mut wrong = vec![];
     let by_magnitude =
         |name: &&str| is_factor(name) && vars.contains_key(&join(split(name).0, MAGNITUDE));
-    let names = expected(&vars, true).filter(|name| !by_magnitude(name));
+    let names = expected(&vars, true).filter(|name| !by_magnitude(name) && !is_initial(name));
     for (name, var) in names.filter_map(|name| Some((name, vars.get(name)?))) {
         let before = var.as_tensor().copy()?.detach();
         let difference = |direction: &Tensor, step: f64| -> Result<f64> {

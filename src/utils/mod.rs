@@ -6,6 +6,7 @@ mod check_grads;
 pub(crate) mod checkpoint;
 mod factors;
 mod fnv;
+mod initial;
 mod magnitudes;
 pub(crate) mod names;
 mod safetensors_var_builder;
@@ -24,6 +25,7 @@ pub use checkpoint::{
 };
 pub(crate) use factors::{check_magnitudes, check_same_options, factors};
 pub(crate) use fnv::fnv1a;
+pub(crate) use initial::plain;
 pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;
 pub(crate) use state_dict::check_finite;

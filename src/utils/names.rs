@@ -1,6 +1,6 @@
 //! Names of tensors: a dotted path whose last component says what the tensor is.
 
-use crate::layers::MAGNITUDE;
+use crate::layers::{INITIAL_A, INITIAL_B, MAGNITUDE};
 use crate::{Error, Result};
 use fancy_regex::{Regex, RegexBuilder};
 
@@ -24,9 +24,14 @@ pub(crate) fn is_factor(name: &str) -> bool {
     matches!(split(name).1, "lora_A" | "lora_B")
 }
 
-/// Whether `name` is that of a factor, or of DoRA's magnitude.
+/// Whether `name` is that of an initial factor, which is frozen and saved.
+pub(crate) fn is_initial(name: &str) -> bool {
+    matches!(split(name).1, INITIAL_A | INITIAL_B)
+}
+
+/// Whether `name` is that of a factor, an initial one, or of DoRA's magnitude.
 pub(crate) fn is_lora(name: &str) -> bool {
-    is_factor(name) || split(name).1 == MAGNITUDE
+    is_factor(name) || is_initial(name) || split(name).1 == MAGNITUDE
 }
 
 /// Whether this is a tensor of an adapter alone: a factor, the bias of lora_B, or rows of a table.

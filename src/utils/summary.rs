@@ -70,7 +70,7 @@ impl AdaptedLayer {
 /// # Errors
 /// If nothing is trainable, or nothing in a named module.
 pub fn summary(vars: &VarMap, trainable: impl Into<Trainable>) -> Result<Summary> {
-    let trained = trainable.into().select(vars)?;
+    let trained = trainable.into().trained(vars)?;
     let mut others: BTreeMap<_, _> =
         trained.iter().map(|(name, var)| (name.clone(), var.dims().to_vec())).collect();
     let mut adapted = vec![];

@@ -1,7 +1,7 @@
 //! The parameter selection: which variables are trained, and therefore saved.
 
 use super::bias::Bias;
-use super::names::{is_adapter, is_lora, is_within, join, split};
+use super::names::{is_adapter, is_initial, is_lora, is_within, join, split};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -88,7 +88,12 @@ impl Trainable {
         self.modules.iter().any(|module| is_within(name, module))
     }
 
-    /// The selected variables by name. An error if there are none, or none in a named module.
+    /// The selected variables that are trained: all but the initial factors. The errors of [`select`](Self::select).
+    pub(crate) fn trained(&self, vars: &VarMap) -> Result<BTreeMap<String, Var>> {
+        Ok(self.select(vars)?.into_iter().filter(|(name, _)| !is_initial(name)).collect())
+    }
+
+    /// The selected variables by name, as they are saved. An error if there are none, or none in a named module.
     pub(crate) fn select(&self, vars: &VarMap) -> Result<BTreeMap<String, Var>> {
         let all = variables(vars);
         let selected: BTreeMap<_, _> = all
@@ -153,7 +158,7 @@ pub fn mark_only_lora_as_trainable(
     vars: &VarMap,
     trainable: impl Into<Trainable>,
 ) -> Result<Vec<Var>> {
-    Ok(trainable.into().select(vars)?.into_values().collect())
+    Ok(trainable.into().trained(vars)?.into_values().collect())
 }
 
 /// The names of adapter variables without a gradient in `grads`, sorted. Call it after the first backward.
@@ -165,6 +170,7 @@ pub fn mark_only_lora_as_trainable(
 pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
     let vars = variables(vars);
     expected(&vars, true)
+        .filter(|name| !is_initial(name))
         .filter(|name| vars.get(*name).is_some_and(|var| grads.get(var).is_none()))
         .map(str::to_owned)
         .collect()

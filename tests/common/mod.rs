@@ -1,23 +1,15 @@
 //! Shared by the tests: the device, pseudo-random values, and comparisons.
 #![allow(dead_code)] // Each test uses only some of it.
 
-use candle_core::{DType, Device, Result, Tensor};
+mod random;
+
+use candle_core::{DType, Device, Result, Shape, Tensor};
 use loralib::LoraConfig;
 use std::io::Write;
 use std::sync::OnceLock;
 
 /// An adapter's options, with alpha ≠ r.
-pub const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    use_dora: false,
-    gaussian: false,
-    lora_dtype: None,
-};
+pub const CFG: LoraConfig = LoraConfig { r: 2, lora_alpha: 3., ..LoraConfig::DEFAULT };
 
 /// The device under test: the first GPU of a build with `cuda`, or the CPU if there is none. With
 /// `LORALIB_DEVICE=cuda` a missing GPU is an error.
@@ -36,18 +28,14 @@ pub fn device() -> Device {
         .clone()
 }
 
-/// Pseudo-random values in [-1, 1), the same on every device: candle's cannot be seeded on the CPU.
+/// Pseudo-random values in [-1, 1).
 pub fn rnd(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let values = (0..shape.iter().product::<usize>()).map(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f64 / (1u64 << 23) as f64 - 1.
-    });
-    Tensor::from_vec(values.collect::<Vec<f64>>(), shape, &Device::Cpu)?
-        .to_dtype(dtype)?
-        .to_device(&device())
+    random::uniform(seed, &shape.into())?.to_dtype(dtype)?.to_device(&device())
+}
+
+/// Pseudo-random values of mean 0 and variance 1, others in each call.
+pub fn randn(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    random::normal(shape)?.to_dtype(dtype)?.to_device(device)
 }
 
 /// Every value as f64.

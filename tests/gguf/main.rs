@@ -1,8 +1,12 @@
 //! GGUF files by the public interface.
 
+#[path = "../common/mod.rs"]
+mod common;
+
 use candle_core::quantized::gguf_file::{write, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
+use common::randn;
 use lora::{gguf, Adapter, Bias, LoraConfig, StateDict};
 use loralib as lora;
 use std::fs;
@@ -19,7 +23,7 @@ fn base(dir: &Path) -> PathBuf {
         ("llama.block_count", Value::U32(1)),
     ];
     let metadata: Vec<_> = metadata.iter().map(|(key, value)| (*key, value)).collect();
-    let weight = Tensor::randn(0f32, 1., (8, 32), &CPU).unwrap();
+    let weight = randn((8, 32), DType::F32, &CPU).unwrap();
     let weight = QTensor::quantize(&weight, GgmlDType::Q8_0).unwrap();
     let mut file = fs::File::create(&path).unwrap();
     write(&mut file, &metadata, &[("blk.0.attn_q.weight", &weight)]).unwrap();
@@ -27,7 +31,7 @@ fn base(dir: &Path) -> PathBuf {
 }
 
 fn factors() -> StateDict {
-    let factor = |dims: (usize, usize)| Tensor::randn(0f32, 1., dims, &CPU).unwrap();
+    let factor = |dims: (usize, usize)| randn(dims, DType::F32, &CPU).unwrap();
     StateDict::from([
         ("model.layers.0.self_attn.q_proj.lora_A".to_owned(), factor((4, 32))),
         ("model.layers.0.self_attn.q_proj.lora_B".to_owned(), factor((8, 4))),
@@ -71,7 +75,7 @@ fn a_layer_computes_the_same_beside_its_adapter_and_merged() -> lora::Result<()>
     let layer = |vb: lora::nn::VarBuilder| {
         lora::nn::linear_no_bias(32, 8, vb.pp("model.layers.0.self_attn.q_proj"))
     };
-    let x = Tensor::randn(0f32, 1., (3, 32), &CPU)?;
+    let x = randn((3, 32), DType::F32, &CPU)?;
     let alone = layer(file.var_builder(DType::F32, &CPU)?)?.forward(&x)?;
     // The rows of a head of 4: 0 and 2 are neighbours in the file.
     let stored = file.tensor("blk.0.attn_q.weight", &CPU)?.dequantize(&CPU)?;

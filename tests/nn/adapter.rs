@@ -1,6 +1,6 @@
 //! The `Adapter`: targets, mode, files and merged bases, over a small model in candle's own style.
 
-use crate::common::{bits, difference};
+use crate::common::{bits, difference, randn};
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use loralib as lora;
 use loralib::layers::LayerKind;
@@ -13,17 +13,7 @@ use candle_nn::{
 };
 
 const CPU: Device = Device::Cpu;
-pub const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    use_dora: false,
-    gaussian: false,
-    lora_dtype: None,
-};
+pub const CFG: LoraConfig = LoraConfig { r: 2, lora_alpha: 3., ..LoraConfig::DEFAULT };
 
 /// A model with a closure, a tuple and a weight that is read without a constructor.
 pub struct Model {
@@ -75,7 +65,7 @@ pub fn base() -> HashMap<String, Tensor> {
         ("head.weight", &[3, 8]),
     ];
     let rand = |(name, dims): (&str, &[usize])| {
-        (name.to_owned(), (Tensor::randn(0f32, 1., dims, &CPU).unwrap() * 0.4).unwrap())
+        (name.to_owned(), (randn(dims, DType::F32, &CPU).unwrap() * 0.4).unwrap())
     };
     let mut all: HashMap<_, _> = shapes.into_iter().map(rand).collect();
     all.insert("head.bias".to_owned(), Tensor::zeros(3, DType::F32, &CPU).unwrap());
@@ -93,7 +83,7 @@ pub fn ids() -> Tensor {
 /// Random factors, so that the update is not zero.
 pub fn randomize(adapter: &Adapter) -> lora::Result<()> {
     for var in adapter.vars()? {
-        var.set(&(var.randn_like(0., 1.)? * 0.5)?)?;
+        var.set(&(randn(var.shape(), var.dtype(), var.device())? * 0.5)?)?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Each replaced operation has the values of candle's fused one and the gradients of candle's composed one.
 
-use crate::common::{device, difference};
+use crate::common::{device, difference, randn};
 use candle_core::{DType, Result, Tensor, Var, D};
 use loralib::nn;
 use nn::attention::{flash_attn, AttnMask};
@@ -16,7 +16,7 @@ fn compare(
     for (dtype, tolerance) in [(DType::F32, 5e-6), (DType::F64, 1e-12), (DType::BF16, 4e-2)] {
         for trained in 1..1u32 << shapes.len() {
             let inputs = shapes.iter().map(|dims| {
-                Var::from_tensor(&Tensor::randn(0f64, 1., *dims, &device())?.to_dtype(dtype)?)
+                Var::from_tensor(&randn(*dims, DType::F64, &device())?.to_dtype(dtype)?)
             });
             let vars = inputs.collect::<Result<Vec<_>>>()?;
             let tracked = |i: usize| trained >> i & 1 == 1;
@@ -51,7 +51,7 @@ fn compare(
             };
             let apart = relative(&y, &expected)?;
             assert!(apart < tolerance, "{name} in {dtype:?}: values {apart:e}");
-            let probe = Tensor::randn(0f64, 1., y.shape(), &device())?.to_dtype(dtype)?;
+            let probe = randn(y.shape(), DType::F64, &device())?.to_dtype(dtype)?;
             let grads = (&y * &probe)?.sum_all()?.backward()?;
             let reference = (&expected * wide(&probe)?)?.sum_all()?.backward()?;
             for (i, var) in vars.iter().enumerate() {
@@ -126,7 +126,8 @@ fn activations_equal_candles() -> Result<()> {
 #[test]
 fn rotary_embeddings_are_differentiable_in_each_layout() -> Result<()> {
     let (b, h, t, d) = (2, 3, 5, 8);
-    let angles = |dims: &[usize], dtype| Tensor::rand(-3f64, 3., dims, &device())?.to_dtype(dtype);
+    let angles =
+        |dims: &[usize], dtype| (randn(dims, DType::F64, &device())? * 1.5)?.to_dtype(dtype);
     for batched in [false, true] {
         // candle reads a longer batched table at wrong offsets.
         let dims = if batched { vec![b, t, d / 2] } else { vec![t + 2, d / 2] };
@@ -139,13 +140,12 @@ fn rotary_embeddings_are_differentiable_in_each_layout() -> Result<()> {
                 (nn::rotary_emb::rope_thd, candle_nn::rotary_emb::rope_thd, [b, t, h, d]),
             ];
             for (ours, theirs, dims) in all {
-                let x =
-                    Var::from_tensor(&Tensor::randn(0f64, 1., &dims, &device())?.to_dtype(dtype)?)?;
+                let x = Var::from_tensor(&randn(&dims, DType::F64, &device())?.to_dtype(dtype)?)?;
                 let (y, expected) = (ours(&x, &cos, &sin)?, theirs(&x, &cos, &sin)?);
                 let tolerance = if dtype == DType::BF16 { 4e-2 } else { 1e-6 };
                 assert!(difference(&y, &expected)? < tolerance);
                 // The transpose of a linear map: ⟨rope(x), g⟩ = ⟨x, gx⟩ for every g.
-                let g = Tensor::randn(0f64, 1., &dims, &device())?.to_dtype(dtype)?;
+                let g = randn(&dims, DType::F64, &device())?.to_dtype(dtype)?;
                 let grads = (&y * &g)?.sum_all()?.backward()?;
                 let back = theirs(&g, &cos, &sin.neg()?)?;
                 assert!(difference(grads.get(&x).unwrap(), &back)? < tolerance);
@@ -158,7 +158,7 @@ fn rotary_embeddings_are_differentiable_in_each_layout() -> Result<()> {
 #[test]
 fn attention_equals_its_composition_for_every_mask_and_grouping() -> Result<()> {
     let (b, s, t, h, d) = (2, 5, 7, 4, 8);
-    let mask = Tensor::randn(0f64, 1., (b, 1, s, t), &device())?;
+    let mask = randn((b, 1, s, t), DType::F64, &device())?;
     for kv in [1, 2, 4] {
         let q_dims: &[usize] = &[b, s, h, d];
         let kv_dims: &[usize] = &[b, t, kv, d];
@@ -199,7 +199,7 @@ fn attention_equals_its_composition_for_every_mask_and_grouping() -> Result<()> 
 #[test]
 fn attention_keeps_nan_and_refuses_other_shapes() -> Result<()> {
     let x = |dims: &[usize]| -> Result<Tensor> {
-        Ok(Var::from_tensor(&Tensor::randn(0f32, 1., dims, &device())?)?.into_inner())
+        Ok(Var::from_tensor(&randn(dims, DType::F32, &device())?)?.into_inner())
     };
     let attention = nn::attention::multi_head_attention;
     let (q, nan) = (x(&[1, 3, 2, 4])?, Tensor::full(f32::NAN, (1, 3, 2, 4), &device())?);
@@ -227,7 +227,7 @@ fn attention_keeps_nan_and_refuses_other_shapes() -> Result<()> {
 #[test]
 fn caches_store_nothing_while_a_gradient_is_wanted() -> Result<()> {
     let new = |tracked: bool| -> Result<Tensor> {
-        let x = Var::from_tensor(&Tensor::randn(0f32, 1., (1, 2, 3, 4), &device())?)?;
+        let x = Var::from_tensor(&randn((1, 2, 3, 4), DType::F32, &device())?)?;
         Ok(if tracked { x.into_inner() } else { x.as_detached_tensor() })
     };
     macro_rules! check {
@@ -260,17 +260,17 @@ fn caches_store_nothing_while_a_gradient_is_wanted() -> Result<()> {
 
 #[test]
 fn a_frozen_layer_gets_no_gradient_and_equals_candles() -> Result<()> {
-    let x = Var::from_tensor(&Tensor::randn(0f32, 1., (2, 3, 6), &device())?)?;
-    let w = Tensor::randn(0f32, 1., (5, 6), &device())?;
-    let b = Tensor::randn(0f32, 1., 5, &device())?;
+    let x = Var::from_tensor(&randn((2, 3, 6), DType::F32, &device())?)?;
+    let w = randn((5, 6), DType::F32, &device())?;
+    let b = randn(5, DType::F32, &device())?;
     let ours = nn::Linear::new(w.clone(), Some(b.clone()));
     let candle = candle_nn::Linear::new(w, Some(b));
     let (y, expected) = (nn::Module::forward(&ours, &x)?, nn::Module::forward(&candle, &x)?);
     assert!(difference(&y, &expected)? < 1e-5);
     assert_eq!(y.sum_all()?.backward()?.get_ids().count(), 1);
     // Convolutions take any kernel, also one that is not square.
-    let x = Tensor::randn(0f32, 1., (2, 4, 9, 8), &device())?;
-    let w = Tensor::randn(0f32, 1., (6, 4, 3, 2), &device())?;
+    let x = randn((2, 4, 9, 8), DType::F32, &device())?;
+    let w = randn((6, 4, 3, 2), DType::F32, &device())?;
     let config = nn::Conv2dConfig { padding: 1, ..Default::default() };
     let y = nn::Module::forward(&nn::Conv2d::new(w.clone(), None, config), &x)?;
     assert!(difference(&y, &x.conv2d(&w, 1, 1, 1, 1)?)? < 1e-4);

@@ -4,6 +4,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod groups;
+#[cfg(feature = "faer")]
+mod initial;
 mod into_variables;
 mod kinds;
 mod merged_alone;

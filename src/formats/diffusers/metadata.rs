@@ -4,7 +4,7 @@
 use crate::formats::component::NO_COMPONENT;
 use crate::formats::layers::Saved;
 use crate::layers::LoraConfig;
-use crate::peft::{malformed, object, read_config, write_config, Json};
+use crate::peft::{malformed, object, read_saved_config, write_config, Json};
 use crate::utils::names::join;
 use crate::utils::{AdapterConfig, StateDict};
 use crate::{Error, Result};
@@ -33,7 +33,7 @@ impl Components {
             if !options.contains_key("peft_type") {
                 options.insert("peft_type".to_owned(), to_raw_value("LORA").map_err(malformed)?);
             }
-            Ok((component, read_config(&serde_json::to_vec(&options).map_err(malformed)?)?))
+            Ok((component, read_saved_config(&serde_json::to_vec(&options).map_err(malformed)?)?))
         };
         components.into_iter().map(read).collect::<Result<_>>().map(Self)
     }

@@ -14,7 +14,7 @@ use super::layers::{adapter, layers};
 use super::pairs::Pairs;
 use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
 use crate::utils::names::refuse_peft_names;
-use crate::utils::{AdapterConfig, StateDict};
+use crate::utils::{plain, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Device;
 use metadata::{Components, METADATA};
@@ -88,8 +88,9 @@ pub fn save(
 ) -> Result<()> {
     let (path, config) = (file(path.as_ref()), config.into());
     let save = || {
-        let layers = layers(tensors, &config, "diffusers' format", config.lora.fan_in_fan_out)?;
-        let metadata = metadata::write(&config, &layers)?;
+        let (tensors, config) = &plain(tensors, &config)?;
+        let layers = layers(tensors, config, "diffusers' format", config.lora.fan_in_fan_out)?;
+        let metadata = metadata::write(config, &layers)?;
         let mut file = StateDict::new();
         for layer in layers {
             let [a, b] = keys::pair(layer.path);

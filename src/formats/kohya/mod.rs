@@ -11,7 +11,7 @@ use super::layers::{adapter, layers};
 use super::pairs::{Pairs, Part};
 use crate::layers::LayerKind;
 use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
-use crate::utils::{AdapterConfig, StateDict};
+use crate::utils::{plain, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use names::{Modules, Names};
@@ -90,7 +90,8 @@ pub fn save(
 ) -> Result<()> {
     let (path, config) = (path.as_ref(), config.into());
     let save = || {
-        let layers = layers(tensors, &config, "kohya's format", false)?;
+        let (tensors, config) = &plain(tensors, &config)?;
+        let layers = layers(tensors, config, "kohya's format", false)?;
         let names = Names::new(layers.iter().map(|layer| layer.path));
         let mut file = StateDict::new();
         for layer in layers {

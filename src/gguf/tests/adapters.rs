@@ -16,17 +16,7 @@ use std::path::Path;
 
 const CPU: Device = Device::Cpu;
 
-const CFG: LoraConfig = LoraConfig {
-    r: 4,
-    lora_alpha: 12.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    use_dora: false,
-    gaussian: false,
-    lora_dtype: None,
-};
+const CFG: LoraConfig = LoraConfig { r: 4, lora_alpha: 12., ..LoraConfig::DEFAULT };
 
 fn base(dir: &Path, architecture: &str, head: bool) -> File {
     File::open(write_model(dir, architecture, head, GgmlDType::Q8_0)).unwrap()

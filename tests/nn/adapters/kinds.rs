@@ -1,7 +1,7 @@
 //! Adapters on convolutions and quantised weights.
 
 use super::cfg;
-use crate::common::{bits, difference};
+use crate::common::{bits, difference, randn};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 use loralib::nn::{self, conv1d, conv2d, linear_no_bias, Conv1dConfig, Conv2dConfig};
@@ -55,19 +55,19 @@ fn random() -> VarBuilder<'static> {
 #[test]
 fn convolutions_have_several_adapters() -> Result<()> {
     let two = Conv2dConfig { padding: 1, stride: 2, groups: 2, ..Default::default() };
-    let x = Tensor::randn(0f32, 1., (3, 4, 7, 6), &Device::Cpu)?;
+    let x = randn((3, 4, 7, 6), DType::F32, &Device::Cpu)?;
     check(&random(), |vb| conv2d(4, 6, 3, two, vb.pp("layer")), |m, x| m.forward(x), &x)?;
     let one = Conv1dConfig { dilation: 3, ..Default::default() };
-    let x = Tensor::randn(0f32, 1., (3, 4, 12), &Device::Cpu)?;
+    let x = randn((3, 4, 12), DType::F32, &Device::Cpu)?;
     check(&random(), |vb| conv1d(4, 5, 3, one, vb.pp("layer")), |m, x| m.forward(x), &x)
 }
 
 #[test]
 fn a_quantised_base_has_several_adapters() -> Result<()> {
-    let weight = Tensor::randn(0f32, 1., (16, 64), &Device::Cpu)?;
+    let weight = randn((16, 64), DType::F32, &Device::Cpu)?;
     let blocks = Arc::new(QTensor::quantize(&weight, GgmlDType::Q4_0)?);
     let tensors = HashMap::from([("layer.weight".to_owned(), blocks)]);
     let base = gguf::var_builder(tensors, DType::F32, &Device::Cpu);
-    let x = Tensor::randn(0f32, 1., (3, 2, 64), &Device::Cpu)?;
+    let x = randn((3, 2, 64), DType::F32, &Device::Cpu)?;
     check(&base, |vb| linear_no_bias(64, 16, vb.pp("layer")), |m, x| m.forward(x), &x)
 }

@@ -77,17 +77,7 @@ const OUTPUTS: f64 = 1e-5;
 /// The largest difference of outputs and gradients over quantised weights from those over dense ones.
 const QUANTIZED: f64 = 1e-4;
 
-const CFG: LoraConfig = LoraConfig {
-    r: 2,
-    lora_alpha: 3.,
-    lora_dropout: 0.,
-    merge_weights: true,
-    fan_in_fan_out: false,
-    rslora: false,
-    use_dora: false,
-    gaussian: false,
-    lora_dtype: None,
-};
+const CFG: LoraConfig = LoraConfig { r: 2, lora_alpha: 3., ..LoraConfig::DEFAULT };
 
 impl Case {
     pub fn check(&self) -> lora::Result<()> {

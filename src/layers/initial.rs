@@ -1,0 +1,118 @@
+//! Initial factors that are a part of the base weight, which is subtracted again.
+
+use super::base::dequantized;
+use super::config::LoraConfig;
+use super::init_lora_weights::InitLoraWeights;
+use super::weight::Placement;
+use crate::ops::{self, is_finite, Svd};
+use candle_core::{bail, Result, Tensor, Var};
+use candle_nn::init::ZERO;
+use candle_nn::VarBuilder;
+
+/// The last components of the names of the initial factors.
+pub(crate) const INITIAL_A: &str = "lora_A_initial";
+pub(crate) const INITIAL_B: &str = "lora_B_initial";
+
+/// A₀ (r, in) and B₀ (out, r).
+pub(super) struct Initial {
+    factors: [Tensor; 2],
+    is_new: bool,
+}
+
+impl Initial {
+    /// The initial factors of the layer of `vb`: those that it has, or new ones for new factors, before these are
+    /// made.
+    pub fn new(
+        cfg: &LoraConfig,
+        base: &Tensor,
+        placement: Placement,
+        vb: &VarBuilder,
+    ) -> Result<Option<Self>> {
+        let is_new = !vb.contains_tensor("lora_A");
+        let known = vb.contains_tensor(INITIAL_A);
+        if !cfg.init_lora_weights.of_base() || !(is_new || known) {
+            return Ok(None);
+        }
+        let (mut out_dim, mut in_dim) = base.dims2()?;
+        if placement == Placement::Transposed {
+            (out_dim, in_dim) = (in_dim, out_dim);
+        }
+        // Before the variables are made, so that an error leaves none.
+        let values = match is_new && !known {
+            true => Some(part_of(base, placement, cfg)?),
+            false => None,
+        };
+        let dtype = cfg.adapter_dtype(base.dtype());
+        let mut a = vb.get_with_hints_dtype((cfg.r, in_dim), INITIAL_A, ZERO, dtype)?;
+        let mut b = vb.get_with_hints_dtype((out_dim, cfg.r), INITIAL_B, ZERO, dtype)?;
+        if let Some([a0, b0]) = values {
+            set(&mut a, a0.to_dtype(dtype)?.to_device(vb.device())?)?;
+            set(&mut b, b0.to_dtype(dtype)?.to_device(vb.device())?)?;
+        }
+        Ok(Some(Self { factors: [a, b], is_new }))
+    }
+
+    /// Gives new factors the initial values.
+    pub fn start(&self, [a, b]: [&mut Tensor; 2]) -> Result<()> {
+        if self.is_new {
+            set(a, self.factors[0].copy()?.detach())?;
+            set(b, self.factors[1].copy()?.detach())?;
+        }
+        Ok(())
+    }
+
+    pub fn into_factors(self) -> [Tensor; 2] {
+        self.factors
+    }
+}
+
+/// Sets a variable that `VarBuilder` has made, or replaces its tensor.
+pub(super) fn set(tensor: &mut Tensor, value: Tensor) -> Result<()> {
+    match tensor.is_variable() {
+        true => Var::from_tensor(tensor)?.set(&value)?,
+        false => *tensor = value,
+    }
+    Ok(())
+}
+
+/// A₀ and B₀ in F64, on the CPU.
+fn part_of(base: &Tensor, placement: Placement, cfg: &LoraConfig) -> Result<[Tensor; 2]> {
+    let (how, r, scaling) = (cfg.init_lora_weights, cfg.r, cfg.scaling());
+    if base.track_op() {
+        bail!(
+            "init_lora_weights = {how:?}: the base weight is a variable, whose values may change: give the layer a \
+             frozen base, as by `var_builder` or `Adapter::var_builder`"
+        )
+    }
+    let w = dequantized(base.clone())?;
+    let w = if placement == Placement::Transposed { w.t()? } else { w };
+    let most = w.dims2()?.0.min(w.dims2()?.1);
+    if r > most {
+        bail!(
+            "init_lora_weights = {how:?}: r is {r}, expected at most {most} for a weight {:?}",
+            w.dims()
+        )
+    }
+    if scaling <= 0. {
+        bail!("init_lora_weights = {how:?}: the scaling is {scaling}, expected a positive one")
+    }
+    if !is_finite(&w)? {
+        bail!("init_lora_weights = {how:?}: the base weight has values that are not finite")
+    }
+    let by_svd = |iterations| {
+        let Svd { u, s, v } = ops::svd(&w, r, iterations)?;
+        let root = (s / scaling)?.sqrt()?;
+        Ok([v.broadcast_mul(&root)?.t()?.contiguous()?, u.broadcast_mul(&root)?])
+    };
+    match how {
+        InitLoraWeights::Pissa => by_svd(None),
+        InitLoraWeights::PissaNiter(iterations) => by_svd(Some(iterations)),
+        InitLoraWeights::Olora => {
+            let (q, upper) = ops::qr(&w)?;
+            Ok([upper.narrow(0, 0, r)?.contiguous()?, q.narrow(1, 0, r)?.contiguous()?])
+        }
+        InitLoraWeights::Uniform | InitLoraWeights::Gaussian => {
+            bail!("init_lora_weights = {how:?} is not a part of the base weight")
+        }
+    }
+}
