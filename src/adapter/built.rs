@@ -5,6 +5,7 @@ use crate::layers::{Mode, Owner, SharedWeight, Weight};
 use crate::utils::names::{join, split};
 use crate::utils::{variables, Bias, LayerConfig};
 use crate::{Error, Result};
+use candle_core::Var;
 use candle_nn::VarMap;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -18,8 +19,8 @@ pub(super) struct Built {
     /// The layers whose weights the model has read and no layer has taken, with the weights' ranks.
     unclaimed: BTreeMap<String, usize>,
     failures: BTreeMap<String, String>,
-    /// The last components of all layers whose weights the model has read.
-    names: BTreeSet<String>,
+    /// The tensors that the model has read, with their numbers of values.
+    read: BTreeMap<String, usize>,
     /// The options of the last model.
     options: Option<Arc<Options>>,
 }
@@ -48,9 +49,22 @@ impl Built {
         self.options = Some(options.clone());
     }
 
-    /// The model has read the weight of a layer.
-    pub fn layer_read(&mut self, path: &str) {
-        self.names.insert(split(path).1.to_owned());
+    /// The model has read a tensor.
+    pub fn read(&mut self, name: &str, values: usize) {
+        self.read.insert(name.to_owned(), values);
+    }
+
+    /// The number of values in the model's tensors and in variables beside them.
+    pub fn parameters(&self, vars: &BTreeMap<String, Var>) -> usize {
+        let beside = vars.iter().filter(|(name, _)| !self.read.contains_key(*name));
+        self.read.values().sum::<usize>() + beside.map(|(_, var)| var.elem_count()).sum::<usize>()
+    }
+
+    /// The last components of the layers whose weights the model has read.
+    fn names(&self) -> String {
+        let weights = self.read.keys().filter_map(|name| name.strip_suffix(".weight"));
+        let names: BTreeSet<&str> = weights.map(|path| split(path).1).collect();
+        names.into_iter().collect::<Vec<_>>().join(", ")
     }
 
     /// The model has read the weight of a target.
@@ -121,12 +135,11 @@ impl Built {
         let unclaimed = self.unclaimed.keys().filter(|_| !all_linear);
         let known = self.layers.keys().chain(unclaimed).map(String::as_str);
         options.valid().map_err(Error::Invalid)?;
-        let names = || self.names.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
         let hinted = |reason: String| {
             Error::Invalid(format!(
                 "{reason}{}; its layers are named {}",
                 options.layers.hint(),
-                names()
+                self.names()
             ))
         };
         options.targets.check(known).map_err(hinted)?;

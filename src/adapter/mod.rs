@@ -14,7 +14,7 @@ mod targets;
 mod transformer_layers;
 mod var_builder;
 
-use crate::layers::Mode;
+use crate::layers::{LayerKind, Mode};
 use crate::ops::DropoutStream;
 use crate::utils::{
     lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, StateDict, Summary,
@@ -98,8 +98,7 @@ impl fmt::Debug for Adapter {
 
 impl Adapter {
     /// An adapter without targets. `config` is a [`LoraConfig`](crate::LoraConfig), or an [`AdapterConfig`]
-    /// with ranks, alphas and kinds of single layers: a fused `qkv` can be a
-    /// [`LayerKind::MergedLinear`](crate::layers::LayerKind).
+    /// with ranks, alphas and kinds of single layers.
     pub fn new(config: impl Into<AdapterConfig>) -> Self {
         let options = Options::new(config.into());
         Self { options: Arc::new(options), vars: VarMap::new(), built: Default::default() }
@@ -142,6 +141,14 @@ impl Adapter {
     /// ```
     pub fn layers_pattern<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
         self.with(|options| options.layers.set_patterns(names.into_iter().map(Into::into)))
+    }
+
+    /// Declares the kind of the layers whose path is `module` or ends in it after a dot, as
+    /// [`AdapterConfig::with_layer`] does: a fused `qkv` can be a
+    /// [`LayerKind::MergedLinear`](crate::layers::LayerKind), also with the options of a file.
+    pub fn with_layer(self, module: impl Into<String>, kind: LayerKind) -> Self {
+        let config = self.options.config.clone().with_layer(module, kind);
+        self.with(|options| options.config = config)
     }
 
     /// The biases and modules to train and save with the adapter, such as `Bias::None.and("classifier")`.
@@ -283,11 +290,14 @@ impl Adapter {
         lora_state_dict(&self.vars, &self.options.config)
     }
 
-    /// The adapted layers and the trainable parameters as a table.
+    /// The adapted layers and the trainable parameters as a table, with their share of all parameters that the
+    /// model has read from [`var_builder`](Self::var_builder).
     ///
     /// # Errors
     /// If nothing is trainable.
     pub fn summary(&self) -> Result<Summary> {
-        summary(&self.vars, &self.options.config)
+        let (summary, trained) = (summary(&self.vars, &self.options.config)?, self.named_vars()?);
+        let total = built::lock(&self.built).parameters(&trained);
+        Ok(if total > summary.trainable() { summary.with_total(total) } else { summary })
     }
 }

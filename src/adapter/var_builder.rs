@@ -47,10 +47,10 @@ struct Targeted<'a> {
 }
 
 impl Targeted<'_> {
-    /// Registers a claim if this is a target's weight.
+    /// Reports the tensor, and registers a claim if this is a target's weight.
     fn register(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
+        built::lock(&self.built).read(name, tensor.elem_count());
         let (path, "weight") = split(name) else { return Ok(tensor) };
-        built::lock(&self.built).layer_read(path);
         if !self.options.selects(path) {
             return Ok(tensor);
         }

@@ -4,6 +4,7 @@ use super::convert::from_peft;
 use super::experts;
 use super::files::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
+use super::merged;
 use super::modules;
 use super::pairs::{group, Grouped};
 use super::parameters::rename;
@@ -147,6 +148,11 @@ fn convert(mut json: Json, tensors: StateDict) -> Result<(AdapterConfig, StateDi
                 let factors =
                     experts::from_peft(&a, &b, r).map_err(|e| Error::tensor(&a_key, e))?;
                 (LayerKind::Parameter { index }, factors.ok_or_else(wrong_rank)?)
+            }
+            None if (a.rank(), b.rank()) == (2, 3) => {
+                let kind = json.config.kind(&path).unwrap_or(&LayerKind::Linear).clone();
+                let factors = merged::from_peft_02(&kind, a, b, r);
+                (kind, factors.map_err(|e| Error::tensor(&a_key, e))?)
             }
             None if a.dims().first() != Some(&r) => return Err(wrong_rank()),
             None => {

@@ -28,6 +28,23 @@ pub(super) fn to_peft(kind: &LayerKind, Factors { a, b, r }: &Factors) -> Result
     Ok(Some(Factors { a: a.clone(), b: Tensor::cat(&blocks, 0)?, r: rows }))
 }
 
+/// The factors of PEFT until 0.2 as loralib's, which they are but for B, the kernel (out, r, 1) of a convolution of
+/// two groups.
+pub(super) fn from_peft_02(kind: &LayerKind, a: Tensor, b: Tensor, r: usize) -> Result<Factors> {
+    let (rows, (outs, own, _)) = (a.dim(0)?, b.dims3()?);
+    let enabled = kind.splits(Total::Enabled(outs)).unwrap_or_default();
+    let enabled = enabled.iter().filter(|(_, on)| *on).count();
+    if enabled != 2 || own != r || rows != 2 * r {
+        bail!(
+            "lora_A {:?} and lora_B {:?} of rank {r} are not those of a {kind:?} with two enabled splits, which PEFT \
+             0.2 computed right",
+            a.dims(),
+            b.dims()
+        )
+    }
+    Ok(Factors { a, b: b.squeeze(2)?, r })
+}
+
 /// PEFT's factors as loralib's: the inverse of [`to_peft`].
 pub(super) fn from_peft(kind: &LayerKind, a: Tensor, b: Tensor) -> Result<Factors> {
     let (out, ranks) = b.dims2()?;

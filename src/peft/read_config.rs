@@ -5,7 +5,7 @@ use super::entries::Entries;
 use super::files::malformed;
 use super::patterns::{patterns, Patterns};
 use super::tokens::TokenIndices;
-use crate::layers::LoraConfig;
+use crate::layers::{LayerKind, LoraConfig};
 use crate::utils::{AdapterConfig, Bias};
 use crate::{Error, Result};
 use serde::Deserialize;
@@ -109,12 +109,11 @@ pub(super) fn read_config(text: &[u8]) -> Result<Json> {
                 token_indices = TokenIndices::read(value).ok_or_else(wrong)?
             }
             key if HARMLESS_KEYS.contains(&key) => {}
+            // Until PEFT 0.2, of all layers.
             "enable_lora" => {
-                return Err(unsupported(
-                    key,
-                    value,
-                    "the merged layers of PEFT 0.2 have factors of other shapes",
-                ))
+                let enabled = value.as_array().ok_or_else(wrong)?.iter().map(Value::as_bool);
+                let enabled = enabled.collect::<Option<_>>().ok_or_else(wrong)?;
+                config = config.with_layer("", LayerKind::MergedLinear(enabled));
             }
             key => return Err(unsupported(key, value, "this option of PEFT is not known here")),
         }

@@ -42,7 +42,8 @@ fn read(folder: &Path, module: &[String], files: &mut Files) {
 
 fn parse(name: String, text: &str) -> File {
     let code = regex(r#"//[^\n]*|pub\(in [^)]*\)|"(?:[^"\\]|\\.)*""#).replace_all(text, "");
-    let code = regex(r"(?s)#\[cfg\(test\)\]\s*mod \w+ \{.*?\n\}").replace_all(&code, "");
+    let code =
+        regex(r"(?s)#\[cfg\((?:all\()?test[^\]]*\]\s*mod \w+ \{.*?\n\}").replace_all(&code, "");
     let declaration = regex(r"(?m)^\s*(?:pub(?:\([^)]*\))? )?use ([^;]+);");
     let uses =
         declaration.captures_iter(&code).flat_map(|found| expand(&found.unwrap()[1])).collect();

@@ -206,6 +206,19 @@ fn a_tied_head_has_no_adapter_of_its_own() -> lora::Result<()> {
 }
 
 #[test]
+fn a_summary_has_the_share_of_the_parameters_that_the_model_read() -> lora::Result<()> {
+    let base = base();
+    let adapter = Adapter::new(CFG).targets(["qkv"]).trainable(Bias::None.and("head"))?;
+    assert!(adapter.summary().is_err(), "nothing is built");
+    let _model = Model::new(adapter.var_builder(vb(&base)))?;
+    let (factors, head) = (2 * (8 + 24), 3 * 8 + 3);
+    let summary = adapter.summary()?;
+    let total = base.values().map(Tensor::elem_count).sum::<usize>() + factors;
+    assert_eq!((summary.trainable(), summary.total), (factors + head, Some(total)));
+    Ok(())
+}
+
+#[test]
 fn a_seeded_adapter_is_the_same_in_each_run() -> lora::Result<()> {
     let new = |seed| -> lora::Result<_> {
         let adapter = Adapter::new(CFG).targets(["qkv"]).seed(seed);

@@ -3,6 +3,7 @@
 
 use crate::adapter::{base, vb, Model};
 use candle_core::{DType, Device};
+use lora::layers::LayerKind;
 use loralib as lora;
 use loralib::nn as candle_nn;
 use loralib::{Adapter, Bias};
@@ -84,6 +85,24 @@ fn a_configuration_gives_every_option() -> lora::Result<()> {
     let (qkv, up) = (config.lora_config("layers.0.qkv"), config.lora_config("layers.1.up_proj"));
     assert_eq!((qkv.lora_dropout, qkv.rslora), (0.25, true));
     assert_eq!((qkv.scaling(), up.scaling()), (6. / 3f64.sqrt(), 5. / 2.));
+    Ok(())
+}
+
+#[test]
+fn a_configuration_takes_the_kinds_of_fused_layers() -> lora::Result<()> {
+    let fused = LayerKind::MergedLinear(vec![true, false, true]);
+    let declared =
+        adapter(&json!({ "r": 2, "target_modules": ["qkv"] }))?.with_layer("qkv", fused.clone());
+    // Until PEFT 0.2 in the file itself.
+    let given = json!({ "r": 2, "target_modules": ["qkv"], "enable_lora": [true, false, true] });
+    for adapter in [declared, adapter(&given)?] {
+        let _model = Model::new(adapter.var_builder(vb(&base())))?;
+        adapter.check()?;
+        assert_eq!(adapter.config().kind("layers.0.qkv"), Some(&fused));
+        let vars = adapter.named_vars()?;
+        assert_eq!(vars["layers.0.qkv.lora_A"].dims(), [4, 8]);
+        assert_eq!(vars["layers.0.qkv.lora_B"].dims(), [16, 2]);
+    }
     Ok(())
 }
 

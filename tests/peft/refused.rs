@@ -36,7 +36,7 @@ fn options_that_change_the_update_are_refused() {
         ("init_lora_weights", "olora".into()),
         ("use_qalora", true.into()),
         ("layer_replication", serde_json::json!([[0, 2]])),
-        ("enable_lora", serde_json::json!([true, false, true])),
+        ("enable_lora", serde_json::json!([1, 0])),
         ("trainable_token_indices", serde_json::json!(["one"])),
         ("lora_bias", 1.into()),
         ("target_parameters", "experts.down_proj".into()),

@@ -102,6 +102,30 @@ fn outputs_agree_with_peft() -> lora::Result<()> {
     Ok(())
 }
 
+/// `enable_lora`, until PEFT 0.2.
+#[test]
+fn merged_layers_of_peft_0_2_are_read_and_saved_in_today_s_format() -> lora::Result<()> {
+    let [base, merged, x, y] = model("enable_lora")?;
+    let (config, adapter) = peft::load_pretrained(folder("enable_lora"), &CPU)?;
+    let enabled = [true, false, true];
+    let mut tensors: HashMap<_, _> = base.clone().into_iter().collect();
+    tensors.extend(adapter.clone());
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+    for (path, x) in &x {
+        assert_eq!(config.kind(path), Some(&LayerKind::MergedLinear(enabled.to_vec())));
+        let layer = lora::merged_linear(6, 12, &enabled, config.lora_config(path), vb.pp(path))?;
+        assert!(difference(&layer.forward(x)?, &y[path])? < 2e-6, "{path}");
+    }
+    let dir = tempfile::tempdir()?;
+    peft::save_pretrained(dir.path(), &adapter, &config)?;
+    for (config, adapter) in [(config, adapter), peft::load_pretrained(dir.path(), &CPU)?] {
+        for (name, tensor) in lora::merge_into(&base, &adapter, &config)? {
+            assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn layer_options_are_read() -> lora::Result<()> {
     let (config, _) = peft::load_pretrained(folder("pattern"), &CPU)?;

@@ -34,7 +34,7 @@ impl Fitted {
         built::lock(&built).options(options);
         let mut fitted = vec![];
         for (path, kind, base) in layers {
-            built::lock(&built).layer_read(path);
+            built::lock(&built).read(&join(path, "weight"), base.tensor().elem_count());
             if !(options.selects(path) && options.adapts(kind)) {
                 continue;
             }
