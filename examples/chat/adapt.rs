@@ -31,7 +31,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
     }
 
     let config = AdapterConfig {
-        base_model_name_or_path: Some(base.path.display().to_string()),
+        base_model_name_or_path: args.base_model.clone().or(base.folder()),
         task_type: Some("CAUSAL_LM".to_owned()),
         ..args.lora().into()
     };

@@ -2,7 +2,7 @@
 
 use crate::sample::Sampler;
 use clap::{Parser, ValueEnum};
-use lora::{LoraConfig, Targets};
+use lora::{InitLoraWeights, LoraConfig, Targets};
 use loralib as lora;
 use std::path::PathBuf;
 
@@ -15,6 +15,9 @@ pub struct Args {
     /// shards), or a GGUF file
     #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
+    /// The model's name for PEFT, such as its repository's on the hub [default: the folder; none for a GGUF file]
+    #[arg(long, value_name = "NAME", requires = "data")]
+    pub base_model: Option<String>,
     /// What to train on: a .txt file with a text in each line, or JSON Lines with "text", with "prompt" and
     /// "completion", or with "messages"
     #[arg(long, value_name = "FILE", requires = "model")]
@@ -32,6 +35,9 @@ pub struct Args {
     /// The probability with which a value of the adapter's input is dropped in training
     #[arg(long, value_name = "P", default_value_t = 0.)]
     pub dropout: f32,
+    /// How the adapter starts, by PEFT's names: true, gaussian, pissa, pissa_niter_[number] or olora
+    #[arg(long, value_name = "NAME", default_value = "true")]
+    pub init_lora_weights: InitLoraWeights,
     /// The layers to adapt: all-linear, or names such as q_proj,v_proj
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "all-linear")]
     pub targets: Vec<String>,
@@ -135,6 +141,7 @@ impl Args {
             lora_dropout: self.dropout,
             // Measured without merging: a copy of each weight would be as large as the model.
             merge_weights: false,
+            init_lora_weights: self.init_lora_weights,
             ..Default::default()
         }
     }

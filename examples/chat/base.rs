@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 pub struct Base {
-    pub path: PathBuf,
+    path: PathBuf,
     pub config: Config,
     pub tokens: Tokens,
     /// `None` for a model that does not chat.
@@ -51,6 +51,11 @@ impl Base {
             return Ok(file.var_builder(DType::F32, &self.device)?);
         }
         Ok(lora::safetensors_var_builder(&self.path, DType::F32, &self.device)?)
+    }
+
+    /// The folder, from which PEFT can load the model; `None` for a GGUF file.
+    pub fn folder(&self) -> Option<String> {
+        self.file.is_none().then(|| self.path.display().to_string())
     }
 
     /// Whether an adapter can be merged into the weights: not into quantised ones.

@@ -45,6 +45,7 @@ struct Options {
     accumulate: usize,
     alpha: f64,
     dropout: f32,
+    init_lora_weights: String,
     /// A hash of all tokens.
     data: u64,
 }
@@ -115,7 +116,17 @@ impl Run<'_> {
             let token = u64::from(*id) << 1 | u64::from(*learned);
             (hash ^ token).wrapping_mul(0x100_0000_01b3)
         });
-        let (alpha, dropout) = (lora.lora_alpha, lora.lora_dropout);
-        Options { seed, steps, lr, clip, batch, accumulate, alpha, dropout, data }
+        Options {
+            seed,
+            steps,
+            lr,
+            clip,
+            batch,
+            accumulate,
+            alpha: lora.lora_alpha,
+            dropout: lora.lora_dropout,
+            init_lora_weights: format!("{:?}", lora.init_lora_weights),
+            data,
+        }
     }
 }

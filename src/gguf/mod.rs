@@ -57,6 +57,6 @@ mod writer;
 
 pub use file::File;
 pub use load_adapter::load_adapter;
-pub use merge::{merge, MergeOptions};
+pub use merge::{merge, merge_to_safetensors, MergeOptions};
 pub use save_adapter::save_adapter;
 pub use var_builder::var_builder;

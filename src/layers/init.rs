@@ -75,7 +75,7 @@ fn magnitude(
     if let Some(initial) = initial {
         set(&mut m, initial)?;
     }
-    Ok(Magnitude { m, base_squares: (!base.track_op()).then_some(squares) })
+    Ok(Magnitude { m, base_squares: (!base.track_op()).then_some(squares), norms: None })
 }
 
 /// DoRA's initial magnitude, the norms of the outputs of `w`, which are its dimension `dim`.

@@ -8,7 +8,8 @@ use std::str::FromStr;
 /// [`Pissa`](Self::Pissa) and [`Olora`](Self::Olora) initialise `lora_A` and `lora_B` with a part of the base weight,
 /// which is subtracted again: ΔW = scaling · (B·A − B₀·A₀), with the initial factors B₀ and A₀ as frozen tensors
 /// `lora_A_initial` and `lora_B_initial` beside the trained ones. The base weight itself stays as it is, where PEFT
-/// changes it, and may be quantised. This crate's files contain the initial factors. In a folder of
+/// changes it, and may be quantised. This crate's files contain the initial factors, an optimizer's state only the trained
+/// ones; a model over such a file needs the same option. In a folder of
 /// [`peft::save_pretrained`](crate::peft::save_pretrained), and wherever else an adapter is read, merged or converted,
 /// it is a plain adapter of rank 2r with twice the alpha, as after PEFT's own conversion. For
 /// [`Linear`](crate::Linear) alone, with the feature `faer`; an error for [`MergedLinear`](crate::MergedLinear), for

@@ -57,7 +57,12 @@ pub(crate) struct Tensors {
 #[derive(Debug, Clone)]
 pub(crate) enum State {
     Train,
-    Eval { merged: Option<MergedCopy> },
+    /// In evaluation, with the merged weight.
+    Merged(MergedCopy),
+    /// In evaluation, with the update beside the weight: the present values, or with DoRA those of a snapshot.
+    Beside {
+        snapshot: Option<LowRank>,
+    },
 }
 
 /// Detached copies of the merged weight and the bias.
@@ -160,12 +165,12 @@ impl Weight {
     pub fn mode(&self) -> Mode {
         self.with_state(|state| match state {
             State::Train => Mode::Train,
-            State::Eval { .. } => Mode::Eval,
+            State::Merged(_) | State::Beside { .. } => Mode::Eval,
         })
     }
 
     pub fn is_merged(&self) -> bool {
-        self.with_state(|state| matches!(state, State::Eval { merged: Some(_) }))
+        self.with_state(|state| matches!(state, State::Merged(_)))
     }
 
     /// With the update that this thread has chosen or else its own. In evaluation all tensors are detached, so that
@@ -183,16 +188,20 @@ impl Weight {
                     bias: bias.clone(),
                     update: chosen.unwrap_or_else(|| Update::Whole(update.clone())),
                 },
-                (State::Eval { merged: Some(copy) }, None) => Effective {
+                (State::Merged(copy), None) => Effective {
                     weight: Matrix::Dense(copy.weight.clone()),
                     bias: copy.bias.clone(),
                     update: Update::Whole(None),
                 },
-                (State::Eval { .. }, chosen) => Effective {
+                (state, chosen) => Effective {
                     weight: base.matrix()?.for_evaluation(),
                     bias: bias.as_ref().map(Tensor::detach),
-                    update: chosen
-                        .unwrap_or_else(|| Update::Whole(update.as_ref().map(LowRank::detached))),
+                    update: chosen.unwrap_or_else(|| {
+                        Update::Whole(match state {
+                            State::Beside { snapshot: Some(snapshot) } => Some(snapshot.clone()),
+                            _ => update.as_ref().map(LowRank::detached),
+                        })
+                    }),
                 },
             })
         })
@@ -234,13 +243,15 @@ impl SharedWeight {
 
 impl Tensors {
     /// Merges for [`Mode::Eval`], unless `merge_weights` is off or the base is quantised: a merged copy would
-    /// be several times its size.
+    /// be several times its size. With DoRA the values are copied then, as merging does, so that the norms are computed
+    /// once.
     fn state(&self, mode: Mode) -> Result<State> {
         let merges = self.merge_weights && self.update.is_some() && self.base.blocks().is_none();
+        let dora = self.update.as_ref().filter(|update| update.magnitude().is_some());
         Ok(match mode {
             Mode::Train => State::Train,
-            Mode::Eval if merges => State::Eval { merged: Some(self.merged_copy()?) },
-            Mode::Eval => State::Eval { merged: None },
+            Mode::Eval if merges => State::Merged(self.merged_copy()?),
+            Mode::Eval => State::Beside { snapshot: dora.map(LowRank::snapshot).transpose()? },
         })
     }
 

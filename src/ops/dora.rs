@@ -45,6 +45,15 @@ pub(crate) fn scaled_weight(w: &Tensor, magnitude: &Magnitude, dim: usize) -> Re
 /// ‖W + ΔW‖ of each output of `w` (in, out), without ΔW. Where there is no kernel for it:
 /// `‖w + s·b·A‖² = ‖w‖² + s·b·(2·A·w + s·A·Aᵀ·b)`.
 pub(super) fn norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result<Tensor> {
+    let Some(kept) = &magnitude.norms else { return computed_norms(w, update, magnitude) };
+    if let Some(norms) = kept.get() {
+        return Ok(norms.clone());
+    }
+    let norms = computed_norms(w, update, magnitude)?;
+    Ok(kept.get_or_init(|| norms).clone())
+}
+
+fn computed_norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result<Tensor> {
     let factor = update.detached().factors(w.dtype())?.remove(0);
     let b = factor.b.contiguous()?;
     if let Some(rows) = w.dense().map(|w| w.detach().t()).transpose()?.filter(is_f32_rows_on_cpu) {
@@ -155,7 +164,8 @@ mod tests {
                 let (w, a, b) = (rand((out, k))?, rand((r, k))?, rand((out, r))?);
                 let split = Split { outputs: 0..out, ranks: 0..r, b_rows: 0..out };
                 let update = LowRank::new(a.clone(), b.clone(), 0.5, 0., vec![split]);
-                let kept = Magnitude { m: w.sum(1)?, base_squares: Some(squares(&w, 0)?) };
+                let kept =
+                    Magnitude { m: w.sum(1)?, base_squares: Some(squares(&w, 0)?), norms: None };
                 let changing = Magnitude { base_squares: None, ..kept.clone() };
                 let dense = (&w + (b.matmul(&a)? * 0.5)?)?.sqr()?.sum(1)?.sqrt()?;
                 let (rows, columns) = (w.t()?, w.t()?.contiguous()?);

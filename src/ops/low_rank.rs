@@ -5,7 +5,7 @@ use super::dropout::{Dropout, DropoutStream};
 use candle_core::{DType, Result, Tensor};
 use std::borrow::Cow;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The dtype in which low-rank terms are computed beside a base of `dtype`: F64 for F64, else F32.
 pub(crate) fn compute_dtype(dtype: DType) -> DType {
@@ -56,6 +56,8 @@ pub(crate) struct Magnitude {
     pub m: Tensor,
     /// ‖w‖² of each output of the base (out), in the compute dtype. `None` for a variable, whose values may change.
     pub base_squares: Option<Tensor>,
+    /// The norms of a snapshot, which do not change, after the first forward.
+    pub norms: Option<Arc<OnceLock<Tensor>>>,
 }
 
 /// A and B of an update `B·A − B₀·A₀`, each of twice the rank: A over A₀, and B beside −B₀.
@@ -136,6 +138,28 @@ impl LowRank {
         let (a, b, dropout) = (self.a.detach(), self.b.detach(), Dropout::default());
         let detached = |magnitude: Magnitude| Magnitude { m: magnitude.m.detach(), ..magnitude };
         Self { a, b, dropout, magnitude: self.magnitude.clone().map(detached), ..self.clone() }
+    }
+
+    /// A copy of the present values for evaluation, whose norms are computed once.
+    pub fn snapshot(&self) -> Result<Self> {
+        let copy = |t: &Tensor| t.copy().map(|copy| copy.detach());
+        let initial = |[a, b]: &[Tensor; 2]| Ok::<_, candle_core::Error>([copy(a)?, copy(b)?]);
+        let magnitude = |magnitude: &Magnitude| {
+            let m = copy(&magnitude.m)?;
+            Ok::<_, candle_core::Error>(Magnitude {
+                m,
+                norms: Some(Arc::default()),
+                ..magnitude.clone()
+            })
+        };
+        Ok(Self {
+            a: copy(&self.a)?,
+            b: copy(&self.b)?,
+            dropout: Dropout::default(),
+            magnitude: self.magnitude.as_ref().map(magnitude).transpose()?,
+            initial: self.initial.as_ref().map(initial).transpose()?,
+            ..self.clone()
+        })
     }
 
     /// A, contiguous, in the compute dtype beside a base of dtype `base`.

@@ -1,8 +1,8 @@
 //! The mode of a layer, and of everything that consists of layers.
 
-use crate::common::{device, CFG};
-use candle_core::{DType, Result};
-use candle_nn::VarBuilder;
+use crate::common::{bits, device, difference, rnd, CFG};
+use candle_core::{DType, Module, Result};
+use candle_nn::{VarBuilder, VarMap};
 use lora::{LoraConfig, LoraModule, Mode};
 use loralib as lora;
 
@@ -72,6 +72,35 @@ fn collections_set_the_mode_of_every_element() -> Result<()> {
         none.set_mode(mode)?;
         assert!(vec.iter().chain(&array).all(|layer| layer.mode() == mode));
         assert_eq!(some.as_ref().map(|table| table.mode()), Some(mode));
+    }
+    Ok(())
+}
+
+/// A merged layer, and with DoRA any layer, computes with the values at `eval()`.
+#[test]
+fn later_values_count_after_the_next_eval() -> Result<()> {
+    for (merge_weights, use_dora) in [(true, false), (true, true), (false, true)] {
+        let (vars, dim) = (VarMap::new(), 8);
+        let cfg = LoraConfig { merge_weights, use_dora, ..CFG };
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
+        let mut layer = lora::linear(dim, dim, cfg, vb)?;
+        let x = rnd(5, &[3, dim], DType::F32)?;
+        let change = || -> Result<()> {
+            let data = vars.data().lock().unwrap();
+            data["lora_B"].set(&(data["lora_B"].as_tensor() + 0.25)?)
+        };
+        change()?;
+        layer.eval()?;
+        // The first forward of DoRA keeps the norms.
+        let before = bits(&layer.forward(&x)?)?;
+        change()?;
+        let name = format!("merge_weights {merge_weights}, use_dora {use_dora}");
+        assert_eq!(bits(&layer.forward(&x)?)?, before, "{name}");
+        layer.eval()?;
+        let after = layer.forward(&x)?;
+        assert_ne!(bits(&after)?, before, "{name}");
+        layer.train()?;
+        assert!(difference(&layer.forward(&x)?, &after)? < 1e-5, "{name}");
     }
     Ok(())
 }

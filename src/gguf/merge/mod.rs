@@ -3,6 +3,7 @@
 mod layout;
 mod plan;
 mod rounded;
+mod to_safetensors;
 
 use super::convert::{dense, stored};
 use super::file::File;
@@ -19,6 +20,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
+
+pub use to_safetensors::merge_to_safetensors;
 
 /// How [`merge`] stores the merged weights.
 ///

@@ -14,19 +14,19 @@ use std::fs;
 
 const CPU: Device = Device::Cpu;
 
-fn config(lora_alpha: f64) -> AdapterConfig {
+pub fn config(lora_alpha: f64) -> AdapterConfig {
     LoraConfig { r: 4, lora_alpha, ..Default::default() }.into()
 }
 
 /// A file's tensors as Hugging Face has them.
-fn values(file: &File) -> Result<BTreeMap<String, Tensor>> {
+pub fn values(file: &File) -> Result<BTreeMap<String, Tensor>> {
     let names = Names::of(file)?;
     let tensor = |name: &str| Ok((names.hugging_face(name).unwrap(), dense(file, &names, name)?));
     file.tensor_names().map(tensor).collect()
 }
 
 /// What an adapter adds to a weight.
-fn update(adapter: &StateDict, name: &str, scaling: f64) -> Option<Tensor> {
+pub fn update(adapter: &StateDict, name: &str, scaling: f64) -> Option<Tensor> {
     let path = name.strip_suffix(".weight")?;
     let a = adapter.get(&format!("{path}.lora_A"))?;
     let product = adapter[&format!("{path}.lora_B")].matmul(a).unwrap();
@@ -34,7 +34,7 @@ fn update(adapter: &StateDict, name: &str, scaling: f64) -> Option<Tensor> {
     Some((product * scaling).unwrap())
 }
 
-fn largest(tensor: &Tensor) -> f32 {
+pub fn largest(tensor: &Tensor) -> f32 {
     tensor.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
 

@@ -5,3 +5,4 @@ mod damaged;
 mod errors;
 mod fidelity;
 mod merged;
+mod to_safetensors;

@@ -3,7 +3,7 @@
 use crate::ops::checked_elem_count;
 use crate::utils::state_dict::{check_finite, StateDict};
 use crate::{Error, Result};
-use ::safetensors::tensor::SafeTensors;
+use ::safetensors::tensor::{Metadata as HeaderMetadata, SafeTensors, TensorInfo};
 use candle_core::safetensors::Load;
 use candle_core::Device;
 use std::collections::{BTreeMap, HashMap};
@@ -45,6 +45,15 @@ fn with_metadata(file: Vec<u8>, metadata: &BTreeMap<&str, String>) -> Result<Vec
     // The data is aligned to 8 bytes.
     header.resize(header.len().next_multiple_of(8), b' ');
     Ok([&(header.len() as u64).to_le_bytes()[..], &header, data].concat())
+}
+
+/// The start of a file with `format: pt` as metadata, before the tensors' data in this order.
+pub(crate) fn header(tensors: Vec<(String, TensorInfo)>) -> Result<Vec<u8>> {
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let header = HeaderMetadata::new(Some(metadata), tensors).map_err(malformed)?;
+    let mut header = serde_json::to_vec(&header).map_err(malformed)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
 }
 
 pub(crate) fn malformed(reason: impl ToString) -> Error {
