@@ -6,6 +6,7 @@ mod check_grads;
 pub(crate) mod checkpoint;
 mod factors;
 mod fnv;
+mod half_var_builder;
 mod initial;
 mod magnitudes;
 pub(crate) mod names;
@@ -25,6 +26,7 @@ pub use checkpoint::{
 };
 pub(crate) use factors::{check_magnitudes, check_same_options, factors};
 pub(crate) use fnv::fnv1a;
+pub use half_var_builder::half_var_builder;
 pub(crate) use initial::plain;
 pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;

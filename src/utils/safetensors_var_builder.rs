@@ -39,7 +39,8 @@ pub fn safetensors_var_builder(
     Ok(VarBuilder::from_backend(Box::new(disk), dtype, device.clone()))
 }
 
-struct Disk {
+/// The tensors of files.
+pub(super) struct Disk {
     /// What was opened, for messages.
     path: PathBuf,
     shards: Vec<Shard>,
@@ -53,7 +54,7 @@ struct Shard {
 }
 
 impl Disk {
-    fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let (mut shards, mut shard_of) = (vec![], HashMap::new());
         for path in Shards::find(path)?.paths() {
             let file = SafetensorsFile::open(&path).map_err(|e| e.at(&path))?;
@@ -67,7 +68,8 @@ impl Disk {
         Ok(Self { path: path.to_owned(), shards, shard_of })
     }
 
-    fn read(&self, name: &str, wanted: Option<&Shape>) -> Result<Tensor> {
+    /// A tensor in its own dtype, on the CPU.
+    pub fn read(&self, name: &str, wanted: Option<&Shape>) -> Result<Tensor> {
         let Some(shard) = self.shard_of.get(name).and_then(|&shard| self.shards.get(shard)) else {
             return Err(Error::tensor(name, "it is missing").at(&self.path));
         };

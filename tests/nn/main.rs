@@ -9,5 +9,6 @@ mod bad_input;
 mod checkpointing;
 mod dora;
 mod dora_magnitude;
+mod half;
 mod operations;
 mod peft_config;
