@@ -69,8 +69,8 @@ pub fn adapt(args: &Args, base: &Base, file: &Path) -> Result<Document> {
         true => checkpointed_loss(&model, &adapter, batch),
         false => batch_loss(&model, batch),
     };
-    let vars = adapter.named_vars()?;
-    let (mut times, curve) = train(vars, &plan, Some(&run), &training, &base.device, loss)?;
+    let (vars, frozen) = (adapter.named_vars()?, adapter.frozen_vars());
+    let (mut times, curve) = train(vars, frozen, &plan, Some(&run), &training, &base.device, loss)?;
     times.sort();
     if let Some(median) = times.get(times.len() / 2) {
         println!("a step took {:.0} ms (median)", median.as_secs_f64() * 1e3);

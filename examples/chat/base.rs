@@ -45,7 +45,7 @@ impl Base {
         texts.and_then(build).map_err(|e| format!("{}: {e}", path.display()).into())
     }
 
-    /// The frozen weights, read anew: a model keeps its own, and nothing else does.
+    /// The frozen weights, read anew, in half precision if they are stored so.
     pub fn var_builder(&self) -> Result<VarBuilder<'static>> {
         if let Some(file) = &self.file {
             return Ok(file.var_builder(DType::F32, &self.device)?);
@@ -56,6 +56,11 @@ impl Base {
     /// The folder, from which PEFT can load the model; `None` for a GGUF file.
     pub fn folder(&self) -> Option<String> {
         self.file.is_none().then(|| self.path.display().to_string())
+    }
+
+    /// The weights for [`Adapter::merged`], in which nothing else keeps them.
+    pub fn to_merge(&self) -> Result<VarBuilder<'static>> {
+        Ok(lora::safetensors_var_builder(&self.path, DType::F32, &self.device)?)
     }
 
     /// Whether an adapter can be merged into the weights: not into quantised ones.

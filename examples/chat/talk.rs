@@ -26,7 +26,7 @@ pub fn talk(args: &Args, base: &Base, prompt: &Prompt, folder: &Path) -> Result<
 pub fn adapted(args: &Args, base: &Base, folder: &Path) -> Result<Llama> {
     if base.merges() && !args.unmerged {
         let adapter = Adapter::load(folder, &base.device)?;
-        return base.model(adapter.merged(base.var_builder()?)?);
+        return base.model(adapter.merged(base.to_merge()?)?);
     }
     let (mut config, tensors) = peft::load_pretrained(folder, &base.device)?;
     config.lora.merge_weights = false;

@@ -102,7 +102,9 @@ fn pretrain(args: &Args, folder: &Path, data: &Path, device: &Device) -> Result<
         seed: args.seed,
     };
     let named = vars.data().lock().map_err(|e| e.to_string())?.clone();
-    train(named, &plan, None, &examples, device, |batch| batch_loss(&model, batch))?;
+    train(named, Default::default(), &plan, None, &examples, device, |batch| {
+        batch_loss(&model, batch)
+    })?;
     let data = vars.data().lock().map_err(|e| e.to_string())?;
     let tensors: StateDict =
         data.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();

@@ -12,6 +12,7 @@ use candle_nn::{Optimizer, ParamsAdamW};
 use indicatif::{ProgressBar, ProgressStyle};
 use lora::train::{add_grads, clip_grad_norm, AdamW, Schedule};
 use loralib as lora;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 pub struct Plan {
@@ -26,9 +27,10 @@ pub struct Plan {
     pub seed: u64,
 }
 
-/// Trains variables that a model learns, a `run` of which is on disk. Gives each step's time and the losses.
+/// Trains the variables of an optimizer, a `run` of which is on disk. Gives each step's time and the losses.
 pub fn train(
     named: impl IntoIterator<Item = (String, Var)>,
+    frozen: BTreeMap<String, Var>,
     plan: &Plan,
     run: Option<&Run>,
     examples: &[Example],
@@ -37,7 +39,8 @@ pub fn train(
 ) -> Result<(Vec<Duration>, Curve)> {
     let named: Vec<_> = named.into_iter().collect();
     let vars: Vec<_> = named.iter().map(|(_, var)| var.clone()).collect();
-    let mut opt = AdamW::named(named.clone(), ParamsAdamW { lr: plan.lr, ..Default::default() })?;
+    let params = ParamsAdamW { lr: plan.lr, ..Default::default() };
+    let mut opt = AdamW::named(named.clone(), params)?.with_frozen(frozen)?;
     let mut curve = match run {
         Some(run) => run.begin(&mut opt, plan, examples)?,
         None => Curve::default(),

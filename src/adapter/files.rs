@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::PoisonError;
 
 impl Adapter {
-    /// Writes a safetensors file with the trainable variables and, in its metadata, the options and the
+    /// Writes a safetensors file with the variables of [`state_dict`](Self::state_dict) and, in its metadata, the options and the
     /// kinds, ranks and alphas of the layers; see [`save_state_dict`].
     ///
     /// # Errors
@@ -30,7 +30,8 @@ impl Adapter {
     }
 
     /// Reads an adapter that [`save`](Self::save), [`save_pretrained`](Self::save_pretrained) or PEFT wrote, a
-    /// file or a folder. Its layers are its targets: build the model by
+    /// file or a folder. Initial factors become a part of its own: training it further trains twice the rank, see
+    /// [`restore`](Self::restore). Its layers are its targets: build the model by
     /// [`var_builder`](Self::var_builder), or give [`merged`](Self::merged) to any candle model.
     ///
     /// # Errors
@@ -110,7 +111,7 @@ impl Adapter {
     ///
     /// # Errors
     /// If the file cannot be read or is malformed; if it has an option that is not supported, as in
-    /// [`peft::load_pretrained`], or an initialisation other than `true` and `"gaussian"`; if it names no targets; and if a
+    /// [`peft::load_pretrained`], or an initialisation that is not one of [`InitLoraWeights`](crate::InitLoraWeights); if it names no targets; and if a
     /// regular expression is invalid. The error names the file and the option.
     pub fn from_peft_config(path: impl AsRef<Path>) -> Result<Self> {
         let file = peft::config_file(path.as_ref());
@@ -129,7 +130,8 @@ impl Adapter {
     }
 
     /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with
-    /// a saved run. A merged model uses the new values after the next `eval()`. The report lists a table that PEFT
+    /// a saved run. An adapter with initial factors is restored from [`save`](Self::save)'s file alone: the folder has it
+    /// as a plain one. A merged model uses the new values after the next `eval()`. The report lists a table that PEFT
     /// saved with an adapted embedding as unexpected.
     ///
     /// # Errors

@@ -16,9 +16,10 @@ mod var_builder;
 
 use crate::layers::{LayerKind, Mode};
 use crate::ops::DropoutStream;
+use crate::utils::names::is_initial;
 use crate::utils::{
-    lora_state_dict, mark_only_lora_as_trainable, summary, AdapterConfig, StateDict, Summary,
-    Trainable,
+    lora_state_dict, mark_only_lora_as_trainable, summary, variables, AdapterConfig, StateDict,
+    Summary, Trainable,
 };
 use crate::{Error, Result};
 use built::Built;
@@ -145,7 +146,9 @@ impl Adapter {
 
     /// Declares the kind of the layers whose path is `module` or ends in it after a dot, as
     /// [`AdapterConfig::with_layer`] does: a fused `qkv` can be a
-    /// [`LayerKind::MergedLinear`](crate::layers::LayerKind), also with the options of a file.
+    /// [`LayerKind::MergedLinear`](crate::layers::LayerKind), also with the options of a file. A longer entry counts
+    /// instead, as those of the layers of a loaded adapter: for these see
+    /// [`peft::load_pretrained_as`](crate::peft::load_pretrained_as).
     pub fn with_layer(self, module: impl Into<String>, kind: LayerKind) -> Self {
         let config = self.options.config.clone().with_layer(module, kind);
         self.with(|options| options.config = config)
@@ -234,6 +237,13 @@ impl Adapter {
         Trainable::from(&self.options.config).trained(&self.vars)
     }
 
+    /// The variables that are saved and not trained, by name: the initial factors of
+    /// [`InitLoraWeights`](crate::InitLoraWeights), for
+    /// [`train::AdamW::with_frozen`](crate::train::AdamW::with_frozen). Mostly none.
+    pub fn frozen_vars(&self) -> BTreeMap<String, Var> {
+        variables(&self.vars).into_iter().filter(|(name, _)| is_initial(name)).collect()
+    }
+
     /// All variables of the adapter by name, for functions that take a `VarMap`, such as
     /// [`missing_grads`](crate::missing_grads).
     pub fn var_map(&self) -> &VarMap {
@@ -282,16 +292,17 @@ impl Adapter {
         config
     }
 
-    /// A copy of the trainable variables, to save. It is the same in training and evaluation.
+    /// A copy of the variables that are trained and of [`frozen_vars`](Self::frozen_vars), to save. It is the same in
+    /// training and evaluation.
     ///
     /// # Errors
-    /// If there are none.
+    /// If nothing is trained.
     pub fn state_dict(&self) -> Result<StateDict> {
         lora_state_dict(&self.vars, &self.options.config)
     }
 
-    /// The adapted layers and the trainable parameters as a table, with their share of all parameters that the
-    /// model has read from [`var_builder`](Self::var_builder).
+    /// The adapted layers and the trainable parameters as a table, with their share of all parameters if a model has
+    /// read them from [`var_builder`](Self::var_builder), and not from that of [`Adapters`](crate::Adapters).
     ///
     /// # Errors
     /// If nothing is trainable.

@@ -3,17 +3,20 @@
 use crate::Error;
 use std::str::FromStr;
 
-/// The initialisation of new factors, PEFT's `init_lora_weights`. A new layer equals its base with each of them.
+/// The initialisation of new factors, PEFT's `init_lora_weights`. A new layer equals its base with each of them, but for
+/// the dropout of its update's input.
 ///
 /// [`Pissa`](Self::Pissa) and [`Olora`](Self::Olora) initialise `lora_A` and `lora_B` with a part of the base weight,
 /// which is subtracted again: ΔW = scaling · (B·A − B₀·A₀), with the initial factors B₀ and A₀ as frozen tensors
 /// `lora_A_initial` and `lora_B_initial` beside the trained ones. The base weight itself stays as it is, where PEFT
-/// changes it, and may be quantised. This crate's files contain the initial factors, an optimizer's state only the trained
-/// ones; a model over such a file needs the same option. In a folder of
-/// [`peft::save_pretrained`](crate::peft::save_pretrained), and wherever else an adapter is read, merged or converted,
-/// it is a plain adapter of rank 2r with twice the alpha, as after PEFT's own conversion. For
-/// [`Linear`](crate::Linear) alone, with the feature `faer`; an error for [`MergedLinear`](crate::MergedLinear), for
-/// convolutions, and if r exceeds a dimension of the weight.
+/// changes it, and may be quantised. This crate's files contain the initial factors; an optimizer's state does
+/// [with](crate::train::AdamW::with_frozen) [`Adapter::frozen_vars`](crate::Adapter::frozen_vars). Where an adapter is
+/// [loaded](crate::Adapter::load), merged, or written in another format, it is a plain adapter of rank 2r with the same
+/// scaling, as after PEFT's own conversion. A forward takes the products of rank 2r.
+///
+/// They are for [`Linear`](crate::Linear) alone and need the feature `faer`. An error for
+/// [`MergedLinear`](crate::MergedLinear) and convolutions; for a base weight that is a variable, whose values may change,
+/// or has values that are not finite; if the scaling is not positive; and if r exceeds a dimension of the weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum InitLoraWeights {

@@ -29,8 +29,14 @@ impl Initial {
         vb: &VarBuilder,
     ) -> Result<Option<Self>> {
         let is_new = !vb.contains_tensor("lora_A");
-        let known = vb.contains_tensor(INITIAL_A);
-        if !cfg.init_lora_weights.of_base() || !(is_new || known) {
+        let known = match (has(vb, INITIAL_A), has(vb, INITIAL_B)) {
+            (a, b) if a != b => bail!(
+                "{:?} is missing, and its other initial factor is there",
+                path(vb, if a { INITIAL_B } else { INITIAL_A })
+            ),
+            (known, _) => known,
+        };
+        if !(known || (is_new && cfg.init_lora_weights.of_base())) {
             return Ok(None);
         }
         let (mut out_dim, mut in_dim) = base.dims2()?;
@@ -38,9 +44,12 @@ impl Initial {
             (out_dim, in_dim) = (in_dim, out_dim);
         }
         // Before the variables are made, so that an error leaves none.
-        let values = match is_new && !known {
-            true => Some(part_of(base, placement, cfg)?),
-            false => None,
+        let values = match known {
+            true => None,
+            false => {
+                let part = part_of(base, placement, cfg);
+                Some(part.map_err(|e| e.context(path(vb, "weight")))?)
+            }
         };
         let dtype = cfg.adapter_dtype(base.dtype());
         let mut a = vb.get_with_hints_dtype((cfg.r, in_dim), INITIAL_A, ZERO, dtype)?;
@@ -63,6 +72,18 @@ impl Initial {
 
     pub fn into_factors(self) -> [Tensor; 2] {
         self.factors
+    }
+}
+
+/// Whether `vb` has this tensor, and not every one, as `VarBuilder::zeros` has.
+fn has(vb: &VarBuilder, name: &str) -> bool {
+    vb.contains_tensor(name) && !vb.contains_tensor("")
+}
+
+fn path(vb: &VarBuilder, name: &str) -> String {
+    match vb.prefix() {
+        prefix if prefix.is_empty() => name.to_owned(),
+        prefix => format!("{prefix}.{name}"),
     }
 }
 

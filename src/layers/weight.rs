@@ -59,10 +59,17 @@ pub(crate) enum State {
     Train,
     /// In evaluation, with the merged weight.
     Merged(MergedCopy),
-    /// In evaluation, with the update beside the weight: the present values, or with DoRA those of a snapshot.
+    /// In evaluation, with the update beside the weight: the present values, or those of a snapshot.
     Beside {
-        snapshot: Option<LowRank>,
+        snapshot: Option<Arc<Snapshot>>,
     },
+}
+
+/// Detached copies of an update, of which a part is computed once, and of the bias.
+#[derive(Debug, Clone)]
+pub(crate) struct Snapshot {
+    update: LowRank,
+    bias: Option<Tensor>,
 }
 
 /// Detached copies of the merged weight and the bias.
@@ -193,15 +200,16 @@ impl Weight {
                     bias: copy.bias.clone(),
                     update: Update::Whole(None),
                 },
-                (state, chosen) => Effective {
+                (State::Beside { snapshot: Some(snapshot) }, None) => Effective {
+                    weight: base.matrix()?.for_evaluation(),
+                    bias: snapshot.bias.clone(),
+                    update: Update::Whole(Some(snapshot.update.clone())),
+                },
+                (State::Merged(_) | State::Beside { .. }, chosen) => Effective {
                     weight: base.matrix()?.for_evaluation(),
                     bias: bias.as_ref().map(Tensor::detach),
-                    update: chosen.unwrap_or_else(|| {
-                        Update::Whole(match state {
-                            State::Beside { snapshot: Some(snapshot) } => Some(snapshot.clone()),
-                            _ => update.as_ref().map(LowRank::detached),
-                        })
-                    }),
+                    update: chosen
+                        .unwrap_or_else(|| Update::Whole(update.as_ref().map(LowRank::detached))),
                 },
             })
         })
@@ -243,22 +251,35 @@ impl SharedWeight {
 
 impl Tensors {
     /// Merges for [`Mode::Eval`], unless `merge_weights` is off or the base is quantised: a merged copy would
-    /// be several times its size. With DoRA the values are copied then, as merging does, so that the norms are computed
-    /// once.
+    /// be several times its size.
     fn state(&self, mode: Mode) -> Result<State> {
         let merges = self.merge_weights && self.update.is_some() && self.base.blocks().is_none();
-        let dora = self.update.as_ref().filter(|update| update.magnitude().is_some());
         Ok(match mode {
             Mode::Train => State::Train,
             Mode::Eval if merges => State::Merged(self.merged_copy()?),
-            Mode::Eval => State::Beside { snapshot: dora.map(LowRank::snapshot).transpose()? },
+            Mode::Eval => State::Beside { snapshot: self.snapshot()? },
         })
+    }
+
+    /// Of an update for which each forward would compute the same again: DoRA's norms, unless the base may change, and
+    /// factors that contain initial ones.
+    fn snapshot(&self) -> Result<Option<Arc<Snapshot>>> {
+        let Some(update) = &self.update else { return Ok(None) };
+        let norms = update.magnitude().is_some_and(|own| own.base_squares.is_some());
+        if !norms && update.initial().is_none() {
+            return Ok(None);
+        }
+        let snapshot = Snapshot { update: update.snapshot()?, bias: self.copied_bias()? };
+        Ok(Some(Arc::new(snapshot)))
+    }
+
+    fn copied_bias(&self) -> Result<Option<Tensor>> {
+        self.bias.as_ref().map(|bias| Ok(bias.copy()?.detach())).transpose()
     }
 
     /// Copies, which later changes of the variables do not reach.
     fn merged_copy(&self) -> Result<MergedCopy> {
-        let bias = self.bias.as_ref().map(Tensor::copy).transpose()?;
-        Ok(MergedCopy { weight: self.merged()?, bias: bias.map(|bias| bias.detach()) })
+        Ok(MergedCopy { weight: self.merged()?, bias: self.copied_bias()? })
     }
 
     /// The merged weight in W's layout, without a graph. The base is never written.

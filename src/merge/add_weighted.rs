@@ -1,6 +1,6 @@
 //! The weighted sum of adapters.
 
-use crate::utils::names::{is_factor, join, split};
+use crate::utils::names::{is_factor, is_initial, join, split};
 use crate::utils::StateDict;
 use crate::{Error, Result};
 use candle_core::{bail, DType, Tensor};
@@ -36,7 +36,13 @@ pub fn add_weighted(adapters: &[(&StateDict, f64)]) -> Result<StateDict> {
     let mut sum = StateDict::new();
     for (adapter, weight) in adapters {
         if let Some(name) = adapter.keys().find(|name| !is_factor(name)) {
-            return Err(Error::tensor(name, "only lora_A and lora_B have a weighted sum"));
+            let reason = match is_initial(name) {
+                true => {
+                    "initial factors have no weighted sum: load the adapters by `Adapter::load`"
+                }
+                false => "only lora_A and lora_B have a weighted sum",
+            };
+            return Err(Error::tensor(name, reason));
         }
         let names = |a: &StateDict, b: &StateDict| -> Vec<String> {
             a.keys().filter(|name| !b.contains_key(*name)).cloned().collect()

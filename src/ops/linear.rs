@@ -32,14 +32,27 @@ pub(crate) fn linear(
     }
     let (x, w) = (x.contiguous()?, gemm_operand(w)?);
     let Some(update) = update else { return product(&x, m, w, bias, None, None) };
-    let update = &*update.joined()?;
-    match update.magnitude() {
-        None => {
-            let mask = update.dropout().mask(&x, compute_dtype(x.dtype()))?;
-            product(&x, m, w, bias, Some(update), mask)
-        }
-        Some(magnitude) => with_magnitude(&x, m, w, bias, update, magnitude),
+    if let Some(magnitude) = update.magnitude() {
+        return with_magnitude(&x, m, w, bias, update, magnitude);
     }
+    match update.dropout().mask(&x, compute_dtype(x.dtype()))? {
+        None => product(&x, m, w, bias, Some(&*update.joined()?), None),
+        mask => {
+            let y = product(&x, m, w, bias, Some(update), mask)?;
+            add_initial(y, &x, m, update)
+        }
+    }
+}
+
+/// Adds `−x·A₀ᵀ·(s·B₀)ᵀ` for an update with initial factors: these belong to W, so that dropout leaves their input
+/// as it is.
+fn add_initial(y: Tensor, x: &Tensor, m: usize, update: &LowRank) -> Result<Tensor> {
+    let Some([a0, b0]) = update.initial() else { return Ok(y) };
+    let by = |x: &Tensor, w: Tensor| {
+        let w = gemm_operand(&Matrix::Dense(w.to_dtype(x.dtype())?.t()?))?;
+        product(x, m, w, None, None, None)
+    };
+    add(&y, &by(&by(x, a0.clone())?, (b0 * -update.scaling())?)?)
 }
 
 fn with_magnitude(
@@ -50,16 +63,18 @@ fn with_magnitude(
     update: &LowRank,
     magnitude: &Magnitude,
 ) -> Result<Tensor> {
-    let norms = dora::norms(&w, update, magnitude)?;
+    let joined = &*update.joined()?;
+    let norms = dora::norms(&w, joined, magnitude)?;
     let scaled = |x: &Tensor, bias| {
-        let y = product(x, m, w.clone(), None, Some(update), None)?;
+        let y = product(x, m, w.clone(), None, Some(joined), None)?;
         dora::scaled(&y, magnitude, &norms, bias)
     };
     match update.dropout().mask(x, x.dtype())? {
         None => scaled(x, bias),
         Some(mask) => {
             let (kept, rest) = split(x, &mask)?;
-            add(&scaled(&kept, None)?, &product(&rest, m, w.clone(), bias, None, None)?)
+            let y = product(&rest, m, w.clone(), bias, None, None)?;
+            add(&scaled(&kept, None)?, &add_initial(y, &rest, m, update)?)
         }
     }
 }

@@ -56,7 +56,7 @@ pub(crate) struct Magnitude {
     pub m: Tensor,
     /// ‖w‖² of each output of the base (out), in the compute dtype. `None` for a variable, whose values may change.
     pub base_squares: Option<Tensor>,
-    /// The norms of a snapshot, which do not change, after the first forward.
+    /// The norms of a snapshot over a frozen base, after the first forward.
     pub norms: Option<Arc<OnceLock<Tensor>>>,
 }
 
@@ -114,6 +114,11 @@ impl LowRank {
         Self { magnitude: Some(magnitude), ..self }
     }
 
+    /// A₀ and B₀.
+    pub fn initial(&self) -> Option<&[Tensor; 2]> {
+        self.initial.as_ref()
+    }
+
     /// Subtracts the product of these frozen factors, A₀ and B₀.
     pub fn with_initial(self, [a0, b0]: [Tensor; 2]) -> Self {
         Self { initial: Some([a0.detach(), b0.detach()]), ..self }
@@ -140,25 +145,21 @@ impl LowRank {
         Self { a, b, dropout, magnitude: self.magnitude.clone().map(detached), ..self.clone() }
     }
 
-    /// A copy of the present values for evaluation, whose norms are computed once.
+    /// A copy of the present values for evaluation: joined, and with norms that are computed once.
     pub fn snapshot(&self) -> Result<Self> {
+        let own = self.joined()?;
         let copy = |t: &Tensor| t.copy().map(|copy| copy.detach());
-        let initial = |[a, b]: &[Tensor; 2]| Ok::<_, candle_core::Error>([copy(a)?, copy(b)?]);
         let magnitude = |magnitude: &Magnitude| {
             let m = copy(&magnitude.m)?;
-            Ok::<_, candle_core::Error>(Magnitude {
-                m,
-                norms: Some(Arc::default()),
-                ..magnitude.clone()
-            })
+            let norms = magnitude.base_squares.as_ref().map(|_| Arc::default());
+            Ok::<_, candle_core::Error>(Magnitude { m, norms, ..magnitude.clone() })
         };
         Ok(Self {
-            a: copy(&self.a)?,
-            b: copy(&self.b)?,
+            a: copy(&own.a)?,
+            b: copy(&own.b)?,
             dropout: Dropout::default(),
-            magnitude: self.magnitude.as_ref().map(magnitude).transpose()?,
-            initial: self.initial.as_ref().map(initial).transpose()?,
-            ..self.clone()
+            magnitude: own.magnitude.as_ref().map(magnitude).transpose()?,
+            ..own.into_owned()
         })
     }
 

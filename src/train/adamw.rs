@@ -37,6 +37,8 @@ use std::collections::BTreeMap;
 #[derive(Debug)]
 pub struct AdamW {
     pub(super) entries: BTreeMap<String, Entry>,
+    /// Saved and loaded, and not changed.
+    pub(super) frozen: BTreeMap<String, Var>,
     pub(super) steps: u32,
     params: ParamsAdamW,
 }
@@ -73,7 +75,7 @@ impl AdamW {
                 return Err(Error::tensor(name, "there are two variables of this name"));
             }
         }
-        Ok(Self { entries, steps: 0, params })
+        Ok(Self { entries, frozen: BTreeMap::new(), steps: 0, params })
     }
 
     /// Multiplies the learning rate of each variable by a factor that depends on its name: for LoRA+
@@ -95,6 +97,20 @@ impl AdamW {
     pub fn with_weight_decays(mut self, decay: impl Fn(&str) -> f64) -> Self {
         self.entries.iter_mut().for_each(|(name, entry)| entry.weight_decay = Some(decay(name)));
         self
+    }
+
+    /// Adds variables that are not trained to the state that [`save`](Self::save) writes, such as
+    /// [`Adapter::frozen_vars`](crate::Adapter::frozen_vars) gives.
+    ///
+    /// # Errors
+    /// If one has the name of another variable.
+    pub fn with_frozen(mut self, vars: impl IntoIterator<Item = (String, Var)>) -> Result<Self> {
+        for (name, var) in vars {
+            if self.entries.contains_key(&name) || self.frozen.insert(name.clone(), var).is_some() {
+                return Err(Error::tensor(name, "there are two variables of this name"));
+            }
+        }
+        Ok(self)
     }
 
     /// The steps so far, those before [`load`](Self::load) included.

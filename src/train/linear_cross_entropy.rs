@@ -141,7 +141,7 @@ mod tests {
     fn head(dtype: DType) -> Result<Linear> {
         let (vars, device) = (VarMap::new(), &Device::Cpu);
         for (name, shape) in [("lora_A", (2, 5)), ("lora_B", (CLASSES, 2))] {
-            let var = Var::randn(0f32, 1., shape, device)?.to_dtype(dtype)?;
+            let var = normal(shape)?.to_dtype(dtype)?;
             vars.data().lock().unwrap().insert(name.into(), Var::from_tensor(&var)?);
         }
         let vb = VarBuilder::from_varmap(&vars, dtype, device);
@@ -158,7 +158,7 @@ mod tests {
         let some = all.iter().map(|label| if label % 3 == 0 { -100 } else { *label }).collect();
         for labels in [all, some] {
             let head = head(DType::F64)?;
-            let x = Var::randn(0f64, 1., (2, 7, 5), &Device::Cpu)?;
+            let x = Var::from_tensor(&normal((2, 7, 5))?)?;
             let count: Vec<u32> = (0..14).filter(|i| labels[*i as usize] >= 0).collect();
             let rows = Tensor::new(count.as_slice(), &Device::Cpu)?;
             let labels = Tensor::from_vec(labels, (2, 7), &Device::Cpu)?;
@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_head_whose_weight_is_computed_is_refused() -> Result<()> {
-        let var = Var::randn(0f32, 1., (5, CLASSES), &Device::Cpu)?;
+        let var = Var::from_tensor(&normal((5, CLASSES))?.to_dtype(DType::F32)?)?;
         let layer = candle_nn::Linear::new(var.t()?, None);
         let head = Linear::new(layer, LoraConfig::default(), vb()?)?;
         let (x, labels) = (Tensor::zeros((3, 5), DType::F32, &Device::Cpu)?, [1u32, 2, 3]);

@@ -23,7 +23,7 @@ struct State<P> {
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 
 impl AdamW {
-    /// Writes the variables with their moments, the number of steps, and `progress`, which is any value that
+    /// Writes the variables with their moments, those of [`with_frozen`](Self::with_frozen), the number of steps, and `progress`, which is any value that
     /// says where the run is: the epoch, the position in the data, the states of random generators.
     ///
     /// One safetensors file has all of it, so that it cannot disagree with itself: it appears complete and
@@ -35,7 +35,9 @@ impl AdamW {
     pub fn save(&self, path: impl AsRef<Path>, progress: &impl Serialize) -> Result<()> {
         let path = path.as_ref();
         let save = || {
-            let mut tensors = StateDict::new();
+            let frozen = self.frozen.iter();
+            let mut tensors: StateDict =
+                frozen.map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();
             for (name, entry) in &self.entries {
                 tensors.insert(name.clone(), entry.var.as_detached_tensor());
                 for (moment, var) in MOMENTS.iter().zip([&entry.exp_avg, &entry.exp_avg_sq]) {
@@ -68,28 +70,27 @@ impl AdamW {
             return Err(malformed(format!("its metadata has no {STATE:?}")));
         };
         let state: State<P> = serde_json::from_str(json).map_err(|e| malformed(e.to_string()))?;
+        let own = self.entries.iter().flat_map(|(name, entry)| {
+            let [exp_avg, exp_avg_sq] = MOMENTS.map(|moment| moment_name(moment, name));
+            [(name.clone(), &entry.var), (exp_avg, &entry.exp_avg), (exp_avg_sq, &entry.exp_avg_sq)]
+        });
+        let frozen = self.frozen.iter().map(|(name, var)| (name.clone(), var));
         let mut new = vec![];
-        for (name, entry) in &self.entries {
-            let moments = MOMENTS.map(|moment| moment_name(moment, name));
-            let [exp_avg, exp_avg_sq] = &moments;
-            let vars =
-                [(name, &entry.var), (exp_avg, &entry.exp_avg), (exp_avg_sq, &entry.exp_avg_sq)];
-            for (name, var) in vars {
-                let Some(tensor) = tensors.remove(name) else {
-                    return Err(Error::tensor(name, "the file does not have it"));
-                };
-                if (tensor.shape(), tensor.dtype()) != (var.shape(), var.dtype()) {
-                    let reason = format!(
-                        "it is {:?} of {:?}, expected {:?} of {:?}",
-                        tensor.dims(),
-                        tensor.dtype(),
-                        var.dims(),
-                        var.dtype()
-                    );
-                    return Err(Error::tensor(name, reason));
-                }
-                new.push((var, tensor.to_device(var.device())?));
+        for (name, var) in own.chain(frozen) {
+            let Some(tensor) = tensors.remove(&name) else {
+                return Err(Error::tensor(name, "the file does not have it"));
+            };
+            if (tensor.shape(), tensor.dtype()) != (var.shape(), var.dtype()) {
+                let reason = format!(
+                    "it is {:?} of {:?}, expected {:?} of {:?}",
+                    tensor.dims(),
+                    tensor.dtype(),
+                    var.dims(),
+                    var.dtype()
+                );
+                return Err(Error::tensor(name, reason));
             }
+            new.push((var, tensor.to_device(var.device())?));
         }
         let left: BTreeSet<_> = tensors.into_keys().collect();
         if let Some(name) = left.into_iter().next() {

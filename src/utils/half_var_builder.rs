@@ -21,8 +21,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// are those of weights that were converted whole. `eval()` does not merge such layers. All other tensors are converted;
 /// on a GPU, and if the model is in half precision itself, all are.
 ///
-/// A matrix that the model uses without a layer, as by `matmul` on the tensor itself, is a placeholder full of NaN: such
-/// a model needs [`safetensors_var_builder`](crate::safetensors_var_builder).
+/// A matrix that the model uses without a layer, as by `matmul` on the tensor itself, and one that it transposes, splits or
+/// joins before it builds a layer, is a placeholder full of NaN, also in candle's LSTM and GRU: such a model needs
+/// [`safetensors_var_builder`](crate::safetensors_var_builder).
 ///
 /// ```no_run
 /// # fn main() -> loralib::Result<()> {
@@ -58,7 +59,8 @@ impl Half {
         device: &Device,
     ) -> Result<Tensor> {
         let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(blocks) = blocks.get(name).filter(|_| device.is_cpu()) {
+        let stays = device.is_cpu() && matches!(dtype, DType::F32 | DType::F64);
+        if let Some(blocks) = blocks.get(name).filter(|_| stays) {
             if wanted.is_none_or(|wanted| wanted == blocks.shape()) {
                 return Ok(placeholder(blocks, dtype)?);
             }
@@ -69,9 +71,7 @@ impl Half {
             DType::BF16 => Some(GgmlDType::BF16),
             _ => None,
         };
-        let stays =
-            tensor.rank() == 2 && device.is_cpu() && matches!(dtype, DType::F32 | DType::F64);
-        let Some(stored) = stored.filter(|_| stays) else {
+        let Some(stored) = stored.filter(|_| stays && tensor.rank() == 2) else {
             return Ok(tensor.to_device(device)?.to_dtype(dtype)?);
         };
         let storage = QStorage::from_data(Cow::Owned(tensor.data().into_owned()), device, stored)?;

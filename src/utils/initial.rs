@@ -2,7 +2,7 @@
 
 use super::names::{is_initial, is_lora, join, split};
 use super::{AdapterConfig, LayerConfig, StateDict};
-use crate::layers::{same_scaling, INITIAL_A, INITIAL_B};
+use crate::layers::{same_scaling, LayerKind, INITIAL_A, INITIAL_B};
 use crate::ops::joined;
 use crate::{Error, Result};
 use std::borrow::Cow;
@@ -26,6 +26,10 @@ pub(crate) fn plain<'a>(
     let mut config = config.clone();
     let mut layers = paths.iter().map(|path| (*path, own(path, &config))).collect::<Vec<_>>();
     for (path, layer) in layers.iter_mut().filter(|(path, _)| has_initial.contains(path)) {
+        if let Some(kind) = layer.kind.as_ref().filter(|kind| **kind != LayerKind::Linear) {
+            let reason = format!("only a linear layer has initial factors, not a {kind:?}");
+            return Err(Error::tensor(join(path, INITIAL_A), reason));
+        }
         let tensor = |last| {
             let name = join(path, last);
             let missing =

@@ -1,8 +1,9 @@
 //! State dicts: the tensors of a model's variables by name.
 
 use super::magnitudes::renew;
-use super::names::{is_lora, join, refuse_peft_names, refuse_wrapped_names, split};
+use super::names::{is_initial, is_lora, join, refuse_peft_names, refuse_wrapped_names, split};
 use super::trainable::{expected, variables, Trainable};
+use crate::layers::INITIAL_A;
 use crate::ops::is_finite;
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
@@ -35,7 +36,8 @@ pub struct LoadReport {
     pub unexpected: Vec<String>,
 }
 
-/// A copy of the trainable variables, to save. It is the same in training and evaluation.
+/// A copy of the selected variables, to save, with the initial factors of
+/// [`InitLoraWeights`](crate::InitLoraWeights). It is the same in training and evaluation.
 ///
 /// # Errors
 /// If there are none, or none in a named module.
@@ -49,7 +51,7 @@ pub fn lora_state_dict(vars: &VarMap, trainable: impl Into<Trainable>) -> Result
 ///
 /// Values are converted to the variable's dtype and device. `conv.weight` and `conv.bias`, loralib's
 /// second names of a convolution's tensors, match `weight` and `bias`. DoRA's magnitude of a layer that is not
-/// trained yet becomes the norms of a weight that is loaded without it. A merged model uses the new values after the
+/// trained yet becomes the norms of a weight that is loaded without it. A model in evaluation uses the new values after the
 /// next `eval()`. Ranks and scalings are compared only by
 /// [`load_checkpoint`](crate::load_checkpoint).
 ///
@@ -75,6 +77,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
         .filter(|name| !staged.contains_key(name))
         .map(str::to_owned)
         .collect();
+    check_initial(&staged, &missing, &unexpected)?;
     let fits = missing.is_empty() && unexpected.is_empty();
     if staged.is_empty() || (strict == Strict::Yes && !fits) {
         refuse_peft_names(&unexpected)?;
@@ -85,6 +88,30 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
     let loaded = staged.keys().map(|name| name.to_string()).collect();
     set_all(staged)?;
     Ok(LoadReport { loaded, missing, unexpected })
+}
+
+/// An error if factors would be used with other initial factors than their own.
+fn check_initial(
+    staged: &BTreeMap<&str, (&Var, Tensor)>,
+    missing: &[String],
+    unexpected: &[String],
+) -> Result<()> {
+    let alone = |name: &&String| {
+        let last = if split(name).1 == INITIAL_A { "lora_A" } else { "lora_B" };
+        is_initial(name) && staged.contains_key(&*join(split(name).0, last))
+    };
+    if let Some(name) = missing.iter().find(alone) {
+        let reason = "the file has its factor alone: build the model without init_lora_weights";
+        return Err(Error::tensor(name, reason));
+    }
+    match unexpected.iter().find(alone) {
+        None => Ok(()),
+        Some(name) => Err(Error::tensor(
+            name,
+            "the model lacks it, and its factor would be wrong without it: build the model with the \
+             init_lora_weights of the saved adapter, or read the file by `Adapter::load`",
+        )),
+    }
 }
 
 /// The variable for a name in a checkpoint.

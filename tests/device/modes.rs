@@ -3,8 +3,9 @@
 use crate::common::{bits, device, difference, rnd, CFG};
 use candle_core::{DType, Module, Result};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{LoraConfig, LoraModule, Mode};
+use lora::{Bias, LoraConfig, LoraModule, Mode};
 use loralib as lora;
+use std::collections::HashMap;
 
 fn layer() -> Result<lora::Linear> {
     lora::linear(6, 5, CFG, VarBuilder::zeros(DType::F32, &device()))
@@ -82,12 +83,17 @@ fn later_values_count_after_the_next_eval() -> Result<()> {
     for (merge_weights, use_dora) in [(true, false), (true, true), (false, true)] {
         let (vars, dim) = (VarMap::new(), 8);
         let cfg = LoraConfig { merge_weights, use_dora, ..CFG };
-        let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
+        let base = HashMap::from([
+            ("weight".to_owned(), rnd(1, &[dim, dim], DType::F32)?),
+            ("bias".to_owned(), rnd(2, &[dim], DType::F32)?),
+        ]);
+        let base = VarBuilder::from_tensors(base, DType::F32, &device());
+        let vb = lora::var_builder(base, &vars, Bias::All);
         let mut layer = lora::linear(dim, dim, cfg, vb)?;
         let x = rnd(5, &[3, dim], DType::F32)?;
         let change = || -> Result<()> {
             let data = vars.data().lock().unwrap();
-            data["lora_B"].set(&(data["lora_B"].as_tensor() + 0.25)?)
+            data.values().try_for_each(|var| var.set(&(var.as_tensor() + 0.25)?))
         };
         change()?;
         layer.eval()?;

@@ -10,5 +10,7 @@ mod checkpointing;
 mod dora;
 mod dora_magnitude;
 mod half;
+#[cfg(feature = "faer")]
+mod initial;
 mod operations;
 mod peft_config;

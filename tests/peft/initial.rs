@@ -6,7 +6,9 @@ use crate::CPU;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Optimizer, VarBuilder, VarMap, SGD};
-use lora::{Adapter, AdapterConfig, Bias, InitLoraWeights, LoraConfig, StateDict, Strict};
+use lora::{
+    Adapter, AdapterConfig, Bias, InitLoraWeights, LoraConfig, LoraModule, StateDict, Strict,
+};
 use loralib as lora;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -242,6 +244,89 @@ fn what_has_no_such_part_is_an_error_that_leaves_no_variable() -> lora::Result<(
     ] {
         let message = made.expect_err("an error").to_string();
         assert!(message.contains("does not support init_lora_weights"), "{message}");
+    }
+    Ok(())
+}
+
+/// With one input the part is all of W, or with OLoRA three times W, by the scaling: PEFT drops or doubles it.
+#[test]
+fn dropout_leaves_out_what_is_subtracted() -> lora::Result<()> {
+    for (init_lora_weights, use_dora, part) in [
+        (InitLoraWeights::Pissa, false, 1.),
+        (InitLoraWeights::Olora, false, 3.),
+        (InitLoraWeights::Pissa, true, 1.),
+    ] {
+        let w = Tensor::new(&[[2f32], [-1.], [0.5]], &CPU)?;
+        let cfg = LoraConfig {
+            r: 1,
+            lora_alpha: 3.,
+            lora_dropout: 0.5,
+            init_lora_weights,
+            use_dora,
+            ..LoraConfig::DEFAULT
+        };
+        let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &CPU);
+        let mut layer = lora::Linear::new(candle_nn::Linear::new(w.clone(), None), cfg, vb)?;
+        let y = layer.forward(&Tensor::ones((64, 1), DType::F32, &CPU)?)?;
+        let (mut dropped, mut kept) = (0, 0);
+        for row in y.to_vec2::<f32>()? {
+            let is = |factor: f32| {
+                row.iter().zip([2., -1., 0.5]).all(|(y, w)| (y - factor * w).abs() < 1e-5)
+            };
+            dropped += usize::from(is(1. - part));
+            kept += usize::from(is(1. + part));
+        }
+        assert_eq!(dropped + kept, 64, "{init_lora_weights:?}, use_dora {use_dora}");
+        assert!(dropped > 8 && kept > 8, "{dropped} {kept}");
+        layer.eval()?;
+        let y = layer.forward(&Tensor::ones((1, 1), DType::F32, &CPU)?)?;
+        assert!(difference(&y, &w.t()?)? < 1e-6, "{init_lora_weights:?}");
+    }
+    Ok(())
+}
+
+/// The configuration of a file does not say how the adapter began, the tensors do.
+#[test]
+fn initial_factors_count_whatever_the_options_say() -> lora::Result<()> {
+    let case = Case::new("pissa")?;
+    let model = Model::new(&case)?;
+    model.train(&case)?;
+    let (adapter, plain) = (
+        lora::lora_state_dict(&model.vars, Bias::None)?,
+        LoraConfig { init_lora_weights: InitLoraWeights::Uniform, ..case.config.lora },
+    );
+    let mut all = case.of("base.");
+    all.extend(adapter.clone());
+    let layer = |all: &StateDict| {
+        let vb = VarBuilder::from_tensors(all.clone().into_iter().collect(), DType::F32, &CPU);
+        lora::linear(6, 8, plain, vb.pp("q"))
+    };
+    let apart = difference(&layer(&all)?.merged_weight()?, &model.q.merged_weight()?)?;
+    assert!(apart < 1e-6, "{apart}");
+    all.remove("q.lora_B_initial");
+    let message = layer(&all).expect_err("an error").to_string();
+    assert!(message.contains("q.lora_B_initial"), "{message}");
+
+    // Factors without their own initial ones, or the other way round.
+    let half = |initial: bool| -> StateDict {
+        let own = adapter.iter().filter(|(name, _)| initial || !name.contains("initial"));
+        own.map(|(name, t)| (name.clone(), t.clone())).collect()
+    };
+    let other = Model::new(&Case {
+        config: AdapterConfig { lora: plain, ..case.config.clone() },
+        tensors: case.tensors.clone(),
+    })?;
+    for (vars, tensors, reason) in [
+        (&model.vars, half(false), "without init_lora_weights"),
+        (&other.vars, half(true), "with the init_lora_weights"),
+    ] {
+        for strict in [Strict::Yes, Strict::No] {
+            let message = match lora::load_state_dict(vars, &tensors, strict) {
+                Ok(report) => panic!("loaded {report:?}"),
+                Err(error) => error.to_string(),
+            };
+            assert!(message.contains("initial") && message.contains(reason), "{message}");
+        }
     }
     Ok(())
 }

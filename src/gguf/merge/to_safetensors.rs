@@ -1,6 +1,7 @@
 //! Merges an adapter into its base as a safetensors file.
 
 use super::{layout, plan, Item};
+use crate::gguf::architecture::HEAD;
 use crate::gguf::convert::dense;
 use crate::gguf::file::File;
 use crate::gguf::names::{Names, ROPE_FREQS};
@@ -11,16 +12,17 @@ use crate::{Error, Result};
 use ::safetensors::tensor::{TensorInfo, View};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};
+use serde_json::Value;
 use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
 /// Writes the base with the adapter merged into it as a safetensors file, by Hugging Face's names, for programs that do
-/// not read GGUF. Every tensor is in `dtype`: `F32`, `BF16` or `F16`.
+/// not read GGUF, and returns the model's `config.json`. Every tensor is in `dtype`: `F32`, `BF16` or `F16`.
 ///
 /// The base's quantised values are dequantised, so that no part of the update is lost, and the file is several times as
-/// large as the base. `adapter` and `config` are as for [`merge`](super::merge); beside the file a program needs the
-/// model's `config.json` and its tokenizer, which [`File::config`] and [`File::tokenizer_json`] have for candle.
+/// large as the base. `adapter` and `config` are as for [`merge`](super::merge). If the embedding has an adapter and is
+/// the output layer too, the file has the output layer apart, and the returned `tie_word_embeddings` is `false`.
 ///
 /// One tensor is in memory at a time. The file appears complete or not at all.
 ///
@@ -31,7 +33,12 @@ use std::path::Path;
 /// let base = gguf::File::open("model-q4_0.gguf")?;
 /// let adapter = lora::Adapter::load("adapter.safetensors", &candle_core::Device::Cpu)?;
 /// let (tensors, config) = (adapter.state_dict()?, adapter.config());
-/// gguf::merge_to_safetensors(&base, &tensors, config, "model.safetensors", DType::BF16, |_| {})?;
+/// let config = gguf::merge_to_safetensors(
+///     &base, &tensors, config, "merged/model.safetensors", DType::BF16, |_| {},
+/// )?;
+/// // What else the folder of a model has.
+/// std::fs::write("merged/config.json", config.to_string())?;
+/// std::fs::write("merged/tokenizer.json", base.tokenizer_json()?)?;
 /// # Ok(()) }
 /// ```
 ///
@@ -46,7 +53,7 @@ pub fn merge_to_safetensors(
     out: impl AsRef<Path>,
     dtype: DType,
     mut progress: impl FnMut(MergeProgress),
-) -> Result<()> {
+) -> Result<Value> {
     if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
         let what = format!("merging into {dtype:?}");
         return Err(Error::unsupported(
@@ -59,6 +66,10 @@ pub fn merge_to_safetensors(
     let plan = plan::plan(base, &names, adapter, config.into()).map_err(of_base)?;
     let items = layout::items(base, &names, &plan, adapter, GgmlDType::F32).map_err(of_base)?;
     let tensors = tensors(&names, &items, dtype).map_err(of_base)?;
+    let mut config: Value = base.config()?;
+    if items.iter().any(|item| item.name == HEAD.0) {
+        config["tie_word_embeddings"] = false.into();
+    }
     let write = |file: &mut fs::File| {
         let (mut done, total) = (0, tensors.iter().map(|(_, info, _)| size(info)).sum());
         let mut file = BufWriter::new(file);
@@ -77,7 +88,8 @@ pub fn merge_to_safetensors(
     atomic_file::replace_with(out, write).map_err(|error| match error {
         Error::File { .. } => error,
         error => error.at(out),
-    })
+    })?;
+    Ok(config)
 }
 
 /// The tensors of the new file by name, and the base's tensors that they come from. The configuration has the divisors

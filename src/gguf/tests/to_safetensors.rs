@@ -24,10 +24,12 @@ fn the_file_has_the_sum_by_hugging_face_s_names() -> Result<()> {
             [(DType::F32, 1e-6), (DType::F16, 1. / 2048.), (DType::BF16, 1. / 256.)]
         {
             let (mut done, mut total) = (0, 0);
-            merge_to_safetensors(&base, &adapter, config(8.), &out, dtype, |progress| {
-                assert!(progress.done > done && progress.done <= progress.total);
-                (done, total) = (progress.done, progress.total);
-            })?;
+            let json =
+                merge_to_safetensors(&base, &adapter, config(8.), &out, dtype, |progress| {
+                    assert!(progress.done > done && progress.done <= progress.total);
+                    (done, total) = (progress.done, progress.total);
+                })?;
+            assert_eq!(json, base.config::<serde_json::Value>()?);
             assert_eq!(done, total);
             let merged = read_state_dict(&out, &CPU)?.tensors;
             assert!(merged.keys().eq(before.keys()), "{architecture}");
@@ -58,7 +60,9 @@ fn a_tied_head_of_an_adapted_embedding_keeps_the_base_s_table() -> Result<()> {
         ("model.embed_tokens.lora_B".to_owned(), random(1, &[HIDDEN, 4])),
     ]);
     let base = File::open(write_model(dir.path(), "llama", false, GgmlDType::Q4_0))?;
-    merge_to_safetensors(&base, &pair, config(8.), &out, DType::F32, |_| {})?;
+    assert!(base.config::<serde_json::Value>()?["tie_word_embeddings"].as_bool().unwrap());
+    let json = merge_to_safetensors(&base, &pair, config(8.), &out, DType::F32, |_| {})?;
+    assert_eq!(json["tie_word_embeddings"], false);
     let (before, merged) = (values(&base)?, read_state_dict(&out, &CPU)?.tensors);
     let table = &before["model.embed_tokens.weight"];
     let same = |one: &Tensor, other: &Tensor| Ok::<_, crate::Error>(largest(&(one - other)?) == 0.);

@@ -105,8 +105,8 @@ mod tests {
                     }
                     let x_dims = [&[4, 4][..], &[7, 8, 6][3 - n..]].concat();
                     let w_dims = [&[6, 4 / groups][..], &vec![k; n]].concat();
-                    let x = Var::randn(0f64, 1., x_dims, &Device::Cpu)?;
-                    let w = Var::randn(0f64, 1., w_dims, &Device::Cpu)?;
+                    let x = Var::from_tensor(&crate::random::normal(x_dims)?)?;
+                    let w = Var::from_tensor(&crate::random::normal(w_dims)?)?;
                     let y1 = base_conv(&x, &w, g)?;
                     let y2 = device::conv(&x, &w, &Sizes::new(g, &x, &w)?)?.reshape(y1.shape())?;
                     let probe = crate::random::normal(y1.shape())?.to_dtype(y1.dtype())?;
