@@ -40,10 +40,10 @@ pub(crate) struct Split {
 }
 
 /// The factors of one split, in the compute dtype.
-pub(crate) struct ScaledFactors {
+pub(crate) struct Factors {
     pub outputs: Range<usize>,
     pub ranks: Range<usize>,
-    /// `scaling · B` (outputs, rank)
+    /// (outputs, rank)
     pub b: Tensor,
     /// (rank, inputs)
     pub a: Tensor,
@@ -168,14 +168,22 @@ impl LowRank {
         self.a.to_dtype(compute_dtype(base))?.contiguous()
     }
 
-    /// The factors of each split, beside a base of dtype `base`.
-    pub fn factors(&self, base: DType) -> Result<Vec<ScaledFactors>> {
+    /// The factors of each split, beside a base of dtype `base`, with B scaled.
+    pub fn factors(&self, base: DType) -> Result<Vec<Factors>> {
+        self.split(base, (self.b.to_dtype(compute_dtype(base))? * self.scaling)?)
+    }
+
+    /// The factors of each split, beside a base of dtype `base`, with B as it is.
+    pub fn unscaled_factors(&self, base: DType) -> Result<Vec<Factors>> {
+        self.split(base, self.b.to_dtype(compute_dtype(base))?)
+    }
+
+    fn split(&self, base: DType, b: Tensor) -> Result<Vec<Factors>> {
         let a = self.a_in_compute_dtype(base)?;
-        let b = (self.b.to_dtype(compute_dtype(base))? * self.scaling)?;
         self.splits
             .iter()
             .map(|split| {
-                Ok(ScaledFactors {
+                Ok(Factors {
                     outputs: split.outputs.clone(),
                     ranks: split.ranks.clone(),
                     b: b.narrow(0, split.b_rows.start, split.b_rows.len())?,
