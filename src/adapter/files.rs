@@ -148,8 +148,27 @@ impl Adapter {
     }
 }
 
+/// An error for a folder of another program.
+fn refuse_others(dir: &Path) -> Result<()> {
+    if peft::has_tensors(dir) {
+        return Ok(());
+    }
+    for (file, program, module) in [
+        ("adapters.safetensors", "MLX", "mlx"),
+        ("pytorch_lora_weights.safetensors", "diffusers", "diffusers"),
+    ] {
+        if dir.join(file).exists() {
+            let reason =
+                format!("it is a folder of {program}: read it by `formats::{module}::load`");
+            return Err(Error::Invalid(reason).at(dir));
+        }
+    }
+    Ok(())
+}
+
 fn read(path: &Path, device: &Device) -> Result<(AdapterConfig, StateDict)> {
     if path.is_dir() {
+        refuse_others(path)?;
         return peft::load_pretrained(path, device);
     }
     let (config, tensors) = read_adapter(path, device)?;

@@ -1,15 +1,14 @@
 //! Scaled dot-product attention with grouped heads as one operation: `y = softmax(scale·q·kᵀ + mask)·v`.
 //!
-//! The operation keeps the probabilities p for the backward: `gv = pᵀ·g`, `gp = g·vᵀ`,
+//! With the probabilities p, which the backward computes again, `gv = pᵀ·g`, `gp = g·vᵀ`,
 //! `gs = scale·p ∘ (gp - Σ p∘gp)`, `gq = gs·k` and `gk = gsᵀ·q`.
 
 use super::backend::Backend;
-use super::cpu::attention::{backward, forward, Heads};
+use super::cpu::attention::{backward, forward, Heads, MaskRows};
 use super::cpu::FUSED_ATTENTION;
 use super::op::{Custom, Op};
 use super::softmax::softmax_last_dim;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor};
-use std::sync::OnceLock;
 
 /// What is added to the scores (batch, heads, queries, keys).
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +56,7 @@ pub(crate) fn attention(
             Some(causal(queries, keys, offset, q.device())?.broadcast_as(scores)?)
         }
     };
-    let op = AttentionOp { heads, mask, p: OnceLock::new() };
+    let op = AttentionOp { heads, mask };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Custom(op))
 }
 
@@ -72,33 +71,27 @@ struct AttentionOp {
     heads: Heads,
     /// Broadcast to the scores.
     mask: Option<Tensor>,
-    /// The probabilities (batch, heads, queries, keys).
-    p: OnceLock<Vec<f32>>,
+}
+
+impl AttentionOp {
+    fn with_mask<R>(&self, f: impl FnOnce(Option<MaskRows>) -> Result<R>) -> Result<R> {
+        let Some(mask) = &self.mask else { return f(None) };
+        // Rows of keys are contiguous; a mask with one value for a whole row is expanded.
+        let mask = if mask.stride()[3] == 1 { mask.clone() } else { mask.contiguous()? };
+        let (storage, layout) = mask.storage_and_layout();
+        let values = &CpuStorage::of(&storage)?.as_slice::<f32>()?[layout.start_offset()..];
+        let stride = layout.stride();
+        f(Some(MaskRows { values, strides: [stride[0], stride[1], stride[2]] }))
+    }
 }
 
 impl Op<3> for AttentionOp {
     const NAME: &'static str = "attention";
 
     fn forward<S: Backend>(&self, [(q, l), k, v]: [(&S, &Layout); 3]) -> Result<(S, Shape)> {
-        let mask = match &self.mask {
-            None => None,
-            // Rows of keys, contiguous; a mask with one value for a whole row is expanded.
-            Some(mask) if mask.stride()[3] == 1 => Some(mask.clone()),
-            Some(mask) => Some(mask.contiguous()?),
-        };
-        let (y, p) = S::on_f32([(q, l), k, v], |qkv| match &mask {
-            None => Ok(forward(&self.heads, qkv, |_, _, _| None)),
-            Some(mask) => {
-                let (storage, layout) = mask.storage_and_layout();
-                let values = CpuStorage::of(&storage)?.as_slice::<f32>()?;
-                let (start, stride) = (layout.start_offset(), layout.stride());
-                Ok(forward(&self.heads, qkv, |b, h, i| {
-                    let at = start + b * stride[0] + h * stride[1] + i * stride[2];
-                    Some(&values[at..][..self.heads.keys])
-                }))
-            }
+        let (y, ()) = self.with_mask(|mask| {
+            S::on_f32([(q, l), k, v], |qkv| Ok((forward(&self.heads, qkv, mask), ())))
         })?;
-        let _ = self.p.set(p);
         Ok((y, l.shape().clone()))
     }
 
@@ -108,8 +101,8 @@ impl Op<3> for AttentionOp {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
-        let Some(p) = self.p.get() else { bail!("attention: backward before forward") };
-        let [gq, gk, gv] = backward(&self.heads, [q, k, v, &grad.contiguous()?], p)?;
+        let grad = grad.contiguous()?;
+        let [gq, gk, gv] = self.with_mask(|mask| backward(&self.heads, [q, k, v, &grad], mask))?;
         let tracked = |x: &Tensor, g: Tensor| x.track_op().then_some(g);
         Ok([tracked(q, gq), tracked(k, gk), tracked(v, gv)])
     }

@@ -16,6 +16,11 @@ pub(crate) fn config_file(path: &Path) -> PathBuf {
     }
 }
 
+/// Whether a folder has the tensors of an adapter in PEFT's format.
+pub(crate) fn has_tensors(dir: &Path) -> bool {
+    [SAFETENSORS, BIN].iter().any(|file| dir.join(file).exists())
+}
+
 pub(crate) fn malformed(reason: impl ToString) -> Error {
     Error::Format { format: "PEFT adapter", reason: reason.to_string() }
 }

@@ -64,7 +64,7 @@ mod write_config;
 
 pub(crate) use convert::{from_peft, to_peft};
 pub(crate) use factors::{plain_alpha, Factors};
-pub(crate) use files::{config_file, malformed};
+pub(crate) use files::{config_file, has_tensors, malformed};
 pub(crate) use keys::adapter_name;
 pub(crate) use load::kind;
 pub use load::{load_pretrained, load_pretrained_as};

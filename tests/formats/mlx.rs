@@ -134,3 +134,15 @@ fn what_mlx_lacks_is_not_saved() -> lora::Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn adapter_load_names_the_reader_of_another_program_s_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let load = |path: &std::path::Path| match lora::Adapter::load(path, &CPU) {
+        Ok(_) => panic!("{path:?} was loaded"),
+        Err(error) => error.to_string(),
+    };
+    assert!(load(&fixture("mlx")).contains("formats::mlx::load"));
+    fs::write(dir.path().join("pytorch_lora_weights.safetensors"), "").unwrap();
+    assert!(load(dir.path()).contains("formats::diffusers::load"));
+}

@@ -41,33 +41,61 @@ impl Heads {
     }
 }
 
-/// The output (batch, queries, heads, d) and the probabilities (batch, heads, queries, keys).
-pub(in crate::ops) fn forward<'m>(
-    s: &Heads,
-    [q, k, v]: [&[f32]; 3],
-    mask: impl Fn(usize, usize, usize) -> Option<&'m [f32]> + Sync,
-) -> (Vec<f32>, Vec<f32>) {
-    let ((q_len, kv_len), square) = (s.lens(), s.queries * s.keys);
-    let mut y = vec![0.; q.len()];
-    let mut p = vec![0.; s.batch * s.count * square];
-    let items = y.par_chunks_mut(q_len).zip(p.par_chunks_mut(s.count * square));
-    items.enumerate().for_each(|(b, (y, p))| {
-        let q = &q[b * q_len..][..q_len];
-        let (k, v) = (&k[b * kv_len..][..kv_len], &v[b * kv_len..][..kv_len]);
-        for (h, p) in p.chunks_exact_mut(square).enumerate() {
-            gemm_view((p, s.square()), false, (q, s.q(h)), (k, s.kv(h).t()), s.scale);
-            vectorized(
-                #[inline(always)]
-                || softmax(p, s.keys, |i| mask(b, h, i)),
-            );
-            gemm_view((y, s.q(h)), false, (p, s.square()), (v, s.kv(h)), 1.);
-        }
-    });
-    (y, p)
+/// What is added to the scores: rows of keys.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::ops) struct MaskRows<'a> {
+    pub values: &'a [f32],
+    /// Of the batch, the heads and the queries.
+    pub strides: [usize; 3],
 }
 
-/// The gradients of q, k and v, from the probabilities and the output's gradient.
-pub(in crate::ops) fn backward(s: &Heads, qkvg: [&Tensor; 4], p: &[f32]) -> Result<[Tensor; 3]> {
+/// The probabilities of head `h` of item `b` into `p` (queries, keys).
+fn probabilities(
+    s: &Heads,
+    (b, h): (usize, usize),
+    [q, k]: [&[f32]; 2],
+    mask: Option<MaskRows>,
+    p: &mut [f32],
+) {
+    gemm_view((p, s.square()), false, (q, s.q(h)), (k, s.kv(h).t()), s.scale);
+    let row = |i: usize| {
+        mask.map(|MaskRows { values, strides: [of_b, of_h, of_i] }| {
+            &values[b * of_b + h * of_h + i * of_i..][..s.keys]
+        })
+    };
+    vectorized(
+        #[inline(always)]
+        || softmax(p, s.keys, row),
+    );
+}
+
+/// The output (batch, queries, heads, d).
+pub(in crate::ops) fn forward(
+    s: &Heads,
+    [q, k, v]: [&[f32]; 3],
+    mask: Option<MaskRows>,
+) -> Vec<f32> {
+    let (q_len, kv_len) = s.lens();
+    let mut y = vec![0.; q.len()];
+    y.par_chunks_mut(q_len).enumerate().for_each(|(b, y)| {
+        let q = &q[b * q_len..][..q_len];
+        let (k, v) = (&k[b * kv_len..][..kv_len], &v[b * kv_len..][..kv_len]);
+        let mut p = vec![0.; s.queries * s.keys];
+        for h in 0..s.count {
+            probabilities(s, (b, h), [q, k], mask, &mut p);
+            gemm_view((y, s.q(h)), false, (&p, s.square()), (v, s.kv(h)), 1.);
+        }
+    });
+    y
+}
+
+/// The gradients of q, k and v, from the output's gradient. The probabilities are computed again: those of all heads
+/// would take memory with the square of the tokens.
+pub(in crate::ops) fn backward(
+    s: &Heads,
+    qkvg: [&Tensor; 4],
+    mask: Option<MaskRows>,
+) -> Result<[Tensor; 3]> {
     let guards = qkvg.map(Tensor::storage_and_layout);
     let mut values = [&[][..]; 4];
     for (values, (storage, layout)) in values.iter_mut().zip(&guards) {
@@ -78,21 +106,21 @@ pub(in crate::ops) fn backward(s: &Heads, qkvg: [&Tensor; 4], p: &[f32]) -> Resu
     let mut gq = vec![0.; s.batch * q_len];
     let (mut gk, mut gv) = (vec![0.; s.batch * kv_len], vec![0.; s.batch * kv_len]);
     let grads = gq.par_chunks_mut(q_len).zip(gk.par_chunks_mut(kv_len));
-    let grads = grads.zip(gv.par_chunks_mut(kv_len)).zip(p.par_chunks(s.count * square));
-    grads.enumerate().for_each(|(b, (((gq, gk), gv), p))| {
+    grads.zip(gv.par_chunks_mut(kv_len)).enumerate().for_each(|(b, ((gq, gk), gv))| {
         let (q, g) = (&q[b * q_len..][..q_len], &g[b * q_len..][..q_len]);
         let (k, v) = (&k[b * kv_len..][..kv_len], &v[b * kv_len..][..kv_len]);
-        let mut gs = vec![0.; square];
-        for (h, p) in p.chunks_exact(square).enumerate() {
+        let (mut p, mut gs) = (vec![0.; square], vec![0.; square]);
+        for h in 0..s.count {
+            probabilities(s, (b, h), [q, k], mask, &mut p);
             gemm_view((&mut gs, s.square()), false, (g, s.q(h)), (v, s.kv(h).t()), 1.);
             vectorized(
                 #[inline(always)]
-                || softmax_grad(&mut gs, p, s.keys),
+                || softmax_grad(&mut gs, &p, s.keys),
             );
             // The heads of a group add to the gradients of their keys and values.
             gemm_view((gq, s.q(h)), false, (&gs, s.square()), (k, s.kv(h)), s.scale);
             gemm_view((gk, s.kv(h)), true, (&gs, s.square().t()), (q, s.q(h)), s.scale);
-            gemm_view((gv, s.kv(h)), true, (p, s.square().t()), (g, s.q(h)), 1.);
+            gemm_view((gv, s.kv(h)), true, (&p, s.square().t()), (g, s.q(h)), 1.);
         }
     });
     let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
