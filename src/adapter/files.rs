@@ -131,7 +131,7 @@ impl Adapter {
 
     /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with
     /// a saved run. An adapter with initial factors is restored from [`save`](Self::save)'s file alone: the folder has it
-    /// as a plain one. A merged model uses the new values after the next `eval()`. The report lists a table that PEFT
+    /// as a plain one. In evaluation they count from the next `eval()` on. The report lists a table that PEFT
     /// saved with an adapted embedding as unexpected.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 use super::base::dequantized;
 use super::config::LoraConfig;
 use super::init_lora_weights::InitLoraWeights;
-use super::initial::{set, Initial};
+use super::initial::{self, set, Initial};
 use super::weight::Placement;
 use crate::ops::{self, checked_product, LowRank, Magnitude, Split};
 use candle_core::{bail, DType, Result, Tensor};
@@ -105,6 +105,7 @@ pub(super) fn split_low_rank(
     base: DType,
     vb: &VarBuilder,
 ) -> Result<LowRank> {
+    initial::refuse(vb)?;
     let [a, b] = factors(a_shape, b_shape, init, cfg, base, vb)?;
     Ok(LowRank::new(a, b, cfg.scaling(), cfg.lora_dropout, splits))
 }

@@ -87,6 +87,14 @@ fn path(vb: &VarBuilder, name: &str) -> String {
     }
 }
 
+/// An error if a layer that is not a [`Linear`](crate::Linear) has initial factors.
+pub(super) fn refuse(vb: &VarBuilder) -> Result<()> {
+    match has(vb, INITIAL_A) {
+        false => Ok(()),
+        true => bail!("{:?}: only a linear layer has initial factors", path(vb, INITIAL_A)),
+    }
+}
+
 /// Sets a variable that `VarBuilder` has made, or replaces its tensor.
 pub(super) fn set(tensor: &mut Tensor, value: Tensor) -> Result<()> {
     match tensor.is_variable() {

@@ -67,7 +67,7 @@ fn computed_norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result
         (None, Matrix::Quantized(w)) => squares(&w.dequantize()?, 1)?,
     };
     let a = factor.a.to_dtype(w.dtype())?;
-    let a_w = linear_no_grad(&a, w.detach(), a.dim(0)?, vec![])?.to_dtype(b.dtype())?.t()?;
+    let a_w = linear_no_grad(&a, w.exact(), a.dim(0)?, vec![])?.to_dtype(b.dtype())?.t()?;
     let a_a = matmul(&factor.a, &factor.a.t()?)?;
     let added = (&b * ((a_w * 2.)? + matmul(&b, &a_a)?)?)?;
     (base_squares + added.sum(1)?)?.sqrt()

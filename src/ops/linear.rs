@@ -48,11 +48,13 @@ pub(crate) fn linear(
 /// as it is.
 fn add_initial(y: Tensor, x: &Tensor, m: usize, update: &LowRank) -> Result<Tensor> {
     let Some([a0, b0]) = update.initial() else { return Ok(y) };
+    let dtype = compute_dtype(x.dtype());
     let by = |x: &Tensor, w: Tensor| {
-        let w = gemm_operand(&Matrix::Dense(w.to_dtype(x.dtype())?.t()?))?;
+        let w = gemm_operand(&Matrix::Dense(w.to_dtype(dtype)?.t()?))?;
         product(x, m, w, None, None, None)
     };
-    add(&y, &by(&by(x, a0.clone())?, (b0 * -update.scaling())?)?)
+    let initial = by(&by(&x.to_dtype(dtype)?, a0.clone())?, (b0 * -update.scaling())?)?;
+    add(&y.to_dtype(dtype)?, &initial)?.to_dtype(x.dtype())
 }
 
 fn with_magnitude(

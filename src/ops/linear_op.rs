@@ -1,8 +1,8 @@
 //! `x·W + x̃·Aᵀ·(s·B)ᵀ + bias` as one operation, with gradients for `x`, `A` and `B` alone.
 //!
-//! Forward computes `u = s·x̃·Aᵀ` (m, r) and adds `u·Bᵀ` and the bias to `x·W` while a block of rows
-//! is in the cache. Backward computes `h = s·g·B` (m, r), then `gA = hᵀ·x̃`, `gB = gᵀ·u` and
-//! `gx = g·Wᵀ + h·A`. The scaling is applied to the small products, so that one row reads the factors once.
+//! Forward computes `u = x̃·Aᵀ` (m, r) and adds `u·(s·B)ᵀ` and the bias to `x·W` while a block of rows
+//! is in the cache. Backward computes `h = g·(s·B)` (m, r), then `gA = hᵀ·x̃`, `gB = s·gᵀ·u` and
+//! `gx = g·Wᵀ + h·A`.
 
 use super::backend::Backend;
 use super::elementwise::add_bias;
@@ -31,9 +31,8 @@ pub(super) fn product(
         (None, w) => x.apply_op1(Custom(FrozenLinearOp { w, linear }))?,
         (Some(update), w) => {
             let frozen = update.detached();
-            let input = masked(x, m, mask.as_ref())?;
             let u =
-                (matmul(&input, &frozen.a_in_compute_dtype(x.dtype())?.t()?)? * frozen.scaling())?;
+                matmul(&masked(x, m, mask.as_ref())?, &frozen.a_in_compute_dtype(x.dtype())?.t()?)?;
             let op = LoraLinearOp { w: w.detach(), linear, update: frozen, u, mask };
             x.apply_op3(update.a(), update.b(), Custom(op.with_terms()?))?
         }
@@ -159,7 +158,7 @@ struct LoraLinearOp {
     w: Matrix,
     linear: LinearOp,
     update: LowRank,
-    /// `s·x̃·Aᵀ` (m, ranks)
+    /// `x̃·Aᵀ` (m, ranks)
     u: Tensor,
     mask: Option<Tensor>,
 }
@@ -168,7 +167,7 @@ impl LoraLinearOp {
     fn with_terms(mut self) -> Result<Self> {
         self.linear.terms = self
             .update
-            .unscaled_factors(self.w.dtype())?
+            .factors(self.w.dtype())?
             .into_iter()
             .map(|f| {
                 let u = self.u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
@@ -196,13 +195,14 @@ impl Op<3> for LoraLinearOp {
         let grad = grad.contiguous()?;
         let g = grad.to_dtype(compute_dtype(grad.dtype()))?.reshape((m, n))?;
         let (mut h, mut gb) = (vec![], vec![]);
-        for f in self.update.unscaled_factors(x.dtype())? {
+        for f in self.update.factors(x.dtype())? {
             let g = gemm_layout(g.narrow(1, f.outputs.start, f.outputs.len())?)?;
             h.push(matmul(&g, &f.b)?);
             let u = self.u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
-            gb.push(matmul(&g.t()?, &u)?);
+            // The scaling is applied to the small result.
+            gb.push((matmul(&g.t()?, &u)? * self.update.scaling())?);
         }
-        let (h, gb) = ((concat(h, 1)? * self.update.scaling())?, concat(gb, 0)?);
+        let (h, gb) = (concat(h, 1)?, concat(gb, 0)?);
         let ga = if_tracked(a, || {
             matmul(&h.t()?, &masked(x, m, self.mask.as_ref())?)?.to_dtype(a.dtype())
         })?;

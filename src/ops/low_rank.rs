@@ -40,10 +40,10 @@ pub(crate) struct Split {
 }
 
 /// The factors of one split, in the compute dtype.
-pub(crate) struct Factors {
+pub(crate) struct ScaledFactors {
     pub outputs: Range<usize>,
     pub ranks: Range<usize>,
-    /// (outputs, rank)
+    /// `scaling · B` (outputs, rank)
     pub b: Tensor,
     /// (rank, inputs)
     pub a: Tensor,
@@ -168,22 +168,14 @@ impl LowRank {
         self.a.to_dtype(compute_dtype(base))?.contiguous()
     }
 
-    /// The factors of each split, beside a base of dtype `base`, with B scaled.
-    pub fn factors(&self, base: DType) -> Result<Vec<Factors>> {
-        self.split(base, (self.b.to_dtype(compute_dtype(base))? * self.scaling)?)
-    }
-
-    /// The factors of each split, beside a base of dtype `base`, with B as it is.
-    pub fn unscaled_factors(&self, base: DType) -> Result<Vec<Factors>> {
-        self.split(base, self.b.to_dtype(compute_dtype(base))?)
-    }
-
-    fn split(&self, base: DType, b: Tensor) -> Result<Vec<Factors>> {
+    /// The factors of each split, beside a base of dtype `base`.
+    pub fn factors(&self, base: DType) -> Result<Vec<ScaledFactors>> {
         let a = self.a_in_compute_dtype(base)?;
+        let b = (self.b.to_dtype(compute_dtype(base))? * self.scaling)?;
         self.splits
             .iter()
             .map(|split| {
-                Ok(Factors {
+                Ok(ScaledFactors {
                     outputs: split.outputs.clone(),
                     ranks: split.ranks.clone(),
                     b: b.narrow(0, split.b_rows.start, split.b_rows.len())?,

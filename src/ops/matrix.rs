@@ -35,6 +35,14 @@ impl Matrix {
         }
     }
 
+    /// The same values, and not rounded to 8 bits beside one row.
+    pub fn exact(&self) -> Self {
+        match self {
+            Self::Dense(w) => Self::Dense(w.detach()),
+            Self::Quantized(w) => Self::Quantized(Quantized { evaluation: false, ..w.clone() }),
+        }
+    }
+
     /// The dense matrix, if it is one.
     pub fn dense(&self) -> Option<&Tensor> {
         match self {

@@ -13,7 +13,7 @@ use std::path::Path;
 
 /// Reads an adapter into the variables of `vars`: all of it or, on an error, nothing. The model was built
 /// with `config`: a [`LoraConfig`](crate::LoraConfig), or an [`AdapterConfig`] with the layers that are not a
-/// [`Linear`](crate::Linear). A merged model uses the new values after the next `eval()`.
+/// [`Linear`](crate::Linear). In evaluation the new values count from the next `eval()` on.
 ///
 /// PEFT also saves the table under an adapted embedding, which equals the base's. Without a variable for it the
 /// report lists it as unexpected, also with [`Strict::Yes`].

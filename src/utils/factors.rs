@@ -18,7 +18,8 @@ pub(crate) fn factors<'a>(
     let pair = |path| {
         let factor = |last| {
             let name = join(path, last);
-            let missing = || Error::tensor(&name, "it is missing, its other factor is there");
+            let missing =
+                || Error::tensor(&name, "it is missing, the layer has other tensors of an adapter");
             tensors.get(&name).ok_or_else(missing)
         };
         Ok((path, [factor("lora_A")?, factor("lora_B")?]))

@@ -3,7 +3,7 @@
 use super::magnitudes::renew;
 use super::names::{is_initial, is_lora, join, refuse_peft_names, refuse_wrapped_names, split};
 use super::trainable::{expected, variables, Trainable};
-use crate::layers::INITIAL_A;
+use crate::layers::{INITIAL_A, INITIAL_B};
 use crate::ops::is_finite;
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
@@ -51,13 +51,13 @@ pub fn lora_state_dict(vars: &VarMap, trainable: impl Into<Trainable>) -> Result
 ///
 /// Values are converted to the variable's dtype and device. `conv.weight` and `conv.bias`, loralib's
 /// second names of a convolution's tensors, match `weight` and `bias`. DoRA's magnitude of a layer that is not
-/// trained yet becomes the norms of a weight that is loaded without it. A model in evaluation uses the new values after the
-/// next `eval()`. Ranks and scalings are compared only by
+/// trained yet becomes the norms of a weight that is loaded without it. In evaluation the new values count from the next
+/// `eval()` on; layers that are not merged may use them before. Ranks and scalings are compared only by
 /// [`load_checkpoint`](crate::load_checkpoint).
 ///
 /// # Errors
-/// If a shape differs, a value is not finite, or no name matches; with [`Strict::Yes`] also if a name is
-/// missing or unexpected.
+/// If a shape differs, a value is not finite, or no name matches; if a layer would have factors and initial factors of
+/// two adapters; with [`Strict::Yes`] also if a name is missing or unexpected.
 pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Result<LoadReport> {
     let vars = variables(vars);
     let mut staged: BTreeMap<&str, (&Var, Tensor)> = BTreeMap::new();
@@ -77,7 +77,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
         .filter(|name| !staged.contains_key(name))
         .map(str::to_owned)
         .collect();
-    check_initial(&staged, &missing, &unexpected)?;
+    check_initial(&vars, &staged, &unexpected)?;
     let fits = missing.is_empty() && unexpected.is_empty();
     if staged.is_empty() || (strict == Strict::Yes && !fits) {
         refuse_peft_names(&unexpected)?;
@@ -90,25 +90,31 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
     Ok(LoadReport { loaded, missing, unexpected })
 }
 
-/// An error if factors would be used with other initial factors than their own.
+/// An error if a layer would have factors and initial factors of two adapters.
 fn check_initial(
+    vars: &BTreeMap<String, Var>,
     staged: &BTreeMap<&str, (&Var, Tensor)>,
-    missing: &[String],
     unexpected: &[String],
 ) -> Result<()> {
-    let alone = |name: &&String| {
-        let last = if split(name).1 == INITIAL_A { "lora_A" } else { "lora_B" };
-        is_initial(name) && staged.contains_key(&*join(split(name).0, last))
-    };
-    if let Some(name) = missing.iter().find(alone) {
-        let reason = "the file has its factor alone: build the model without init_lora_weights";
-        return Err(Error::tensor(name, reason));
+    for layer in vars.keys().filter(|name| split(name).1 == INITIAL_A).map(|name| split(name).0) {
+        let names = ["lora_A", "lora_B", INITIAL_A, INITIAL_B].map(|last| join(layer, last));
+        let (there, missing): (Vec<_>, Vec<_>) =
+            names.iter().partition(|name| staged.contains_key(name.as_str()));
+        if let (Some(_), Some(name)) = (there.first(), missing.first()) {
+            let reason = format!(
+                "it is missing, and the layer has initial factors, which belong to its own: load all four, {names:?}, \
+                 or build the model without init_lora_weights"
+            );
+            return Err(Error::tensor(*name, reason));
+        }
     }
+    let alone =
+        |name: &&String| is_initial(name) && staged.contains_key(&*join(split(name).0, "lora_A"));
     match unexpected.iter().find(alone) {
         None => Ok(()),
         Some(name) => Err(Error::tensor(
             name,
-            "the model lacks it, and its factor would be wrong without it: build the model with the \
+            "the model lacks it, and the factors would be wrong without it: build the model with the \
              init_lora_weights of the saved adapter, or read the file by `Adapter::load`",
         )),
     }

@@ -3,7 +3,7 @@
 use crate::common::{bits, device, difference, rnd, CFG};
 use candle_core::{DType, Module, Result};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Bias, LoraConfig, LoraModule, Mode};
+use lora::{Bias, InitLoraWeights, LoraConfig, LoraModule, Mode};
 use loralib as lora;
 use std::collections::HashMap;
 
@@ -80,9 +80,16 @@ fn collections_set_the_mode_of_every_element() -> Result<()> {
 /// A merged layer, and with DoRA any layer, computes with the values at `eval()`.
 #[test]
 fn later_values_count_after_the_next_eval() -> Result<()> {
-    for (merge_weights, use_dora) in [(true, false), (true, true), (false, true)] {
+    let uniform = InitLoraWeights::Uniform;
+    for (merge_weights, use_dora, init_lora_weights) in [
+        (true, false, uniform),
+        (true, true, uniform),
+        (false, true, uniform),
+        #[cfg(feature = "faer")]
+        (false, false, InitLoraWeights::Olora),
+    ] {
         let (vars, dim) = (VarMap::new(), 8);
-        let cfg = LoraConfig { merge_weights, use_dora, ..CFG };
+        let cfg = LoraConfig { merge_weights, use_dora, init_lora_weights, ..CFG };
         let base = HashMap::from([
             ("weight".to_owned(), rnd(1, &[dim, dim], DType::F32)?),
             ("bias".to_owned(), rnd(2, &[dim], DType::F32)?),
@@ -93,14 +100,15 @@ fn later_values_count_after_the_next_eval() -> Result<()> {
         let x = rnd(5, &[3, dim], DType::F32)?;
         let change = || -> Result<()> {
             let data = vars.data().lock().unwrap();
-            data.values().try_for_each(|var| var.set(&(var.as_tensor() + 0.25)?))
+            let trained = data.iter().filter(|(name, _)| !name.contains("initial"));
+            trained.map(|(_, var)| var).try_for_each(|var| var.set(&(var.as_tensor() + 0.25)?))
         };
         change()?;
         layer.eval()?;
         // The first forward of DoRA keeps the norms.
         let before = bits(&layer.forward(&x)?)?;
         change()?;
-        let name = format!("merge_weights {merge_weights}, use_dora {use_dora}");
+        let name = format!("{cfg:?}");
         assert_eq!(bits(&layer.forward(&x)?)?, before, "{name}");
         layer.eval()?;
         let after = layer.forward(&x)?;

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use loralib::nn::{self as candle_nn, VarBuilder, VarMap};
-use loralib::{Adapter, Bias, LoraConfig};
+use loralib::{Adapter, Bias, InitLoraWeights, LoraConfig};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -85,14 +85,21 @@ fn run(
 #[test]
 fn outputs_and_gradients_are_the_same_to_the_bit() -> loralib::Result<()> {
     let cfg = LoraConfig { r: 2, lora_alpha: 4., ..Default::default() };
+    let (uniform, mut all) = (InitLoraWeights::Uniform, vec![]);
     for (lora_dropout, use_dora) in [(0., false), (0.3, false), (0., true), (0.3, true)] {
+        all.push((lora_dropout, use_dora, uniform));
+        #[cfg(feature = "faer")]
+        all.push((lora_dropout, use_dora, InitLoraWeights::Olora));
+    }
+    for (lora_dropout, use_dora, init_lora_weights) in all {
         for dtype in [DType::F32, DType::BF16] {
-            let model = adapted(LoraConfig { lora_dropout, use_dora, ..cfg }, dtype)?;
+            let cfg = LoraConfig { lora_dropout, use_dora, init_lora_weights, ..cfg };
+            let model = adapted(cfg, dtype)?;
             let x = Tensor::arange(0f32, 40., &Device::Cpu)?.sin()?.reshape((5, WIDTH))?;
             let x = Var::from_tensor(&x.to_dtype(dtype)?)?;
             for x in [x.as_tensor().clone(), x.detach()] {
                 let kept = run(&model, &x, false)?;
-                assert_eq!(run(&model, &x, true)?, kept, "{lora_dropout} {use_dora} {dtype:?}");
+                assert_eq!(run(&model, &x, true)?, kept, "{cfg:?} {dtype:?}");
                 let drawn = if lora_dropout > 0. { 2 * LAYERS as u64 } else { 0 };
                 assert_eq!(model.0.dropout_position(), drawn);
             }

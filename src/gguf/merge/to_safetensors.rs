@@ -33,6 +33,7 @@ use std::path::Path;
 /// let base = gguf::File::open("model-q4_0.gguf")?;
 /// let adapter = lora::Adapter::load("adapter.safetensors", &candle_core::Device::Cpu)?;
 /// let (tensors, config) = (adapter.state_dict()?, adapter.config());
+/// std::fs::create_dir_all("merged")?;
 /// let config = gguf::merge_to_safetensors(
 ///     &base, &tensors, config, "merged/model.safetensors", DType::BF16, |_| {},
 /// )?;
@@ -44,7 +45,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// As [`merge_into`](crate::merge_into), for names before anything is written; if the architecture or a tensor's name is
-/// unknown; if `dtype` is another one or cannot hold a value; and if the file system refuses. The error names the
+/// unknown, or the metadata has no [configuration](File::config); if `dtype` is another one or cannot hold a value; and if the file system refuses. The error names the
 /// file and the tensor.
 pub fn merge_to_safetensors(
     base: &File,

@@ -144,8 +144,8 @@ pub(crate) fn read(path: &Path, device: &Device) -> Result<(StateDict, Metadata)
     }
 }
 
-/// Reads a checkpoint into the variables of `vars`: all of it or, on an error, nothing. A merged model
-/// uses the new values after the next `eval()`. For PEFT's format there is
+/// Reads a checkpoint into the variables of `vars`: all of it or, on an error, nothing. In evaluation
+/// the new values count from the next `eval()` on. For PEFT's format there is
 /// [`peft::load_adapter`](crate::peft::load_adapter).
 ///
 /// A file without a configuration, such as torch's, does not tell its `lora_alpha`: it is taken from
