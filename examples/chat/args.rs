@@ -44,7 +44,7 @@ pub struct Args {
     /// The learning rate at its peak [default: 2e-4, and 5e-3 for the tiny model]
     #[arg(long, visible_alias = "rate")]
     pub lr: Option<f64>,
-    /// How often the adapter is changed
+    /// How often the adapter is changed, in all: those before --resume count
     #[arg(long, value_name = "N", default_value_t = 200)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,

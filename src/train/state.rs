@@ -2,6 +2,7 @@
 
 use super::adamw::AdamW;
 use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
+use crate::utils::names::is_initial;
 use crate::utils::StateDict;
 use crate::{Error, Result};
 use candle_core::Device;
@@ -78,7 +79,7 @@ impl AdamW {
         let mut new = vec![];
         for (name, var) in own.chain(frozen) {
             let Some(tensor) = tensors.remove(&name) else {
-                return Err(Error::tensor(name, "the file does not have it"));
+                return Err(differs(name, "the file does not have it"));
             };
             if (tensor.shape(), tensor.dtype()) != (var.shape(), var.dtype()) {
                 let reason = format!(
@@ -94,12 +95,23 @@ impl AdamW {
         }
         let left: BTreeSet<_> = tensors.into_keys().collect();
         if let Some(name) = left.into_iter().next() {
-            return Err(Error::tensor(name, "the optimizer does not have it"));
+            return Err(differs(name, "the optimizer does not have it"));
         }
         new.into_iter().try_for_each(|(var, tensor)| var.set(&tensor))?;
         self.steps = state.steps;
         Ok(state.progress)
     }
+}
+
+/// The error for a name that one of file and optimizer lacks.
+fn differs(name: String, what: &str) -> Error {
+    let reason = match is_initial(&name) {
+        true => format!(
+            "{what}: both need the adapter's init_lora_weights, and `with_frozen(adapter.frozen_vars())`"
+        ),
+        false => what.to_owned(),
+    };
+    Error::tensor(name, reason)
 }
 
 fn moment_name(moment: &str, name: &str) -> String {
