@@ -87,7 +87,7 @@ fn layers_have_the_names_of_the_programs_for_their_model() -> lora::Result<()> {
     let path = dir.path().join("some.safetensors");
     let clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1";
     let big_clip = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1";
-    let models: [&[(&str, &str)]; 9] = [
+    let models: [&[(&str, &str)]; 12] = [
         &[(clip, "lora_te_text_model_encoder_layers_0_mlp_fc1")],
         &[
             (
@@ -149,6 +149,35 @@ fn layers_have_the_names_of_the_programs_for_their_model() -> lora::Result<()> {
             ),
         ],
         &[("diffusion_model.blocks.0.self_attn.q", "lora_unet_blocks_0_self_attn_q")],
+        // Text encoders in the single files of Stable Diffusion 1, SDXL and 3.
+        &[
+            (
+                "unet.model.diffusion_model.input_blocks.4.1.proj_in",
+                "lora_unet_input_blocks_4_1_proj_in",
+            ),
+            (
+                "text_encoder.cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1",
+                "lora_te_text_model_encoder_layers_0_mlp_fc1",
+            ),
+        ],
+        &[(
+            "text_encoder.conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1",
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        )],
+        &[
+            (
+                "text_encoder.text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+                "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+            ),
+            (
+                "text_encoder_2.text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1",
+                "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+            ),
+            (
+                "text_encoder_3.text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q",
+                "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            ),
+        ],
     ];
     let cfg = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
     for layers in models {
@@ -190,6 +219,15 @@ fn a_base_in_another_layout_is_told() -> lora::Result<()> {
         let error = failed("some.safetensors", kohya::load(&path, &other, &CPU));
         assert!(error.contains("nearest"), "{error}");
     }
+    let clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1";
+    let adapter = StateDict::from([
+        (format!("{clip}.lora_A"), zeros(&[2, 4])?),
+        (format!("{clip}.lora_B"), zeros(&[6, 2])?),
+    ]);
+    kohya::save(&path, &adapter, LoraConfig { r: 2, ..Default::default() })?;
+    let open_clip = ["text_encoder.cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight"];
+    let error = failed("some.safetensors", kohya::load(&path, &open_clip, &CPU));
+    assert!(error.contains("OpenCLIP"), "{error}");
     Ok(())
 }
 

@@ -6,13 +6,20 @@ use std::collections::BTreeMap;
 
 /// The beginnings of names and of the paths they stand for. All are read; of those that fit a path, [`Names`]
 /// writes the first.
-const PREFIXES: [(&str, &str); 14] = [
+const PREFIXES: [(&str, &str); 20] = [
     ("lora_unet_", "unet.model.diffusion_model."),
     ("lora_unet_", "unet."),
     ("lora_unet_", "diffusion_model."),
     ("lora_unet_", "transformer.model.diffusion_model."),
     ("lora_unet_", "transformer."),
     ("lora_transformer_", "transformer."),
+    // The text encoders in the single file of an original release: Stable Diffusion 1, SDXL and 3.
+    ("lora_te_", "text_encoder.cond_stage_model.transformer."),
+    ("lora_te1_", "text_encoder.cond_stage_model.transformer."),
+    ("lora_te1_", "text_encoder.conditioner.embedders.0.transformer."),
+    ("lora_te1_", "text_encoder.text_encoders.clip_l.transformer."),
+    ("lora_te2_", "text_encoder_2.text_encoders.clip_g.transformer."),
+    ("lora_te3_", "text_encoder_3.text_encoders.t5xxl.transformer."),
     // transformers 5 has no `text_model` in the paths of CLIP; these programs have.
     ("lora_te_text_model_encoder_layers_", "text_encoder.encoder.layers."),
     ("lora_te1_text_model_encoder_layers_", "text_encoder.encoder.layers."),
@@ -77,6 +84,12 @@ impl Modules {
                 );
             }
         }
+        let of_open_clip = |name: &String| name.contains("_transformer_resblocks_");
+        if flat.starts_with("lora_te") && self.0.keys().any(of_open_clip) {
+            return "its layer has a name of transformers, and the base has OpenCLIP's `resblocks`, in which \
+                    projections are fused: give transformers' text encoder"
+                .to_owned();
+        }
         let same = |name: &str| {
             let pairs = name.bytes().zip(flat.bytes());
             pairs.take_while(|(a, b)| a == b).count()
@@ -101,10 +114,14 @@ impl Names {
     /// other models. For a transformer `lora_unet_` has the layers of the original release, `lora_transformer_`
     /// diffusers'.
     pub fn new<'a>(paths: impl Iterator<Item = &'a str> + Clone) -> Self {
-        // SDXL's attentions have several blocks.
-        let of_sdxl = |path: &str| path.contains(".transformer_blocks.1.");
+        // SDXL's attentions have several blocks; it and Stable Diffusion 3 have several encoders in one file.
+        let of_later = |path: &str| {
+            [".transformer_blocks.1.", ".conditioner.embedders.", ".text_encoders."]
+                .iter()
+                .any(|part| path.contains(part))
+        };
         let first = |path: &str| {
-            path.starts_with("text_encoder.") || path.starts_with("unet.") && !of_sdxl(path)
+            (path.starts_with("text_encoder.") || path.starts_with("unet.")) && !of_later(path)
         };
         let of_diffusers = |path: &str| {
             let rest = path.strip_prefix("transformer.").unwrap_or_default();
