@@ -52,10 +52,6 @@ use std::fs;
 use std::process::ExitCode;
 use talk::{talk, Prompt};
 
-/// Training allots and frees many tensors of the same sizes.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
