@@ -2,7 +2,7 @@
 //! the magnitude m is trained and the norm has no gradient ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)).
 
 use super::backend::Backend;
-use super::cpu::{map_rows, row_squares, sum_of_products};
+use super::cpu::{map_rows, sum_of_products};
 use super::elementwise::{add_bias, div_frozen};
 use super::fused::fused_or_composed;
 use super::linear_op::linear_no_grad;
@@ -10,7 +10,7 @@ use super::low_rank::{compute_dtype, LowRank, Magnitude};
 use super::matmul::matmul;
 use super::matrix::Matrix;
 use super::op::{if_tracked, Custom, Op};
-use candle_core::{DType, Layout, Result, Shape, Tensor};
+use candle_core::{Layout, Result, Shape, Tensor};
 
 /// Values that are squared at a time.
 const PART: usize = 1 << 20;
@@ -22,11 +22,7 @@ pub(crate) fn squares(w: &Tensor, dim: usize) -> Result<Tensor> {
     let step = (PART / columns.max(1)).max(1);
     let parts = (0..rows).step_by(step).map(|from| {
         let part = w.narrow(0, from, step.min(rows - from))?.to_dtype(compute_dtype(w.dtype()))?;
-        match dim == 0 && is_f32_rows_on_cpu(&part) {
-            // In the order of the sum with an update, so that the norms of a new layer are the base's to the bit.
-            true => row_squares(&part, None),
-            false => part.sqr()?.sum(1 - dim),
-        }
+        part.sqr()?.sum(1 - dim)
     });
     let parts = parts.collect::<Result<Vec<_>>>()?;
     match dim {
@@ -42,8 +38,7 @@ pub(crate) fn scaled_weight(w: &Tensor, magnitude: &Magnitude, dim: usize) -> Re
     w.broadcast_mul(&scale.reshape([scale.dims(), &ones].concat())?)
 }
 
-/// ‖W + ΔW‖ of each output of `w` (in, out), without ΔW. Where there is no kernel for it:
-/// `‖w + s·b·A‖² = ‖w‖² + s·b·(2·A·w + s·A·Aᵀ·b)`.
+/// ‖W + ΔW‖ of each output of `w` (in, out), without ΔW: `‖w + s·b·A‖² = ‖w‖² + s·b·(2·A·w + s·A·Aᵀ·b)`.
 pub(super) fn norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result<Tensor> {
     let Some(kept) = &magnitude.norms else { return computed_norms(w, update, magnitude) };
     if let Some(norms) = kept.get() {
@@ -54,11 +49,6 @@ pub(super) fn norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Resu
 }
 
 fn computed_norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result<Tensor> {
-    let factor = update.detached().factors(w.dtype())?.remove(0);
-    let b = factor.b.contiguous()?;
-    if let Some(rows) = w.dense().map(|w| w.detach().t()).transpose()?.filter(is_f32_rows_on_cpu) {
-        return row_squares(&rows, Some((&factor.a, &b)))?.sqrt();
-    }
     let base_squares = match (&magnitude.base_squares, w) {
         (Some(base_squares), _) => base_squares.clone(),
         // As it is stored, so that the sum has the order of a new layer's.
@@ -66,15 +56,16 @@ fn computed_norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result
         (None, Matrix::Dense(w)) => squares(&w.t()?, 0)?,
         (None, Matrix::Quantized(w)) => squares(&w.dequantize()?, 1)?,
     };
-    let a = factor.a.to_dtype(w.dtype())?;
-    let a_w = linear_no_grad(&a, w.exact(), a.dim(0)?, vec![])?.to_dtype(b.dtype())?.t()?;
+    let factor = update.detached().factors(w.dtype())?.remove(0);
+    let (a, b) = (factor.a.to_dtype(w.dtype())?, factor.b.contiguous()?);
+    // (out, r)
+    let w_a = match w.exact() {
+        Matrix::Dense(w) => matmul(&w.t()?, &a.t()?)?,
+        quantized => linear_no_grad(&a, quantized, a.dim(0)?, vec![])?.t()?,
+    };
     let a_a = matmul(&factor.a, &factor.a.t()?)?;
-    let added = (&b * ((a_w * 2.)? + matmul(&b, &a_a)?)?)?;
+    let added = (&b * ((w_a.to_dtype(b.dtype())? * 2.)? + matmul(&b, &a_a)?)?)?;
     (base_squares + added.sum(1)?)?.sqrt()
-}
-
-fn is_f32_rows_on_cpu(w: &Tensor) -> bool {
-    w.device().is_cpu() && w.dtype() == DType::F32 && w.is_contiguous()
 }
 
 /// `m/norms ∘ x + bias` of `x` (.., out), with gradients for `x`, m and the bias.
@@ -154,8 +145,8 @@ mod tests {
     use super::*;
     use crate::ops::low_rank::Split;
     use crate::random::normal;
+    use candle_core::DType;
 
-    /// The kernel on rows, and the expanded square on columns and in F64.
     #[test]
     fn norms_are_those_of_the_dense_sum() -> Result<()> {
         for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F64, 1e-13)] {

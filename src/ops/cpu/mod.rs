@@ -20,7 +20,6 @@ mod gemm;
 #[path = "gemm_by_candle.rs"]
 mod gemm;
 mod low_rank;
-mod row_squares;
 mod rows;
 
 use crate::ops::backend::{
@@ -36,7 +35,6 @@ pub(super) use buffer::filled;
 pub(super) use dropout::seeded_mask;
 pub(super) use gemm::{gemm_into, Real, FUSED_ATTENTION};
 pub(super) use low_rank::{add_assign, gather_columns};
-pub(super) use row_squares::row_squares;
 pub(super) use rows::{exp_nonpositive, map_rows, max, sum, sum_of_products};
 
 impl Backend for CpuStorage {
