@@ -5,15 +5,15 @@ use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
 use candle_nn::{Optimizer, ParamsAdamW};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// [`candle_nn::AdamW`] with names, in place on the CPU, and with a state that
 /// [`save`](Self::save) writes: a run that is stopped and resumed gives the same bits as one that was not.
 ///
-/// The step is torch's, with one count of steps for all variables, as candle has it. Moments are in F32 beside F32, F16 and BF16 (F64 beside F64), and so is the step, whose
-/// result is rounded once: in candle's, F16 variables become NaN, since its epsilon is 0 in F16. A variable without a
-/// gradient is left as it is. A gradient of NaN makes its variable NaN, as in torch: [`clip_grad_norm`](super::clip_grad_norm)
-/// reports it before the step.
+/// The step is torch's, with one count of steps for all variables, as candle has it. Moments are in F32 beside F32, F16
+/// and BF16 (F64 beside F64), and so is the step, whose result is rounded once: in candle's, F16 variables become NaN,
+/// since its epsilon is 0 in F16. A variable without a gradient is left as it is. A gradient of NaN makes its variable
+/// NaN, as in torch: [`clip_grad_norm`](super::clip_grad_norm) reports it before the step.
 ///
 /// ```
 /// # fn main() -> loralib::Result<()> {
@@ -59,13 +59,19 @@ impl AdamW {
     /// An optimizer of these variables, such as [`Adapter::named_vars`](crate::Adapter::named_vars) gives.
     ///
     /// # Errors
-    /// If two have the same name, or one is not a float.
+    /// If two have the same name or are the same variable, which would be stepped twice; and if one is not a float.
     pub fn named(
         vars: impl IntoIterator<Item = (String, Var)>,
         params: ParamsAdamW,
     ) -> Result<Self> {
-        let mut entries = BTreeMap::new();
+        let (mut entries, mut names) = (BTreeMap::new(), HashMap::new());
         for (name, var) in vars {
+            match names.insert(var.id(), name.clone()) {
+                Some(other) if other != name => {
+                    return Err(Error::tensor(name, format!("it is the variable {other:?} too")));
+                }
+                _ => {}
+            }
             if !var.dtype().is_float() {
                 return Err(Error::tensor(name, format!("it is {:?}, not a float", var.dtype())));
             }
@@ -237,10 +243,16 @@ mod tests {
     }
 
     #[test]
-    fn equal_names_and_integers_are_refused() -> candle_core::Result<()> {
+    fn equal_names_and_variables_and_integers_are_refused() -> candle_core::Result<()> {
         let var = Var::new(&[1f32], &Device::Cpu)?;
-        let twice = [("x".to_owned(), var.clone()), ("x".to_owned(), var)];
+        let twice = [
+            ("x".to_owned(), var.clone()),
+            ("x".to_owned(), Var::zeros(1, DType::F32, &Device::Cpu)?),
+        ];
         assert!(AdamW::named(twice, PARAMS).unwrap_err().to_string().contains("\"x\""));
+        let tied = [("x".to_owned(), var.clone()), ("y".to_owned(), var)];
+        let error = AdamW::named(tied, PARAMS).unwrap_err().to_string();
+        assert!(error.contains("\"y\": it is the variable \"x\" too"), "{error}");
         let ids = [("ids".to_owned(), Var::new(&[1u32], &Device::Cpu)?)];
         assert!(AdamW::named(ids, PARAMS).unwrap_err().to_string().contains("U32"));
         Ok(())
