@@ -39,6 +39,23 @@ also trained     shape           parameters";
 }
 
 #[test]
+fn summary_has_a_column_of_magnitudes() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
+    let dora = lora::LoraConfig { use_dora: true, ..CFG };
+    let _q = lora::linear(6, 4, dora, vb.pp("q"))?;
+    let _v = lora::linear(6, 4, CFG, vb.pp("v"))?;
+    let printed = lora::summary(&vars, Bias::None)?.to_string();
+    let expected = "\
+layer   lora_A  lora_B  magnitude  rank  parameters
+q       (2, 6)  (4, 2)  (4)           2          24
+v       (2, 6)  (4, 2)                2          20
+trained 44 parameters";
+    assert_eq!(printed, expected);
+    Ok(())
+}
+
+#[test]
 fn all_parameters_start_at_the_base() -> Result<()> {
     let weight = Tensor::ones((3, 6), DType::F32, &device())?;
     let base = || {

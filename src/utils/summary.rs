@@ -104,26 +104,40 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut rows = vec![];
         if !self.adapted.is_empty() {
-            rows.push(["layer", "lora_A", "lora_B", "rank", "parameters"].map(str::to_owned));
+            let has_magnitudes = self.adapted.iter().any(|layer| layer.magnitude > 0);
+            let magnitude = if has_magnitudes { "magnitude" } else { "" };
+            let head = ["layer", "lora_A", "lora_B", magnitude, "rank", "parameters"];
+            rows.push(head.map(str::to_owned));
         }
         for layer in &self.adapted {
             let [a, b] = [&layer.a, &layer.b].map(|dims| shape(dims));
+            let magnitude = match layer.magnitude {
+                0 => String::new(),
+                len => shape(&[len]),
+            };
             let (rank, parameters) = (layer.rank().to_string(), grouped(layer.parameters()));
-            rows.push([layer.name.clone(), a, b, rank, parameters]);
+            rows.push([layer.name.clone(), a, b, magnitude, rank, parameters]);
         }
         if !self.others.is_empty() {
             let head = if rows.is_empty() { "trained" } else { "also trained" };
-            rows.push([head, "shape", "", "", "parameters"].map(str::to_owned));
+            rows.push([head, "shape", "", "", "", "parameters"].map(str::to_owned));
         }
         for (name, dims) in &self.others {
-            let empty = String::new;
-            rows.push([name.clone(), shape(dims), empty(), empty(), grouped(elem_count(dims))]);
+            let [b, magnitude, rank] = Default::default();
+            let parameters = grouped(elem_count(dims));
+            rows.push([name.clone(), shape(dims), b, magnitude, rank, parameters]);
         }
-        let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0);
+        let mut widths = [0, 1, 2, 3, 4, 5]
+            .map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0));
         // At least the width of the last line's first word.
-        let [w0, w1, w2, w3, w4] = [width(0).max(6), width(1), width(2), width(3), width(4)];
-        for [name, a, b, rank, parameters] in &rows {
-            writeln!(f, "{name:<w0$}  {a:<w1$}  {b:<w2$}  {rank:>w3$}  {parameters:>w4$}")?;
+        widths[0] = widths[0].max(6);
+        for row in &rows {
+            let cells = row.iter().zip(widths).enumerate().filter(|(_, (_, width))| *width > 0);
+            let cells = cells.map(|(i, (cell, width))| match i < 4 {
+                true => format!("{cell:<width$}"),
+                false => format!("{cell:>width$}"),
+            });
+            writeln!(f, "{}", cells.collect::<Vec<_>>().join("  "))?;
         }
         write!(f, "trained {}", grouped(self.trainable()))?;
         match self.total {
