@@ -66,7 +66,10 @@ impl Run<'_> {
             return Err(format!("{file}: the run was {was:?}, and is now {now:?}").into());
         }
         self.adapter.set_dropout_position(dropout)?;
-        println!("going on after step {}", opt.steps());
+        match opt.steps() {
+            done if done == plan.steps => println!("the run has all its {done} steps"),
+            done => println!("going on after step {done}"),
+        }
         Ok(curve)
     }
 
