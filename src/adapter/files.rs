@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::PoisonError;
 
 impl Adapter {
-    /// Writes a safetensors file with the variables of [`state_dict`](Self::state_dict) and, in its metadata, the options and the
-    /// kinds, ranks and alphas of the layers; see [`save_state_dict`].
+    /// Writes a safetensors file with the variables of [`state_dict`](Self::state_dict) and, in its metadata, the
+    /// options and the kinds, ranks and alphas of the layers; see [`save_state_dict`].
     ///
     /// # Errors
     /// As [`save_state_dict`].
@@ -111,8 +111,8 @@ impl Adapter {
     ///
     /// # Errors
     /// If the file cannot be read or is malformed; if it has an option that is not supported, as in
-    /// [`peft::load_pretrained`], or an initialisation that is not one of [`InitLoraWeights`](crate::InitLoraWeights); if it names no targets; and if a
-    /// regular expression is invalid. The error names the file and the option.
+    /// [`peft::load_pretrained`], or an initialisation that is not one of [`InitLoraWeights`](crate::InitLoraWeights);
+    /// if it names no targets; and if a regular expression is invalid. The error names the file and the option.
     pub fn from_peft_config(path: impl AsRef<Path>) -> Result<Self> {
         let file = peft::config_file(path.as_ref());
         let read = || {
@@ -129,10 +129,10 @@ impl Adapter {
         read().map_err(|e: Error| e.at(&file))
     }
 
-    /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with
-    /// a saved run. An adapter with initial factors is restored from [`save`](Self::save)'s file alone: the folder has it
-    /// as a plain one. In evaluation they count from the next `eval()` on. The report lists a table that PEFT
-    /// saved with an adapted embedding as unexpected.
+    /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with a saved run.
+    /// An adapter with initial factors is restored from [`save`](Self::save)'s file alone: the folder has it as a plain
+    /// one. In evaluation they count from the next `eval()` on. The report lists a table that PEFT saved with an
+    /// adapted embedding as unexpected.
     ///
     /// # Errors
     /// As [`load`](Self::load) and [`load_state_dict`]; and if a layer's rank, scaling or use_dora differs.

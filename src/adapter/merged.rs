@@ -15,8 +15,8 @@ impl Adapter {
     /// modules in place of the base's: for a model that does not know this crate, such as
     /// candle-transformers'.
     ///
-    /// A weight is merged when the model asks for it, in F32, and rounded to the dtype that the model asks
-    /// for, in which the base is read. `base` may be mapped, sharded or in memory; beside the model, one tensor and its merged
+    /// A weight is merged when the model asks for it, in F32, and rounded to the dtype that the model asks for, in
+    /// which the base is read. `base` may be mapped, sharded or in memory; beside the model, one tensor and its merged
     /// copy are in memory at a time. A quantised base is dequantised, every weight of it.
     ///
     /// A head that is tied to an adapted embedding computes with the merged table here, and with the base's table

@@ -9,8 +9,8 @@ use candle_nn::Init;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A `VarBuilder` over tensors in memory, by their names: for models whose names [`File::var_builder`](super::File::var_builder) does
-/// not know.
+/// A `VarBuilder` over tensors in memory, by their names: for models whose names
+/// [`File::var_builder`](super::File::var_builder) does not know.
 ///
 /// Matrices stay quantised, but for those in F32: a model gets a placeholder, as from
 /// [`File::var_builder`](super::File::var_builder). All other tensors have the given dtype.

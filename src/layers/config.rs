@@ -31,9 +31,9 @@ pub struct LoraConfig {
     /// 2024](https://arxiv.org/abs/2402.09353); PEFT's `use_dora`, not in loralib): the effective weight is
     /// `m ∘ (W + ΔW)/‖W + ΔW‖`, whose norm has no gradient. m is a variable `lora_magnitude_vector` (out), which is
     /// initialised with the norms of W when the layer is built: variables of the base are loaded before, or by
-    /// [`load_state_dict`](crate::load_state_dict). Training computes the norms in each forward. Evaluation that
-    /// does not merge computes them once, with the values at `eval()`, in linear layers and embeddings over a frozen base; in
-    /// convolutions, and among [`Adapters`](crate::Adapters), each forward does. Default `false`. An error for
+    /// [`load_state_dict`](crate::load_state_dict). Training computes the norms in each forward. Evaluation that does
+    /// not merge computes them once, with the values at `eval()`, in linear layers and embeddings over a frozen base;
+    /// in convolutions, and among [`Adapters`](crate::Adapters), each forward does. Default `false`. An error for
     /// [`MergedLinear`](crate::MergedLinear), and for a new layer over a W with an output of zeros.
     pub use_dora: bool,
     /// How new factors are initialised, PEFT's `init_lora_weights`. Not in loralib, and not saved. Of no effect in

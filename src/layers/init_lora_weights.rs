@@ -3,8 +3,8 @@
 use crate::Error;
 use std::str::FromStr;
 
-/// The initialisation of new factors, PEFT's `init_lora_weights`. A new layer equals its base with each of them, but for
-/// the dropout of its update's input.
+/// The initialisation of new factors, PEFT's `init_lora_weights`. A new layer equals its base with each of them, but
+/// for the dropout of its update's input.
 ///
 /// [`Pissa`](Self::Pissa) and [`Olora`](Self::Olora) initialise `lora_A` and `lora_B` with a part of the base weight,
 /// which is subtracted again: ΔW = scaling · (B·A − B₀·A₀), with the initial factors B₀ and A₀ as frozen tensors
@@ -15,8 +15,9 @@ use std::str::FromStr;
 /// scaling, as after PEFT's own conversion. A forward takes the products of rank 2r.
 ///
 /// They are for [`Linear`](crate::Linear) alone and need the feature `faer`. An error for
-/// [`MergedLinear`](crate::MergedLinear) and convolutions; for a base weight that is a variable, whose values may change,
-/// or has values that are not finite; if the scaling is not positive; and if r exceeds a dimension of the weight.
+/// [`MergedLinear`](crate::MergedLinear) and convolutions; for a base weight that is a variable, whose values may
+/// change, or has values that are not finite; if the scaling is not positive; and if r exceeds a dimension of the
+/// weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum InitLoraWeights {
@@ -27,8 +28,8 @@ pub enum InitLoraWeights {
     Gaussian,
     /// The r largest singular values of the weight with their vectors ([Meng et al.
     /// 2024](https://arxiv.org/abs/2404.02948)); PEFT's `"pissa"`. The decomposition of a large weight takes long: for
-    /// one of (2048, 2048) and r = 16 6 s, and 0.1 s by `PissaNiter(4)` (two cores of an AMD EPYC, `cargo test --release
-    /// --lib decompose -- --ignored --nocapture`).
+    /// one of (2048, 2048) and r = 16 6 s, and 0.1 s by `PissaNiter(4)` (two cores of an AMD EPYC,
+    /// `cargo test --release --lib decompose -- --ignored --nocapture`).
     Pissa,
     /// [`Pissa`](Self::Pissa) by this number of subspace iterations; PEFT's `"pissa_niter_[number]"`. Each initial
     /// factor is approximate, the layer nonetheless equals its base.

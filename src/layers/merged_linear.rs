@@ -93,7 +93,8 @@ impl MergedLinear {
         Ok(Self { kind: MergedLinearKind { linear, splits }, weight })
     }
 
-    /// [`MergedLinear::with_splits`] over a quantised weight (out, in), as [`Linear::quantized`](super::Linear::quantized).
+    /// [`MergedLinear::with_splits`] over a quantised weight (out, in), as
+    /// [`Linear::quantized`](super::Linear::quantized).
     ///
     /// # Errors
     /// If the weight is not a matrix, or as [`MergedLinear::with_splits`].

@@ -1,5 +1,5 @@
-//! Whether square experts are (experts, out, in) or (experts, in, out): as another parameter of their module, since PEFT
-//! transposes all of a module's or none.
+//! Whether square experts are (experts, out, in) or (experts, in, out): as another parameter of their module, since
+//! PEFT transposes all of a module's or none.
 
 use crate::layers::LayerKind;
 use crate::utils::names::{join, split};

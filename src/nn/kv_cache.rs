@@ -1,10 +1,10 @@
 //! [`candle_nn::kv_cache`] for training: while a gradient is wanted nothing is stored.
 //!
-//! candle's caches cut the graph of keys and values, and leave those of a training step to the next one.
-//! Here `append` returns the cached and the new values with their graph and does not store the new ones if
-//! one of them leads to a variable. Layers before the first adapted key or value still store theirs: clear the
-//! cache before each step. A single position that leads to a variable is an error: it is a token that is generated
-//! in training mode, for which the cache lacks all others. All other methods are those of the cache behind it; `Cache`, `RotatingCache` and
+//! candle's caches cut the graph of keys and values, and leave those of a training step to the next one. Here `append`
+//! returns the cached and the new values with their graph and does not store the new ones if one of them leads to a
+//! variable. Layers before the first adapted key or value still store theirs: clear the cache before each step. A
+//! single position that leads to a variable is an error: it is a token that is generated in training mode, for which
+//! the cache lacks all others. All other methods are those of the cache behind it; `Cache`, `RotatingCache` and
 //! `ScatteredKvCache` are candle's.
 
 use candle_core::{bail, Result, Tensor};

@@ -12,7 +12,8 @@
 //! | convolution of g groups | g² times that rank, with an A of mostly zeros: with many groups merge instead |
 //!
 //! `lora_bias` is the tensor `lora_bias` beside the factors, `trainable_token_indices` the rows `trainable_tokens` of a
-//! table. These two and parameters are read, merged and saved, and not trained. [This table](crate::docs::peft) lists all options.
+//! table. These two and parameters are read, merged and saved, and not trained. [This table](crate::docs::peft) lists
+//! all options.
 //!
 //! Adapters that this crate saved load with their original factors. PEFT's own convolutions load with rank r
 //! (1d: r/k, rounded up). PEFT's convolutions of several groups are an error: their update mixes the inputs

@@ -24,8 +24,9 @@ struct State<P> {
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
 
 impl AdamW {
-    /// Writes the variables with their moments, those of [`with_frozen`](Self::with_frozen), the number of steps, and `progress`, which is any value that
-    /// says where the run is: the epoch, the position in the data, the states of random generators.
+    /// Writes the variables with their moments, those of [`with_frozen`](Self::with_frozen), the number of steps, and
+    /// `progress`, which is any value that says where the run is: the epoch, the position in the data, the states of
+    /// random generators.
     ///
     /// One safetensors file has all of it, so that it cannot disagree with itself: it appears complete and
     /// flushed to disk, or the one before stays. Moments are named `optimizer.exp_avg.NAME` and

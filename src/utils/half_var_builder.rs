@@ -13,17 +13,17 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// [`safetensors_var_builder`](crate::safetensors_var_builder) for a model that computes in F32 on the CPU over a base in
-/// F16 or BF16, in half of the memory.
+/// [`safetensors_var_builder`](crate::safetensors_var_builder) for a model that computes in F32 on the CPU over a base
+/// in F16 or BF16, in half of the memory.
 ///
-/// Matrices in F16 or BF16 stay as they are in the file. The layers of [`nn`](crate::nn) and of this crate decode them to
-/// `dtype` in parts, forward and backward, as they do the blocks of a [GGUF file](crate::gguf): outputs and gradients
-/// are those of weights that were converted whole. `eval()` does not merge such layers. All other tensors are converted;
-/// on a GPU, and if the model is in half precision itself, all are.
+/// Matrices in F16 or BF16 stay as they are in the file. The layers of [`nn`](crate::nn) and of this crate decode them
+/// to `dtype` in parts, forward and backward, as they do the blocks of a [GGUF file](crate::gguf): outputs and
+/// gradients are those of weights that were converted whole. `eval()` does not merge such layers. All other tensors are
+/// converted; on a GPU, and if the model is in half precision itself, all are.
 ///
-/// A matrix that the model uses without a layer, as by `matmul` on the tensor itself, and one that it transposes, splits or
-/// joins before it builds a layer, is a placeholder full of NaN, also in candle's LSTM and GRU: such a model needs
-/// [`safetensors_var_builder`](crate::safetensors_var_builder).
+/// A matrix that the model uses without a layer, as by `matmul` on the tensor itself, and one that it transposes,
+/// splits or joins before it builds a layer, is a placeholder full of NaN, also in candle's LSTM and GRU: such a model
+/// needs [`safetensors_var_builder`](crate::safetensors_var_builder).
 ///
 /// ```no_run
 /// # fn main() -> loralib::Result<()> {

@@ -49,10 +49,10 @@ pub fn lora_state_dict(vars: &VarMap, trainable: impl Into<Trainable>) -> Result
 
 /// Sets the variables of `vars` to the values in `tensors`: all of them or, on an error, none.
 ///
-/// Values are converted to the variable's dtype and device. `conv.weight` and `conv.bias`, loralib's
-/// second names of a convolution's tensors, match `weight` and `bias`. DoRA's magnitude of a layer that is not
-/// trained yet becomes the norms of a weight that is loaded without it. In evaluation the new values count from the next
-/// `eval()` on; layers that are not merged may use them before. Ranks and scalings are compared only by
+/// Values are converted to the variable's dtype and device. `conv.weight` and `conv.bias`, loralib's second names of a
+/// convolution's tensors, match `weight` and `bias`. DoRA's magnitude of a layer that is not trained yet becomes the
+/// norms of a weight that is loaded without it. In evaluation the new values count from the next `eval()` on; layers
+/// that are not merged may use them before. Ranks and scalings are compared only by
 /// [`load_checkpoint`](crate::load_checkpoint).
 ///
 /// # Errors

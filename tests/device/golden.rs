@@ -1,5 +1,5 @@
-//! The crate against Microsoft's loralib and PEFT's DoRA, whose values `../fixtures/golden.py` and `../fixtures/dora.py`
-//! wrote.
+//! The crate against Microsoft's loralib and PEFT's DoRA, whose values `../fixtures/golden.py` and
+//! `../fixtures/dora.py` wrote.
 
 pub mod case;
 mod names;

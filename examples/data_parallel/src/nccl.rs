@@ -11,8 +11,8 @@ use std::cell::RefCell;
 use std::mem::ManuallyDrop;
 
 thread_local! {
-    /// Of the thread that trains: a communicator is used by one at a time. It is not dropped, since that would abort the
-    /// exchange of ranks that are not as far.
+    /// Of the thread that trains: a communicator is used by one at a time. It is not dropped, since that would abort
+    /// the exchange of ranks that are not as far.
     static COMM: RefCell<Option<ManuallyDrop<Comm>>> = const { RefCell::new(None) };
 }
 

@@ -32,10 +32,10 @@ const UNKNOWN_COMPONENT: &str =
 /// (`lora_dropout`, the name of the base, the type of task), those that all components have are kept.
 ///
 /// # Errors
-/// If the file cannot be read or is malformed; if a name is none of LoRA's, such as `lora_magnitude_vector`, or
-/// is PEFT's or kohya's; if names begin with no known component, and there is no metadata; if an option in the
-/// metadata changes the update and is not supported, or differs among the components; if a layer lacks a factor; if shapes do not fit each other or the metadata; and if a value is not finite. The
-/// error names the file and the tensor.
+/// If the file cannot be read or is malformed; if a name is none of LoRA's, such as `lora_magnitude_vector`, or is
+/// PEFT's or kohya's; if names begin with no known component, and there is no metadata; if an option in the metadata
+/// changes the update and is not supported, or differs among the components; if a layer lacks a factor; if shapes do
+/// not fit each other or the metadata; and if a value is not finite. The error names the file and the tensor.
 pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, StateDict)> {
     let path = file(path.as_ref());
     let load = || {

@@ -44,9 +44,9 @@ use std::path::Path;
 /// ```
 ///
 /// # Errors
-/// As [`merge_into`](crate::merge_into), for names before anything is written; if the architecture or a tensor's name is
-/// unknown, or the metadata has no [configuration](File::config); if `dtype` is another one or cannot hold a value; and if the file system refuses. The error names the
-/// file and the tensor.
+/// As [`merge_into`](crate::merge_into), for names before anything is written; if the architecture or a tensor's name
+/// is unknown, or the metadata has no [configuration](File::config); if `dtype` is another one or cannot hold a value;
+/// and if the file system refuses. The error names the file and the tensor.
 pub fn merge_to_safetensors(
     base: &File,
     adapter: &StateDict,

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 /// The crate's version, the names, shapes, dtypes and values of variables, and what the caller adds.
 ///
 /// Rank 0 broadcasts its [`to_json`](Self::to_json), and each rank [`check`](Self::check)s its own against it: at the
-/// start, and after every so many steps. A rank that differs has to end the run. Where an engine only sums, rank 0 gives
-/// the text's bytes as numbers, and the other ranks zeros.
+/// start, and after every so many steps. A rank that differs has to end the run. Where an engine only sums, rank 0
+/// gives the text's bytes as numbers, and the other ranks zeros.
 ///
 /// ```
 /// use candle_core::{Device, Var};

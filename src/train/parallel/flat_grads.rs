@@ -85,8 +85,8 @@ impl FlatGrads {
     /// batches. [Clip](super::super::clip_grad_norm) afterwards.
     ///
     /// # Errors
-    /// On all ranks, with `grads` unchanged: if a sum is not finite, with the names of variables and the ranks that gave
-    /// such values; if a rank [failed](Self::fail); if all weights are 0. A rank fails, and returns its own error,
+    /// On all ranks, with `grads` unchanged: if a sum is not finite, with the names of variables and the ranks that
+    /// gave such values; if a rank [failed](Self::fail); if all weights are 0. A rank fails, and returns its own error,
     /// whose `weight` is negative or not finite, or whose `loss` is not a scalar.
     pub fn all_reduce(
         &self,
