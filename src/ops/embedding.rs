@@ -4,6 +4,7 @@
 use super::backend::Backend;
 use super::cpu::gather_columns;
 use super::dora;
+use super::linear_op::gemm_operand;
 use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
 use super::matrix::Matrix;
@@ -54,7 +55,7 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
             match update.magnitude() {
                 None => Ok(y),
                 Some(magnitude) => {
-                    let norms = dora::norms(table, update, magnitude)?;
+                    let norms = dora::norms(&gemm_operand(table)?, update, magnitude)?;
                     dora::scaled(&y, magnitude, &norms, None)
                 }
             }

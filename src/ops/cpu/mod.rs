@@ -35,7 +35,7 @@ pub(super) use buffer::filled;
 pub(super) use dropout::seeded_mask;
 pub(super) use gemm::{gemm_into, Real, FUSED_ATTENTION};
 pub(super) use low_rank::{add_assign, gather_columns};
-pub(super) use rows::{exp_nonpositive, map_rows, max, sum, sum_of_products};
+pub(super) use rows::{exp_nonpositive, map_rows, max, row_squares, sum, sum_of_products};
 
 impl Backend for CpuStorage {
     fn of(storage: &Storage) -> Result<&Self> {

@@ -53,6 +53,26 @@ pub(in crate::ops) fn sum_of_products([a, b]: [&Tensor; 2]) -> Result<Tensor> {
     Tensor::new(sums, &Device::Cpu)
 }
 
+/// The least number of values for a thread.
+const PER_THREAD: usize = if cfg!(test) { 1 << 8 } else { 1 << 16 };
+
+/// ‖w‖² of each row of `w` (out, in), a contiguous F32 tensor on the CPU.
+pub(in crate::ops) fn row_squares(w: &Tensor) -> Result<Tensor> {
+    let (rows, k) = w.dims2()?;
+    let (storage, layout) = w.storage_and_layout();
+    let [w] = f32_slices([(CpuStorage::of(&storage)?, layout)])?;
+    let mut squares = vec![0f32; rows];
+    let least = PER_THREAD.div_ceil(k.max(1));
+    squares.par_iter_mut().enumerate().with_min_len(least).for_each(|(i, square)| {
+        let row = &w[i * k..][..k];
+        vectorized(
+            #[inline(always)]
+            || *square = sum(row, row, |a, b| a * b),
+        );
+    });
+    Tensor::new(squares, &Device::Cpu)
+}
+
 /// Rows of `n` values; see [`Backend::map_rows`]. `f` must be `#[inline(always)]`: only inlined code is
 /// compiled for the vector instructions.
 pub(super) fn rows<const N: usize>(
