@@ -1,12 +1,14 @@
 //! What all ranks must have alike, in a form that can be sent and compared.
 
-use crate::utils::fnv1a;
+use crate::utils::{fnv1a, fnv1a_of};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Var};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::Path;
 
 /// The crate's version, the names, shapes, dtypes and values of variables, and what the caller adds.
 ///
@@ -43,7 +45,7 @@ const NAMED: usize = 3;
 impl Fingerprint {
     /// Of variables, such as those of [`Adapter::named_vars`](crate::Adapter::named_vars), and of the crate's version;
     /// [`default`](Self::default) has neither. The values are copied from a device, and represented by a hash. The
-    /// frozen base is compared if its file is added by [`with`](Self::with).
+    /// frozen base is compared if its files are added by [`with_file`](Self::with_file).
     ///
     /// # Errors
     /// If values cannot be copied.
@@ -74,6 +76,19 @@ impl Fingerprint {
         Ok(self)
     }
 
+    /// Adds the content of a file under `name`, by its length and hash: of the base, or of a checkpoint that is
+    /// resumed. It is read in parts, and may be larger than memory.
+    ///
+    /// # Errors
+    /// If it cannot be read, or the name is there already.
+    pub fn with_file(mut self, name: &str, path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let read = || Ok(fnv1a_of(File::open(path)?)?);
+        let (len, hash) = read().map_err(|e: Error| e.at(path))?;
+        self.insert(name.to_owned(), format!("a file of {len} bytes, {hash:016x}"))?;
+        Ok(self)
+    }
+
     fn add(&mut self, name: String, value: Value) -> Result<()> {
         if let Value::Object(fields) = value {
             return fields
@@ -85,8 +100,12 @@ impl Fingerprint {
             ..=SHOWN => json,
             len => format!("{len} bytes of JSON, {:016x}", fnv1a(json.bytes())),
         };
+        self.insert(name, value)
+    }
+
+    fn insert(&mut self, name: String, description: String) -> Result<()> {
         match self.entries.entry(name) {
-            Entry::Vacant(entry) => entry.insert(value),
+            Entry::Vacant(entry) => entry.insert(description),
             Entry::Occupied(entry) => {
                 let reason = format!("the fingerprint has {:?} already", entry.key());
                 return Err(Error::Invalid(reason));
@@ -188,6 +207,23 @@ mod tests {
         };
         of(1)?.check(&of(1)?.to_json(), "rank 0")?;
         assert!(told(&of(1)?, &of(2)?).ends_with("x.2 is 1 here and 2 there; and 6 more"));
+        Ok(())
+    }
+
+    #[test]
+    fn files_are_compared_by_their_content() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("model.safetensors");
+        let of = |content: &str| {
+            std::fs::write(&path, content)?;
+            Fingerprint::default().with_file("base", &path)
+        };
+        of("same")?.check(&of("same")?.to_json(), "rank 0")?;
+        let error = told(&of("this")?, &of("that")?);
+        assert!(error.contains("base is a file of 4 bytes, "), "{error}");
+        std::fs::remove_file(&path)?;
+        let error = Fingerprint::default().with_file("base", &path).unwrap_err().to_string();
+        assert!(error.contains("model.safetensors: "), "{error}");
         Ok(())
     }
 
