@@ -11,6 +11,7 @@ use candle_nn::{Optimizer, ParamsAdamW, VarBuilder};
 use loralib::train::{linear_cross_entropy, AdamW, Fingerprint, FlatGrads, Sampler};
 use loralib::{Adapter, LoraConfig};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -20,6 +21,12 @@ const FAULTY: usize = 5;
 
 /// Trains until `--steps`; rank 0 alone prints and writes.
 pub fn train(args: &Args, world: &World) -> Result<()> {
+    let alike = |here: Fingerprint| {
+        let rank_0 = world.broadcast(here.to_json())?;
+        world.agree(here.check(&rank_0, "rank 0").map_err(Into::into))
+    };
+    // Before all that depends on a flag: ranks with other ones would wait for each other.
+    alike(Fingerprint::new(&BTreeMap::new())?.with("flags", args)?)?;
     let (rank, device) = (world.rank(), world.device(args.gpu)?);
     let first = rank.index() == 0;
     let text = world.agree(data::text(args.text.as_deref()))?;
@@ -35,15 +42,11 @@ pub fn train(args: &Args, world: &World) -> Result<()> {
     let origin =
         origin.with("seed", &args.seed)?.with("alpha", &args.alpha)?.with("text", &text)?;
     let state = args.out.join("state.safetensors");
-    let alike = |here: Fingerprint| {
-        let rank_0 = world.broadcast(here.to_json())?;
-        world.agree(here.check(&rank_0, "rank 0").map_err(Into::into))
-    };
-    let mut here = Fingerprint::new(&vars)?.with("flags", args)?.with("text", &text)?;
+    let mut here = Fingerprint::new(&vars)?.with("text", &text)?;
     if args.resume {
         world.agree(resume(&mut opt, &origin, &state))?;
         // The optimizer's moments, too.
-        here = here.with("checkpoint", &fs::read(&state)?)?;
+        here = world.agree(here.with_file("checkpoint", &state).map_err(Into::into))?;
     }
     alike(here)?;
     if first {

@@ -129,11 +129,19 @@ fn refused(first: [&str; 2], others: [&str; 2]) -> String {
 fn a_rank_with_another_adapter_is_told_at_the_start() {
     let error = refused(["", SMALL], ["", &format!("{SMALL} --r 4 --alpha 4")]);
     let expected = "error: rank 2: this rank differs from rank 0: \
-                    flags.alpha is 4.0 here and 16.0 there; flags.r is 4 here and 8 there; ";
+                    flags.alpha is 4.0 here and 16.0 there; flags.r is 4 here and 8 there";
     assert!(error.contains(expected), "{error}");
     for rank in 0..2 {
         assert!(error.contains(&format!("error: rank {rank}: rank 2 failed")), "{error}");
     }
+}
+
+#[test]
+fn a_rank_that_alone_resumes_is_told_at_the_start() {
+    let error = refused(["", SMALL], ["", &format!("{SMALL} --resume")]);
+    let expected =
+        "rank 2: this rank differs from rank 0: flags.resume is true here and false there";
+    assert!(error.contains(expected), "{error}");
 }
 
 #[test]
