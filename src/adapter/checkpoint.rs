@@ -1,6 +1,7 @@
 //! Activation checkpointing.
 
 use super::Adapter;
+use crate::layers::Choices;
 use crate::ops::{self, SegmentVars};
 use candle_core::{bail, Result, Tensor};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,8 @@ impl Adapter {
     /// `module` is the path of the segment's part of the model, such as `model.layers.3`: the gradients of the
     /// variables in it arrive in the outer `backward`. The segment uses all of them and no others, and gives
     /// the same output again: the layers' dropout needs a [`seed`](Self::seed), and draws the same masks; other
-    /// dropout has no place in a segment. One thread at a time runs a model with dropout.
+    /// dropout has no place in a segment. One thread at a time runs a model with dropout. It runs again with the
+    /// adapters that [`Adapters`](crate::Adapters) had chosen for it.
     ///
     /// ```
     /// # fn main() -> loralib::Result<()> {
@@ -45,6 +47,9 @@ impl Adapter {
         let within = |name: &str| {
             name.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         };
+        // The backward comes after the closure of `Adapters::with`.
+        let choices = Choices::current();
+        let segment = move |x: &Tensor| choices.clone().run(|| segment(x));
         let (inside, outside) = self.named_vars()?.into_iter().partition(|(name, _)| within(name));
         let vars = SegmentVars { inside, outside };
         let Some(masks) = self.options.dropout.clone() else {

@@ -82,29 +82,45 @@ impl Choice {
     }
 }
 
+/// The choices that hold on a thread. The innermost is the last.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Choices(Vec<(Owner, Arc<Choice>)>);
+
 thread_local! {
-    /// The innermost choice is the last.
-    static CHOICES: RefCell<Vec<(Owner, Arc<Choice>)>> = const { RefCell::new(vec![]) };
+    static CHOICES: RefCell<Choices> = const { RefCell::new(Choices(vec![])) };
+}
+
+impl Choices {
+    /// Those of this thread.
+    pub fn current() -> Self {
+        CHOICES.with_borrow(Clone::clone)
+    }
+
+    /// Runs `f` with these in place of the thread's own.
+    pub fn run<R>(self, f: impl FnOnce() -> R) -> R {
+        /// Also when `f` panics.
+        struct Restore(Choices);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                CHOICES.set(std::mem::take(&mut self.0));
+            }
+        }
+        let _restore = Restore(CHOICES.replace(self));
+        f()
+    }
 }
 
 /// Runs `f` with a choice for the layers of `owner`. A choice within counts before one around it.
 pub(crate) fn choose<R>(owner: Owner, choice: Choice, f: impl FnOnce() -> R) -> R {
-    /// Also when `f` panics.
-    struct Restore;
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            CHOICES.with_borrow_mut(Vec::pop);
-        }
-    }
-    CHOICES.with_borrow_mut(|choices| choices.push((owner, Arc::new(choice))));
-    let _restore = Restore;
-    f()
+    let mut choices = Choices::current();
+    choices.0.push((owner, Arc::new(choice)));
+    choices.run(f)
 }
 
 /// The update that this thread has chosen for a layer; `None` if it has made no choice.
 pub(super) fn chosen(place: &Place) -> Result<Option<Update>> {
     let choice = CHOICES.with_borrow(|choices| {
-        let of_owner = choices.iter().rev().find(|(owner, _)| *owner == place.owner);
+        let of_owner = choices.0.iter().rev().find(|(owner, _)| *owner == place.owner);
         of_owner.map(|(_, choice)| choice.clone())
     });
     choice.map(|choice| choice.update(&place.path)).transpose()

@@ -21,7 +21,7 @@ mod weight;
 pub(crate) use adapt::adapt;
 pub use adapted::{Adapted, Kind};
 pub(crate) use base::{dequantized, on_device, placeholder};
-pub(crate) use choice::{choose, Choice, Chosen, Owner, Place};
+pub(crate) use choice::{choose, Choice, Choices, Chosen, Owner, Place};
 pub(crate) use config::same_scaling;
 pub use config::LoraConfig;
 pub use conv::{

@@ -1,8 +1,9 @@
 //! A model whose layers are checkpointed computes the same as one that keeps its activations.
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use loralib::nn::{self as candle_nn, VarBuilder, VarMap};
-use loralib::{Adapter, Bias, InitLoraWeights, LoraConfig};
+use loralib::{Adapter, Adapters, Bias, InitLoraWeights, LoraConfig};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -39,18 +40,22 @@ impl Model {
     }
 }
 
-fn adapted(cfg: LoraConfig, dtype: DType) -> loralib::Result<(Adapter, Model)> {
+fn base(dtype: DType) -> Result<VarBuilder<'static>> {
     let pretrained = VarMap::new();
-    let base = || {
-        let vb = VarBuilder::from_varmap(&pretrained, DType::F32, &Device::Cpu);
-        loralib::seeded(vb, 1)
-    };
-    Model::new(base())?;
+    let vb = VarBuilder::from_varmap(&pretrained, DType::F32, &Device::Cpu);
+    Model::new(loralib::seeded(vb, 1))?;
     let tensors = pretrained.data().lock().unwrap();
     let tensors = tensors.iter().map(|(n, v)| Ok((n.clone(), v.detach().to_dtype(dtype)?)));
-    let base = VarBuilder::from_tensors(tensors.collect::<Result<_>>()?, dtype, &Device::Cpu);
-    let adapter = Adapter::new(cfg).targets(["up", "down"]).trainable(Bias::All)?.seed(7);
-    let model = Model::new(adapter.var_builder(base))?;
+    Ok(VarBuilder::from_tensors(tensors.collect::<Result<_>>()?, dtype, &Device::Cpu))
+}
+
+fn adapted(cfg: LoraConfig, dtype: DType) -> loralib::Result<(Adapter, Model)> {
+    over_base(Adapter::new(cfg).targets(["up", "down"]).trainable(Bias::All)?.seed(7), dtype)
+}
+
+/// With a B that is not zero.
+fn over_base(adapter: Adapter, dtype: DType) -> loralib::Result<(Adapter, Model)> {
+    let model = Model::new(adapter.var_builder(base(dtype)?))?;
     for (name, var) in adapter.named_vars()? {
         if name.ends_with("lora_B") {
             let ramp = Tensor::arange(0f32, var.elem_count() as f32, &Device::Cpu)?;
@@ -104,6 +109,30 @@ fn outputs_and_gradients_are_the_same_to_the_bit() -> loralib::Result<()> {
                 assert_eq!(model.0.dropout_position(), drawn);
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_chosen_adapter_is_chosen_again_in_the_backward() -> loralib::Result<()> {
+    let cfg = LoraConfig { r: 2, lora_alpha: 4., ..Default::default() };
+    let adapter = Adapter::new(cfg).targets(["up", "down"]).seed(7);
+    let (adapter, alone) = over_base(adapter, DType::F32)?;
+    let adapters = Adapters::new();
+    let model = Model::new(adapters.var_builder(base(DType::F32)?))?;
+    adapters.add("policy", &adapter)?;
+    let x = Tensor::arange(0f32, 40., &Device::Cpu)?.sin()?.reshape((5, WIDTH))?;
+    let loss = adapters.with("policy", || -> loralib::Result<_> {
+        let reference = adapters.with_none(|| model.forward(&x, None))?;
+        Ok((model.forward(&x, Some(&adapter))? - reference)?.sqr()?.sum_all()?)
+    })?;
+    let grads = loss.backward()?;
+    let reference = adapters.with_none(|| model.forward(&x, None))?;
+    let expected = (alone.forward(&x, None)? - reference)?.sqr()?.sum_all()?.backward()?;
+    for (name, var) in adapter.named_vars()? {
+        let of = |grads: &GradStore| grads.get(&var).expect("a gradient").flatten_all()?.to_vec1();
+        let (found, expected): (Vec<f32>, _) = (of(&grads)?, of(&expected)?);
+        assert_eq!(found, expected, "{name}");
     }
     Ok(())
 }
