@@ -68,7 +68,10 @@ impl AdamW {
         for (name, var) in vars {
             match names.insert(var.id(), name.clone()) {
                 Some(other) if other != name => {
-                    return Err(Error::tensor(name, format!("it is the variable {other:?} too")));
+                    return Err(Error::tensor(
+                        name,
+                        format!("it is the variable {other:?} too: give it once"),
+                    ));
                 }
                 _ => {}
             }

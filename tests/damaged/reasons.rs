@@ -95,7 +95,8 @@ fn damaged_checkpoint_keeps_shapes_and_scaling() {
 #[test]
 fn damaged_peft_adapter_keeps_shapes() {
     let _alone = alone();
-    let cases = ["pattern", "modules", "conv", "groups", "lora_bias", "tokens", "parameters"];
+    let cases =
+        ["pattern", "modules", "conv", "groups", "lora_bias", "tokens", "parameters", "dora"];
     for case in cases {
         let dir = tempfile::tempdir().unwrap();
         let [json, tensors] = ["adapter_config.json", "adapter_model.safetensors"].map(|file| {
@@ -172,9 +173,11 @@ fn damaged_files_of_other_formats_keep_their_shapes() {
     };
     let names = fs::read_to_string(fixture("formats/kohya/names.txt")).unwrap();
     let names: Vec<_> = names.lines().collect();
-    let bad = copied("kohya/conv/lora.safetensors");
-    assert_keeps_shapes(&bad, 5000, || kohya::load(&bad, &names, &CPU));
-    for case in ["new", "processor"] {
+    for case in ["attention", "conv"] {
+        let bad = copied(&format!("kohya/{case}/lora.safetensors"));
+        assert_keeps_shapes(&bad, 6000, || kohya::load(&bad, &names, &CPU));
+    }
+    for case in ["new", "old", "processor"] {
         let bad = copied(&format!("diffusers/{case}/pytorch_lora_weights.safetensors"));
         assert_keeps_shapes(&bad, 5000, || diffusers::load(&bad, &CPU));
     }
@@ -198,11 +201,16 @@ fn damaged_files_of_other_formats_keep_their_shapes() {
 fn damaged_entry_of_a_torch_file_keeps_its_tensors() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
-    for (name, entry) in [("nested_model.pt", "model"), ("nested_lightning.pt", "state_dict")] {
+    let cases = [
+        ("nested_model.pt", "model"),
+        ("nested_lightning.pt", "state_dict"),
+        ("nested_wrapped.pt", "model_state_dict"),
+    ];
+    for (name, entry) in cases {
         let bad = dir.path().join(name);
         fs::copy(fixture(&format!("torch/{name}")), &bad).unwrap();
         let read = || lora::read_torch_entry(&bad, entry, &CPU);
-        let ends = judged(&bad, 5000, read, |good: &StateDict, bad, _| {
+        let ends = judged(&bad, 6500, read, |good: &StateDict, bad, _| {
             assert!(same_form(good, &bad) && same_values(good, &bad), "{:?}", bad.keys());
             "nothing is lost"
         });
