@@ -13,6 +13,8 @@ const MOST: f64 = 2e-6;
 pub enum Verdict {
     /// Factors are equal bit for bit, and scalings to 15 digits.
     Equal,
+    /// The same, but of another dtype.
+    OtherDtype,
     /// The updates are equal, from other factors.
     SameUpdate,
     /// The updates differ by this much of their largest value.
@@ -24,6 +26,9 @@ impl fmt::Display for Verdict {
         match self {
             Self::Equal => f.write_str(
                 "lossless: the same factors bit for bit, and the same scalings to 15 digits",
+            ),
+            Self::OtherDtype => f.write_str(
+                "lossless: the same values of factors in another dtype, and the same scalings to 15 digits",
             ),
             Self::SameUpdate => f.write_str("lossless: other factors with the same update"),
             Self::Rounded(apart) => write!(f, "rounded: updates differ by {apart:.1e}"),
@@ -40,7 +45,13 @@ pub fn compare(before: &Adapter, after: &Adapter) -> Result<Verdict> {
             (a - b).abs() <= 4. * f64::EPSILON * a.abs()
         };
         if paths.all(equal) {
-            return Ok(Verdict::Equal);
+            let dtypes = |(_, tensors): &Adapter| -> Vec<_> {
+                tensors.values().map(Tensor::dtype).collect()
+            };
+            return Ok(match dtypes(before) == dtypes(after) {
+                true => Verdict::Equal,
+                false => Verdict::OtherDtype,
+            });
         }
     }
     match same_values(&updates(before)?, &updates(after)?)? {

@@ -4,7 +4,9 @@ use crate::args::Args;
 use crate::base::metadata;
 use crate::compare::{compare, Verdict};
 use crate::{convert, left_out};
-use candle_core::Device;
+use candle_core::quantized::gguf_file::{self, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{DType, Device, Tensor};
 use clap::Parser;
 use lora::{peft, AdapterConfig, StateDict};
 use loralib as lora;
@@ -48,6 +50,80 @@ fn every_format_is_written_and_read_again() {
     }
 }
 
+/// From each format to each, over bases that have the adapter's layers.
+#[test]
+fn each_format_is_converted_to_each() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (width, layers) = (8, ["self_attn.q_proj", "mlp.down_proj"]);
+    let (mut base, mut tensors) = (StateDict::new(), StateDict::new());
+    for (layer, frequency) in layers.iter().zip([0.7, 1.3]) {
+        let layer = format!("model.layers.0.{layer}");
+        base.insert(format!("{layer}.weight"), Tensor::zeros((width, width), DType::F32, &CPU)?);
+        for (name, dims) in [("lora_A", (2, width)), ("lora_B", (width, 2))] {
+            let values = (Tensor::arange(1f32, 17., &CPU)? * frequency)?.sin()?;
+            tensors.insert(format!("{layer}.{name}"), values.reshape(dims)?);
+        }
+    }
+    let cfg = lora::LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+    lora::save_state_dict(&tensors, cfg, path("first"))?;
+    candle_core::safetensors::save(&base.into_iter().collect(), path("base.safetensors"))?;
+    gguf(&path("model.gguf"), width)?;
+
+    let bases = [format!("unet={}", path("base.safetensors")), path("model.gguf")];
+    let formats = ["loralib", "peft", "peft-plain", "diffusers", "kohya", "mlx", "gguf"];
+    let of_pipelines = |format: &str| matches!(format, "diffusers" | "kohya");
+    let converted = |from: (&str, &str), to: &str, out: &str| {
+        let mut others = bases.iter().flat_map(|base| ["--base", base]).collect::<Vec<_>>();
+        if of_pipelines(from.1) != of_pipelines(to) {
+            others.extend(["--component", "unet"]);
+        }
+        assert_eq!(run(&path(from.0), to, Path::new(&path(out)), &others), None, "{from:?} {to}");
+    };
+    for from in formats {
+        converted(("first", "loralib"), from, from);
+        for to in formats {
+            let out = format!("{from} to {to}");
+            converted((from, from), to, &out);
+            // What each step compares is the one before.
+            converted((&out, to), "loralib", &format!("{out} and back"));
+            let (config, back) = lora::read_adapter(path(&format!("{out} and back")), &CPU)?;
+            let verdict = compare(&(cfg.into(), tensors.clone()), &(config.unwrap(), back));
+            assert!(!matches!(verdict.unwrap(), Verdict::Rounded(_)), "{out}");
+        }
+    }
+    Ok(())
+}
+
+/// A file with a layer of Llama.
+fn gguf(path: &str, width: usize) -> lora::Result<()> {
+    let value = |n: usize| Value::U32(n as u32);
+    let (name, blocks, heads) = (Value::String("llama".to_owned()), value(1), value(2));
+    let metadata = [
+        ("general.architecture", &name),
+        ("llama.block_count", &blocks),
+        ("llama.attention.head_count", &heads),
+    ];
+    let zeros = Tensor::zeros((width, width), DType::F32, &CPU)?;
+    let zeros = QTensor::quantize(&zeros, GgmlDType::F32)?;
+    let names = ["blk.0.attn_q.weight", "blk.0.ffn_down.weight"];
+    Ok(gguf_file::write(
+        &mut fs::File::create(path)?,
+        &metadata,
+        &names.map(|name| (name, &zeros)),
+    )?)
+}
+
+#[test]
+fn an_entry_of_a_torch_file_is_converted() {
+    let options = ["--entry", "state_dict", "--r", "2", "--lora-alpha", "3"];
+    for to in ["loralib", "peft", "mlx"] {
+        let dir = tempfile::tempdir().unwrap();
+        let file = fixture("torch/nested_lightning.pt");
+        assert_eq!(run(&file, to, &dir.path().join("out"), &options), None, "{to}");
+    }
+}
+
 #[test]
 fn a_component_is_needed_where_one_side_alone_has_them() {
     let dir = tempfile::tempdir().unwrap();
@@ -74,7 +150,7 @@ fn a_layer_that_the_base_lacks_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let base = dir.path().join("base.safetensors");
     let (out, weight) = (dir.path().join("out"), "conv_in.weight".to_owned());
-    let zero = candle_core::Tensor::zeros(1, candle_core::DType::F32, &CPU).unwrap();
+    let zero = Tensor::zeros(1, DType::F32, &CPU).unwrap();
     candle_core::safetensors::save(&[(weight, zero)].into(), &base).unwrap();
     let base = format!("unet={}", base.display());
     let error = run(&fixture("formats/diffusers/new"), "kohya", &out, &["--base", &base]).unwrap();
@@ -106,7 +182,7 @@ fn updates_of_all_kinds_are_compared() -> lora::Result<()> {
     for case in ["parameters", "tokens", "lora_bias", "conv", "groups", "modules"] {
         let (config, tensors) = peft::load_pretrained(fixture(&format!("peft/{case}")), &CPU)?;
         let changed = |factor: f64| -> lora::Result<StateDict> {
-            let scale = |(name, tensor): (&String, &candle_core::Tensor)| {
+            let scale = |(name, tensor): (&String, &Tensor)| {
                 let scaled = name.ends_with("lora_B") || name.ends_with("lora_bias");
                 let tensor = if scaled { (tensor * factor)? } else { tensor.clone() };
                 Ok((name.clone(), tensor))
@@ -128,6 +204,20 @@ fn updates_of_all_kinds_are_compared() -> lora::Result<()> {
 }
 
 #[test]
+fn another_dtype_is_told() -> lora::Result<()> {
+    let before = peft::load_pretrained(fixture("peft/pattern"), &CPU)?;
+    let of = |dtype| -> lora::Result<StateDict> {
+        let convert =
+            |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?));
+        before.1.iter().map(convert).collect()
+    };
+    let verdict = |dtype| compare(&before, &(before.0.clone(), of(dtype)?));
+    assert!(matches!(verdict(DType::F32).unwrap(), Verdict::Equal));
+    assert!(matches!(verdict(DType::F64).unwrap(), Verdict::OtherDtype));
+    Ok(())
+}
+
+#[test]
 fn what_does_not_change_the_update_is_reported_when_it_is_left_out() -> lora::Result<()> {
     let mut config = AdapterConfig::default();
     config.lora.lora_dropout = 0.5;
@@ -138,7 +228,7 @@ fn what_does_not_change_the_update_is_reported_when_it_is_left_out() -> lora::Re
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("lora.safetensors");
     let entries = ["format", "ss_network_dim"].map(|name| (name.to_owned(), "x".to_owned()));
-    let none = Vec::<(String, candle_core::Tensor)>::new();
+    let none = Vec::<(String, Tensor)>::new();
     fs::write(&path, safetensors::serialize(none, Some(entries.into())).unwrap())?;
     assert_eq!(metadata(&path).unwrap(), ["ss_network_dim"]);
     Ok(())

@@ -78,7 +78,9 @@ impl Adapter {
             for (name, tensor) in vars {
                 // In half precision AdamW does not train factors; PEFT converts them too.
                 let tensor = match tensor.dtype() {
-                    DType::F16 | DType::BF16 if is_lora(&name) => tensor.to_dtype(DType::F32)?,
+                    DType::F16 | DType::BF16 | DType::F8E4M3 if is_lora(&name) => {
+                        tensor.to_dtype(DType::F32)?
+                    }
                     _ => tensor,
                 };
                 data.insert(name, Var::from_tensor(&tensor)?);

@@ -9,6 +9,7 @@ mod kohya;
 mod mlx;
 mod plain;
 mod torch;
+mod trained;
 
 use candle_core::{Device, Tensor};
 use common::{bits, difference};
