@@ -17,12 +17,15 @@ FIXTURES = ROOT / "tests" / "fixtures"
 sys.path.insert(0, str(FIXTURES))
 
 import checkpoints
+import enable_lora
 
 MODELS = {
     "gpt2": checkpoints.tiny_gpt2,
     "dora_gpt2": checkpoints.tiny_gpt2,
     "tied_tokens": checkpoints.tiny_gpt2,
     "embed_tokens": checkpoints.tiny_llama,
+    "enable_lora": enable_lora.Toy,
+    "tied_table": lambda: checkpoints.tiny_llama(tied=True),
     "parameters": checkpoints.Moe,
     "square_parameters": lambda: checkpoints.Moe(4),
 }
@@ -34,6 +37,8 @@ def resaved(source, folder):
     tensors = load_file(source / "model.safetensors")
     part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     model = MODELS.get(source.name, checkpoints.Toy)()
+    if hasattr(model, "config") and model.config is None:  # PEFT 0.2 reads it, newer versions may do without.
+        del type(model).config
     model.load_state_dict(part("base."), strict=False)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
@@ -43,7 +48,8 @@ def resaved(source, folder):
 
 worst = 0.0
 for source in sorted((FIXTURES / "peft").iterdir()):
-    if not source.name.startswith("groups"):  # PEFT does not merge them.
+    # PEFT does not merge groups, and adds the update of tied_head twice.
+    if not source.name.startswith(("groups", "tied_head")):
         with tempfile.TemporaryDirectory() as folder:
             difference = resaved(source, folder)
         print(f"{source.name:20} {difference:.1e}")

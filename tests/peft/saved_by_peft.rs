@@ -30,7 +30,7 @@ const CASES: [&str; 15] = [
 ];
 
 /// What is merged, and not computed beside the base; and what only training needs.
-const MERGED_CASES: [&str; 8] = [
+const MERGED_CASES: [&str; 10] = [
     "lora_bias",
     "tokens",
     "tied_tokens",
@@ -39,6 +39,8 @@ const MERGED_CASES: [&str; 8] = [
     "mica",
     "velora",
     "pissa",
+    "tied_head",
+    "tied_table",
 ];
 
 #[test]
