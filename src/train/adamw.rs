@@ -112,9 +112,14 @@ impl AdamW {
     /// [`Adapter::frozen_vars`](crate::Adapter::frozen_vars) gives.
     ///
     /// # Errors
-    /// If one has the name of another variable.
+    /// If one has the name of another variable, or is trained.
     pub fn with_frozen(mut self, vars: impl IntoIterator<Item = (String, Var)>) -> Result<Self> {
         for (name, var) in vars {
+            if let Some((trained, _)) =
+                self.entries.iter().find(|(_, own)| own.var.id() == var.id())
+            {
+                return Err(Error::tensor(name, format!("it is trained as {trained:?}")));
+            }
             if self.entries.contains_key(&name) || self.frozen.insert(name.clone(), var).is_some() {
                 return Err(Error::tensor(name, "there are two variables of this name"));
             }
@@ -256,6 +261,11 @@ mod tests {
         let tied = [("x".to_owned(), var.clone()), ("y".to_owned(), var)];
         let error = AdamW::named(tied, PARAMS).unwrap_err().to_string();
         assert!(error.contains("\"y\": it is the variable \"x\" too"), "{error}");
+        let vars = [("x".to_owned(), Var::zeros(1, DType::F32, &Device::Cpu)?)];
+        let opt = AdamW::named(vars.clone(), PARAMS)?;
+        let frozen = vars.map(|(name, var)| (format!("{name}0"), var));
+        let error = opt.with_frozen(frozen).unwrap_err().to_string();
+        assert!(error.contains("\"x0\": it is trained as \"x\""), "{error}");
         let ids = [("ids".to_owned(), Var::new(&[1u32], &Device::Cpu)?)];
         assert!(AdamW::named(ids, PARAMS).unwrap_err().to_string().contains("U32"));
         Ok(())
