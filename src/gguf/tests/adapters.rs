@@ -351,7 +351,7 @@ fn damaged_adapters_never_panic() {
     let good = fs::read(&path).unwrap();
     let header = good.len() - adapter.values().map(|t| t.elem_count() * 4).sum::<usize>() - 6 * 16;
     let (mut rng, mut loaded) = (ChaCha8Rng::seed_from_u64(0), 0);
-    for i in 0..1500 {
+    for i in 0..10_000 {
         let mut bad = good.clone();
         match i % 3 {
             0 => bad.truncate(rng.random_range(0..header)),
@@ -367,6 +367,6 @@ fn damaged_adapters_never_panic() {
             Err(error) => assert!(error.to_string().contains("damaged.gguf"), "{error}"),
         }
     }
-    println!("{loaded} of 1500");
-    assert!(loaded > 10);
+    println!("{loaded} of 10000");
+    assert!(loaded > 100);
 }
