@@ -11,9 +11,10 @@ impl Adapter {
     /// is `torch.utils.checkpoint`: with one segment for each transformer layer, the activations of a step are
     /// those of one layer, and a step takes about one more forward.
     ///
-    /// `module` is the path of the segment's part of the model, such as `model.layers.3`: the gradients of the
-    /// variables in it arrive in the outer `backward`. The segment uses all of them and no others, and gives
-    /// the same output again: the layers' dropout needs a [`seed`](Self::seed), and draws the same masks; other
+    /// `module` is the path of the segment's part of the model, such as `model.layers.3`, or empty for all of it: the
+    /// gradients of this adapter's variables in it arrive in the outer `backward`. The segment owns what it uses (a
+    /// clone of the layer, or an `Arc`). It uses all of these variables and no others, and gives the same output
+    /// again: the layers' dropout needs a [`seed`](Self::seed), and draws the same masks; other
     /// dropout has no place in a segment. One thread at a time runs a model with dropout. It runs again with the
     /// adapters that [`Adapters`](crate::Adapters) had chosen for it.
     ///
@@ -35,23 +36,28 @@ impl Adapter {
     /// ```
     ///
     /// # Errors
-    /// Those of the segment; and if the adapter has dropout without a seed. In the backward: if the segment gives
-    /// another output (compared on the CPU), uses a variable outside of the module, or cuts the graph before its
-    /// input or a variable of the module.
+    /// Those of the segment; if the adapter has dropout without a seed; and if the segment uses variables but none is
+    /// in the module. In the backward: if the segment gives another output (compared on the CPU), uses a variable
+    /// outside of the module or of another adapter that was chosen, or cuts the graph before its input or a variable
+    /// of the module. A variable of the model's own gets no gradient, without an error.
     pub fn checkpoint(
         &self,
         module: &str,
         x: &Tensor,
         segment: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
     ) -> Result<Tensor> {
-        let within = |name: &str| {
-            name.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        let within = |name: &str| match name.strip_prefix(module) {
+            Some(rest) => module.is_empty() || rest.is_empty() || rest.starts_with('.'),
+            None => false,
         };
+        let named = self.named_vars()?;
         // The backward comes after the closure of `Adapters::with`.
         let choices = Choices::current();
+        let mut foreign = choices.variables();
+        foreign.retain(|(_, tensor)| named.values().all(|own| own.id() != tensor.id()));
         let segment = move |x: &Tensor| choices.clone().run(|| segment(x));
-        let (inside, outside) = self.named_vars()?.into_iter().partition(|(name, _)| within(name));
-        let vars = SegmentVars { inside, outside };
+        let (inside, outside) = named.into_iter().partition(|(name, _)| within(name));
+        let vars = SegmentVars { module: module.to_owned(), inside, outside, foreign };
         let Some(masks) = self.options.dropout.clone() else {
             if self.options.config.lora.lora_dropout > 0. {
                 bail!("checkpoint: lora_dropout needs a seed, so that masks can be drawn again")

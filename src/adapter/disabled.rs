@@ -10,6 +10,9 @@ impl Adapter {
     /// Runs `f`, in which the model computes with its base on this thread, as by PEFT's `disable_adapter`: the
     /// reference model of DPO. Threads that `f` starts, and other threads, compute with the adapter. The mode stays.
     ///
+    /// It is of no effect on a model of [`Adapters`](crate::Adapters), to which the adapter was added: there it is
+    /// [`Adapters::with_none`](crate::Adapters::with_none).
+    ///
     /// ```
     /// # fn main() -> loralib::Result<()> {
     /// # use candle_core::{DType, Device, Module, Tensor};

@@ -7,7 +7,7 @@
 use super::mode::Mode;
 use super::update::Update;
 use crate::ops::{weighted_sum, LowRank};
-use candle_core::Result;
+use candle_core::{Result, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,6 +94,19 @@ impl Choices {
     /// Those of this thread.
     pub fn current() -> Self {
         CHOICES.with_borrow(Clone::clone)
+    }
+
+    /// The variables of all adapters that are chosen, with the paths of their layers.
+    pub fn variables(&self) -> Vec<(String, Tensor)> {
+        let adapters = self.0.iter().flat_map(|(_, choice)| match &**choice {
+            Choice::Sum(adapters) => adapters.iter().collect::<Vec<_>>(),
+            Choice::Rows(rows) => rows.iter().filter_map(|(_, chosen)| chosen.as_ref()).collect(),
+        });
+        let layers = adapters.flat_map(|chosen| &*chosen.updates);
+        let variables = layers.flat_map(|(path, update)| {
+            update.variables().map(|tensor| (path.clone(), tensor.clone()))
+        });
+        variables.filter(|(_, tensor)| tensor.is_variable()).collect()
     }
 
     /// Runs `f` with these in place of the thread's own.

@@ -11,8 +11,12 @@ pub(crate) type Segment = Box<dyn Fn(&Tensor) -> Result<Tensor> + Send + Sync>;
 
 /// The variables of a segment, and all others that could be used in it by mistake.
 pub(crate) struct SegmentVars {
+    /// The path that those inside begin with.
+    pub module: String,
     pub inside: Vec<(String, Var)>,
     pub outside: Vec<(String, Var)>,
+    /// Of other adapters, with the paths of their layers.
+    pub foreign: Vec<(String, Tensor)>,
 }
 
 /// `f(x)`, whose gradients reach `x` and the variables inside.
@@ -20,6 +24,14 @@ pub(crate) fn checkpoint(x: &Tensor, vars: SegmentVars, f: Segment) -> Result<Te
     let y = f(&leaf(x)?)?;
     if !x.track_op() && !y.track_op() {
         return Ok(y);
+    }
+    if !x.track_op() && vars.inside.is_empty() {
+        let known = vars.outside.first().map(|(name, _)| format!(": the first is {name:?}"));
+        bail!(
+            "checkpoint: the segment uses variables, but the adapter has none in the module {:?}{}",
+            vars.module,
+            known.unwrap_or_default()
+        )
     }
     let y = y.detach().contiguous()?;
     // candle's operations have three operands at most: the variables are one, which candle's own
@@ -65,7 +77,16 @@ impl CheckpointOp {
         let mut grads = upstream(&again, g.contiguous()?)?.backward()?;
         let used = self.vars.outside.iter().find(|(_, var)| grads.get(var).is_some());
         if let Some((name, _)) = used {
-            bail!("checkpoint: the segment uses the variable {name:?}, which is outside of its module")
+            bail!(
+                "checkpoint: the segment uses the variable {name:?}, which is outside of its module {:?}",
+                self.vars.module
+            )
+        }
+        if let Some((path, _)) = self.vars.foreign.iter().find(|(_, t)| grads.get(t).is_some()) {
+            bail!(
+                "checkpoint: the segment trains another adapter in the layer {path:?}: call `checkpoint` of the one \
+                 that is chosen; a sum of adapters that train has none"
+            )
         }
         let gx = if wants_grad { grads.remove(&x) } else { None };
         if wants_grad && gx.is_none() {
@@ -78,7 +99,7 @@ impl CheckpointOp {
             Some(grad) => grad.flatten_all(),
             None => bail!(
                 "checkpoint: the variable {name:?} has no gradient: an operation of the segment cuts the \
-                 graph, or the segment does not use it"
+                 graph, or the segment does not use it, as where another adapter is chosen"
             ),
         }
         };

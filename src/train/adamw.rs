@@ -3,7 +3,7 @@
 use crate::ops::{adamw, new_moments, AdamWStep};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
-use candle_core::Var;
+use candle_core::{bail, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
 use std::collections::{BTreeMap, HashMap};
 
@@ -152,7 +152,16 @@ impl Optimizer for AdamW {
         Ok(Self::named(vars.filter(|(_, var)| var.dtype().is_float()), params)?)
     }
 
+    /// # Errors
+    /// If there are variables and none of them has a gradient; and those of candle.
     fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
+        let reached = self.entries.values().any(|entry| grads.get(&entry.var).is_some());
+        if let Some(name) = self.entries.keys().next().filter(|_| !reached) {
+            bail!(
+                "AdamW: no variable has a gradient, {name:?} neither: the loss does not depend on them, an \
+                 operation cuts the graph (`missing_grads` lists them), or the model is in evaluation"
+            )
+        }
         self.steps = self.steps.saturating_add(1);
         let ParamsAdamW { lr, beta1, beta2, eps, weight_decay } = self.params;
         for entry in self.entries.values() {
@@ -248,6 +257,20 @@ mod tests {
             assert!((value(var)? - (1. - rate * decay - rate)).abs() < 1e-6);
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_step_without_any_gradient_is_an_error() -> candle_core::Result<()> {
+        let new = || Var::new(&[1f32], &Device::Cpu);
+        let (a, b) = (new()?, new()?);
+        let named = [("a", &a), ("b", &b)].map(|(name, var)| (name.into(), var.clone()));
+        let mut opt = AdamW::named(named, PARAMS)?;
+        let error = opt.backward_step(&new()?.sum_all()?).unwrap_err().to_string();
+        assert!(error.contains("\"a\"") && opt.steps() == 0, "{error}");
+        // One may be out of reach.
+        opt.backward_step(&a.sum_all()?)?;
+        assert_eq!((opt.steps(), b.to_vec1::<f32>()?), (1, vec![1.]));
+        AdamW::named([], PARAMS)?.backward_step(&new()?.sum_all()?)
     }
 
     #[test]

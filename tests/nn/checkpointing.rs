@@ -217,6 +217,64 @@ fn a_segment_that_loses_a_gradient_is_an_error() -> loralib::Result<()> {
 }
 
 #[test]
+fn a_module_without_variables_is_an_error_if_the_segment_has_some() -> loralib::Result<()> {
+    let (adapter, model) = adapted(LoraConfig { r: 2, ..Default::default() }, DType::F32)?;
+    let x = Tensor::ones((5, WIDTH), DType::F32, &Device::Cpu)?;
+    let run = |module: &str| {
+        let layer = model.layers[0].clone();
+        adapter.checkpoint(module, &x, move |x| layer.1.forward(&layer.0.forward(x)?))
+    };
+    for module in ["model.layers.0", "layers.0."] {
+        let error = run(module).unwrap_err().to_string();
+        let expected =
+            format!("none in the module {module:?}: the first is \"layers.0.down.bias\"");
+        assert!(error.contains(&expected), "{error}");
+    }
+    adapter.eval()?;
+    run("model.layers.0")?;
+    Ok(())
+}
+
+#[test]
+fn an_empty_module_is_the_whole_model() -> loralib::Result<()> {
+    let (adapter, model) = adapted(LoraConfig { r: 2, ..Default::default() }, DType::F32)?;
+    let x = Tensor::ones((5, WIDTH), DType::F32, &Device::Cpu)?;
+    let layers = model.layers.clone();
+    let whole = move |x: &Tensor| {
+        let mut layers = layers.iter();
+        layers.try_fold(x.clone(), |x, layer| layer.1.forward(&layer.0.forward(&x)?))
+    };
+    let grads = adapter.checkpoint("", &x, whole)?.sum_all()?.backward()?;
+    assert!(loralib::missing_grads(adapter.var_map(), &grads).is_empty());
+    Ok(())
+}
+
+/// An adapter whose `checkpoint` is called where a sum of two is chosen that train, or the other one.
+#[test]
+fn a_segment_that_trains_another_adapter_is_an_error() -> loralib::Result<()> {
+    let adapters = Adapters::new();
+    let model = Model::new(adapters.var_builder(base(DType::F32)?))?;
+    let new = |name: &str, targets: &[&str]| -> loralib::Result<Adapter> {
+        let cfg = LoraConfig { r: 2, ..Default::default() };
+        let adapter = Adapter::new(cfg).targets(targets).seed(7);
+        adapters.add(name, &adapter)?;
+        Ok(adapter)
+    };
+    let (first, second) = (new("first", &["up", "down"])?, new("second", &["layers.2.up"])?);
+    let x = Tensor::ones((5, WIDTH), DType::F32, &Device::Cpu)?;
+    let x = Var::from_tensor(&x)?;
+    let error = |chosen: &[(&str, f64)], adapter: &Adapter| -> loralib::Result<String> {
+        let y = adapters.with(chosen, || model.forward(&x, Some(adapter)))?;
+        Ok(y.sum_all()?.backward().unwrap_err().to_string())
+    };
+    let sum = error(&[("first", 0.5), ("second", 0.5)], &first)?;
+    assert!(sum.contains("another adapter in the layer \"layers.2.up\""), "{sum}");
+    let other = error(&[("first", 1.)], &second)?;
+    assert!(other.contains("another adapter in the layer \"layers.2."), "{other}");
+    Ok(())
+}
+
+#[test]
 fn a_segment_that_gives_another_output_is_an_error() -> loralib::Result<()> {
     let runs = std::sync::atomic::AtomicU32::new(0);
     let other = error_of("layers.0", move |(_, model), x| {
