@@ -98,6 +98,10 @@ fn convert(args: &Args) -> Result<()> {
         return Err(format!("{} exists: choose another --out", args.out.display()).into());
     }
     let from = detect::format(&args.from)?;
+    let named = |format: Format| matches!(format, Format::Kohya | Format::Gguf);
+    if !args.base.is_empty() && !named(from) && !named(args.to) {
+        return Err(format!("{from} and {} need no base: leave --base out", args.to).into());
+    }
     let bases = Bases::open(&args.base)?;
     let adapter = read::read(from, &args.from, args, &bases)?;
     println!("read as {from}: {} layers", layers(&adapter.1));

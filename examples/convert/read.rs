@@ -18,6 +18,16 @@ pub fn read(format: Format, path: &Path, args: &Args, bases: &Bases) -> Result<A
         }
         _ => Err("the file has no rank and alpha: give --r and --lora-alpha"),
     };
+    let refuse = |given: bool, option: &str, reason: &str| match given {
+        true => Err(format!("{reason}: leave {option} out")),
+        false => Ok(()),
+    };
+    let entry = format!("{format} has no entries");
+    refuse(args.entry.is_some() && format != Format::Torch, "--entry", &entry)?;
+    let sized = |known: bool| {
+        let given = args.r.is_some() || args.lora_alpha.is_some();
+        refuse(given && known, "--r and --lora-alpha", "the adapter has a rank and an alpha")
+    };
     match format {
         Format::Torch => {
             let tensors = match &args.entry {
@@ -32,9 +42,13 @@ pub fn read(format: Format, path: &Path, args: &Args, bases: &Bases) -> Result<A
         }
         Format::Loralib => {
             let (config, tensors) = lora::read_adapter(path, &CPU)?;
+            sized(config.is_some())?;
             Ok((config.map_or_else(given, Ok)?, tensors))
         }
-        format => read_again(format, path, &AdapterConfig::default(), bases),
+        format => {
+            sized(true)?;
+            read_again(format, path, &AdapterConfig::default(), bases)
+        }
     }
 }
 

@@ -74,7 +74,9 @@ fn each_format_is_converted_to_each() -> lora::Result<()> {
     let formats = ["loralib", "peft", "peft-plain", "diffusers", "kohya", "mlx", "gguf"];
     let of_pipelines = |format: &str| matches!(format, "diffusers" | "kohya");
     let converted = |from: (&str, &str), to: &str, out: &str| {
-        let mut others = bases.iter().flat_map(|base| ["--base", base]).collect::<Vec<_>>();
+        let named = |format: &str| matches!(format, "kohya" | "gguf");
+        let bases = bases.iter().filter(|_| named(from.1) || named(to));
+        let mut others = bases.flat_map(|base| ["--base", base]).collect::<Vec<_>>();
         if of_pipelines(from.1) != of_pipelines(to) {
             others.extend(["--component", "unet"]);
         }
@@ -112,6 +114,19 @@ fn gguf(path: &str, width: usize) -> lora::Result<()> {
         &metadata,
         &names.map(|name| (name, &zeros)),
     )?)
+}
+
+#[test]
+fn options_without_a_use_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for (others, named) in [
+        (&["--r", "4", "--lora-alpha", "3"][..], "leave --r and --lora-alpha out"),
+        (&["--entry", "state_dict"], "leave --entry out"),
+        (&["--base", "unet=base.safetensors"], "leave --base out"),
+    ] {
+        let error = run(&fixture("peft/pattern"), "loralib", &dir.path().join("out"), others);
+        assert!(error.as_ref().is_some_and(|error| error.contains(named)), "{error:?}");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use crate::layers::{same_scaling, LayerKind, LoraConfig};
 use crate::peft::{from_peft, kind, plain_alpha, to_peft, with_layers, Factors};
-use crate::utils::names::{is_factor, join, refuse_peft_names};
+use crate::utils::names::{is_factor, join, refuse_other_names};
 use crate::utils::{factors, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -74,7 +74,7 @@ pub(super) fn layers<'a>(
     format: &str,
     fan_in_fan_out: bool,
 ) -> Result<Vec<Saved<'a>>> {
-    refuse_peft_names(tensors.keys())?;
+    refuse_other_names(tensors.keys())?;
     if let Some(name) = tensors.keys().find(|name| !is_factor(name)) {
         let reason = format!("{format} has lora_A and lora_B alone: merge it into the base");
         return Err(Error::tensor(name, reason));

@@ -1,7 +1,7 @@
 //! The options in a file's header: PEFT's configurations of all components in one JSON object, each key after
 //! its component and a dot.
 
-use crate::formats::component::NO_COMPONENT;
+use crate::formats::component::{has_component, NO_COMPONENT};
 use crate::formats::layers::Saved;
 use crate::layers::LoraConfig;
 use crate::peft::{malformed, object, read_saved_config, write_config, Json};
@@ -93,7 +93,8 @@ fn keep_equal(common: &mut Option<String>, own: &Option<String>) {
 pub(super) fn write(config: &AdapterConfig, layers: &[Saved]) -> Result<String> {
     let mut components = BTreeMap::<&str, Vec<_>>::new();
     for layer in layers {
-        let (component, path) = match layer.path.split_once('.') {
+        let parts = layer.path.split_once('.').filter(|_| has_component(layer.path));
+        let (component, path) = match parts {
             Some(parts) if layer.kind.is_linear() || layer.kind.spatial().is_some() => parts,
             Some(_) => {
                 let reason = format!("diffusers' format has no {:?}", layer.kind);

@@ -13,7 +13,7 @@ use super::component::has_component;
 use super::layers::{adapter, layers};
 use super::pairs::Pairs;
 use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
-use crate::utils::names::refuse_peft_names;
+use crate::utils::names::refuse_other_names;
 use crate::utils::{plain, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Device;
@@ -40,7 +40,7 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, S
     let path = file(path.as_ref());
     let load = || {
         let (tensors, metadata) = read(&path, device)?;
-        refuse_peft_names(tensors.keys())?;
+        refuse_other_names(tensors.keys())?;
         let mut pairs = Pairs::default();
         for (key, tensor) in tensors {
             let Key { path, part } = keys::parse(&key)?;
