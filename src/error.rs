@@ -51,7 +51,9 @@ pub enum Error {
     },
     /// The names in a checkpoint and in the model differ.
     #[error(
-        "the checkpoint does not fit the model: missing {missing:?}, unexpected {unexpected:?}"
+        "the checkpoint does not fit the model: missing {}, unexpected {}",
+        first(missing),
+        first(unexpected)
     )]
     Names {
         /// Names that only the model has.
@@ -88,6 +90,16 @@ pub enum Error {
     /// A word is not one of loralib's bias selections.
     #[error("{0:?} is not a bias selection: expected \"none\", \"all\" or \"lora_only\"")]
     UnknownBias(String),
+}
+
+/// The names that a message has of a list.
+const NAMED: usize = 6;
+
+fn first(names: &[String]) -> String {
+    match names.len().saturating_sub(NAMED) {
+        0 => format!("{names:?}"),
+        more => format!("{:?} and {more} more", &names[..NAMED]),
+    }
 }
 
 /// The crate's result.

@@ -1,7 +1,7 @@
 //! An adapter's files: this crate's format and PEFT's.
 
 use super::{Adapter, Targets};
-use crate::utils::names::{is_adapted_weight, is_lora, refuse_peft_names, split};
+use crate::utils::names::{is_adapted_weight, is_lora, refuse_other_names, split};
 use crate::utils::{
     check_same_options, factors, load_state_dict, plain, read_adapter, save_state_dict,
     AdapterConfig, LoadReport, StateDict, Strict, Trainable,
@@ -50,7 +50,7 @@ impl Adapter {
     /// its factors or its magnitude; and if the configuration has a layer that the adapter lacks.
     pub fn from_tensors(config: impl Into<AdapterConfig>, tensors: StateDict) -> Result<Self> {
         let config = config.into();
-        refuse_peft_names(tensors.keys())?;
+        refuse_other_names(tensors.keys())?;
         let selection = Trainable::from(&config);
         if !tensors.keys().any(|name| selection.selects(name, |n| tensors.contains_key(n))) {
             let names =
@@ -141,6 +141,7 @@ impl Adapter {
     pub fn restore(&self, path: impl AsRef<Path>) -> Result<LoadReport> {
         let path = path.as_ref();
         let (saved, tensors) = read(path, &Device::Cpu)?;
+        self.named_vars()?;
         check_same_options(&tensors, &saved, &self.config()).map_err(|e| e.at(path))?;
         let report = match path.is_dir() {
             true => peft::load_beside_base(&self.vars, tensors, Strict::Yes),
@@ -174,6 +175,7 @@ fn read(path: &Path, device: &Device) -> Result<(AdapterConfig, StateDict)> {
         return peft::load_pretrained(path, device);
     }
     let (config, tensors) = read_adapter(path, device)?;
+    refuse_other_names(tensors.keys()).map_err(|e| e.at(path))?;
     let config = config.ok_or_else(|| {
         let reason = "it has no configuration of this crate: of PEFT's format load the folder; read files of \
                       other programs by `formats`, and torch's by `read_state_dict` and `Adapter::from_tensors`";

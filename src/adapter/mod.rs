@@ -18,8 +18,7 @@ use crate::layers::{LayerKind, Mode};
 use crate::ops::DropoutStream;
 use crate::utils::names::is_initial;
 use crate::utils::{
-    lora_state_dict, mark_only_lora_as_trainable, summary, variables, AdapterConfig, StateDict,
-    Summary, Trainable,
+    lora_state_dict, summary, variables, AdapterConfig, StateDict, Summary, Trainable,
 };
 use crate::{Error, Result};
 use built::Built;
@@ -226,7 +225,7 @@ impl Adapter {
     /// # Errors
     /// If there are none.
     pub fn vars(&self) -> Result<Vec<Var>> {
-        mark_only_lora_as_trainable(&self.vars, &self.options.config)
+        Ok(self.named_vars()?.into_values().collect())
     }
 
     /// [`vars`](Self::vars) with their names, for [`train::AdamW`](crate::train::AdamW).
@@ -234,7 +233,18 @@ impl Adapter {
     /// # Errors
     /// If there are none.
     pub fn named_vars(&self) -> Result<BTreeMap<String, Var>> {
-        Trainable::from(&self.options.config).trained(&self.vars)
+        let trained = Trainable::from(&self.options.config).trained(&self.vars);
+        trained.map_err(|error| match error {
+            Error::Empty { .. } if self.options.targets.is_none() => {
+                let reason = "nothing to train: the adapter has no targets, such as `targets(\"all-linear\")`";
+                Error::Invalid(reason.to_owned())
+            }
+            // Why there are none, where that is known.
+            error @ Error::Empty { .. } => {
+                built::lock(&self.built).check(&self.options, &self.vars).err().unwrap_or(error)
+            }
+            error => error,
+        })
     }
 
     /// The variables that are saved and not trained, by name: the initial factors of

@@ -61,6 +61,10 @@ impl Targets {
         }
     }
 
+    pub(super) fn is_none(&self) -> bool {
+        matches!(&self.0, Rule::Names(names) if names.is_empty())
+    }
+
     pub(super) fn is_all_linear(&self) -> bool {
         matches!(self.0, Rule::AllLinear)
     }

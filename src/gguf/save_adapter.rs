@@ -8,7 +8,7 @@ use super::writer::{f32, string, Entry, Writer};
 use crate::layers::LayerKind;
 use crate::peft::{plain_alpha, to_peft, Factors};
 use crate::utils::checkpoint::atomic_file;
-use crate::utils::names::{is_factor, join, refuse_peft_names};
+use crate::utils::names::{is_factor, join, refuse_other_names};
 use crate::utils::{check_finite, factors, plain, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
@@ -103,7 +103,7 @@ fn layers<'a>(
     config: &AdapterConfig,
     base: &File,
 ) -> Result<Vec<Layer<'a>>> {
-    refuse_peft_names(adapter.keys())?;
+    refuse_other_names(adapter.keys())?;
     if let Some(name) = adapter.keys().find(|name| !is_factor(name)) {
         let reason = "llama.cpp's adapters have lora_A and lora_B alone: merge it into the base";
         return Err(Error::tensor(name, reason));

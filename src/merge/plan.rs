@@ -4,7 +4,7 @@ use super::change::Change;
 use super::tied::is_tied;
 use super::weight::Factors;
 use crate::layers::{LayerKind, MAGNITUDE};
-use crate::utils::names::{is_factor, join, refuse_peft_names, split};
+use crate::utils::names::{is_factor, join, refuse_other_names, split};
 use crate::utils::{check_magnitudes, plain, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -27,7 +27,7 @@ impl Plan {
                 "the adapter is empty: there is nothing to merge".to_owned(),
             ));
         }
-        refuse_peft_names(adapter.keys())?;
+        refuse_other_names(adapter.keys())?;
         check_magnitudes(adapter, &config)?;
         let (adapter, config) = plain(adapter, &config)?;
         // A convolution's tensors may have loralib's second names.

@@ -10,7 +10,7 @@ use super::uniform::{uniform, whole};
 use super::write_config::write_config;
 use crate::layers::{same_scaling, LayerKind, LoraConfig, MAGNITUDE};
 use crate::utils::checkpoint::{folder, safetensors::serialize};
-use crate::utils::names::{is_adapter, is_factor, is_lora, join, refuse_peft_names, split};
+use crate::utils::names::{is_adapter, is_factor, is_lora, join, refuse_other_names, split};
 use crate::utils::{factors, plain as plain_factors, AdapterConfig, StateDict};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
@@ -77,7 +77,7 @@ fn convert(
     config: &AdapterConfig,
     plain: bool,
 ) -> Result<(StateDict, String)> {
-    refuse_peft_names(tensors.keys())?;
+    refuse_other_names(tensors.keys())?;
     let (tensors, config) = &plain_factors(tensors, config)?;
     if plain {
         check_plain(tensors, config)?;

@@ -8,6 +8,7 @@ use crate::{Error, Result};
 use candle_core::Device;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -71,7 +72,14 @@ impl AdamW {
         let Some(json) = metadata.get(STATE) else {
             return Err(malformed(format!("its metadata has no {STATE:?}")));
         };
-        let state: State<P> = serde_json::from_str(json).map_err(|e| malformed(e.to_string()))?;
+        let state: State<Value> =
+            serde_json::from_str(json).map_err(|e| malformed(e.to_string()))?;
+        let progress = P::deserialize(&state.progress).map_err(|e| {
+            let progress = &state.progress;
+            Error::Invalid(format!(
+                "the state's progress {progress} is not what `load` expects: {e}"
+            ))
+        })?;
         let own = self.entries.iter().flat_map(|(name, entry)| {
             let [exp_avg, exp_avg_sq] = MOMENTS.map(|moment| moment_name(moment, name));
             [(name.clone(), &entry.var), (exp_avg, &entry.exp_avg), (exp_avg_sq, &entry.exp_avg_sq)]
@@ -100,7 +108,7 @@ impl AdamW {
         }
         new.into_iter().try_for_each(|(var, tensor)| var.set(&tensor))?;
         self.steps = state.steps;
-        Ok(state.progress)
+        Ok(progress)
     }
 }
 
@@ -235,7 +243,8 @@ mod tests {
         let other = Var::zeros((3, 2), DType::F32, &Device::Cpu)?;
         let mut reshaped = AdamW::named([("q.lora_A".to_owned(), other)], Default::default())?;
         refused(&mut reshaped, "[2, 3] of F32, expected [3, 2] of F32");
-        assert!(run.opt.load::<String>(&path).unwrap_err().to_string().contains("training state"));
+        let error = run.opt.load::<String>(&path).unwrap_err().to_string();
+        assert!(error.contains("state.safetensors") && error.contains("progress 7 is"), "{error}");
 
         for length in (0..good.len()).step_by(7) {
             fs::write(&path, &good[..length])?;

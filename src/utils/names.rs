@@ -77,22 +77,31 @@ pub(crate) fn compile_between(
         .map_err(|e| e.to_string())
 }
 
-/// An error if one of these names is a factor's in PEFT's format.
-pub(crate) fn refuse_peft_names<'a>(names: impl IntoIterator<Item = &'a String>) -> Result<()> {
+/// The beginning of the names of an optimizer's moments.
+pub(crate) const MOMENT: &str = "optimizer.exp_avg";
+
+/// An error if one of these names is a factor's in PEFT's format, or a moment's in the state of a run.
+pub(crate) fn refuse_other_names<'a>(names: impl IntoIterator<Item = &'a String>) -> Result<()> {
     let factor = |name: &&String| {
         let (path, last) = split(name);
         let of_peft = matches!(last, "lora_embedding_A" | "lora_embedding_B")
             || (last == "weight" && is_lora(path));
         of_peft && name.starts_with("base_model.model.")
     };
-    match names.into_iter().find(factor) {
-        None => Ok(()),
-        Some(name) => Err(Error::tensor(
-            name,
-            "this is a name of PEFT's format: read the folder with `peft::load_adapter` or \
-             `peft::load_pretrained`",
-        )),
+    for name in names {
+        if name.starts_with(MOMENT) {
+            let reason = "it is the state of a run, which `train::AdamW::load` reads into an optimizer: take the \
+                          adapter from `Adapter::save`";
+            return Err(Error::tensor(name, reason));
+        }
+        if factor(&name) {
+            let reason =
+                "this is a name of PEFT's format: read the folder with `peft::load_adapter` or \
+                          `peft::load_pretrained`";
+            return Err(Error::tensor(name, reason));
+        }
     }
+    Ok(())
 }
 
 /// An error if one of the missing names is one of the unexpected ones without wrappers.

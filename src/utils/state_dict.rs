@@ -1,7 +1,7 @@
 //! State dicts: the tensors of a model's variables by name.
 
 use super::magnitudes::renew;
-use super::names::{is_initial, is_lora, join, refuse_peft_names, refuse_wrapped_names, split};
+use super::names::{is_initial, is_lora, join, refuse_other_names, refuse_wrapped_names, split};
 use super::trainable::{expected, variables, Trainable};
 use crate::layers::{INITIAL_A, INITIAL_B};
 use crate::ops::is_finite;
@@ -80,7 +80,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
     check_initial(&vars, &staged, &unexpected)?;
     let fits = missing.is_empty() && unexpected.is_empty();
     if staged.is_empty() || (strict == Strict::Yes && !fits) {
-        refuse_peft_names(&unexpected)?;
+        refuse_other_names(&unexpected)?;
         refuse_wrapped_names(&unexpected, &missing)?;
         return Err(Error::Names { missing, unexpected });
     }

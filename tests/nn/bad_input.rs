@@ -54,6 +54,48 @@ fn tensors_that_are_no_adapter_are_an_error() {
     assert!(error.contains("no lora_A and lora_B, but \"q.lora_down.weight\""), "{error}");
 }
 
+/// The state has factors of the adapter, and the moments of each.
+#[test]
+fn the_state_of_a_run_is_no_adapter() -> lora::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("state.safetensors");
+    let adapter = Adapter::new(cfg()).targets(["qkv"]);
+    let _model = Model::new(adapter.var_builder(vb(&base())))?;
+    let mut opt = lora::train::AdamW::named(adapter.named_vars()?, Default::default())?;
+    opt.save(&path, &3)?;
+    let tensors = lora::read_state_dict(&path, &CPU)?.tensors;
+    let errors = [
+        Adapter::load(&path, &CPU).unwrap_err(),
+        adapter.restore(&path).unwrap_err(),
+        Adapter::from_tensors(cfg(), tensors.clone()).unwrap_err(),
+        lora::save_state_dict(&tensors, cfg(), folder.path().join("out")).unwrap_err(),
+    ];
+    for error in errors.map(|error| error.to_string()) {
+        assert!(error.contains("`train::AdamW::load`"), "{error}");
+    }
+    let error = opt.load::<Vec<u32>>(&path).unwrap_err().to_string();
+    assert!(error.contains("progress 3 is not what `load` expects"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_file_is_restored_into_a_model_that_is_built() -> lora::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("adapter.safetensors");
+    let new = || Adapter::new(cfg()).targets(["qkv", "up_proj", "down_proj"]);
+    let adapter = new();
+    let _model = Model::new(adapter.var_builder(vb(&base())))?;
+    adapter.save(&path)?;
+    let error = new().restore(&path).unwrap_err().to_string();
+    assert!(error.contains("no model was built"), "{error}");
+    let other = Adapter::new(cfg()).targets(["embed"]);
+    let _model = Model::new(other.var_builder(vb(&base())))?;
+    let error = other.restore(&path).unwrap_err().to_string();
+    let more = adapter.named_vars()?.len() - 6;
+    assert!(error.ends_with(&format!("and {more} more")), "{error}");
+    Ok(())
+}
+
 #[test]
 fn an_excluded_expression_that_is_invalid_is_named() {
     let error = check(&Adapter::new(cfg()).targets(["qkv"]).exclude("(head"));

@@ -13,7 +13,7 @@ use self::safetensors::{serialize, Metadata};
 use self::shards::Shards;
 use super::adapter_config::AdapterConfig;
 use super::factors::check_magnitudes;
-use super::names::{is_lora, refuse_peft_names, split};
+use super::names::{is_lora, refuse_other_names, split};
 use super::state_dict::{load_state_dict, LoadReport, StateDict, Strict};
 use crate::layers::{LayerKind, LoraConfig};
 use crate::{Error, Result};
@@ -182,8 +182,8 @@ fn layers(tensors: &StateDict) -> BTreeSet<&str> {
 /// undeclared layer may be a multiple of it.
 fn check_config(tensors: &StateDict, config: &AdapterConfig) -> Result<()> {
     config.lora.validate(DType::F32)?;
+    refuse_other_names(tensors.keys())?;
     if config.lora.r > 0 && !tensors.is_empty() && layers(tensors).is_empty() {
-        refuse_peft_names(tensors.keys())?;
         let names: Vec<_> = tensors.keys().take(3).collect();
         let reason = format!(
             "it has no lora_A or lora_B, but tensors such as {names:?}; to load a base use \
