@@ -26,7 +26,10 @@ impl Bases {
                     let names = names(Path::new(path))?;
                     all.names.extend(names.iter().map(|name| format!("{component}.{name}")));
                 }
-                None => all.gguf = Some(gguf::File::open(base)?),
+                None => {
+                    let hint = |e| format!("{e}; a safetensors file is given as COMPONENT=PATH");
+                    all.gguf = Some(gguf::File::open(base).map_err(hint)?);
+                }
             }
         }
         Ok(all)

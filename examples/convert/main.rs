@@ -41,6 +41,10 @@ fn renamed(from: Format, to: Format, args: &Args, adapter: Adapter) -> Result<Ad
             (Some(false), Some(true)) => {
                 Err(format!("{to} is of a pipeline: give --component, such as `unet`").into())
             }
+            (None, Some(true)) if !all.iter().all(|first| formats::COMPONENTS.contains(first)) => {
+                let all = formats::COMPONENTS;
+                Err(format!("{to} is of a pipeline: give --component, one of {all:?}").into())
+            }
             _ => Ok((config, tensors)),
         };
     };

@@ -69,7 +69,11 @@ pub fn read_again(
         }
         Format::Diffusers => diffusers::load(path, &CPU)?,
         Format::Kohya if bases.names.is_empty() => {
-            return Err("the file's names have no dots: give the base's by --base unet=PATH".into())
+            return Err(
+                "the file's names have no dots: give those of each base, as --base unet=PATH or \
+                        --base text_encoder=PATH"
+                    .into(),
+            )
         }
         Format::Kohya => kohya::load(path, &bases.names, &CPU)?,
         Format::Mlx => mlx::load(path, &CPU)?,

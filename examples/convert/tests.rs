@@ -144,11 +144,14 @@ fn a_component_is_needed_where_one_side_alone_has_them() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     let pipeline = fixture("formats/diffusers/new");
+    let own = dir.path().join("own").to_str().unwrap().to_owned();
+    assert_eq!(run(&fixture("peft/pattern"), "loralib", Path::new(&own), &[]), None);
     for (from, to, others, named) in [
         (&pipeline, "peft", &[][..], "\"text_encoder\", \"unet\""),
         (&pipeline, "mlx", &[], "--component"),
         (&pipeline, "peft", &["--component", "transformer"], "\"unet\""),
         (&fixture("peft/pattern"), "kohya", &[], "--component"),
+        (&own, "diffusers", &[], "give --component, one of [\"unet\""),
         (&fixture("peft/pattern"), "mlx", &["--component", "unet"], "no components"),
     ] {
         let error = run(from, to, &out, others).unwrap();

@@ -9,7 +9,7 @@ pub(super) const NO_COMPONENT: &str =
     "its name begins with no component of a pipeline, such as `unet.` or `transformer.`: add it with `in_component`";
 
 /// diffusers' components with adapters, and `diffusion_model`, which ComfyUI names the original release's denoiser.
-const COMPONENTS: [&str; 10] = [
+pub const COMPONENTS: [&str; 10] = [
     "unet",
     "transformer",
     "transformer_2",

@@ -26,4 +26,4 @@ mod layers;
 pub mod mlx;
 mod pairs;
 
-pub use component::{in_component, of_component};
+pub use component::{in_component, of_component, COMPONENTS};

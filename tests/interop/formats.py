@@ -57,7 +57,7 @@ def main():
     for case in ["kohya/attention", "kohya/conv", "diffusers/new", "diffusers/old"]:
         source, name = FIXTURES / "formats" / case, case.replace("/", "-")
         kohya = case.startswith("kohya")
-        convert(source / "lora.safetensors" if kohya else source, "diffusers", folder / name, *bases(folder))
+        convert(source / "lora.safetensors" if kohya else source, "diffusers", folder / name, *(bases(folder) if kohya else []))
         ours = formats.merged_by_diffusers(folder / name / "pytorch_lora_weights.safetensors")
         compare(f"diffusers merges our file of {case}", ours, source / "model.safetensors")
         if case == "diffusers/new":  # diffusers ignores alphas of single layers in a kohya file's attention.
