@@ -14,9 +14,9 @@ impl Adapter {
     /// `module` is the path of the segment's part of the model, such as `model.layers.3`, or empty for all of it: the
     /// gradients of this adapter's variables in it arrive in the outer `backward`. The segment owns what it uses (a
     /// clone of the layer, or an `Arc`). It uses all of these variables and no others, and gives the same output
-    /// again: the layers' dropout needs a [`seed`](Self::seed), and draws the same masks; other
-    /// dropout has no place in a segment. One thread at a time runs a model with dropout. It runs again with the
-    /// adapters that [`Adapters`](crate::Adapters) had chosen for it.
+    /// again: the layers' dropout needs a [`seed`](Self::seed), and draws the same masks; other dropout has no place
+    /// in a segment. One thread at a time runs a model with dropout. The segment runs again with the adapter that
+    /// [`Adapters`](crate::Adapters) had chosen.
     ///
     /// ```
     /// # fn main() -> loralib::Result<()> {

@@ -141,6 +141,7 @@ impl Adapter {
     pub fn restore(&self, path: impl AsRef<Path>) -> Result<LoadReport> {
         let path = path.as_ref();
         let (saved, tensors) = read(path, &Device::Cpu)?;
+        // Without a model there are no variables to set: its error says so.
         self.named_vars()?;
         check_same_options(&tensors, &saved, &self.config()).map_err(|e| e.at(path))?;
         let report = match path.is_dir() {
