@@ -11,33 +11,38 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
-mod adapter;
+pub mod adapter;
 #[cfg(doc)]
 pub mod docs;
 mod error;
+pub mod files;
 pub mod formats;
 pub mod gguf;
 pub mod layers;
 pub mod merge;
 pub mod nn;
 mod ops;
-pub mod peft;
 #[cfg(test)]
 #[path = "../tests/common/random.rs"]
 mod random;
+mod regex;
 pub mod train;
 pub mod utils;
+mod weights;
 
-pub use adapter::adapters::{Adapters, Strengths};
-pub use adapter::{Adapter, Targets};
+#[doc(no_inline)]
+pub use adapter::{Adapter, Adapters, LoraWeights};
 #[doc(hidden)] // for lora_module!
 pub use candle_core;
 pub use error::{Error, Result};
+#[doc(no_inline)]
 pub use layers::{
     conv1d, conv1d_no_bias, conv2d, conv2d_no_bias, conv3d, conv3d_no_bias, embedding, linear,
-    linear_b, linear_no_bias, merged_linear, merged_linear_no_bias, Adapted, Conv1d, Conv2d,
-    Conv3d, Conv3dConfig, Embedding, InitLoraWeights, Linear, LoraConfig, LoraModule, MergedLinear,
-    Mode,
+    linear_no_bias, merged_linear, merged_linear_no_bias, Conv1d, Conv2d, Conv3d, Embedding,
+    Linear, LoraConfig, LoraModule, MergedLinear, Mode,
 };
-pub use merge::{add_weighted, merge_files, merge_into};
-pub use utils::*;
+#[doc(no_inline)]
+pub use utils::{
+    load_checkpoint, load_state_dict, lora_state_dict, mark_only_lora_as_trainable,
+    save_state_dict, var_builder, Bias, Strict,
+};

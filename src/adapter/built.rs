@@ -1,9 +1,9 @@
 //! The layers of an adapter, as the model's constructors report them.
 
 use super::options::Options;
-use crate::layers::{Mode, Owner, SharedWeight, Weight};
-use crate::utils::names::{join, split};
-use crate::utils::{variables, Bias, LayerConfig};
+use crate::layers::{Mode, Owner, Part, SharedWeight, Weight};
+use crate::utils::variables;
+use crate::weights::{Bias, LayerConfig};
 use crate::{Error, Result};
 use candle_core::Var;
 use candle_nn::VarMap;
@@ -63,7 +63,8 @@ impl Built {
     /// The last components of the layers whose weights the model has read.
     fn names(&self) -> String {
         let weights = self.read.keys().filter_map(|name| name.strip_suffix(".weight"));
-        let names: BTreeSet<&str> = weights.map(|path| split(path).1).collect();
+        let names: BTreeSet<&str> =
+            weights.map(|path| path.rsplit('.').next().unwrap_or(path)).collect();
         names.into_iter().collect::<Vec<_>>().join(", ")
     }
 
@@ -123,7 +124,7 @@ impl Built {
             Some(_) => {}
         }
         if let Some((path, reason)) = self.failures.iter().next() {
-            return Err(Error::tensor(join(path, "weight"), reason));
+            return Err(Error::tensor(Part::Base("weight").at(path), reason));
         }
         let all_linear = options.targets.is_all_linear();
         if all_linear && options.config.bias == Bias::LoraOnly {
@@ -152,10 +153,9 @@ impl Built {
                 false => "it is a target, but the model builds no layer of `lora::nn` around it: it may use the \
                           tensor itself, transpose, cast or split it; `exclude` it",
             };
-            return Err(Error::tensor(join(path, "weight"), reason));
+            return Err(Error::tensor(Part::Base("weight").at(path), reason));
         }
-        let of_layer =
-            |name: &String| split(name).1 == "lora_A" && !self.layers.contains_key(split(name).0);
+        let of_layer = |name: &String| matches!(Part::parse(name), (path, Part::A) if !self.layers.contains_key(path));
         match variables(vars).keys().find(|name| of_layer(name)) {
             None => Ok(()),
             Some(name) => {

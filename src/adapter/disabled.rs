@@ -1,8 +1,7 @@
 //! The base of a model with an adapter.
 
 use super::{built, Adapter};
-use crate::layers::{choose, Choice};
-use crate::utils::names::is_lora;
+use crate::layers::{choose, Choice, Part};
 use crate::utils::variables;
 use crate::Error;
 
@@ -32,7 +31,7 @@ impl Adapter {
         &self,
         f: impl FnOnce() -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        let others = variables(&self.vars).into_keys().find(|name| !is_lora(name));
+        let others = variables(&self.vars).into_keys().find(|name| !Part::parse(name).1.is_lora());
         if let Some(name) = others {
             let reason = "the adapter trains it, and the base's own is not kept: for a model without the adapter, \
                           build one on the base";

@@ -1,10 +1,10 @@
 //! A `VarBuilder` over a base with an adapter merged into it, for any candle model.
 
 use super::Adapter;
-use crate::layers::dequantized;
-use crate::merge::{with_orientations, Plan};
-use crate::utils::names::is_adapter;
-use crate::utils::StateDict;
+use crate::files::StateDict;
+use crate::layers::{dequantized, Part};
+use crate::merge::Plan;
+use crate::weights::LoraWeights;
 use crate::Result;
 use candle_core::{bail, DType, Device, Shape, Tensor};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
@@ -31,8 +31,8 @@ impl Adapter {
         adapter.extend(self.options.frozen.clone());
         let exists = |name: &str| base.contains_tensor(name) || adapter.contains_key(name);
         let dims = |name: &str| Some(base.get_unchecked(name).ok()?.dims().to_vec());
-        let config = with_orientations(self.config(), &adapter, dims);
-        let plan = Plan::new(&adapter, config, exists)?;
+        let weights = LoraWeights::new(self.config(), adapter.clone())?;
+        let plan = Plan::new(&weights, exists, dims)?;
         Ok(VarBuilder::from_backend(Box::new(Merged { base, adapter, plan }), dtype, device))
     }
 }
@@ -100,6 +100,7 @@ impl SimpleBackend for Merged<'_> {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        !is_adapter(name) && (self.adapter.contains_key(name) || self.base.contains_tensor(name))
+        !Part::parse(name).1.is_adapter()
+            && (self.adapter.contains_key(name) || self.base.contains_tensor(name))
     }
 }

@@ -1,9 +1,9 @@
 //! The tensors of a base that an adapter of PEFT's changes in a way that is merged, and not computed beside the
 //! base: parameters without a layer, biases of lora_B, and rows of a table.
 
-use crate::layers::LayerKind;
-use crate::utils::names::{join, split};
-use crate::utils::{variables, AdapterConfig};
+use crate::layers::{LayerKind, Part};
+use crate::utils::variables;
+use crate::weights::AdapterConfig;
 use candle_core::{bail, Result};
 use candle_nn::VarMap;
 use std::collections::BTreeSet;
@@ -18,8 +18,8 @@ impl MergedOnly {
             _ => None,
         });
         let vars = variables(vars);
-        let layers = vars.keys().filter_map(|name| match split(name) {
-            (path, "lora_bias" | "trainable_tokens") => Some(join(path, "weight")),
+        let layers = vars.keys().filter_map(|name| match Part::parse(name) {
+            (path, Part::BiasOfB | Part::TokenRows) => Some(Part::Base("weight").at(path)),
             _ => None,
         });
         Self(parameters.chain(layers).collect())

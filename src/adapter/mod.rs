@@ -1,11 +1,10 @@
 //! An adapter as one value: its options, targets, variables and mode.
 
-pub mod adapters;
+mod adapters;
 mod built;
 mod checkpoint;
 mod disabled;
 mod files;
-mod gguf_files;
 mod merged;
 mod merged_only;
 mod options;
@@ -16,9 +15,8 @@ mod var_builder;
 
 use crate::layers::{LayerKind, Mode};
 use crate::ops::DropoutStream;
-use crate::utils::names::is_initial;
 use crate::utils::{
-    lora_state_dict, summary, variables, AdapterConfig, StateDict, Summary, Trainable,
+    is_initial, lora_state_dict, summary, variables, StateDict, Summary, Trainable,
 };
 use crate::{Error, Result};
 use built::Built;
@@ -29,6 +27,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+pub use crate::weights::{AdapterConfig, LayerConfig, LayerWeights, LoraWeights};
+pub use adapters::{Adapters, Strengths};
 pub use targets::Targets;
 
 /// A LoRA adapter for a model on [`lora::nn`](crate::nn), whose layers it finds by name.

@@ -2,11 +2,12 @@
 
 use super::targets::Targets;
 use super::transformer_layers::TransformerLayers;
+use crate::files::StateDict;
+use crate::formats::peft::Patterns;
+use crate::layers::is_within;
 use crate::layers::LayerKind;
 use crate::ops::DropoutStream;
-use crate::peft::Patterns;
-use crate::utils::names::is_within;
-use crate::utils::{AdapterConfig, LayerConfig, StateDict};
+use crate::weights::{AdapterConfig, LayerConfig};
 use crate::Result;
 use std::sync::Arc;
 

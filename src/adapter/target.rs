@@ -4,7 +4,8 @@ use super::built::{self, Built};
 use super::options::Options;
 use crate::layers::claims::Claim;
 use crate::layers::{adapt, LayerKind, Place, Weight};
-use crate::utils::{seeded, var_builder, LayerConfig, Trainable};
+use crate::utils::{seeded, var_builder, Trainable};
+use crate::weights::LayerConfig;
 use candle_core::Tensor;
 use candle_nn::{VarBuilder, VarMap};
 use std::collections::HashMap;
@@ -42,6 +43,9 @@ impl Target {
             return Err(format!("its layer is a {kind:?}, declared as a {declared:?}"));
         }
         let cfg = layer.over(self.options.config.lora);
+        if declared.is_linear() && cfg.fan_in_fan_out {
+            return Err("fan_in_fan_out is set, but candle_nn's weights are (out, in)".to_owned());
+        }
         let weight = adapt(weight, &declared, &cfg, &self.factors(weight))
             .map_err(|error| error.to_string())?;
         let weight = match &self.options.dropout {

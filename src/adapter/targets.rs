@@ -1,7 +1,8 @@
 //! Which layers are adapted, by PEFT's rules for `target_modules` and `exclude_modules`.
 
-use crate::peft::Modules;
-use crate::utils::names::{ends_in, full_match};
+use crate::formats::peft::Modules;
+use crate::layers::ends_in;
+use crate::regex::full_match;
 use fancy_regex::Regex;
 use std::collections::BTreeSet;
 
@@ -47,8 +48,8 @@ impl Targets {
         Self(Rule::Names(vec![]))
     }
 
-    pub(super) fn paths<'a>(paths: impl Iterator<Item = &'a str>) -> Self {
-        Self(Rule::Paths(paths.map(str::to_owned).collect()))
+    pub(super) fn paths<'a>(paths: impl Iterator<Item = &'a String>) -> Self {
+        Self(Rule::Paths(paths.cloned().collect()))
     }
 
     /// An error for an invalid regular expression.

@@ -1,6 +1,6 @@
 //! Which transformer layers are adapted, by PEFT's rules for `layers_to_transform` and `layers_pattern`.
 
-use crate::utils::names::compile_between;
+use crate::regex::compile_between;
 use fancy_regex::Regex;
 
 /// Indices of transformer layers, and where in a path the index is.

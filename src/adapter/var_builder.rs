@@ -5,7 +5,7 @@ use super::merged_only::MergedOnly;
 use super::options::Options;
 use super::target::Target;
 use crate::layers::claims::Claims;
-use crate::utils::names::split;
+use crate::layers::Part;
 use crate::utils::{seeded, var_builder_with};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
@@ -50,7 +50,7 @@ impl Targeted<'_> {
     /// Reports the tensor, and registers a claim if this is a target's weight.
     fn register(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
         built::lock(&self.built).read(name, tensor.elem_count());
-        let (path, "weight") = split(name) else { return Ok(tensor) };
+        let (path, Part::Base("weight")) = Part::parse(name) else { return Ok(tensor) };
         if !self.options.selects(path) {
             return Ok(tensor);
         }

@@ -1,15 +1,57 @@
-//! The layers of an adapter with the factors that most formats have, which are PEFT's: (r, in) and (out, r),
-//! or (r, in, k..) and (out, r, 1..) of a convolution.
+//! Layers on their way between an adapter and the formats that have PEFT's shapes, one pair of factors a layer.
 
-use crate::layers::{same_scaling, LayerKind, LoraConfig};
-use crate::peft::{from_peft, kind, plain_alpha, to_peft, with_layers, Factors};
-use crate::utils::names::{is_factor, join, refuse_other_names};
-use crate::utils::{factors, AdapterConfig, StateDict};
+use super::shapes::{from_peft, kind, to_peft};
+use crate::layers::Part;
+use crate::weights::{AdapterConfig, Factors, LayerWeights, LoraWeights};
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
+use std::collections::BTreeMap;
+
+/// The tensors of a file by layer, with their keys.
+#[derive(Default)]
+pub(super) struct Pairs(BTreeMap<String, Pair>);
+
+#[derive(Default)]
+struct Pair {
+    a: Option<(String, Tensor)>,
+    b: Option<(String, Tensor)>,
+    alpha: Option<(String, Tensor)>,
+}
+
+/// What a tensor of a file is in its layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    A,
+    B,
+    Alpha,
+}
+
+impl Pairs {
+    pub fn insert(&mut self, path: String, role: Role, key: String, tensor: Tensor) -> Result<()> {
+        let pair = self.0.entry(path).or_default();
+        let place = match role {
+            Role::A => &mut pair.a,
+            Role::B => &mut pair.b,
+            Role::Alpha => &mut pair.alpha,
+        };
+        if let Some((other, _)) = place {
+            return Err(Error::tensor(key, format!("it is the same tensor as {other:?}")));
+        }
+        *place = Some((key, tensor));
+        Ok(())
+    }
+
+    /// The layers in the order of their paths. An error if one lacks a factor.
+    pub fn into_layers(self) -> Result<Vec<FileLayer>> {
+        if self.0.is_empty() {
+            return Err(Error::Invalid("it has no factors of LoRA".to_owned()));
+        }
+        self.0.into_iter().map(|(path, pair)| FileLayer::new(path, pair)).collect()
+    }
+}
 
 /// A layer that was read.
-pub(super) struct Layer {
+pub(super) struct FileLayer {
     pub path: String,
     /// The key of `a` in the file.
     pub key: String,
@@ -20,87 +62,74 @@ pub(super) struct Layer {
     pub embedding: bool,
 }
 
-/// The layers in the crate's shapes, with the other options of `config`.
-pub(super) fn adapter(
-    config: AdapterConfig,
-    layers: Vec<Layer>,
-) -> Result<(AdapterConfig, StateDict)> {
+impl FileLayer {
+    fn new(path: String, Pair { a, b, alpha }: Pair) -> Result<Self> {
+        let key = [&a, &b, &alpha].into_iter().flatten().map(|(key, _)| key.clone()).next();
+        let (Some((key, a)), Some((b_key, b))) = (a, b) else {
+            let reason = "its layer lacks one of the two factors";
+            return Err(Error::tensor(key.unwrap_or(path), reason));
+        };
+        for (key, factor) in [(&key, &a), (&b_key, &b)] {
+            if !factor.dtype().is_float() {
+                return Err(Error::tensor(key, format!("it holds {:?}", factor.dtype())));
+            }
+        }
+        let scalar = |(key, alpha)| scalar(&alpha).map_err(|e| Error::tensor(key, e));
+        let alpha = alpha.map(scalar).transpose()?;
+        Ok(Self { path, key, a, b, alpha, embedding: false })
+    }
+
+    fn weights(self, rslora: bool) -> Result<(String, LayerWeights)> {
+        let Self { path, key, a, b, alpha, embedding } = self;
+        let read = || {
+            let (kind, r) = (kind([&a, &b], embedding, None).map_err(Error::Invalid)?, a.dim(0)?);
+            let factors = Factors { a, b, r, lora_alpha: alpha.unwrap_or(r as f64) };
+            let factors = from_peft(&kind, factors, rslora)?;
+            Ok(LayerWeights::new(Some(kind), factors))
+        };
+        let layer = read().map_err(|e: Error| Error::tensor(key, e))?;
+        Ok((path, layer))
+    }
+}
+
+/// The value of a tensor with one, in any dtype.
+fn scalar(t: &Tensor) -> candle_core::Result<f64> {
+    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.reshape(())?.to_scalar()
+}
+
+/// The adapter of these layers, with the other options of `config`.
+pub(super) fn adapter(config: AdapterConfig, layers: Vec<FileLayer>) -> Result<LoraWeights> {
     if config.lora.use_dora {
         let reason = "the magnitudes of DoRA are read from PEFT's folders alone";
         return Err(Error::unsupported("the option use_dora = true", reason));
     }
-    let (mut own, mut tensors) = (vec![], StateDict::new());
-    for Layer { path, key, a, b, alpha, embedding } in layers {
-        let read = || {
-            let kind = kind([&a, &b], embedding, None).map_err(Error::Invalid)?;
-            let r = a.dim(0)?;
-            Ok((from_peft(&kind, a, b)?, kind, r))
-        };
-        let (factors, kind, r) = read().map_err(|e: Error| Error::tensor(key, e))?;
-        let alpha = alpha.unwrap_or(r as f64);
-        let alpha = same_scaling(alpha, r, factors.r, config.lora.rslora);
-        tensors.insert(join(&path, "lora_A"), factors.a);
-        tensors.insert(join(&path, "lora_B"), factors.b);
-        own.push((path, kind, factors.r, alpha));
-    }
-    Ok((with_layers(config, own), tensors))
+    let layers = layers.into_iter().map(|layer| layer.weights(config.lora.rslora));
+    let layers = layers.collect::<Result<_>>()?;
+    LoraWeights::of_layers(config, layers)
 }
 
-/// A layer to write.
-pub(super) struct Saved<'a> {
-    pub path: &'a str,
-    pub kind: &'a LayerKind,
-    pub factors: Factors,
-    cfg: LoraConfig,
-}
-
-impl Saved<'_> {
-    /// `lora_alpha` for the rank of the factors, with the adapter's `rslora`.
-    pub fn alpha(&self) -> f64 {
-        same_scaling(self.cfg.lora_alpha, self.cfg.r, self.factors.r, self.cfg.rslora)
-    }
-
-    /// The `lora_alpha` that gives the layer's scaling without `rslora`.
-    pub fn plain_alpha(&self) -> f64 {
-        plain_alpha(&self.cfg, self.factors.r)
-    }
-}
-
-/// The layers of an adapter. An error if it has something else, which `format` does not have, or a linear layer
-/// with another `fan_in_fan_out` than the file's.
+/// The layers of an adapter by path, in PEFT's shapes. An error if it has something else, which `format` does not have,
+/// or a linear layer with another `fan_in_fan_out` than the file's.
 pub(super) fn layers<'a>(
-    tensors: &'a StateDict,
-    config: &'a AdapterConfig,
+    weights: &'a LoraWeights,
     format: &str,
     fan_in_fan_out: bool,
-) -> Result<Vec<Saved<'a>>> {
-    refuse_other_names(tensors.keys())?;
-    if let Some(name) = tensors.keys().find(|name| !is_factor(name)) {
-        let reason = format!("{format} has lora_A and lora_B alone: merge it into the base");
-        return Err(Error::tensor(name, reason));
-    }
-    let mut layers = vec![];
-    for (path, [a, b]) in factors(tensors, config)? {
-        let kind = config.kind(path).unwrap_or(&LayerKind::Linear);
-        let cfg = config.lora_config(path);
-        if kind.is_linear() && cfg.fan_in_fan_out != fan_in_fan_out {
+) -> Result<Vec<(&'a str, &'a LayerWeights, Factors)>> {
+    weights.refuse_others(format)?;
+    let common = &weights.options.lora;
+    let layer = |(path, layer): (&'a str, &'a LayerWeights)| {
+        let cfg = layer.options(common);
+        let linear = layer.kind.as_ref().is_none_or(|kind| kind.is_linear());
+        if linear && cfg.fan_in_fan_out != fan_in_fan_out {
             let own = cfg.fan_in_fan_out;
             let reason = format!(
                 "its fan_in_fan_out is {own}, and {format} cannot say it: save it in this crate's format, or \
                  set {fan_in_fan_out}, if the weight is so in the program that will read the file"
             );
-            return Err(Error::tensor(join(path, "lora_A"), reason));
+            return Err(Error::tensor(Part::A.at(path), reason));
         }
-        let convert = || {
-            cfg.validate(a.dtype())?;
-            to_peft(kind, Factors { a: a.clone(), b: b.clone(), r: cfg.r })
-        };
-        let factors = convert().map_err(|e| Error::tensor(join(path, "lora_A"), e))?;
-        layers.push(Saved { path, kind, factors, cfg });
-    }
-    config.check_used(layers.iter().map(|layer| layer.path))?;
-    match layers.is_empty() {
-        true => Err(Error::Invalid("the adapter is empty: there is nothing to save".to_owned())),
-        false => Ok(layers),
-    }
+        let factors = cfg.validate(layer.a.dtype()).and_then(|()| to_peft(layer, common.rslora));
+        Ok((path, layer, factors.map_err(|e| Error::tensor(Part::A.at(path), e))?))
+    };
+    weights.layers().map(layer).collect()
 }

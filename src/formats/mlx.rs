@@ -3,13 +3,11 @@
 //! Its factors are transposed: `lora_a` (in, r) and `lora_b` (r, out). Its `scale` is the factor of the update, not
 //! divided by r: it is alpha / r. Rank and scale are common to all layers.
 
-use super::layers::{adapter, layers};
-use super::pairs::{Pairs, Part};
-use crate::layers::LayerKind;
-use crate::peft::{shortest, uniform, without_mark};
-use crate::utils::checkpoint::{folder, read, safetensors::serialize};
-use crate::utils::names::split;
-use crate::utils::{plain, AdapterConfig, StateDict};
+use super::layers::{adapter, layers, Pairs, Role};
+use super::peft::shortest;
+use crate::files::{folder, read, serialize, without_byte_order_mark, StateDict};
+use crate::layers::{LayerKind, Part};
+use crate::weights::{uniform, AdapterConfig, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Device;
 use serde::Deserialize;
@@ -22,6 +20,10 @@ const SAFETENSORS: &str = "adapters.safetensors";
 
 /// The names of embeddings, whose factors look like a linear layer's.
 const TABLES: [&str; 2] = ["embed_tokens", "wte"];
+
+fn is_table(path: &str) -> bool {
+    path.rsplit('.').next().is_some_and(|last| TABLES.contains(&last))
+}
 
 /// What the configuration says about the update; MLX keeps its training options there too.
 #[derive(Deserialize)]
@@ -45,16 +47,16 @@ struct Parameters {
 /// If a file is missing or malformed; if it is no LoRA (DoRA, full fine-tuning, adapters of experts); if the
 /// configuration has an `alpha`, which old versions of MLX multiply and new ones ignore; if a layer lacks a
 /// factor or has another rank; and if a value is not finite. The error names the file and the tensor.
-pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, StateDict)> {
+pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
     let (config, file) = (dir.as_ref().join(CONFIG), dir.as_ref().join(SAFETENSORS));
     let Parameters { rank, scale, dropout, .. } =
         read_config(&config).map_err(|e| e.at(&config))?;
     let load = || {
         let mut pairs = Pairs::default();
         for (key, tensor) in read(&file, device)?.0 {
-            let (path, part) = match split(&key) {
-                (path, "lora_a") => (path.to_owned(), Part::A),
-                (path, "lora_b") => (path.to_owned(), Part::B),
+            let (path, role) = match key.rsplit_once('.') {
+                Some((path, "lora_a")) => (path.to_owned(), Role::A),
+                Some((path, "lora_b")) => (path.to_owned(), Role::B),
                 _ => return Err(Error::tensor(key, "it is neither lora_a nor lora_b of a layer")),
             };
             if tensor.rank() != 2 {
@@ -62,7 +64,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, St
                 return Err(Error::tensor(key, reason));
             }
             let tensor = tensor.t()?.contiguous()?;
-            pairs.insert(path, part, key, tensor)?;
+            pairs.insert(path, role, key, tensor)?;
         }
         let mut all = pairs.into_layers()?;
         for layer in &mut all {
@@ -72,7 +74,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, St
                 return Err(Error::tensor(&layer.key, reason));
             }
             layer.alpha = Some(scale * rank as f64);
-            layer.embedding = TABLES.contains(&split(&layer.path).1);
+            layer.embedding = is_table(&layer.path);
         }
         let mut config = AdapterConfig::default();
         config.lora.lora_dropout = dropout;
@@ -84,7 +86,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, St
 fn read_config(path: &Path) -> Result<Parameters> {
     let malformed =
         |reason: String| Error::Invalid(format!("it is no configuration of MLX: {reason}"));
-    let config: Config = serde_json::from_slice(without_mark(&fs::read(path)?))
+    let config: Config = serde_json::from_slice(without_byte_order_mark(&fs::read(path)?))
         .map_err(|e| malformed(e.to_string()))?;
     if let Some(other) = config.fine_tune_type.filter(|kind| kind != "lora") {
         let what = format!("the option fine_tune_type = {other:?}");
@@ -111,30 +113,25 @@ fn read_config(path: &Path) -> Result<Parameters> {
 /// # Errors
 /// If the adapter has something other than factors of linear layers, or of embeddings that are not named
 /// `embed_tokens` or `wte`, or with `fan_in_fan_out`; if a value is not finite; and if the file system refuses.
-pub fn save(
-    dir: impl AsRef<Path>,
-    tensors: &StateDict,
-    config: impl Into<AdapterConfig>,
-) -> Result<()> {
-    let (dir, config) = (dir.as_ref(), config.into());
+pub fn save(dir: impl AsRef<Path>, weights: &LoraWeights) -> Result<()> {
+    let dir = dir.as_ref();
     let convert = || {
-        let (tensors, config) = &plain(tensors, &config)?;
-        let all = layers(tensors, config, "MLX's format", false)?;
-        for layer in &all {
-            let table = TABLES.contains(&split(layer.path).1);
-            let fits = match layer.kind {
-                LayerKind::Embedding => table,
-                kind => kind.is_linear() && !table,
+        let weights = &*weights.joined()?;
+        let (mut keys, mut factors) = (vec![], vec![]);
+        for (path, layer, own) in layers(weights, "MLX's format", false)? {
+            let kind = layer.kind.as_ref().unwrap_or(&LayerKind::Linear);
+            let fits = match kind {
+                LayerKind::Embedding => is_table(path),
+                kind => kind.is_linear() && !is_table(path),
             };
             if !fits {
-                let reason =
-                    format!("its kind is {:?}, which MLX has not by this name", layer.kind);
-                return Err(Error::tensor(format!("{}.lora_A", layer.path), reason));
+                let reason = format!("MLX has no {kind:?} of this name");
+                return Err(Error::tensor(Part::A.at(path), reason));
             }
+            keys.push(path);
+            factors.push(own.without_rslora(weights.options.lora.rslora));
         }
-        let keys: Vec<_> = all.iter().map(|layer| layer.path).collect();
-        let scaled = all.into_iter().map(|layer| (layer.plain_alpha(), layer.factors)).collect();
-        let (factors, alpha, rank) = uniform(scaled, |alpha| alpha)?;
+        let (factors, alpha, rank) = uniform(factors, |alpha| alpha)?;
         let mut file = StateDict::new();
         for (path, factors) in keys.iter().zip(factors) {
             file.insert(format!("{path}.lora_a"), factors.a.t()?.contiguous()?);
@@ -145,7 +142,7 @@ pub fn save(
             "fine_tune_type": "lora",
             "num_layers": -1,
             "lora_parameters": {
-                "rank": rank, "scale": alpha / rank as f64, "dropout": shortest(config.lora.lora_dropout), "keys": keys,
+                "rank": rank, "scale": alpha / rank as f64, "dropout": shortest(weights.options.lora.lora_dropout), "keys": keys,
             },
         });
         Ok((serialize(&file, None)?, format!("{json:#}\n")))

@@ -27,36 +27,33 @@
 //!
 //! // Or merged, in a dtype that keeps the update.
 //! let dtype = candle_core::quantized::GgmlDType::Q8_0;
-//! gguf::merge(&file, &adapter.state_dict()?, adapter.config(), "merged.gguf", dtype, |_| {})?;
+//! gguf::merge(&file, &adapter.weights()?, "merged.gguf", dtype, |_| {})?;
 //! # let _ = model; Ok(()) }
 //! ```
 
+mod adapter;
 mod architecture;
 mod config;
 mod convert;
-mod factors;
 mod file;
 mod file_var_builder;
 #[cfg(test)]
 mod fixture;
 mod ggml_dtype;
 mod header;
-mod load_adapter;
 mod merge;
 mod metadata;
 mod model;
 mod names;
 mod reader;
 mod rows;
-mod save_adapter;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
 mod var_builder;
 mod writer;
 
+pub use adapter::{load_adapter, save_adapter};
 pub use file::File;
-pub use load_adapter::load_adapter;
 pub use merge::{merge, merge_to_safetensors, MergeOptions};
-pub use save_adapter::save_adapter;
 pub use var_builder::var_builder;

@@ -183,19 +183,32 @@ fn wrap<C: ConvConfig>(
     cfg: LoraConfig,
     vb: VarBuilder,
 ) -> Result<Adapted<C>> {
-    let weight = adapt(weight, kind, &cfg, &vb)?;
+    let weight = adapt_kernel(weight, kind, &cfg, &vb)?;
     Ok(Adapted { kind, weight: weight.with_bias(wrapped_bias(bias, &at_prefix(&vb, "bias"))?) })
 }
 
-/// The kernel with its update from `vb`.
-pub(super) fn adapt<C: ConvConfig>(
+/// The kernel of a convolution of this kind with its update.
+fn adapt_kernel<C: ConvConfig>(
     base: &Tensor,
     kind: C,
     cfg: &LoraConfig,
     vb: &VarBuilder,
 ) -> Result<Weight> {
-    let n = C::N;
     let (_, stride, dilation, groups) = kind.options();
+    if stride == 0 || dilation == 0 {
+        bail!("conv{}d: the weight {:?} does not fit the options {kind:?}", C::N, base.dims())
+    }
+    adapt(base, C::N, groups, cfg, vb)
+}
+
+/// The kernel of a convolution of `n` spatial dimensions with its update from `vb`.
+pub(super) fn adapt(
+    base: &Tensor,
+    n: usize,
+    groups: usize,
+    cfg: &LoraConfig,
+    vb: &VarBuilder,
+) -> Result<Weight> {
     cfg.validate(base.dtype())?;
     refuse_options(
         "a convolution",
@@ -209,8 +222,8 @@ pub(super) fn adapt<C: ConvConfig>(
         bail!("conv{n}d: the weight is {dims:?}, expected (out, in/groups) and {n} equal kernel sizes")
     }
     let (out, per_group, k) = (dims[0], dims[1], dims[2]);
-    if groups == 0 || out % groups != 0 || stride == 0 || dilation == 0 || dims.contains(&0) {
-        bail!("conv{n}d: the weight {dims:?} does not fit the options {kind:?}")
+    if groups == 0 || out % groups != 0 || dims.contains(&0) {
+        bail!("conv{n}d: the weight {dims:?} does not fit {groups} groups")
     }
     let ranks = checked_product(&[cfg.r, k])?;
     let columns = checked_product(&[&[per_group, groups], &[k; 3][..n.div_ceil(2)]].concat())?;
@@ -262,7 +275,7 @@ fn build<C: ConvConfig>(
     }
     let init = uniform(checked_product(&shape[1..])?);
     let weight = at_prefix(&vb, "weight").get_with_hints(shape, "weight", init)?;
-    let weight = adapt(&weight, kind, &cfg, &vb)?;
+    let weight = adapt_kernel(&weight, kind, &cfg, &vb)?;
     let bias = bias.then(|| at_prefix(&vb, "bias").get_with_hints(out_channels, "bias", init));
     Ok(Adapted { kind, weight: weight.with_bias(bias.transpose()?) })
 }

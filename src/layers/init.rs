@@ -4,14 +4,12 @@ use super::base::dequantized;
 use super::config::LoraConfig;
 use super::init_lora_weights::InitLoraWeights;
 use super::initial::{self, set, Initial};
+use super::names::Part;
 use super::weight::Placement;
 use crate::ops::{self, checked_product, LowRank, Magnitude, Split};
 use candle_core::{bail, DType, Result, Tensor};
 use candle_nn::init::{Init, ZERO};
 use candle_nn::VarBuilder;
-
-/// The last component of the name of DoRA's magnitude.
-pub(crate) const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// How the factors are initialised. One of them is zero, so that ΔW = 0 at the start.
 pub(super) enum FactorInit {
@@ -68,10 +66,11 @@ fn magnitude(
     placement: Placement,
     vb: &VarBuilder,
 ) -> Result<Magnitude> {
-    let (is_new, dtype) = (!vb.contains_tensor(MAGNITUDE), cfg.adapter_dtype(base.dtype()));
+    let (is_new, dtype) =
+        (!vb.contains_tensor(Part::Magnitude.name()), cfg.adapter_dtype(base.dtype()));
     let squares = ops::squares(&dequantized(base.clone())?, placement.output_dim())?;
     let initial = is_new.then(|| norms(&squares)?.to_dtype(dtype)).transpose()?;
-    let mut m = vb.get_with_hints_dtype(squares.shape(), MAGNITUDE, ZERO, dtype)?;
+    let mut m = vb.get_with_hints_dtype(squares.shape(), Part::Magnitude.name(), ZERO, dtype)?;
     if let Some(initial) = initial {
         set(&mut m, initial)?;
     }
@@ -133,7 +132,7 @@ fn factors(
         FactorInit::RandomA => (uniform(a_shape.1), Init::Const(0.)),
         FactorInit::NormalB => (Init::Const(0.), Init::Randn { mean: 0., stdev: 1. }),
     };
-    let a = vb.get_with_hints_dtype(a_shape, "lora_A", a_init, dtype)?;
-    let b = vb.get_with_hints_dtype(b_shape, "lora_B", b_init, dtype)?;
+    let a = vb.get_with_hints_dtype(a_shape, Part::A.name(), a_init, dtype)?;
+    let b = vb.get_with_hints_dtype(b_shape, Part::B.name(), b_init, dtype)?;
     Ok([a, b])
 }

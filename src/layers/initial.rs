@@ -3,15 +3,12 @@
 use super::base::dequantized;
 use super::config::LoraConfig;
 use super::init_lora_weights::InitLoraWeights;
+use super::names::Part;
 use super::weight::Placement;
 use crate::ops::{self, is_finite, Svd};
 use candle_core::{bail, Result, Tensor, Var};
 use candle_nn::init::ZERO;
 use candle_nn::VarBuilder;
-
-/// The last components of the names of the initial factors.
-pub(crate) const INITIAL_A: &str = "lora_A_initial";
-pub(crate) const INITIAL_B: &str = "lora_B_initial";
 
 /// A₀ (r, in) and B₀ (out, r).
 pub(super) struct Initial {
@@ -28,11 +25,11 @@ impl Initial {
         placement: Placement,
         vb: &VarBuilder,
     ) -> Result<Option<Self>> {
-        let is_new = !vb.contains_tensor("lora_A");
-        let known = match (has(vb, INITIAL_A), has(vb, INITIAL_B)) {
+        let is_new = !vb.contains_tensor(Part::A.name());
+        let known = match (has(vb, Part::InitialA.name()), has(vb, Part::InitialB.name())) {
             (a, b) if a != b => bail!(
                 "{:?} is missing, and its other initial factor is there",
-                path(vb, if a { INITIAL_B } else { INITIAL_A })
+                path(vb, if a { Part::InitialB } else { Part::InitialA }.name())
             ),
             (known, _) => known,
         };
@@ -52,8 +49,9 @@ impl Initial {
             }
         };
         let dtype = cfg.adapter_dtype(base.dtype());
-        let mut a = vb.get_with_hints_dtype((cfg.r, in_dim), INITIAL_A, ZERO, dtype)?;
-        let mut b = vb.get_with_hints_dtype((out_dim, cfg.r), INITIAL_B, ZERO, dtype)?;
+        let mut a = vb.get_with_hints_dtype((cfg.r, in_dim), Part::InitialA.name(), ZERO, dtype)?;
+        let mut b =
+            vb.get_with_hints_dtype((out_dim, cfg.r), Part::InitialB.name(), ZERO, dtype)?;
         if let Some([a0, b0]) = values {
             set(&mut a, a0.to_dtype(dtype)?.to_device(vb.device())?)?;
             set(&mut b, b0.to_dtype(dtype)?.to_device(vb.device())?)?;
@@ -89,9 +87,11 @@ fn path(vb: &VarBuilder, name: &str) -> String {
 
 /// An error if a layer that is not a [`Linear`](crate::Linear) has initial factors.
 pub(super) fn refuse(vb: &VarBuilder) -> Result<()> {
-    match has(vb, INITIAL_A) {
+    match has(vb, Part::InitialA.name()) {
         false => Ok(()),
-        true => bail!("{:?}: only a linear layer has initial factors", path(vb, INITIAL_A)),
+        true => {
+            bail!("{:?}: only a linear layer has initial factors", path(vb, Part::InitialA.name()))
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! What an adapted layer is. Its tensors do not tell: the factors of an [`Embedding`](crate::Embedding)
 //! have the shapes of a [`Linear`](crate::Linear)'s.
 
+use serde::{Deserialize, Serialize};
+
 /// The kind of an adapted layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum LayerKind {
     /// [`Linear`](crate::Linear).
@@ -49,6 +51,16 @@ impl LayerKind {
             Self::Conv1d { groups } => Some((1, groups)),
             Self::Conv2d { groups } => Some((2, groups)),
             Self::Conv3d { groups } => Some((3, groups)),
+            _ => None,
+        }
+    }
+
+    /// The convolution of `n` spatial dimensions, if there is one.
+    pub(crate) fn conv(n: usize, groups: usize) -> Option<Self> {
+        match n {
+            1 => Some(Self::Conv1d { groups }),
+            2 => Some(Self::Conv2d { groups }),
+            3 => Some(Self::Conv3d { groups }),
             _ => None,
         }
     }

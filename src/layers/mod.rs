@@ -15,6 +15,7 @@ mod kind;
 mod linear;
 mod merged_linear;
 mod mode;
+mod names;
 mod update;
 mod weight;
 
@@ -29,9 +30,8 @@ pub use conv::{
     Conv3dConfig, ConvConfig,
 };
 pub use embedding::{embedding, Embedding, EmbeddingKind};
-pub(crate) use init::{initial_magnitude, MAGNITUDE};
+pub(crate) use init::initial_magnitude;
 pub use init_lora_weights::InitLoraWeights;
-pub(crate) use initial::{INITIAL_A, INITIAL_B};
 pub use kind::LayerKind;
 pub(crate) use kind::Total;
 pub use linear::{linear, linear_b, linear_no_bias, Linear, LinearKind};
@@ -39,4 +39,5 @@ pub use merged_linear::{merged_linear, merged_linear_no_bias, MergedLinear, Merg
 #[doc(hidden)] // for lora_module!
 pub use mode::{without_mode, WithoutMode};
 pub use mode::{LoraModule, Mode};
+pub(crate) use names::{ends_in, is_within, without_conv, Part};
 pub(crate) use weight::{Placement, SharedWeight, Weight};

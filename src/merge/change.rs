@@ -1,41 +1,32 @@
 //! What an adapter does to a tensor of the base.
 
-use super::parameter::merged_parameter;
-use super::weight::{merged_weight, Factors};
-use crate::layers::LayerKind;
+use super::experts::merged_experts;
+use super::weight::merged_weight;
+use crate::layers::LoraConfig;
 use crate::ops::is_finite;
-use crate::utils::AdapterConfig;
+use crate::weights::{LayerWeights, TokenRows};
 use candle_core::{bail, DType, Result, Tensor};
 
 pub(super) enum Change {
     /// The adapter's own tensor in place of the base's.
     Replace(Tensor),
-    /// The merged weight of the layer or parameter at `path`.
-    Update { path: String, factors: Factors },
-    /// The bias plus the scaled bias of lora_B, of the layer at `path`.
-    AddBias { path: String, bias: Tensor },
-    /// Rows of a table, in place of those at `indices`.
-    Rows { indices: Vec<usize>, rows: Tensor },
+    /// The merged weight of a layer, or a merged parameter.
+    Update(LayerWeights),
+    /// The bias plus the scaled bias of lora_B.
+    AddBias { bias: Tensor, scaling: f64 },
+    /// Rows of a table.
+    Rows(TokenRows),
 }
 
 impl Change {
-    pub fn apply(&self, base: &Tensor, config: &AdapterConfig) -> Result<Tensor> {
+    /// `base` with the change; `options` are the adapter's.
+    pub fn apply(&self, base: &Tensor, options: &LoraConfig) -> Result<Tensor> {
         match self {
             Self::Replace(tensor) => replaced(base, tensor),
-            Self::Update { path, factors } => {
-                let (kind, cfg) = (config.kind(path), config.lora_config(path));
-                match kind {
-                    Some(LayerKind::Parameter { .. }) => {
-                        let transposed = config.layer(path).and_then(|(_, own)| own.fan_in_fan_out);
-                        merged_parameter(base, factors, cfg, transposed)
-                    }
-                    kind => merged_weight(base, factors, kind, cfg),
-                }
-            }
-            Self::AddBias { path, bias } => {
-                with_bias(base, bias, config.lora_config(path).scaling())
-            }
-            Self::Rows { indices, rows } => with_rows(base, indices, rows),
+            Self::Update(layer) if layer.is_parameter() => merged_experts(base, layer, options),
+            Self::Update(layer) => merged_weight(base, layer, options),
+            Self::AddBias { bias, scaling } => with_bias(base, bias, *scaling),
+            Self::Rows(TokenRows { indices, rows }) => with_rows(base, indices, rows),
         }
     }
 }

@@ -1,12 +1,11 @@
 //! Merges from file to file, with one weight of the base in memory at a time.
 
-use super::orientation::with_orientations;
 use super::plan::Plan;
 use super::tensors::merge_into;
-use crate::utils::checkpoint::safetensors_file::SafetensorsFile;
-use crate::utils::checkpoint::shards::Shards;
-use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize, torch};
-use crate::utils::{AdapterConfig, StateDict};
+use crate::files::safetensors_file::SafetensorsFile;
+use crate::files::shards::Shards;
+use crate::files::{atomic_file, is_torch, read, serialize};
+use crate::weights::LoraWeights;
 use crate::{Error, Result};
 use candle_core::Device;
 use safetensors::tensor::View;
@@ -38,16 +37,15 @@ pub struct MergeProgress {
 /// file system refuses. The error names the file and the tensor.
 pub fn merge_files(
     base: impl AsRef<Path>,
-    adapter: &StateDict,
-    config: impl Into<AdapterConfig>,
+    adapter: &LoraWeights,
     out: impl AsRef<Path>,
     mut progress: impl FnMut(MergeProgress),
 ) -> Result<()> {
     let (shards, out) = (Shards::find(base.as_ref())?, out.as_ref());
     let paths = shards.paths();
-    if let (Shards::One(path), true) = (&shards, is_torch(&paths)?) {
+    if let (Shards::One(path), true) = (&shards, are_torch(&paths)?) {
         let (base, _) = read(path, &Device::Cpu).map_err(|e| e.at(path))?;
-        let tensors = merge_into(&base, adapter, config)?;
+        let tensors = merge_into(&base, adapter)?;
         let bytes = serialize(&tensors, None).map_err(|e| e.at(out))?;
         let target = match path.file_name() {
             Some(name) if out.is_dir() => out.join(name).with_extension("safetensors"),
@@ -68,8 +66,8 @@ pub fn merge_files(
             }
         }
     }
-    let config = with_orientations(config.into(), adapter, |name| shapes.get(name).cloned()?);
-    let plan = Plan::new(adapter, config, |name| shapes.contains_key(name))?;
+    let dims = |name: &str| shapes.get(name).cloned()?;
+    let plan = Plan::new(adapter, |name| shapes.contains_key(name), dims)?;
     let mut done = 0;
     let mut advance = |bytes| {
         done += bytes;
@@ -124,12 +122,12 @@ fn merge(
     Ok(())
 }
 
-fn is_torch(paths: &[std::path::PathBuf]) -> Result<bool> {
+fn are_torch(paths: &[std::path::PathBuf]) -> Result<bool> {
     for path in paths {
         let mut start = vec![];
         let read = File::open(path).and_then(|file| file.take(8).read_to_end(&mut start));
         read.map_err(|e| Error::from(e).at(path))?;
-        if torch::is_torch(&start) {
+        if is_torch(&start) {
             if paths.len() > 1 {
                 let reason = "a shard of `torch.save` cannot be merged tensor by tensor";
                 return Err(Error::unsupported("this sharded base", reason).at(path));

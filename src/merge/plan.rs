@@ -1,11 +1,10 @@
 //! Which tensors of a base an adapter changes, and how.
 
 use super::change::Change;
+use super::experts::set_orientations;
 use super::tied::is_tied;
-use super::weight::Factors;
-use crate::layers::{LayerKind, MAGNITUDE};
-use crate::utils::names::{is_factor, join, refuse_other_names, split};
-use crate::utils::{check_magnitudes, plain, AdapterConfig, StateDict};
+use crate::layers::{without_conv, LoraConfig, Part};
+use crate::weights::LoraWeights;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -13,98 +12,73 @@ use std::collections::BTreeMap;
 /// The changes by tensor of the base, in the order in which they are applied.
 pub(crate) struct Plan {
     changes: BTreeMap<String, Vec<Change>>,
-    config: AdapterConfig,
+    options: LoraConfig,
 }
 
 impl Plan {
+    /// The changes of a base that has the tensors for which `exists` is true; `dims` gives their shapes.
     pub fn new(
-        adapter: &StateDict,
-        config: AdapterConfig,
+        weights: &LoraWeights,
         exists: impl Fn(&str) -> bool,
+        dims: impl Fn(&str) -> Option<Vec<usize>>,
     ) -> Result<Self> {
-        if adapter.is_empty() {
-            return Err(Error::Invalid(
-                "the adapter is empty: there is nothing to merge".to_owned(),
-            ));
-        }
-        refuse_other_names(adapter.keys())?;
-        check_magnitudes(adapter, &config)?;
-        let (adapter, config) = plain(adapter, &config)?;
+        let mut weights = weights.joined()?.into_owned();
+        set_orientations(&mut weights, dims);
         // A convolution's tensors may have loralib's second names.
         let find = |path: &str, last: &str| {
-            let names = [join(path, last), join(&join(path, "conv"), last)];
-            names.into_iter().find(|name| exists(name)).ok_or_else(|| missing(&join(path, last)))
+            let names =
+                [Part::Base(last).at(path), format!("{}.{last}", Part::Base("conv").at(path))];
+            let [first, _] = &names;
+            let missing = missing(first);
+            names.into_iter().find(|name| exists(name)).ok_or(missing)
         };
-        let (mut changes, mut updates) = (BTreeMap::<String, Vec<Change>>::new(), vec![]);
-        for (name, tensor) in adapter.iter() {
-            let (path, last) = split(name);
-            let other = |last| {
-                let other = adapter.get(&join(path, last)).cloned();
-                other
-                    .ok_or_else(|| Error::tensor(name, format!("the adapter has no {last} for it")))
+        let mut changes = BTreeMap::<String, Vec<Change>>::new();
+        for (name, tensor) in &weights.others {
+            let (path, part) = Part::parse(name);
+            let name = match exists(name) {
+                true => name.clone(),
+                false if part == Part::Base("weight") && is_tied(path, &weights, &exists)? => {
+                    continue
+                }
+                false => find(without_conv(path).unwrap_or(path), part.name())?,
             };
-            let tensor = tensor.clone();
-            match last {
-                "lora_A" => {
-                    let b = other("lora_B")?;
-                    let weight = join(path, "weight");
-                    if !exists(&weight) && is_tied(path, &adapter, &exists)? {
-                        continue;
-                    }
-                    let base = match config.kind(path) {
-                        Some(LayerKind::Parameter { .. }) if exists(path) => path.to_owned(),
-                        Some(LayerKind::Parameter { .. }) => return Err(missing(path)),
-                        _ => find(path, "weight")?,
-                    };
-                    let magnitude = adapter.get(&join(path, MAGNITUDE)).cloned();
-                    let factors = Factors { a: tensor, b, magnitude };
-                    updates.push((base, Change::Update { path: path.to_owned(), factors }));
-                }
-                "lora_B" | MAGNITUDE => drop(other("lora_A")?),
-                "lora_bias" => {
-                    let change = Change::AddBias { path: path.to_owned(), bias: tensor };
-                    updates.push((find(path, "bias")?, change));
-                }
-                "trainable_tokens" => {
-                    let indices = config.trainable_token_indices.get(path).cloned();
-                    let indices = indices.ok_or_else(|| {
-                        Error::tensor(
-                            name,
-                            "the configuration has no trainable_token_indices for it",
-                        )
-                    })?;
-                    updates.push((find(path, "weight")?, Change::Rows { indices, rows: tensor }));
-                }
-                "weight" if !exists(name) && is_tied(path, &adapter, &exists)? => {}
-                _ => {
-                    let name = match exists(name) {
-                        true => name.clone(),
-                        false => find(path.strip_suffix(".conv").unwrap_or(path), last)?,
-                    };
-                    changes.entry(name).or_default().push(Change::Replace(tensor));
-                }
-            }
+            changes.entry(name).or_default().push(Change::Replace(tensor.clone()));
         }
-        config
-            .check_used(adapter.keys().filter(|name| is_factor(name)).map(|name| split(name).0))?;
-        for (name, change) in updates {
+        for (path, layer) in weights.layers() {
+            let weight = match layer.is_parameter() {
+                true if exists(path) => path.to_owned(),
+                true => return Err(missing(path)),
+                false
+                    if !exists(&Part::Base("weight").at(path))
+                        && is_tied(path, &weights, &exists)? =>
+                {
+                    continue
+                }
+                false => find(path, "weight")?,
+            };
             // PEFT also saves the table under an embedding's adapter. In a state dict of a whole model
             // it may be merged already.
-            match (changes.get(&name), &change) {
-                (Some(_), Change::Update { path, .. }) if config.kind(path).is_none() => {
-                    let reason = "the adapter has both the tensor and an update of it";
-                    return Err(Error::tensor(name, reason));
-                }
-                _ => changes.entry(name).or_default().push(change),
+            if changes.contains_key(&weight) && layer.kind.is_none() {
+                let reason = "the adapter has both the tensor and an update of it";
+                return Err(Error::tensor(weight, reason));
+            }
+            changes.entry(weight).or_default().push(Change::Update(layer.clone()));
+            if let Some(bias) = &layer.bias {
+                let scaling = layer.options(&weights.options.lora).scaling();
+                let change = Change::AddBias { bias: bias.clone(), scaling };
+                changes.entry(find(path, "bias")?).or_default().push(change);
             }
         }
-        Ok(Self { changes, config: config.into_owned() })
+        for (path, rows) in &weights.token_rows {
+            changes.entry(find(path, "weight")?).or_default().push(Change::Rows(rows.clone()));
+        }
+        Ok(Self { changes, options: weights.options.lora })
     }
 
     /// The tensor that replaces this one of the base, or `None` if it is unchanged.
     pub fn apply(&self, name: &str, base: &Tensor) -> Result<Option<Tensor>> {
         let Some(changes) = self.changes.get(name) else { return Ok(None) };
-        let apply = |tensor: Tensor, change: &Change| change.apply(&tensor, &self.config);
+        let apply = |tensor: Tensor, change: &Change| change.apply(&tensor, &self.options);
         let changed = changes.iter().try_fold(base.clone(), apply);
         changed.map(Some).map_err(|e| Error::tensor(name, e))
     }
@@ -115,11 +89,12 @@ impl Plan {
 }
 
 fn missing(name: &str) -> Error {
-    let compiled = match name.split('.').any(|component| component == "_orig_mod") {
-        true => {
-            ": _orig_mod is of a model that torch.compile wrapped, rename the tensors without it"
-        }
-        false => "",
+    let hint = if name.split('.').any(|component| component == "_orig_mod") {
+        ": _orig_mod is of a model that torch.compile wrapped, rename the tensors without it"
+    } else if name.starts_with("lora_") {
+        ": this is a flattened name of kohya's, to which `kohya::with_paths` gives the layer's path"
+    } else {
+        ""
     };
-    Error::tensor(name, format!("the adapter changes it, but the base does not have it{compiled}"))
+    Error::tensor(name, format!("the adapter changes it, but the base does not have it{hint}"))
 }

@@ -1,34 +1,36 @@
 //! A head that is tied to the embeddings has no weight in the base. PEFT's `ensure_weight_tying` writes its change
 //! beside that of the embeddings: the transposed factors, or an equal tensor.
 
-use crate::layers::MAGNITUDE;
-use crate::utils::names::{join, split};
-use crate::utils::StateDict;
+use crate::layers::Part;
+use crate::weights::LoraWeights;
 use candle_core::{DType, Result, Tensor};
 
 /// Whether the adapter makes the change of the weight at `path` to another weight, which the base has. With DoRA it
 /// does not: the outputs of the two layers, and so their magnitudes, are not the same.
 pub(super) fn is_tied(
     path: &str,
-    adapter: &StateDict,
+    weights: &LoraWeights,
     exists: impl Fn(&str) -> bool,
 ) -> Result<bool> {
-    if adapter.contains_key(&join(path, MAGNITUDE)) {
-        return Ok(false);
-    }
-    for other in adapter.keys().map(|name| split(name).0) {
-        if other == path || !exists(&join(other, "weight")) {
-            continue;
-        }
-        let equal = |last: &str, of_other: &str| {
-            let pair = (adapter.get(&join(path, last)), adapter.get(&join(other, of_other)));
-            let (Some(a), Some(b)) = pair else { return Ok(false) };
-            match last {
-                "weight" => is_equal(a, b),
-                _ => is_equal(a, &b.t()?),
+    let weight = |path: &str| Part::Base("weight").at(path);
+    if let Some(own) = weights.others.get(&weight(path)) {
+        for (name, other) in &weights.others {
+            if matches!(Part::parse(name), (other, Part::Base("weight")) if other != path)
+                && exists(name)
+                && is_equal(own, other)?
+            {
+                return Ok(true);
             }
-        };
-        if equal("weight", "weight")? || (equal("lora_A", "lora_B")? && equal("lora_B", "lora_A")?)
+        }
+    }
+    let Some(own) = weights.layers.get(path).filter(|own| own.magnitude.is_none()) else {
+        return Ok(false);
+    };
+    for (other_path, other) in weights.layers() {
+        if other_path != path
+            && exists(&weight(other_path))
+            && is_equal(&own.a, &other.b.t()?)?
+            && is_equal(&own.b, &other.a.t()?)?
         {
             return Ok(true);
         }

@@ -1,9 +1,8 @@
 //! The state of a run in one file: variables, moments, steps, and what the caller adds.
 
 use super::adamw::AdamW;
-use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
-use crate::utils::names::is_initial;
-use crate::utils::StateDict;
+use crate::files::{atomic_file, read, serialize, StateDict};
+use crate::utils::is_initial;
 use crate::{Error, Result};
 use candle_core::Device;
 use serde::de::DeserializeOwned;

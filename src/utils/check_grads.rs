@@ -1,8 +1,7 @@
 //! Compares gradients with finite differences of the loss.
 
-use super::names::{is_factor, is_initial, join, split};
 use super::trainable::{expected, variables};
-use crate::layers::MAGNITUDE;
+use crate::layers::Part;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
@@ -65,9 +64,11 @@ pub fn check_grads(
         return Err(Error::Invalid(reason));
     }
     let mut wrong = vec![];
-    let by_magnitude =
-        |name: &&str| is_factor(name) && vars.contains_key(&join(split(name).0, MAGNITUDE));
-    let names = expected(&vars, true).filter(|name| !by_magnitude(name) && !is_initial(name));
+    let compared = |name: &&str| match Part::parse(name) {
+        (path, Part::A | Part::B) => !vars.contains_key(&Part::Magnitude.at(path)),
+        (_, part) => !part.is_initial(),
+    };
+    let names = expected(&vars, true).filter(compared);
     for (name, var) in names.filter_map(|name| Some((name, vars.get(name)?))) {
         let before = var.as_tensor().copy()?.detach();
         let difference = |direction: &Tensor, step: f64| -> Result<f64> {

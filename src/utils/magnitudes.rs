@@ -1,7 +1,6 @@
 //! DoRA's magnitudes when the weights below them are loaded.
 
-use super::names::{join, split};
-use crate::layers::{initial_magnitude, MAGNITUDE};
+use crate::layers::{initial_magnitude, Part};
 use crate::ops::squares;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, Var};
@@ -13,8 +12,9 @@ pub(super) fn renew<'a>(
     vars: &'a BTreeMap<String, Var>,
     staged: &mut BTreeMap<&'a str, (&'a Var, Tensor)>,
 ) -> Result<()> {
-    for (name, var) in vars.iter().filter(|(name, _)| split(name).1 == MAGNITUDE) {
-        let of = join(split(name).0, "weight");
+    for (name, var) in vars {
+        let (path, Part::Magnitude) = Part::parse(name) else { continue };
+        let of = Part::Base("weight").at(path);
         let (None, Some((before, after))) = (staged.get(name.as_str()), staged.get(of.as_str()))
         else {
             continue;

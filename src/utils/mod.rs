@@ -1,40 +1,28 @@
-//! What to train, what to save, and checkpoint files.
+//! loralib's utilities: what to train, what to save, and checkpoint files.
 
-mod adapter_config;
-mod bias;
 mod check_grads;
-pub(crate) mod checkpoint;
-mod factors;
+mod checkpoint;
 mod fnv;
 mod half_var_builder;
-mod initial;
 mod magnitudes;
-pub(crate) mod names;
 mod safetensors_var_builder;
 mod seeded;
 mod state_dict;
 mod summary;
 mod trainable;
 mod var_builder;
-mod wrappers;
 
-pub use adapter_config::{AdapterConfig, LayerConfig};
-pub use bias::Bias;
+pub use crate::files::StateDict;
+pub use crate::weights::Bias;
 pub use check_grads::check_grads;
-pub use checkpoint::{
-    load_checkpoint, read_adapter, read_state_dict, read_torch_entry, save_state_dict, Checkpoint,
-};
-pub(crate) use factors::{check_magnitudes, check_same_options, factors};
+pub use checkpoint::{load_checkpoint, load_weights, read_state_dict, save_state_dict, Checkpoint};
 pub(crate) use fnv::{fnv1a, fnv1a_of};
 pub use half_var_builder::half_var_builder;
-pub(crate) use initial::plain;
 pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;
-pub(crate) use state_dict::check_finite;
-pub use state_dict::{load_state_dict, lora_state_dict, LoadReport, StateDict, Strict};
+pub use state_dict::{load_state_dict, lora_state_dict, LoadReport, Strict};
 pub use summary::{summary, AdaptedLayer, Summary};
-pub(crate) use trainable::variables;
+pub(crate) use trainable::{is_initial, variables};
 pub use trainable::{mark_only_lora_as_trainable, missing_grads, Trainable};
 pub use var_builder::var_builder;
 pub(crate) use var_builder::var_builder_with;
-pub use wrappers::strip_wrappers;

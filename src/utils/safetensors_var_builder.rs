@@ -1,8 +1,8 @@
 //! A `VarBuilder` that reads the tensors of safetensors files one at a time.
 
-use super::checkpoint::safetensors_file::SafetensorsFile;
-use super::checkpoint::shards::Shards;
-use super::state_dict::check_finite;
+use crate::files::check_finite;
+use crate::files::safetensors_file::SafetensorsFile;
+use crate::files::shards::Shards;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};

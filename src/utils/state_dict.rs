@@ -1,17 +1,14 @@
 //! State dicts: the tensors of a model's variables by name.
 
 use super::magnitudes::renew;
-use super::names::{is_initial, is_lora, join, refuse_other_names, refuse_wrapped_names, split};
-use super::trainable::{expected, variables, Trainable};
-use crate::layers::{INITIAL_A, INITIAL_B};
-use crate::ops::is_finite;
+use super::trainable::{expected, is_initial, variables, Trainable};
+use crate::files::{check_finite, refuse_wrapped_names, StateDict};
+use crate::layers::{without_conv, Part};
+use crate::weights::refuse_other_names;
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
 use candle_nn::VarMap;
 use std::collections::BTreeMap;
-
-/// Tensors by name.
-pub type StateDict = BTreeMap<String, Tensor>;
 
 /// torch's `strict`: whether missing and unexpected names are an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +50,7 @@ pub fn lora_state_dict(vars: &VarMap, trainable: impl Into<Trainable>) -> Result
 /// convolution's tensors, match `weight` and `bias`. DoRA's magnitude of a layer that is not trained yet becomes the
 /// norms of a weight that is loaded without it. In evaluation the new values count from the next `eval()` on; layers
 /// that are not merged may use them before. Ranks and scalings are compared only by
-/// [`load_checkpoint`](crate::load_checkpoint).
+/// [`load_checkpoint`](crate::load_checkpoint) and [`load_weights`](super::load_weights).
 ///
 /// # Errors
 /// If a shape differs, a value is not finite, or no name matches; if a layer would have factors and initial factors of
@@ -72,7 +69,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
             }
         }
     }
-    let factors = tensors.keys().any(|name| is_lora(name));
+    let factors = tensors.keys().any(|name| Part::parse(name).1.is_lora());
     let missing: Vec<_> = expected(&vars, factors)
         .filter(|name| !staged.contains_key(name))
         .map(str::to_owned)
@@ -96,8 +93,10 @@ fn check_initial(
     staged: &BTreeMap<&str, (&Var, Tensor)>,
     unexpected: &[String],
 ) -> Result<()> {
-    for layer in vars.keys().filter(|name| split(name).1 == INITIAL_A).map(|name| split(name).0) {
-        let names = ["lora_A", "lora_B", INITIAL_A, INITIAL_B].map(|last| join(layer, last));
+    for name in vars.keys() {
+        let (layer, Part::InitialA) = Part::parse(name) else { continue };
+        let parts = [Part::A, Part::B, Part::InitialA, Part::InitialB];
+        let names = parts.map(|part| part.at(layer));
         let (there, missing): (Vec<_>, Vec<_>) =
             names.iter().partition(|name| staged.contains_key(name.as_str()));
         if let (Some(_), Some(name)) = (there.first(), missing.first()) {
@@ -109,7 +108,7 @@ fn check_initial(
         }
     }
     let alone =
-        |name: &&String| is_initial(name) && staged.contains_key(&*join(split(name).0, "lora_A"));
+        |name: &&String| is_initial(name) && staged.contains_key(&*Part::A.at(Part::parse(name).0));
     match unexpected.iter().find(alone) {
         None => Ok(()),
         Some(name) => Err(Error::tensor(
@@ -122,9 +121,9 @@ fn check_initial(
 
 /// The variable for a name in a checkpoint.
 fn find<'a>(vars: &'a BTreeMap<String, Var>, name: &str) -> Option<(&'a str, &'a Var)> {
-    let (layer, last) = split(name);
-    let own = match (vars.contains_key(name), split(layer)) {
-        (false, (layer, "conv")) if matches!(last, "weight" | "bias") => join(layer, last),
+    let (layer, part) = Part::parse(name);
+    let own = match (vars.contains_key(name), without_conv(layer), part) {
+        (false, Some(layer), Part::Base("weight" | "bias")) => part.at(layer),
         _ => name.to_owned(),
     };
     vars.get_key_value(&own).map(|(name, var)| (name.as_str(), var))
@@ -143,16 +142,6 @@ fn converted(name: &str, tensor: &Tensor, var: &Var) -> Result<Tensor> {
     let converted = tensor.to_device(var.device())?.to_dtype(var.dtype())?.copy()?.detach();
     check_finite(name, &converted)?;
     Ok(converted)
-}
-
-/// An error if a value of a float tensor is not finite.
-pub(crate) fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
-    let finite = is_finite(tensor).map_err(|e| Error::tensor(name, e));
-    if !tensor.dtype().is_float() || finite? {
-        Ok(())
-    } else {
-        Err(Error::tensor(name, "it has values that are not finite"))
-    }
 }
 
 /// Sets every variable or, on an error, restores those that were set.

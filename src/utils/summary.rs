@@ -1,8 +1,7 @@
 //! A table of the adapted layers and the trainable parameters.
 
-use super::names::{join, split};
 use super::trainable::Trainable;
-use crate::layers::MAGNITUDE;
+use crate::layers::Part;
 use crate::Result;
 use candle_nn::VarMap;
 use std::collections::BTreeMap;
@@ -75,12 +74,12 @@ pub fn summary(vars: &VarMap, trainable: impl Into<Trainable>) -> Result<Summary
         trained.iter().map(|(name, var)| (name.clone(), var.dims().to_vec())).collect();
     let mut adapted = vec![];
     for name in trained.keys() {
-        let (layer, "lora_A") = split(name) else { continue };
+        let (layer, Part::A) = Part::parse(name) else { continue };
         // A factor without the other one is not an adapted layer, but it is trained.
-        if let Some(b) = others.remove(&join(layer, "lora_B")) {
+        if let Some(b) = others.remove(&Part::B.at(layer)) {
             let a = others.remove(name).unwrap_or_default();
-            let magnitude =
-                others.remove(&join(layer, MAGNITUDE)).map_or(0, |dims| elem_count(&dims));
+            let magnitude = others.remove(&Part::Magnitude.at(layer));
+            let magnitude = magnitude.map_or(0, |dims| elem_count(&dims));
             adapted.push(AdaptedLayer { name: layer.to_owned(), a, b, magnitude });
         }
     }
@@ -106,7 +105,8 @@ impl fmt::Display for Summary {
         if !self.adapted.is_empty() {
             let has_magnitudes = self.adapted.iter().any(|layer| layer.magnitude > 0);
             let magnitude = if has_magnitudes { "magnitude" } else { "" };
-            let head = ["layer", "lora_A", "lora_B", magnitude, "rank", "parameters"];
+            let (a, b) = (Part::A.name(), Part::B.name());
+            let head = ["layer", a, b, magnitude, "rank", "parameters"];
             rows.push(head.map(str::to_owned));
         }
         for layer in &self.adapted {

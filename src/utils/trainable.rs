@@ -1,7 +1,7 @@
 //! The parameter selection: which variables are trained, and therefore saved.
 
-use super::bias::Bias;
-use super::names::{is_adapter, is_initial, is_lora, is_within, join, split};
+use crate::layers::{is_within, without_conv, Part};
+use crate::weights::{AdapterConfig, Bias};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -23,6 +23,39 @@ pub struct Trainable {
 impl From<Bias> for Trainable {
     fn from(bias: Bias) -> Self {
         Self { bias, modules: vec![], all_parameters: false }
+    }
+}
+
+impl From<&AdapterConfig> for Trainable {
+    fn from(config: &AdapterConfig) -> Self {
+        config.modules_to_save.iter().fold(config.bias.into(), Self::and)
+    }
+}
+
+impl AdapterConfig {
+    /// Takes the biases and modules of a selection, which are trained and saved with the adapter.
+    /// `Trainable::from(&config)` gives the selection back.
+    ///
+    /// ```
+    /// use loralib::{adapter::AdapterConfig, utils::Trainable, Bias, LoraConfig};
+    /// let cfg = LoraConfig { r: 8, lora_alpha: 16., ..Default::default() };
+    /// let selection = Bias::All.and("classifier");
+    /// let config = AdapterConfig::from(cfg).with_trainable(selection.clone())?;
+    /// assert_eq!(config.modules_to_save, ["classifier"]);
+    /// assert_eq!(Trainable::from(&config), selection);
+    /// # Ok::<(), loralib::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If it is [`Trainable::all_parameters`], which is not an adapter.
+    pub fn with_trainable(mut self, trainable: impl Into<Trainable>) -> Result<Self> {
+        let Trainable { bias, modules, all_parameters } = trainable.into();
+        if all_parameters {
+            let reason = "full fine-tuning has no adapter";
+            return Err(Error::unsupported("`Trainable::all_parameters`", reason));
+        }
+        (self.bias, self.modules_to_save) = (bias, modules);
+        Ok(self)
     }
 }
 
@@ -59,26 +92,19 @@ impl Trainable {
         self
     }
 
-    /// The biases and modules, or `None` for all parameters.
-    pub(crate) fn into_parts(self) -> Option<(Bias, Vec<String>)> {
-        (!self.all_parameters).then_some((self.bias, self.modules))
-    }
-
     /// Whether `name` is selected in a model that has the names for which `exists` is true.
     pub(crate) fn selects(&self, name: &str, exists: impl Fn(&str) -> bool) -> bool {
-        let (layer, last) = split(name);
-        if self.all_parameters || is_adapter(last) || self.in_module(name) {
+        let (layer, part) = Part::parse(name);
+        if self.all_parameters || part.is_adapter() || self.in_module(name) {
             return true;
         }
-        last == "bias"
+        part == Part::Base("bias")
             && match self.bias {
                 Bias::None => false,
                 Bias::All => true,
                 Bias::LoraOnly => {
-                    // conv.bias is loralib's second name of a convolution's bias.
-                    let (parent, own) = split(layer);
-                    exists(&join(layer, "lora_A"))
-                        || (own == "conv" && exists(&join(parent, "lora_A")))
+                    exists(&Part::A.at(layer))
+                        || without_conv(layer).is_some_and(|path| exists(&Part::A.at(path)))
                 }
             }
     }
@@ -107,7 +133,7 @@ impl Trainable {
                 return Err(empty(format!("the module {module:?}")));
             }
         }
-        for (layer, _) in selected.keys().map(|name| split(name)).filter(|n| n.1 == "lora_A") {
+        for (layer, _) in selected.keys().map(|name| Part::parse(name)).filter(|n| n.1 == Part::A) {
             for weight in weights(layer) {
                 if selected.contains_key(&weight) {
                     return Err(Error::tensor(weight, FROZEN_WEIGHT));
@@ -129,6 +155,11 @@ impl Trainable {
 const FROZEN_WEIGHT: &str =
     "its layer has an adapter, which keeps it frozen: to train the whole layer set r = 0";
 
+/// Whether this is the name of an initial factor, which is saved and not trained.
+pub(crate) fn is_initial(name: &str) -> bool {
+    Part::parse(name).1.is_initial()
+}
+
 /// All variables of a map, by name.
 pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
     let data = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
@@ -139,15 +170,17 @@ pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
 /// if the map also holds the frozen base, only the factors and only the others.
 pub(crate) fn expected(vars: &BTreeMap<String, Var>, factors: bool) -> impl Iterator<Item = &str> {
     let in_map = |layer: &str| weights(layer).iter().any(|weight| vars.contains_key(weight));
-    let holds_base =
-        vars.keys().map(|name| split(name)).any(|(layer, last)| last == "lora_A" && in_map(layer));
-    let wanted = move |name: &&str| !holds_base || is_lora(name) == factors;
+    let holds_base = vars
+        .keys()
+        .map(|name| Part::parse(name))
+        .any(|(layer, part)| part == Part::A && in_map(layer));
+    let wanted = move |name: &&str| !holds_base || Part::parse(name).1.is_lora() == factors;
     vars.keys().map(String::as_str).filter(wanted)
 }
 
 /// The two names of a layer's weight.
 fn weights(layer: &str) -> [String; 2] {
-    ["weight", "conv.weight"].map(|weight| join(layer, weight))
+    ["weight", "conv.weight"].map(|weight| Part::Base(weight).at(layer))
 }
 
 /// The variables to train, sorted by name, for an optimizer.

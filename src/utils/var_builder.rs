@@ -1,8 +1,7 @@
 //! A `VarBuilder` over a frozen base and a trainable adapter.
 
-use super::names::{is_lora, split};
 use super::trainable::{variables, Trainable};
-use crate::layers::{dequantized, on_device};
+use crate::layers::{dequantized, on_device, Part};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::{Init, VarMap};
@@ -53,13 +52,15 @@ impl Split<'_> {
     }
 
     fn trains(&self, name: &str) -> bool {
-        self.trainable
-            .selects(name, |n| self.holds(n) || (is_lora(n) && (self.adapted)(split(n).0)))
+        self.trainable.selects(name, |n| {
+            let (path, part) = Part::parse(n);
+            self.holds(n) || (part.is_lora() && (self.adapted)(path))
+        })
     }
 
     /// The base's value, which may be a placeholder of a quantised one, or `None` if the tensor may be new.
     fn base(&self, shape: &Shape, name: &str, dtype: DType) -> Result<Option<Tensor>> {
-        let may_be_new = is_lora(name) || self.trainable.in_module(name);
+        let may_be_new = Part::parse(name).1.is_lora() || self.trainable.in_module(name);
         if !self.base.contains_tensor(name) {
             if may_be_new {
                 return Ok(None);

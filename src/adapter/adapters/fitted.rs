@@ -5,10 +5,10 @@ use crate::adapter::built::{self, Built};
 use crate::adapter::merged_only::MergedOnly;
 use crate::adapter::target::Target;
 use crate::adapter::Adapter;
-use crate::layers::{dequantized, SharedWeight, Weight};
+use crate::layers::{dequantized, Part, SharedWeight, Weight};
 use crate::ops::LowRank;
-use crate::utils::names::{is_lora, join};
-use crate::utils::{variables, Bias, LayerConfig};
+use crate::utils::variables;
+use crate::weights::{Bias, LayerConfig};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarMap;
@@ -34,7 +34,7 @@ impl Fitted {
         built::lock(&built).options(options);
         let mut fitted = vec![];
         for (path, kind, base) in layers {
-            built::lock(&built).read(&join(path, "weight"), base.tensor().elem_count());
+            built::lock(&built).read(&Part::Base("weight").at(path), base.tensor().elem_count());
             if !(options.selects(path) && options.adapts(kind)) {
                 continue;
             }
@@ -81,7 +81,8 @@ fn refuse_others(adapter: &Adapter) -> Result<()> {
     let config = &adapter.options.config;
     MergedOnly::new(config, &adapter.vars).refuse_any()?;
     let vars = variables(&adapter.vars);
-    let other = vars.keys().find(|name| !is_lora(name)).or(config.modules_to_save.first());
+    let other =
+        vars.keys().find(|name| !Part::parse(name).1.is_lora()).or(config.modules_to_save.first());
     let what = match other {
         Some(name) => format!("{name:?} beside factors"),
         None if config.bias != Bias::None => "a bias beside factors".to_owned(),
@@ -95,7 +96,7 @@ fn refuse_others(adapter: &Adapter) -> Result<()> {
 
 /// An error if the adapter replaces the weight of a layer by another, as it may in PEFT's files of embeddings.
 fn same_table(adapter: &Adapter, path: &str, base: &Tensor) -> Result<()> {
-    let name = join(path, "weight");
+    let name = Part::Base("weight").at(path);
     let Some(own) = adapter.options.frozen.get(&name) else { return Ok(()) };
     let base = dequantized(base.clone())?;
     let own = own.to_device(base.device())?.to_dtype(base.dtype())?;

@@ -1,8 +1,7 @@
 //! The layers of a model that adapters can be added to, and the `VarBuilder` by which they become such.
 
 use crate::layers::claims::{Claim, Claims};
-use crate::layers::{adapt, LayerKind, LoraConfig, Mode, Owner, Place, SharedWeight, Weight};
-use crate::utils::names::split;
+use crate::layers::{adapt, LayerKind, LoraConfig, Mode, Owner, Part, Place, SharedWeight, Weight};
 use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use candle_nn::Init;
@@ -48,7 +47,7 @@ struct Base<'a> {
 
 impl Base<'_> {
     fn register(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
-        let (path, "weight") = split(name) else { return Ok(tensor) };
+        let (path, Part::Base("weight")) = Part::parse(name) else { return Ok(tensor) };
         let (path, owner, places) = (path.to_owned(), self.owner, self.places.clone());
         self.claims.register(&tensor, Arc::new(NewPlace { path, owner, places }))
     }

@@ -2,10 +2,10 @@
 
 use super::{Adapters, Strengths};
 use crate::adapter::Adapter;
-use crate::layers::{LayerKind, Total};
+use crate::files::StateDict;
+use crate::layers::{LayerKind, Part, Total};
 use crate::ops::{weighted_sum, LowRank};
-use crate::utils::names::join;
-use crate::utils::{AdapterConfig, LayerConfig, StateDict};
+use crate::weights::{AdapterConfig, LayerConfig, LoraWeights};
 use crate::Result;
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -40,13 +40,13 @@ impl Adapters {
         let (mut config, mut tensors) = (AdapterConfig::default(), StateDict::new());
         for (path, layer) in layers {
             let (a, b, options) = layer.sum()?;
-            tensors.extend([(join(&path, "lora_A"), a), (join(&path, "lora_B"), b)]);
+            tensors.extend([(Part::A.at(&path), a), (Part::B.at(&path), b)]);
             config.lora.r = config.lora.r.max(options.r.unwrap_or_default());
             config.layers.insert(path, options);
         }
         // A scaling of 1, as that of each layer.
         config.lora.lora_alpha = config.lora.r as f64;
-        Adapter::loaded(config, tensors)
+        Adapter::from_weights(&LoraWeights::new(config, tensors)?)
     }
 }
 

@@ -1,14 +1,14 @@
 //! The names of tensors in a file of diffusers, in their newest form and in older ones.
 
-use crate::formats::pairs::Part;
-use crate::peft::adapter_name;
-use crate::utils::names::{is_lora, join, split};
+use crate::formats::layers::Role;
+use crate::formats::peft::adapter_name;
+use crate::layers::Part;
 use crate::{Error, Result};
 
 /// The meaning of a key.
 pub(super) struct Key {
     pub path: String,
-    pub part: Part,
+    pub role: Role,
 }
 
 /// The ends of the factors' names after their layer's path, and those that diffusers expects of a text encoder.
@@ -17,14 +17,14 @@ const OF_TEXT_ENCODER: [&str; 2] =
     [".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"];
 
 /// All that are read.
-const ENDS: [(&str, Part); 7] = [
-    (FACTORS[0], Part::A),
-    (FACTORS[1], Part::B),
-    (OF_TEXT_ENCODER[0], Part::A),
-    (OF_TEXT_ENCODER[1], Part::B),
-    (".lora.down.weight", Part::A),
-    (".lora.up.weight", Part::B),
-    (".alpha", Part::Alpha),
+const ENDS: [(&str, Role); 7] = [
+    (FACTORS[0], Role::A),
+    (FACTORS[1], Role::B),
+    (OF_TEXT_ENCODER[0], Role::A),
+    (OF_TEXT_ENCODER[1], Role::B),
+    (".lora.down.weight", Role::A),
+    (".lora.up.weight", Role::B),
+    (".alpha", Role::Alpha),
 ];
 
 /// The layers of an attention under a name of its processor, in a U-Net and in a text encoder.
@@ -45,9 +45,9 @@ pub(super) fn pair(path: &str) -> [String; 2] {
 }
 
 pub(super) fn parse(key: &str) -> Result<Key> {
-    let end = |(end, part): &(&str, Part)| Some((key.strip_suffix(end)?, *part));
+    let end = |(end, role): &(&str, Role)| Some((key.strip_suffix(end)?, *role));
     let named = match ENDS.iter().find_map(end) {
-        Some((path, part)) => Some(Key { path: path.replace(".processor.", "."), part }),
+        Some((path, role)) => Some(Key { path: path.replace(".processor.", "."), role }),
         None => processor(key),
     };
     let named = named.filter(|_| !is_compiled(key));
@@ -74,8 +74,8 @@ fn reason(key: &str) -> String {
              from the names"
         );
     }
-    match is_lora(key) {
-        true => "this is a name of loralib's format: read the file with `read_adapter`",
+    match Part::parse(key).1.is_lora() {
+        true => "this is a name of loralib's format: read the file by `Adapter::load`",
         false => "its name is not one of a LoRA adapter in diffusers' format",
     }
     .to_owned()
@@ -83,13 +83,13 @@ fn reason(key: &str) -> String {
 
 /// `unet.<attention>.processor.to_q_lora.down.weight`.
 fn processor(key: &str) -> Option<Key> {
-    let (path, part) = match key.strip_suffix(".down.weight") {
-        Some(path) => (path, Part::A),
-        None => (key.strip_suffix(".up.weight")?, Part::B),
+    let (path, role) = match key.strip_suffix(".down.weight") {
+        Some(path) => (path, Role::A),
+        None => (key.strip_suffix(".up.weight")?, Role::B),
     };
-    let (attention, last) = split(path);
+    let (attention, last) = path.rsplit_once('.')?;
     let attention = attention.strip_suffix(".processor").unwrap_or(attention);
     let (_, unet, encoder) = PROCESSORS.into_iter().find(|(name, ..)| *name == last)?;
     let own = if attention.starts_with("text_encoder") { encoder } else { unet };
-    Some(Key { path: join(attention, own), part })
+    Some(Key { path: format!("{attention}.{own}"), role })
 }

@@ -1,13 +1,13 @@
 //! The options in a file's header: PEFT's configurations of all components in one JSON object, each key after
 //! its component and a dot.
 
-use crate::formats::component::{has_component, NO_COMPONENT};
-use crate::formats::layers::Saved;
-use crate::layers::LoraConfig;
-use crate::peft::{malformed, object, read_saved_config, write_config, Json};
-use crate::utils::names::join;
-use crate::utils::{AdapterConfig, StateDict};
+use crate::formats::peft::{config_json, malformed, Fields, PeftConfig};
+use crate::layers::{LoraConfig, Part};
+use crate::weights::{
+    has_component, AdapterConfig, Factors, LayerWeights, LoraWeights, NO_COMPONENT,
+};
 use crate::{Error, Result};
+use indexmap::IndexMap;
 use serde_json::value::{to_raw_value, RawValue};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -16,24 +16,24 @@ use std::collections::BTreeMap;
 pub(super) const METADATA: &str = "lora_adapter_metadata";
 
 /// The configurations by component. The file of a single model has one without a name.
-pub(super) struct Components(BTreeMap<String, Json>);
+pub(super) struct Components(BTreeMap<String, PeftConfig>);
 
 impl Components {
     pub fn read(text: &str) -> Result<Self> {
         // Raw, because the order of patterns counts.
         let options: BTreeMap<String, Box<RawValue>> =
             serde_json::from_str(text).map_err(malformed)?;
-        let mut components = BTreeMap::<String, BTreeMap<String, _>>::new();
+        let mut components = BTreeMap::<String, IndexMap<String, _>>::new();
         for (key, value) in options {
             let (component, option) = key.split_once('.').unwrap_or(("", &key));
             components.entry(component.to_owned()).or_default().insert(option.to_owned(), value);
         }
-        let read = |(component, mut options): (String, BTreeMap<String, _>)| {
+        let read = |(component, mut options): (String, IndexMap<String, _>)| {
             // It is not always there.
             if !options.contains_key("peft_type") {
                 options.insert("peft_type".to_owned(), to_raw_value("LORA").map_err(malformed)?);
             }
-            Ok((component, read_saved_config(&serde_json::to_vec(&options).map_err(malformed)?)?))
+            Ok((component, PeftConfig::of(Fields(options))?.saved()?))
         };
         components.into_iter().map(read).collect::<Result<_>>().map(Self)
     }
@@ -48,7 +48,7 @@ impl Components {
                 return Err(Error::tensor(key, "the metadata has no options of its component"))
             }
         };
-        let given = &json.config.lora;
+        let given = &json.options.lora;
         let r = json.patterns.rank(path)?.unwrap_or(given.r);
         Ok((r, json.patterns.alpha(path)?.unwrap_or(given.lora_alpha)))
     }
@@ -58,7 +58,7 @@ impl Components {
     pub fn config(self) -> Result<AdapterConfig> {
         let mut common: Option<AdapterConfig> = None;
         for (component, json) in self.0 {
-            let AdapterConfig { lora, base_model_name_or_path, task_type, .. } = json.config;
+            let AdapterConfig { lora, base_model_name_or_path, task_type, .. } = json.options;
             let lora = LoraConfig { r: 0, lora_alpha: 1., ..lora };
             let own =
                 AdapterConfig { lora, base_model_name_or_path, task_type, ..Default::default() };
@@ -90,29 +90,29 @@ fn keep_equal(common: &mut Option<String>, own: &Option<String>) {
 }
 
 /// The metadata of layers whose paths begin with the component.
-pub(super) fn write(config: &AdapterConfig, layers: &[Saved]) -> Result<String> {
+pub(super) fn write(
+    weights: &LoraWeights,
+    layers: &[(&str, &LayerWeights, Factors)],
+) -> Result<String> {
     let mut components = BTreeMap::<&str, Vec<_>>::new();
-    for layer in layers {
-        let parts = layer.path.split_once('.').filter(|_| has_component(layer.path));
-        let (component, path) = match parts {
-            Some(parts) if layer.kind.is_linear() || layer.kind.spatial().is_some() => parts,
-            Some(_) => {
-                let reason = format!("diffusers' format has no {:?}", layer.kind);
-                return Err(Error::tensor(join(layer.path, "lora_A"), reason));
+    for (path, layer, factors) in layers {
+        let wrong = |reason: String| Error::tensor(Part::A.at(path), reason);
+        let (component, within) = path
+            .split_once('.')
+            .filter(|_| has_component(path))
+            .ok_or_else(|| wrong(NO_COMPONENT.to_owned()))?;
+        if let Some(kind) = &layer.kind {
+            if !kind.is_linear() && kind.spatial().is_none() {
+                return Err(wrong(format!("diffusers' format has no {kind:?}")));
             }
-            None => {
-                return Err(Error::tensor(join(layer.path, "lora_A"), NO_COMPONENT));
-            }
-        };
-        let layer = (path, layer.factors.r, layer.alpha());
-        components.entry(component).or_default().push(layer);
+        }
+        components.entry(component).or_default().push((within, factors.clone()));
     }
     let mut all = Map::<String, Value>::new();
     for (component, layers) in components {
-        for (option, value) in object(write_config(config, &layers, &StateDict::new())?.as_bytes())?
-        {
-            all.insert(format!("{component}.{option}"), value);
-        }
+        let text = config_json(&weights.options, &layers, weights)?;
+        let options: Map<_, _> = serde_json::from_str(&text).map_err(malformed)?;
+        all.extend(options.into_iter().map(|(key, value)| (format!("{component}.{key}"), value)));
     }
     serde_json::to_string(&all).map_err(|e| Error::Invalid(e.to_string()))
 }

@@ -9,12 +9,9 @@ mod keys;
 mod metadata;
 
 use self::keys::Key;
-use super::component::has_component;
-use super::layers::{adapter, layers};
-use super::pairs::Pairs;
-use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
-use crate::utils::names::refuse_other_names;
-use crate::utils::{plain, AdapterConfig, StateDict};
+use super::layers::{adapter, layers, Pairs};
+use crate::files::{atomic_file, read, serialize, StateDict};
+use crate::weights::{has_component, refuse_other_names, AdapterConfig, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Device;
 use metadata::{Components, METADATA};
@@ -36,15 +33,15 @@ const UNKNOWN_COMPONENT: &str =
 /// PEFT's or kohya's; if names begin with no known component, and there is no metadata; if an option in the metadata
 /// changes the update and is not supported, or differs among the components; if a layer lacks a factor; if shapes do
 /// not fit each other or the metadata; and if a value is not finite. The error names the file and the tensor.
-pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, StateDict)> {
+pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
     let path = file(path.as_ref());
     let load = || {
         let (tensors, metadata) = read(&path, device)?;
         refuse_other_names(tensors.keys())?;
         let mut pairs = Pairs::default();
         for (key, tensor) in tensors {
-            let Key { path, part } = keys::parse(&key)?;
-            pairs.insert(path, part, key, tensor)?;
+            let Key { path, role } = keys::parse(&key)?;
+            pairs.insert(path, role, key, tensor)?;
         }
         let mut layers = pairs.into_layers()?;
         let Some(text) = metadata.get(METADATA) else {
@@ -81,21 +78,16 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<(AdapterConfig, S
 /// # Errors
 /// If the adapter has something other than factors, or an embedding; if a name has no component; if a value
 /// is not finite; and if the file system refuses.
-pub fn save(
-    path: impl AsRef<Path>,
-    tensors: &StateDict,
-    config: impl Into<AdapterConfig>,
-) -> Result<()> {
-    let (path, config) = (file(path.as_ref()), config.into());
+pub fn save(path: impl AsRef<Path>, weights: &LoraWeights) -> Result<()> {
+    let path = file(path.as_ref());
     let save = || {
-        let (tensors, config) = &plain(tensors, &config)?;
-        let layers = layers(tensors, config, "diffusers' format", config.lora.fan_in_fan_out)?;
-        let metadata = metadata::write(config, &layers)?;
+        let weights = &*weights.joined()?;
+        let layers = layers(weights, "diffusers' format", weights.options.lora.fan_in_fan_out)?;
+        let metadata = metadata::write(weights, &layers)?;
         let mut file = StateDict::new();
-        for layer in layers {
-            let [a, b] = keys::pair(layer.path);
-            file.insert(a, layer.factors.a);
-            file.insert(b, layer.factors.b);
+        for (path, _, factors) in layers {
+            let [a, b] = keys::pair(path);
+            file.extend([(a, factors.a), (b, factors.b)]);
         }
         let bytes = serialize(&file, Some((METADATA, metadata)))?;
         if let Some(folder) = path.parent() {

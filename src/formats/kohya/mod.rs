@@ -7,39 +7,31 @@
 
 mod names;
 
-use super::layers::{adapter, layers};
-use super::pairs::{Pairs, Part};
-use crate::layers::LayerKind;
-use crate::utils::checkpoint::{atomic_file, read, safetensors::serialize};
-use crate::utils::{plain, AdapterConfig, StateDict};
+use super::layers::{adapter, layers, Pairs, Role};
+use crate::files::{atomic_file, read, serialize, StateDict};
+use crate::layers::{LayerKind, Part};
+use crate::weights::{AdapterConfig, LoraWeights};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use names::{Modules, Names};
+use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Reads a file into the crate's names, which begin with the component: `unet.`, `transformer.`,
-/// `text_encoder.`, `text_encoder_2.` or `text_encoder_3.`.
-///
-/// The dots of a path are not in the file: `names` are the names of all tensors of the base models, each after
-/// its component, such as `unet.conv_in.weight`. Files for SDXL and Flux mostly have the layers of the original
-/// release: then the names are those of its checkpoint, such as `unet.model.diffusion_model.input_blocks.0.0.weight`.
+/// Reads a file. The dots of a path are not in it: the layers have the flattened names, until [`with_paths`] gives them
+/// the paths in a model.
 ///
 /// # Errors
 /// If the file cannot be read or is malformed; if a name is none of LoRA's, such as LyCORIS' `lokr_w1` and
-/// `hada_w1_a`, `lora_mid` and `dora_scale`; if a layer lacks a factor, or none or several of the base's have its
-/// name; if shapes do not fit; and if a value is not finite. The error names the file and the tensor.
-pub fn load(
-    path: impl AsRef<Path>,
-    names: &[impl AsRef<str>],
-    device: &Device,
-) -> Result<(AdapterConfig, StateDict)> {
-    let (path, modules) = (path.as_ref(), Modules::new(names));
+/// `hada_w1_a`, `lora_mid` and `dora_scale`; if a layer lacks a factor; if shapes do not fit; and if a value is not
+/// finite. The error names the file and the tensor.
+pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
+    let path = path.as_ref();
     let load = || {
         let mut pairs = Pairs::default();
         for (key, tensor) in read(path, device)?.0 {
-            let (flat, part) = parse(&key)?;
-            let module = modules.find(flat).map_err(|reason| Error::tensor(&key, reason))?;
-            pairs.insert(module.to_owned(), part, key, tensor)?;
+            let (flat, role) = parse(&key)?;
+            let flat = flat.to_owned();
+            pairs.insert(flat, role, key, tensor)?;
         }
         let mut layers = pairs.into_layers()?;
         for layer in &mut layers {
@@ -50,12 +42,34 @@ pub fn load(
     load().map_err(|e: Error| e.at(path))
 }
 
-fn parse(key: &str) -> Result<(&str, Part)> {
+/// An adapter of [`load`] by the paths in the models, which begin with the component: `unet.`, `transformer.`,
+/// `text_encoder.`, `text_encoder_2.` or `text_encoder_3.`.
+///
+/// `names` are the names of all tensors of the base models, each after its component, such as `unet.conv_in.weight`.
+/// Files for SDXL and Flux mostly have the layers of the original release: then the names are those of its checkpoint,
+/// such as `unet.model.diffusion_model.input_blocks.0.0.weight`.
+///
+/// # Errors
+/// If none or several of the models' layers have a flattened name. The error has it.
+pub fn with_paths(weights: &LoraWeights, names: &[impl AsRef<str>]) -> Result<LoraWeights> {
+    let modules = Modules::new(names);
+    let mut layers = BTreeMap::new();
+    for (flat, layer) in weights.layers() {
+        let wrong = |reason| Error::tensor(format!("{flat}.lora_down.weight"), reason);
+        let path = modules.find(flat).map_err(wrong)?.to_owned();
+        if layers.insert(path.clone(), layer.clone()).is_some() {
+            return Err(wrong(format!("another layer of the file is {path:?} too")));
+        }
+    }
+    Ok(LoraWeights { layers, ..weights.clone() })
+}
+
+fn parse(key: &str) -> Result<(&str, Role)> {
     let (flat, last) = key.split_once('.').unwrap_or((key, ""));
-    let part = match last {
-        "lora_down.weight" => Part::A,
-        "lora_up.weight" => Part::B,
-        "alpha" => Part::Alpha,
+    let role = match last {
+        "lora_down.weight" => Role::A,
+        "lora_up.weight" => Role::B,
+        "alpha" => Role::Alpha,
         "lora_A.weight" | "lora_B.weight" => {
             return Err(Error::tensor(key, "this is a name of diffusers: read it with `diffusers`"))
         }
@@ -66,7 +80,7 @@ fn parse(key: &str) -> Result<(&str, Part)> {
             return Err(Error::tensor(key, reason));
         }
     };
-    Ok((flat, part))
+    Ok((flat, role))
 }
 
 /// Writes an adapter, whose names begin with the component, as [`load`] gives them. Factors keep their bits,
@@ -83,27 +97,22 @@ fn parse(key: &str) -> Result<(&str, Part)> {
 /// If the adapter has something other than factors; if a name has no component, or two layers have one
 /// flattened name; if a layer is an embedding, a convolution of other than two dimensions or of several
 /// groups, or has `fan_in_fan_out` or the scaling 0; if a value is not finite; and if the file system refuses.
-pub fn save(
-    path: impl AsRef<Path>,
-    tensors: &StateDict,
-    config: impl Into<AdapterConfig>,
-) -> Result<()> {
-    let (path, config) = (path.as_ref(), config.into());
+pub fn save(path: impl AsRef<Path>, weights: &LoraWeights) -> Result<()> {
+    let path = path.as_ref();
     let save = || {
-        let (tensors, config) = &plain(tensors, &config)?;
-        let layers = layers(tensors, config, "kohya's format", false)?;
-        let names = Names::new(layers.iter().map(|layer| layer.path));
+        let weights = &*weights.joined()?;
+        let layers = layers(weights, "kohya's format", false)?;
+        let names = Names::new(layers.iter().map(|(path, ..)| *path));
         let mut file = StateDict::new();
-        for layer in layers {
-            let name = format!("{}.lora_A", layer.path);
-            let flat = check_kind(layer.kind).and_then(|()| names.flattened(layer.path));
+        for (path, layer, factors) in layers {
+            let name = Part::A.at(path);
+            let kind = layer.kind.as_ref().unwrap_or(&LayerKind::Linear);
+            let flat = check_kind(kind).and_then(|()| names.flattened(path));
             let flat = flat.map_err(|reason| Error::tensor(&name, reason))?;
-            let alpha = alpha_tensor(layer.plain_alpha()).map_err(|e| Error::tensor(&name, e))?;
-            let parts = [
-                ("lora_down.weight", layer.factors.a),
-                ("lora_up.weight", layer.factors.b),
-                ("alpha", alpha),
-            ];
+            let factors = factors.without_rslora(weights.options.lora.rslora);
+            let alpha = alpha_tensor(factors.lora_alpha).map_err(|e| Error::tensor(&name, e))?;
+            let parts =
+                [("lora_down.weight", factors.a), ("lora_up.weight", factors.b), ("alpha", alpha)];
             for (last, tensor) in parts {
                 if file.insert(format!("{flat}.{last}"), tensor).is_some() {
                     let reason = format!("another layer also has the flattened name {flat:?}");

@@ -1,6 +1,6 @@
 //! The flattened names of layers.
 
-use crate::formats::component::NO_COMPONENT;
+use crate::weights::NO_COMPONENT;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 

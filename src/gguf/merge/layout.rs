@@ -6,9 +6,9 @@ use crate::gguf::ggml_dtype::row_bytes;
 use crate::gguf::header::TensorInfo;
 use crate::gguf::names::Names;
 use crate::gguf::writer::u32;
+use crate::layers::Part;
 use crate::merge::Plan;
-use crate::utils::names::join;
-use crate::utils::StateDict;
+use crate::weights::LoraWeights;
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 
@@ -49,7 +49,7 @@ pub(super) fn items<'a>(
     base: &'a File,
     names: &Names,
     plan: &Plan,
-    adapter: &StateDict,
+    adapter: &LoraWeights,
     dtype: GgmlDType,
 ) -> Result<Vec<Item<'a>>> {
     if !FILE_TYPES.iter().any(|(known, _)| *known == dtype) {
@@ -86,10 +86,10 @@ pub(super) fn items<'a>(
 
 /// The head of a base whose embedding is its head too and is adapted: the head is not, unless the adapter has the
 /// embedding's factors for it too, as PEFT's with `ensure_weight_tying`.
-fn own_head<'a>(base: &'a File, names: &Names, adapter: &StateDict) -> Result<Option<Item<'a>>> {
+fn own_head<'a>(base: &'a File, names: &Names, adapter: &LoraWeights) -> Result<Option<Item<'a>>> {
     let [(source, own), _] = MODEL;
-    let factor = |weight: &str| join(weight.strip_suffix(".weight").unwrap_or(weight), "lora_A");
-    let (name, adapted) = (factor(own), |weight: &str| adapter.contains_key(&factor(weight)));
+    let path = |weight: &'static str| weight.strip_suffix(".weight").unwrap_or(weight);
+    let adapted = |weight| adapter.layers.contains_key(path(weight));
     if base.find(HEAD.0).is_some() || !adapted(own) || adapted(HEAD.1) {
         return Ok(None);
     }
@@ -97,7 +97,7 @@ fn own_head<'a>(base: &'a File, names: &Names, adapter: &StateDict) -> Result<Op
         let reason =
             "the embedding is the output layer too, which has no adapter, and a file of this \
                       architecture cannot have it apart";
-        return Err(Error::tensor(name, reason));
+        return Err(Error::tensor(Part::A.at(path(own)), reason));
     }
     let info = base.info(source)?;
     let bytes = info.bytes.end - info.bytes.start;

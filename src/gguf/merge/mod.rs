@@ -1,7 +1,6 @@
 //! Merges an adapter into its base, from file to file.
 
 mod layout;
-mod plan;
 mod rounded;
 mod to_safetensors;
 
@@ -9,9 +8,11 @@ use super::convert::{dense, stored};
 use super::file::File;
 use super::names::Names;
 use super::writer::{Entry, Writer};
+use crate::files::atomic_file;
+use crate::gguf::architecture::MODEL;
+use crate::layers::LayerKind;
 use crate::merge::{MergeProgress, Plan};
-use crate::utils::checkpoint::atomic_file;
-use crate::utils::{AdapterConfig, StateDict};
+use crate::weights::LoraWeights;
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 use layout::{metadata, Item};
@@ -55,8 +56,8 @@ impl From<GgmlDType> for MergeOptions {
 /// rounded to the same grid, the weights are the base's again. So merge into a finer dtype, or keep the
 /// adapter beside the base by [`save_adapter`](super::save_adapter).
 ///
-/// Merged are lora_A and lora_B, and trained biases and modules replace those of the base. `config` is as for
-/// [`merge_into`](crate::merge_into), but layers need no kinds. The metadata and all other tensors
+/// Merged are lora_A and lora_B, and trained biases and modules replace those of the base. Layers need no kinds. The
+/// metadata and all other tensors
 /// are copied byte for byte, but for `general.file_type`. If the embedding has an adapter and is the output
 /// layer too, the output layer becomes a tensor of its own: it has no adapter, as in the model.
 ///
@@ -66,23 +67,20 @@ impl From<GgmlDType> for MergeOptions {
 /// # fn main() -> loralib::Result<()> {
 /// use candle_core::quantized::GgmlDType;
 /// use loralib::{self as lora, gguf};
-/// let device = candle_core::Device::Cpu;
 /// let base = gguf::File::open("model-q4_0.gguf")?;
-/// let (config, adapter) = lora::read_adapter("adapter.safetensors", &device)?;
-/// let config = config.unwrap_or_default();
-/// gguf::merge(&base, &adapter, &config, "merged.gguf", GgmlDType::Q8_0, |_| {})?;
+/// let adapter = lora::Adapter::load("adapter.safetensors", &candle_core::Device::Cpu)?;
+/// gguf::merge(&base, &adapter.weights()?, "merged.gguf", GgmlDType::Q8_0, |_| {})?;
 /// # Ok(()) }
 /// ```
 ///
 /// # Errors
-/// As [`merge_into`](crate::merge_into), for names before anything is written; if the architecture is unknown;
+/// As [`merge_into`](crate::merge::merge_into), for names before anything is written; if the architecture is unknown;
 /// if the rows of a tensor are not whole blocks of the dtype, or the dtype cannot hold a value; without `force`, if
 /// a weight keeps less than half of its update, or is in its own dtype of less than 8 bits, with the share in
 /// the error; and if the file system refuses. The error names the file and the tensor.
 pub fn merge(
     base: &File,
-    adapter: &StateDict,
-    config: impl Into<AdapterConfig>,
+    adapter: &LoraWeights,
     out: impl AsRef<Path>,
     options: impl Into<MergeOptions>,
     mut progress: impl FnMut(MergeProgress),
@@ -90,7 +88,8 @@ pub fn merge(
     let (out, options) = (out.as_ref(), options.into());
     let of_base = |error: Error| error.at(base.path());
     let names = Names::of(base).map_err(of_base)?;
-    let plan = plan::plan(base, &names, adapter, config.into()).map_err(of_base)?;
+    let adapter = &with_kinds(adapter);
+    let plan = plan(base, &names, adapter).map_err(of_base)?;
     let items = layout::items(base, &names, &plan, adapter, options.dtype).map_err(of_base)?;
     let metadata = metadata(base, &items).map_err(of_base)?;
     let merge = Merge { base, names, plan, options };
@@ -102,6 +101,24 @@ pub fn merge(
         error => error.at(out),
     })?;
     Ok(kept)
+}
+
+/// The adapter with the kinds of its layers, which the file tells, and its matrices as (out, in).
+fn with_kinds(adapter: &LoraWeights) -> LoraWeights {
+    let mut adapter = adapter.clone();
+    for (path, layer) in &mut adapter.layers {
+        let embedding = MODEL[0].1.strip_suffix(".weight") == Some(path);
+        let kind = if embedding { LayerKind::Embedding } else { LayerKind::Linear };
+        layer.kind.get_or_insert(kind);
+        layer.fan_in_fan_out = Some(false);
+    }
+    adapter
+}
+
+/// The changes by Hugging Face's names.
+fn plan(base: &File, names: &Names, adapter: &LoraWeights) -> Result<Plan> {
+    let exists = |name: &str| names.gguf(name).is_some_and(|name| base.find(&name).is_some());
+    Plan::new(adapter, exists, |_| None)
 }
 
 struct Merge<'a> {

@@ -1,13 +1,13 @@
 //! Merges an adapter into its base as a safetensors file.
 
-use super::{layout, plan, Item};
+use super::{layout, plan, with_kinds, Item};
+use crate::files::{atomic_file, check_finite, header};
 use crate::gguf::architecture::HEAD;
 use crate::gguf::convert::dense;
 use crate::gguf::file::File;
 use crate::gguf::names::{Names, ROPE_FREQS};
 use crate::merge::{MergeProgress, Plan};
-use crate::utils::checkpoint::{atomic_file, safetensors};
-use crate::utils::{check_finite, AdapterConfig, StateDict};
+use crate::weights::LoraWeights;
 use crate::{Error, Result};
 use ::safetensors::tensor::{TensorInfo, View};
 use candle_core::quantized::GgmlDType;
@@ -21,7 +21,7 @@ use std::path::Path;
 /// not read GGUF, and returns the model's `config.json`. Every tensor is in `dtype`: `F32`, `BF16` or `F16`.
 ///
 /// The base's quantised values are dequantised, so that no part of the update is lost, and the file is several times as
-/// large as the base. `adapter` and `config` are as for [`merge`](super::merge). If the embedding has an adapter and is
+/// large as the base. If the embedding has an adapter and is
 /// the output layer too, the file has the output layer apart, and the returned `tie_word_embeddings` is `false`.
 ///
 /// One tensor is in memory at a time. The file appears complete or not at all.
@@ -32,11 +32,9 @@ use std::path::Path;
 /// use loralib::{self as lora, gguf};
 /// let base = gguf::File::open("model-q4_0.gguf")?;
 /// let adapter = lora::Adapter::load("adapter.safetensors", &candle_core::Device::Cpu)?;
-/// let (tensors, config) = (adapter.state_dict()?, adapter.config());
 /// std::fs::create_dir_all("merged")?;
-/// let config = gguf::merge_to_safetensors(
-///     &base, &tensors, config, "merged/model.safetensors", DType::BF16, |_| {},
-/// )?;
+/// let (weights, out) = (adapter.weights()?, "merged/model.safetensors");
+/// let config = gguf::merge_to_safetensors(&base, &weights, out, DType::BF16, |_| {})?;
 /// // What else the folder of a model has.
 /// std::fs::write("merged/config.json", config.to_string())?;
 /// std::fs::write("merged/tokenizer.json", base.tokenizer_json()?)?;
@@ -44,13 +42,12 @@ use std::path::Path;
 /// ```
 ///
 /// # Errors
-/// As [`merge_into`](crate::merge_into), for names before anything is written; if the architecture or a tensor's name
+/// As [`merge_into`](crate::merge::merge_into), for names before anything is written; if the architecture or a tensor's name
 /// is unknown, or the metadata has no [configuration](File::config); if `dtype` is another one or cannot hold a value;
 /// and if the file system refuses. The error names the file and the tensor.
 pub fn merge_to_safetensors(
     base: &File,
-    adapter: &StateDict,
-    config: impl Into<AdapterConfig>,
+    adapter: &LoraWeights,
     out: impl AsRef<Path>,
     dtype: DType,
     mut progress: impl FnMut(MergeProgress),
@@ -64,7 +61,8 @@ pub fn merge_to_safetensors(
     }
     let (out, of_base) = (out.as_ref(), |error: Error| error.at(base.path()));
     let names = Names::of(base).map_err(of_base)?;
-    let plan = plan::plan(base, &names, adapter, config.into()).map_err(of_base)?;
+    let adapter = &with_kinds(adapter);
+    let plan = plan(base, &names, adapter).map_err(of_base)?;
     let items = layout::items(base, &names, &plan, adapter, GgmlDType::F32).map_err(of_base)?;
     let tensors = tensors(&names, &items, dtype).map_err(of_base)?;
     let mut config: Value = base.config()?;
@@ -75,7 +73,7 @@ pub fn merge_to_safetensors(
         let (mut done, total) = (0, tensors.iter().map(|(_, info, _)| size(info)).sum());
         let mut file = BufWriter::new(file);
         let infos = tensors.iter().map(|(name, info, _)| (name.clone(), info.clone())).collect();
-        file.write_all(&safetensors::header(infos)?)?;
+        file.write_all(&header(infos)?)?;
         for (name, info, source) in &tensors {
             let tensor = merged(base, &names, &plan, name, source).map_err(of_base)?;
             let tensor = tensor.to_dtype(dtype)?;

@@ -1,0 +1,284 @@
+//! Reads `adapter_config.json`. An unknown key with a value is an error, because it might change the update.
+
+use super::malformed;
+use super::patterns::Patterns;
+use super::tokens::TokenIndices;
+use crate::files::without_byte_order_mark;
+use crate::layers::{InitLoraWeights, LayerKind};
+use crate::weights::{AdapterConfig, Bias};
+use crate::{Error, Result};
+use indexmap::IndexMap;
+use serde::de::DeserializeOwned;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use serde_json::Value;
+
+/// Keys that do not change the update, or are read apart: how the adapter was made and trained, and which modules have one,
+/// which the tensors tell too.
+const HARMLESS_KEYS: [&str; 19] = [
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "merge_weights",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "velora_config",
+];
+
+/// Initialisations that do not change the base.
+const HARMLESS_INITS: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
+
+/// The options of the file.
+#[derive(Debug)]
+pub(crate) struct PeftConfig {
+    pub options: AdapterConfig,
+    pub patterns: Patterns,
+    pub lora_bias: bool,
+    pub target_parameters: Vec<String>,
+    pub(super) token_indices: TokenIndices,
+    init_lora_weights: Option<Value>,
+    /// All keys of the file.
+    fields: Fields,
+}
+
+/// What the file of a new adapter says of the layers to adapt.
+#[derive(Debug)]
+pub(crate) struct Selection {
+    pub targets: Modules,
+    pub exclude: Modules,
+    /// `layers_to_transform`; empty for all.
+    pub layers: Vec<usize>,
+    pub layers_pattern: Vec<String>,
+}
+
+/// Modules by name, or by a regular expression.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Modules {
+    Expression(String),
+    Names(Vec<String>),
+}
+
+/// One value, or several.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> From<OneOrMany<T>> for Vec<T> {
+    fn from(values: OneOrMany<T>) -> Self {
+        match values {
+            OneOrMany::One(value) => vec![value],
+            OneOrMany::Many(values) => values,
+        }
+    }
+}
+
+/// The keys with their texts in the order of the file, which counts in `rank_pattern` and `alpha_pattern`.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct Fields(pub IndexMap<String, Box<RawValue>>);
+
+impl Fields {
+    pub fn parse(text: &[u8]) -> Result<Self> {
+        serde_json::from_slice(without_byte_order_mark(text)).map_err(malformed)
+    }
+
+    fn value(&self, key: &str) -> Option<Value> {
+        serde_json::from_str(self.0.get(key)?.get()).ok()
+    }
+
+    /// [`get`](Self::get), after which the key is not `unknown`.
+    fn take<T: DeserializeOwned>(
+        &self,
+        key: &str,
+        unknown: &mut Vec<&String>,
+    ) -> Result<Option<T>> {
+        unknown.retain(|other| *other != key);
+        self.get(key)
+    }
+
+    /// The value of a key, unless it is null, false or empty.
+    fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+        let Some(text) = self.0.get(key).filter(|_| self.is_set(key)) else { return Ok(None) };
+        let value = serde_json::from_str(text.get());
+        value.map(Some).map_err(|_| self.wrong(key))
+    }
+
+    fn is_set(&self, key: &str) -> bool {
+        match self.value(key) {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::String(text)) => !text.is_empty(),
+            Some(Value::Array(items)) => !items.is_empty(),
+            Some(Value::Object(items)) => !items.is_empty(),
+            Some(_) => true,
+        }
+    }
+
+    fn wrong(&self, key: &str) -> Error {
+        malformed(format!("{key} = {}", self.value(key).unwrap_or_default()))
+    }
+
+    fn unsupported(&self, key: &str, reason: &str) -> Error {
+        let value = self.value(key).unwrap_or_default();
+        Error::unsupported(format!("the option {key} = {value}"), reason)
+    }
+}
+
+impl PeftConfig {
+    /// Reads the text of the file.
+    pub fn parse(text: &[u8]) -> Result<Self> {
+        Self::of(Fields::parse(text)?)
+    }
+
+    pub fn of(fields: Fields) -> Result<Self> {
+        for required in ["peft_type", "r", "lora_alpha"] {
+            if !fields.0.contains_key(required) {
+                return Err(malformed(format!("the configuration has no {required:?}")));
+            }
+        }
+        let mut unknown: Vec<_> = fields.0.keys().filter(|key| fields.is_set(key)).collect();
+        unknown.retain(|key| !HARMLESS_KEYS.contains(&key.as_str()));
+        let unknown = &mut unknown;
+        if fields.take("peft_type", unknown)? != Some(Value::from("LORA")) {
+            return Err(fields.unsupported("peft_type", "only LORA is"));
+        }
+        let mut options = AdapterConfig::default();
+        let lora = &mut options.lora;
+        let r = fields.take("r", unknown)?.filter(|r| *r > 0);
+        lora.r = r.ok_or_else(|| fields.wrong("r"))?;
+        let alpha = fields.take("lora_alpha", unknown)?;
+        lora.lora_alpha = alpha.ok_or_else(|| fields.wrong("lora_alpha"))?;
+        if let Some(p) = fields.take::<f64>("lora_dropout", unknown)? {
+            if !(0. ..=1.).contains(&p) {
+                return Err(fields.wrong("lora_dropout"));
+            }
+            lora.lora_dropout = p as f32;
+        }
+        lora.fan_in_fan_out = fields.take("fan_in_fan_out", unknown)?.unwrap_or(false);
+        lora.use_dora = fields.take("use_dora", unknown)?.unwrap_or(false);
+        lora.rslora = fields.take("use_rslora", unknown)?.unwrap_or(false);
+        if let Some(word) = fields.take::<String>("bias", unknown)? {
+            options.bias = word.parse::<Bias>()?;
+        }
+        options.base_model_name_or_path = fields.take("base_model_name_or_path", unknown)?;
+        options.task_type = fields.take("task_type", unknown)?;
+        options.modules_to_save = fields.take("modules_to_save", unknown)?.unwrap_or_default();
+        // Until PEFT 0.2, of all layers.
+        if let Some(enabled) = fields.take("enable_lora", unknown)? {
+            options = options.with_layer("", LayerKind::MergedLinear(enabled));
+        }
+        let ranks: IndexMap<_, usize> = fields.take("rank_pattern", unknown)?.unwrap_or_default();
+        if let Some((pattern, r)) = ranks.iter().find(|(_, r)| **r == 0) {
+            let reason = format!("rank_pattern: the value of {pattern:?} is {r}");
+            return Err(malformed(reason));
+        }
+        let alphas = fields.take("alpha_pattern", unknown)?.unwrap_or_default();
+        let config = Self {
+            options,
+            patterns: Patterns::new(ranks, alphas)?,
+            lora_bias: fields.take("lora_bias", unknown)?.unwrap_or(false),
+            target_parameters: fields.take("target_parameters", unknown)?.unwrap_or_default(),
+            token_indices: fields.take("trainable_token_indices", unknown)?.unwrap_or_default(),
+            init_lora_weights: fields.value("init_lora_weights"),
+            fields: Fields::default(),
+        };
+        match unknown.first() {
+            None => Ok(Self { fields, ..config }),
+            Some(key) => Err(fields.unsupported(key, "this option of PEFT is not known here")),
+        }
+    }
+
+    /// The configuration of an adapter that was saved. An error if its initialisation changed the base.
+    pub fn saved(self) -> Result<Self> {
+        match &self.init_lora_weights {
+            None | Some(Value::Null | Value::Bool(_)) => Ok(self),
+            Some(Value::String(how)) if HARMLESS_INITS.contains(&how.as_str()) => Ok(self),
+            Some(how) => Err(self.fields.unsupported("init_lora_weights", &changed_base(how))),
+        }
+    }
+
+    /// The configuration of a new adapter, which has no tensors yet.
+    pub fn fresh(mut self) -> Result<(Self, Selection)> {
+        let fields = &self.fields;
+        check_trained(fields)?;
+        self.options.lora.init_lora_weights = match &self.init_lora_weights {
+            None => InitLoraWeights::Uniform,
+            Some(Value::String(name)) => name.parse()?,
+            Some(other) => other.to_string().parse()?,
+        };
+        let targets = fields.get("target_modules")?.ok_or_else(|| {
+            let reason = "PEFT then selects by the model's type: name the targets";
+            fields.unsupported("target_modules", reason)
+        })?;
+        let selected = ["layers_to_transform", "layers_pattern"];
+        let selected = selected.into_iter().find(|key| fields.is_set(key));
+        let layers = fields.get::<OneOrMany<usize>>("layers_to_transform")?;
+        match (&targets, selected, &layers) {
+            (Modules::Expression(_), Some(key), _) => {
+                let reason = "with a string as target_modules PEFT refuses it: use a list";
+                return Err(fields.unsupported(key, reason));
+            }
+            (_, Some(key), None) => {
+                return Err(fields.unsupported(key, "it needs layers_to_transform"))
+            }
+            _ => {}
+        }
+        let pattern = fields.get::<OneOrMany<String>>("layers_pattern")?;
+        let exclude = fields.get("exclude_modules")?.unwrap_or(Modules::Names(vec![]));
+        let selection = Selection {
+            targets,
+            exclude,
+            layers: layers.map(Vec::from).unwrap_or_default(),
+            layers_pattern: pattern.map(Vec::from).unwrap_or_default(),
+        };
+        Ok((self, selection))
+    }
+}
+
+/// Why an initialisation like PiSSA is not read. PEFT converts all but LoftQ.
+fn changed_base(init: &Value) -> String {
+    let converted = match init == "loftq" {
+        true => "",
+        false => {
+            "save the adapter as a plain LoRA for the unchanged base, by PEFT's `save_pretrained(folder, \
+             path_initial_model_for_weight_conversion=...)`; or, "
+        }
+    };
+    format!(
+        "the initialisation also changed the base model, and the folder does not tell how: {converted}if your base \
+         is the changed one, as `model.unload().save_pretrained(...)` writes it, set init_lora_weights to true"
+    )
+}
+
+/// An error for options that count in training alone, or that are only read and merged.
+fn check_trained(fields: &Fields) -> Result<()> {
+    let merged = "it is read and merged, but not trained";
+    let refused = [
+        ("ensure_weight_tying", "each layer has an adapter of its own"),
+        ("lora_bias", merged),
+        ("target_parameters", merged),
+        ("trainable_token_indices", merged),
+        ("velora_config", "gradients are not compressed"),
+    ];
+    match refused.into_iter().find(|(key, _)| fields.is_set(key)) {
+        Some((key, reason)) => Err(fields.unsupported(key, reason)),
+        None if fields.get::<f64>("lora_dropout")? == Some(1.) => {
+            Err(fields.unsupported("lora_dropout", "nothing would be left to train"))
+        }
+        None => Ok(()),
+    }
+}

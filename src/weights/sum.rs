@@ -1,0 +1,128 @@
+//! The weighted sum of adapters.
+
+use super::layer::Factors;
+use super::{AdapterConfig, LayerWeights, LoraWeights};
+use crate::layers::Part;
+use crate::{Error, Result};
+use candle_core::{bail, DType, Tensor};
+
+/// The adapter whose `B·A` is the weighted sum of the given adapters', exactly: the ranks are concatenated and `B` is
+/// multiplied by the weight.
+///
+/// A layer's rank is the sum of the adapters', its scaling that of the first adapter; where another has a different
+/// one, its weight is multiplied by the ratio. Half-precision factors are converted to F32, so that weighting does not
+/// round them.
+///
+/// ```
+/// # fn main() -> loralib::Result<()> {
+/// use candle_core::{DType, Device, Tensor};
+/// use loralib::{merge::add_weighted, LoraConfig, LoraWeights};
+/// let factor = |dims: (usize, usize)| Tensor::ones(dims, DType::F32, &Device::Cpu);
+/// let tensors = [
+///     ("q.lora_A".to_owned(), factor((2, 6))?),
+///     ("q.lora_B".to_owned(), factor((4, 2))?),
+/// ];
+/// let cfg = LoraConfig { r: 2, ..Default::default() };
+/// let adapter = LoraWeights::new(cfg, tensors.into())?;
+/// let sum = add_weighted(&[(&adapter, 0.7), (&adapter, -0.2)])?;
+/// assert_eq!(sum.state_dict()["q.lora_A"].dims(), [4, 6]);
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// If there are no adapters, a weight is not finite, the adapters differ in layers or shapes, or one has a
+/// tensor that is not a factor: biases, heads and DoRA's magnitudes have no such sum.
+pub fn add_weighted(adapters: &[(&LoraWeights, f64)]) -> Result<LoraWeights> {
+    let Some((first, _)) = adapters.first() else {
+        return Err(Error::Invalid("there are no adapters to add".to_owned()));
+    };
+    for (adapter, weight) in adapters {
+        check(adapter)?;
+        let names = |one: &LoraWeights, other: &LoraWeights| -> Vec<String> {
+            one.layers.keys().filter(|path| !other.layers.contains_key(*path)).cloned().collect()
+        };
+        let (missing, unexpected) = (names(first, adapter), names(adapter, first));
+        if !(missing.is_empty() && unexpected.is_empty()) {
+            let reason = format!(
+                "adapters with different layers have no sum: {missing:?} and {unexpected:?} are not in both"
+            );
+            return Err(Error::Invalid(reason));
+        }
+        if !weight.is_finite() {
+            return Err(Error::Invalid(format!("the weight of an adapter is {weight}")));
+        }
+    }
+    let layers = first.layers.iter().map(|(path, layer)| {
+        let summands = adapters.iter().filter_map(|(own, weight)| {
+            let scaling = own.lora_config(path)?.scaling();
+            Some((own.layers.get(path)?, *weight, scaling))
+        });
+        let sum = sum(layer, &summands.collect::<Vec<_>>(), first.options.lora.rslora);
+        Ok((path.clone(), sum.map_err(|e| Error::tensor(Part::A.at(path), e))?))
+    });
+    let layers = layers.collect::<Result<_>>()?;
+    LoraWeights::of_layers(AdapterConfig::from(first.options.lora), layers)
+}
+
+/// An error if an adapter has something else than trained factors.
+fn check(adapter: &LoraWeights) -> Result<()> {
+    let parts = adapter.layers.iter().filter_map(|(path, own)| Some((path, own.other_part()?)));
+    let rows = adapter.token_rows.keys().map(|path| (path, Part::TokenRows));
+    let reason = |initial: bool| match initial {
+        true => "initial factors have no weighted sum: load the adapters by `Adapter::load`",
+        false => "only lora_A and lora_B have a weighted sum",
+    };
+    if let Some((path, part)) = parts.chain(rows).next() {
+        return Err(Error::tensor(part.at(path), reason(part.is_initial())));
+    }
+    match adapter.others.keys().next() {
+        Some(name) => Err(Error::tensor(name, reason(false))),
+        None => Ok(()),
+    }
+}
+
+/// The sum of a layer's updates, each with its weight and scaling. A is (splits·r, in) and B (outputs, r), with several
+/// splits in a merged linear layer.
+fn sum(
+    layer: &LayerWeights,
+    summands: &[(&LayerWeights, f64, f64)],
+    rslora: bool,
+) -> candle_core::Result<LayerWeights> {
+    let scaling = summands.first().map_or(0., |(.., scaling)| *scaling);
+    let (mut all_a, mut all_b, mut common) = (vec![], vec![], None);
+    for (own, weight, own_scaling) in summands {
+        let (a, b) = (&own.a, &own.b);
+        let ((rows, columns), (outs, r)) = (a.dims2()?, b.dims2()?);
+        let splits = rows.checked_div(r).filter(|splits| splits * r == rows);
+        let shape = (splits, columns, outs);
+        if splits.is_none() || *common.get_or_insert(shape) != shape {
+            bail!(
+                "the shapes of lora_A {:?} and lora_B {:?} do not fit the other adapters",
+                a.dims(),
+                b.dims()
+            )
+        }
+        let upcast = |t: &Tensor| match t.dtype() {
+            DType::F16 | DType::BF16 => t.to_dtype(DType::F32),
+            _ => Ok(t.clone()),
+        };
+        let ratio = match *own_scaling == scaling {
+            true => 1.,
+            false if scaling == 0. => {
+                bail!("the first adapter's scaling is 0, another's {own_scaling}")
+            }
+            false => own_scaling / scaling,
+        };
+        all_a.push(upcast(a)?.reshape((rows / r, r, columns))?);
+        all_b.push((upcast(b)? * (weight * ratio))?);
+    }
+    let a = Tensor::cat(&all_a, 1)?;
+    let (splits, ranks, columns) = a.dims3()?;
+    let a = a.reshape((splits * ranks, columns))?;
+    let r = summands.iter().map(|(own, ..)| own.r).sum();
+    let factors =
+        Factors { a, b: Tensor::cat(&all_b, 1)?, r: layer.r, lora_alpha: layer.lora_alpha };
+    let kind = layer.kind.clone();
+    let fan_in_fan_out = layer.fan_in_fan_out;
+    Ok(LayerWeights { fan_in_fan_out, ..LayerWeights::new(kind, factors.with_rank(r, rslora)) })
+}
