@@ -37,8 +37,6 @@ mod convert;
 mod factors;
 mod file;
 mod file_var_builder;
-#[cfg(test)]
-mod fixture;
 mod ggml_dtype;
 mod header;
 mod load_adapter;
@@ -49,8 +47,6 @@ mod names;
 mod reader;
 mod rows;
 mod save_adapter;
-#[cfg(test)]
-mod tests;
 mod tokenizer;
 mod var_builder;
 mod writer;
