@@ -23,7 +23,6 @@ pub mod nn;
 mod ops;
 pub mod peft;
 #[cfg(test)]
-#[path = "../tests/common/random.rs"]
 mod random;
 pub mod train;
 pub mod utils;

@@ -1,8 +1,9 @@
-//! GGUF files: what a model gets from them, adapters in llama.cpp's form, and merged files.
+//! GGUF files: what a model gets from them, its configuration and tokenizer, adapters in llama.cpp's form, and merged files.
 
 mod adapters;
 #[path = "../common/mod.rs"]
 mod common;
+mod config;
 mod damaged;
 mod errors;
 mod fidelity;
@@ -10,6 +11,7 @@ mod fixture;
 mod merged;
 mod one_layer;
 mod to_safetensors;
+mod tokenizer;
 
 use candle_core::{Device, Tensor};
 
