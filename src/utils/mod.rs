@@ -5,7 +5,6 @@ mod bias;
 mod check_grads;
 pub(crate) mod checkpoint;
 mod factors;
-mod fnv;
 mod half_var_builder;
 mod initial;
 mod magnitudes;
@@ -25,7 +24,6 @@ pub use checkpoint::{
     load_checkpoint, read_adapter, read_state_dict, read_torch_entry, save_state_dict, Checkpoint,
 };
 pub(crate) use factors::{check_magnitudes, check_same_options, factors};
-pub(crate) use fnv::{fnv1a, fnv1a_of};
 pub use half_var_builder::half_var_builder;
 pub(crate) use initial::plain;
 pub use safetensors_var_builder::safetensors_var_builder;
