@@ -1,5 +1,8 @@
 //! Pages beside the API.
 
+#[doc = include_str!("../docs/coming-from-loralib.md")]
+pub mod coming_from_loralib {}
+
 #[doc = include_str!("../docs/fine-tune-a-language-model.md")]
 pub mod fine_tune_a_language_model {}
 

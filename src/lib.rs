@@ -23,7 +23,6 @@ pub mod merge;
 pub mod nn;
 mod ops;
 #[cfg(test)]
-#[path = "../tests/common/random.rs"]
 mod random;
 mod regex;
 pub mod train;

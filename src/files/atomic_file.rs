@@ -1,9 +1,9 @@
 //! Replaces files atomically: a reader, or a crash at any moment, finds the old file or the new one.
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use tempfile::{Builder, NamedTempFile};
 
 /// Writes `bytes` to `path`, as [`replace_with`].
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -22,7 +22,7 @@ pub(crate) fn replace_with<E: From<io::Error>>(
 /// A complete file under a temporary name, which is removed on drop.
 #[derive(Debug)]
 pub(crate) struct Staged {
-    temporary: PathBuf,
+    temporary: NamedTempFile,
     target: PathBuf,
 }
 
@@ -37,32 +37,38 @@ impl Staged {
             let reason = "it exists and is not a file";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, reason).into());
         }
-        let (temporary, mut file) = create_beside(&target, old.as_ref())?;
-        let staged = Self { temporary, target };
-        fill(&mut file)?;
-        if let Some(old) = old {
-            file.set_permissions(old.permissions())?;
+        let mut builder = Builder::new();
+        builder.prefix(".loralib-").suffix(".tmp");
+        // The temporary file of an existing one is private until it has the old permissions.
+        #[cfg(unix)]
+        if old.is_none() {
+            use std::os::unix::fs::PermissionsExt;
+            builder.permissions(fs::Permissions::from_mode(0o666)); // less the umask
         }
-        file.sync_all()?;
-        Ok(staged)
+        let mut temporary = builder.tempfile_in(folder_of(&target))?;
+        fill(temporary.as_file_mut())?;
+        if let Some(old) = old {
+            temporary.as_file().set_permissions(old.permissions())?;
+        }
+        temporary.as_file().sync_all()?;
+        Ok(Self { temporary, target })
     }
 
     /// Renames the file to its target and flushes the folder.
     pub fn commit(self) -> io::Result<()> {
+        let folder = folder_of(&self.target).to_owned();
         self.rename()?;
-        sync_folder_of(&self.target)
+        match File::open(folder) {
+            Ok(folder) if cfg!(unix) => folder.sync_all(),
+            // The file is in place: this is not a failed save.
+            _ => Ok(()),
+        }
     }
 
     /// [`Staged::commit`] without flushing the folder: for all but the last file of a folder.
-    pub fn rename(&self) -> io::Result<()> {
-        fs::rename(&self.temporary, &self.target)
-    }
-}
-
-impl Drop for Staged {
-    fn drop(&mut self) {
-        // After a commit there is none; otherwise the error to report is that of the write.
-        let _ = fs::remove_file(&self.temporary);
+    pub fn rename(self) -> io::Result<()> {
+        self.temporary.persist(self.target)?;
+        Ok(())
     }
 }
 
@@ -79,45 +85,9 @@ fn followed(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other("too many links"))
 }
 
-/// A new file with a unique name in the folder of `target`.
-fn create_beside(target: &Path, old: Option<&Metadata>) -> io::Result<(PathBuf, File)> {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    if target.file_name().is_none() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"));
-    }
-    loop {
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!(".loralib-{}-{count}.tmp", std::process::id());
-        let temporary = target.with_file_name(name);
-        match options(old).write(true).create_new(true).open(&temporary) {
-            Ok(file) => return Ok((temporary, file)),
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(e) => return Err(e),
-        }
-    }
-}
-
-/// The temporary file of an existing one is private until it has the old permissions.
-fn options(old: Option<&Metadata>) -> OpenOptions {
-    let mut options = OpenOptions::new();
-    #[cfg(unix)]
-    if old.is_some() {
-        use std::os::unix::fs::OpenOptionsExt;
-        options.mode(0o600);
-    }
-    let _ = old;
-    options
-}
-
-/// Makes the rename durable, on systems that allow to flush a folder.
-fn sync_folder_of(target: &Path) -> io::Result<()> {
-    let folder = match target.parent() {
+fn folder_of(target: &Path) -> &Path {
+    match target.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
-    };
-    match File::open(folder) {
-        Ok(folder) if cfg!(unix) => folder.sync_all(),
-        // The file is in place: this is not a failed save.
-        _ => Ok(()),
     }
 }

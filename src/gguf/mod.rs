@@ -37,8 +37,6 @@ mod config;
 mod convert;
 mod file;
 mod file_var_builder;
-#[cfg(test)]
-mod fixture;
 mod ggml_dtype;
 mod header;
 mod merge;
@@ -47,8 +45,6 @@ mod model;
 mod names;
 mod reader;
 mod rows;
-#[cfg(test)]
-mod tests;
 mod tokenizer;
 mod var_builder;
 mod writer;

@@ -2,7 +2,6 @@
 
 mod check_grads;
 mod checkpoint;
-mod fnv;
 mod half_var_builder;
 mod magnitudes;
 mod safetensors_var_builder;
@@ -16,7 +15,6 @@ pub use crate::files::StateDict;
 pub use crate::weights::Bias;
 pub use check_grads::check_grads;
 pub use checkpoint::{load_checkpoint, load_weights, read_state_dict, save_state_dict, Checkpoint};
-pub(crate) use fnv::{fnv1a, fnv1a_of};
 pub use half_var_builder::half_var_builder;
 pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;

@@ -1,12 +1,13 @@
 //! Seeded initialisation, because candle's random numbers on the CPU take no seed.
 
-use super::fnv::fnv1a;
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
 use candle_nn::init::{Init, NormalOrUniform, ZERO};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use fnv::FnvHasher;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
+use std::hash::Hasher;
 
 /// `vb` with a seeded initialisation of new variables. It depends on `seed` and on the variable's name,
 /// shape and distribution alone: adding a layer changes no other. Tensors that `vb` already has are
@@ -42,6 +43,13 @@ pub fn seeded(vb: VarBuilder<'_>, seed: u64) -> VarBuilder<'_> {
     }
 }
 
+/// The number of a variable's random stream: the hash must never change, as std's does.
+fn stream(name: &str) -> u64 {
+    let mut hash = FnvHasher::default();
+    hash.write(name.as_bytes());
+    hash.finish()
+}
+
 struct Seeded<'a> {
     /// At the root, so that names are complete.
     vb: VarBuilder<'a>,
@@ -65,7 +73,7 @@ impl SimpleBackend for Seeded<'_> {
         // ZERO instead of `init`, which candle would draw in vain.
         let tensor = vb.get_with_hints_dtype(shape.clone(), name, ZERO, dtype)?;
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream(fnv1a(name.bytes()));
+        rng.set_stream(stream(name));
         let values: Vec<f64> =
             (0..shape.elem_count()).map(|_| distribution.draw(&mut rng)).collect();
         let initial = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?;

@@ -11,6 +11,8 @@ mod resume;
 mod seeded;
 mod selection;
 mod shards;
+mod summary;
+mod torch;
 mod var_builder;
 
 use candle_core::{DType, Device, Module, Result, Tensor};

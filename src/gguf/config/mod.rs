@@ -5,8 +5,6 @@
 
 mod keys;
 mod rope_scaling;
-#[cfg(test)]
-mod tests;
 
 use super::architecture::Architecture;
 use super::metadata::Metadata;

@@ -3,8 +3,6 @@
 mod byte_level;
 mod parts;
 mod sentencepiece;
-#[cfg(test)]
-mod tests;
 mod vocabulary;
 
 use super::metadata::{required, Metadata};

@@ -1,7 +1,7 @@
 //! What all ranks must have alike, in a form that can be sent and compared.
 
-use crate::utils::{fnv1a, fnv1a_of};
 use crate::{Error, Result};
+use blake3::{Hash, Hasher};
 use candle_core::{DType, Device, Var};
 use serde::Serialize;
 use serde_json::Value;
@@ -55,9 +55,10 @@ impl Fingerprint {
         for (name, var) in vars {
             // Exact for all float dtypes.
             let values = var.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
-            let values = values.to_vec1::<f64>()?.into_iter().flat_map(f64::to_le_bytes);
-            let description =
-                format!("{:?} of {:?}, values {:016x}", var.dims(), var.dtype(), fnv1a(values));
+            let values: Vec<u8> =
+                values.to_vec1::<f64>()?.into_iter().flat_map(f64::to_le_bytes).collect();
+            let hash = short(blake3::hash(&values));
+            let description = format!("{:?} of {:?}, values {hash}", var.dims(), var.dtype());
             entries.insert(format!("variable {name:?}"), description);
         }
         Ok(Self { entries })
@@ -76,16 +77,18 @@ impl Fingerprint {
         Ok(self)
     }
 
-    /// Adds the content of a file under `name`, by its length and hash: of the base, or of a checkpoint that is
-    /// resumed. It is read in parts, and may be larger than memory.
+    /// Adds the content of a file under `name`, by its length and the first digits of its BLAKE3 hash: of the base, or
+    /// of a checkpoint that is resumed. It is read in parts, and may be larger than memory.
     ///
     /// # Errors
     /// If it cannot be read, or the name is there already.
     pub fn with_file(mut self, name: &str, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let read = || Ok(fnv1a_of(File::open(path)?)?);
-        let (len, hash) = read().map_err(|e: Error| e.at(path))?;
-        self.insert(name.to_owned(), format!("a file of {len} bytes, {hash:016x}"))?;
+        let mut hasher = Hasher::new();
+        let read = File::open(path).and_then(|file| hasher.update_reader(file).map(|_| ()));
+        read.map_err(|e| Error::from(e).at(path))?;
+        let (len, hash) = (hasher.count(), short(hasher.finalize()));
+        self.insert(name.to_owned(), format!("a file of {len} bytes, {hash}"))?;
         Ok(self)
     }
 
@@ -98,7 +101,7 @@ impl Fingerprint {
         let json = value.to_string();
         let value = match json.len() {
             ..=SHOWN => json,
-            len => format!("{len} bytes of JSON, {:016x}", fnv1a(json.bytes())),
+            len => format!("{len} bytes of JSON, {}", short(blake3::hash(json.as_bytes()))),
         };
         self.insert(name, value)
     }
@@ -141,6 +144,11 @@ impl Fingerprint {
         };
         Err(Error::Invalid(format!("this rank differs from {whose}: {named}")))
     }
+}
+
+/// The first digits, which two contents share by chance once in 2⁶⁴.
+fn short(hash: Hash) -> String {
+    hash.to_hex()[..16].to_owned()
 }
 
 #[cfg(test)]

@@ -5,8 +5,6 @@ mod fingerprint;
 mod flat_grads;
 mod rank;
 mod sampler;
-#[cfg(test)]
-mod tests;
 
 pub use fingerprint::Fingerprint;
 pub use flat_grads::FlatGrads;

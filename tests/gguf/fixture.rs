@@ -1,9 +1,9 @@
 //! Small files for tests.
 
-use crate::StateDict;
 use candle_core::quantized::gguf_file::{write, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use loralib::StateDict;
 use rand::Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -21,7 +21,7 @@ const MLP: usize = 96;
 
 /// For each architecture, the file's names by Hugging Face's, of transformers and gguf-py.
 pub fn expected_names() -> BTreeMap<String, BTreeMap<String, String>> {
-    serde_json::from_str(include_str!("../../tests/gguf/expected_names.json")).unwrap()
+    serde_json::from_str(include_str!("expected_names.json")).unwrap()
 }
 
 /// The shape of a tensor of Hugging Face.

@@ -1,18 +1,17 @@
 //! Damaged files are errors, or give tensors of the shapes that they declare. None is a panic.
 
-use crate::gguf::fixture::*;
-use crate::gguf::File;
-use crate::Result;
+use crate::fixture::*;
+use crate::CPU;
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Device};
+use candle_core::DType;
+use loralib::gguf::File;
+use loralib::Result;
 use rand::Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-
-const CPU: Device = Device::Cpu;
 
 /// Reads everything that a file can give; the number of tensors.
 fn read_all(path: &Path, names: &[String]) -> Result<usize> {

@@ -1,10 +1,13 @@
 //! Metadata as the converter writes it. The divisors are torch's, by the converter's formula.
 
-use super::config;
-use crate::Result;
+use crate::fixture::{random, text, write_file};
 use candle_core::quantized::gguf_file::Value;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::Tensor;
+use loralib::gguf::File;
+use loralib::Result;
 use serde_json::json;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 /// `rope_freqs.weight` of Llama 3.2 1B: theta 500000, 32 pairs, factor 32.
 const DIVISORS: [f32; 32] = [
@@ -13,7 +16,7 @@ const DIVISORS: [f32; 32] = [
 ];
 
 /// A small model's metadata, with more keys or other values.
-fn metadata(architecture: &str, more: &[(&str, Value)]) -> HashMap<String, Value> {
+fn metadata(architecture: &str, more: &[(&str, Value)]) -> BTreeMap<String, Value> {
     let sizes = [
         ("block_count", 16),
         ("context_length", 4096),
@@ -28,16 +31,32 @@ fn metadata(architecture: &str, more: &[(&str, Value)]) -> HashMap<String, Value
     all.map(|(key, value)| (format!("{architecture}.{key}"), value)).collect()
 }
 
+/// The configuration in a file of this metadata, with 100 tokens, and an output layer if not `tied`.
+fn config(
+    architecture: &str,
+    mut metadata: BTreeMap<String, Value>,
+    tied: bool,
+    divisors: Option<&[f32]>,
+) -> Result<serde_json::Value> {
+    let (dir, table) = (tempfile::tempdir()?, random(0, &[100, 4]));
+    let head = (!tied).then(|| ("output.weight", table.clone()));
+    let divisors = divisors.map(|values| Tensor::new(values, &crate::CPU)).transpose()?;
+    let divisors = divisors.map(|values| ("rope_freqs.weight", values));
+    let tensors = [("token_embd.weight", table)].into_iter().chain(head).chain(divisors);
+    let tensors = tensors
+        .map(|(name, tensor)| Ok((name.to_owned(), QTensor::quantize(&tensor, GgmlDType::F32)?)));
+    metadata.insert("general.architecture".to_owned(), text(architecture));
+    let path = dir.path().join("model.gguf");
+    write_file(&path, &metadata, &tensors.collect::<Result<_>>()?);
+    File::open(&path)?.config()
+}
+
 fn read(architecture: &str, more: &[(&str, Value)]) -> Result<serde_json::Value> {
-    config(architecture, &metadata(architecture, more), false, 100, None)
+    config(architecture, metadata(architecture, more), false, None)
 }
 
 fn error(architecture: &str, more: &[(&str, Value)]) -> String {
     read(architecture, more).err().map(|error| error.to_string()).unwrap_or_default()
-}
-
-fn text(value: &str) -> Value {
-    Value::String(value.into())
 }
 
 #[test]
@@ -66,7 +85,7 @@ fn llama_has_every_field_and_llama_cpp_s_default_theta() -> Result<()> {
         "tie_word_embeddings": true,
         "vocab_size": 100,
     });
-    assert_eq!(config("llama", &metadata, true, 100, None)?, expected);
+    assert_eq!(config("llama", metadata, true, None)?, expected);
     Ok(())
 }
 
@@ -120,7 +139,7 @@ fn the_pattern_of_sliding_windows_is_read_from_its_flags() -> Result<()> {
             ("attention.sliding_window_pattern", flags),
             ("attention.sliding_window", Value::U32(512)),
         ];
-        Ok::<_, crate::Error>(read("gemma3", &more)?["sliding_window_pattern"].clone())
+        Ok::<_, loralib::Error>(read("gemma3", &more)?["sliding_window_pattern"].clone())
     };
     assert_eq!(read(&[true, true, false, true, true, false, true])?, 3);
     assert!(read(&[true, false, true, true]).is_err());
@@ -132,8 +151,8 @@ fn llama3_s_scaling_is_recovered_from_its_divisors() -> Result<()> {
     let theta = [("rope.freq_base", Value::F32(500_000.))];
     let read = |divisors: &[f32]| {
         let metadata = metadata("llama", &theta);
-        Ok::<_, crate::Error>(
-            config("llama", &metadata, true, 100, Some(divisors))?["rope_scaling"].clone(),
+        Ok::<_, loralib::Error>(
+            config("llama", metadata, true, Some(divisors))?["rope_scaling"].clone(),
         )
     };
     let expected = json!({
@@ -153,7 +172,7 @@ fn llama3_s_scaling_is_recovered_from_its_divisors() -> Result<()> {
     assert!(read(&DIVISORS[..31]).is_err());
     assert!(read(&[]).is_err());
     assert!(read(&[f32::NAN; 32]).is_err());
-    let qwen2 = config("qwen2", &metadata("qwen2", &theta), true, 100, Some(&DIVISORS));
+    let qwen2 = config("qwen2", metadata("qwen2", &theta), true, Some(&DIVISORS));
     assert!(qwen2.is_err());
     Ok(())
 }
@@ -208,7 +227,7 @@ fn errors_name_the_key_or_the_value() {
     for key in metadata("llama", &[]).into_keys().filter(|key| !key.ends_with("head_count_kv")) {
         let mut metadata = metadata("llama", &[]);
         metadata.remove(&key);
-        let error = config("llama", &metadata, true, 100, None).err().map(|e| e.to_string());
+        let error = config("llama", metadata, true, None).err().map(|e| e.to_string());
         assert!(error.is_some_and(|error| error.contains(&key)), "{key}");
     }
 }

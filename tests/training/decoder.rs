@@ -1,14 +1,9 @@
-//! The example's GPT-2 agrees with transformers, and trains the selected variables only.
+//! `finetune`'s GPT-2 agrees with transformers, and trains the selected variables only.
 
-mod common;
-#[allow(dead_code)] // the example uses more of it
-#[path = "../examples/finetune/gpt2.rs"]
-mod gpt2;
-
+use crate::common::{device, difference, randn};
+use crate::gpt2::{Config, Gpt2};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use common::{device, difference, randn};
-use gpt2::{Config, Gpt2};
 use lora::{Bias, LoraConfig, LoraModule, StateDict};
 use loralib as lora;
 use std::collections::HashSet;

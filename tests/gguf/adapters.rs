@@ -1,20 +1,19 @@
 //! Adapters in llama.cpp's form.
 
-use crate::gguf::fixture::*;
-use crate::gguf::{load_adapter, save_adapter, File};
-use crate::layers::LayerKind;
-use crate::{AdapterConfig, LayerConfig, LoraConfig, Result, StateDict};
+use crate::fixture::*;
+use crate::CPU;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
+use loralib::gguf::{load_adapter, save_adapter, File};
+use loralib::layers::LayerKind;
+use loralib::{AdapterConfig, LayerConfig, LoraConfig, Result, StateDict};
 use rand::Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-
-const CPU: Device = Device::Cpu;
 
 const CFG: LoraConfig = LoraConfig { r: 4, lora_alpha: 12., ..LoraConfig::DEFAULT };
 

@@ -1,13 +1,12 @@
 //! Errors name the file, and the tensor or the metadata.
 
-use crate::gguf::fixture::*;
-use crate::gguf::File;
+use crate::fixture::*;
+use crate::CPU;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Device};
+use candle_core::DType;
+use loralib::gguf::File;
 use std::fs;
-
-const CPU: Device = Device::Cpu;
 
 /// As the bytes of a string in the metadata.
 const LLAMA: &[u8] = b"\x05\0\0\0\0\0\0\0llama";

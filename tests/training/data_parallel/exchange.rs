@@ -1,10 +1,10 @@
 //! What one exchange gives, and what it tells.
 
 use super::{apart, ranks, Model};
-use crate::train::{add_grads, clip_grad_norm, FlatGrads, Rank};
-use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
+use loralib::train::{add_grads, clip_grad_norm, FlatGrads, Rank};
+use loralib::{Error, Result};
 use std::collections::BTreeMap;
 
 #[test]

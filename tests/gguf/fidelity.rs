@@ -1,17 +1,14 @@
 //! A model gets Hugging Face's tensors.
 
-use crate::gguf::file_var_builder::Disk;
-use crate::gguf::fixture::*;
-use crate::gguf::names::Names;
-use crate::gguf::{var_builder, File};
-use crate::Result;
+use crate::fixture::*;
+use crate::CPU;
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
+use loralib::gguf::{var_builder, File};
+use loralib::{nn, Result};
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-
-const CPU: Device = Device::Cpu;
 
 fn bits(tensor: &Tensor) -> Vec<u32> {
     let tensor = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
@@ -19,18 +16,21 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 }
 
 #[test]
-fn names_are_those_of_transformers_and_gguf() -> Result<()> {
+fn a_name_that_is_not_gguf_s_has_no_translation() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    for (architecture, expected) in expected_names() {
-        let file = File::open(write_model(dir.path(), &architecture, true, GgmlDType::Q8_0))?;
-        let names = Names::of(&file)?;
-        for (own, gguf) in &expected {
-            assert_eq!(names.hugging_face(gguf).as_ref(), Some(own), "{architecture}");
-            assert_eq!(names.gguf(own).as_ref(), Some(gguf), "{architecture}");
-        }
+    let path = dir.path().join("other.gguf");
+    let one = QTensor::quantize(&random(0, &[HIDDEN, HIDDEN]), GgmlDType::F32)?;
+    let mut tensors = BTreeMap::from([(String::new(), one)]);
+    for architecture in expected_names().into_keys() {
         let other = ["blk.2.attn_q.weight", "blk.01.attn_q.weight", "blk..attn_q.weight"];
         for name in other.iter().chain(&["blk.0.attn_rot_embd.weight", "blk.0", "", "blk.0."]) {
-            assert_eq!(names.hugging_face(name), None, "{architecture} {name}");
+            let (_, tensor) = tensors.pop_first().unwrap();
+            tensors.insert(name.to_string(), tensor);
+            write_file(&path, &metadata(&architecture), &tensors);
+            let vb = File::open(&path)?.var_builder(DType::F32, &CPU);
+            let error = vb.err().unwrap().to_string();
+            let expected = format!("{name:?}: a plain {architecture} of 2 layers has no such");
+            assert!(error.contains(&expected), "{error}");
         }
     }
     Ok(())
@@ -73,7 +73,6 @@ fn blocks_are_those_of_the_rows_in_hugging_face_s_order() -> Result<()> {
     for dtype in [GgmlDType::Q4_0, GgmlDType::Q8_0, GgmlDType::F16, GgmlDType::BF16] {
         let file = File::open(write_model(dir.path(), "llama", true, dtype))?;
         let vb = file.var_builder(DType::F32, &CPU)?;
-        let disk = Disk::new(&file)?;
         for (name, tensor) in model("llama", true) {
             let loaded = vb.get(tensor.dims(), &name)?;
             if tensor.rank() == 1 {
@@ -83,11 +82,17 @@ fn blocks_are_those_of_the_rows_in_hugging_face_s_order() -> Result<()> {
             // a placeholder
             assert!(bits(&loaded).iter().all(|bits| f32::from_bits(*bits).is_nan()), "{name}");
             let gguf = &expected_names()["llama"][&name];
-            let blocks = disk.blocks(gguf, &CPU)?;
-            let expected = QTensor::quantize(&tensor, dtype)?;
+            let blocks = || {
+                let (rows, columns) = tensor.dims2()?;
+                let vb = vb.pp(name.strip_suffix(".weight").unwrap());
+                let layer = nn::linear_no_bias(columns, rows, vb)?;
+                Ok::<_, loralib::Error>(layer.quantized_weight().unwrap().clone())
+            };
+            let (blocks, again, expected) =
+                (blocks()?, blocks()?, QTensor::quantize(&tensor, dtype)?);
             assert_eq!(blocks.dtype(), dtype);
             assert_eq!(blocks.data()?, expected.data()?, "{name}");
-            assert!(Arc::ptr_eq(&blocks, &disk.blocks(gguf, &CPU)?));
+            assert!(Arc::ptr_eq(&blocks, &again), "read once");
             let stored = converted("llama", &name, &tensor, dtype);
             assert_eq!(file.tensor(gguf, &CPU)?.data()?, stored.data()?, "{name}");
         }
@@ -120,7 +125,7 @@ fn a_file_has_its_metadata_configuration_and_template() -> Result<()> {
 
 #[test]
 fn the_divisors_of_llama_3_are_read_from_their_tensor() -> Result<()> {
-    let (dir, mut tensors) = (tempfile::tempdir()?, std::collections::BTreeMap::new());
+    let (dir, mut tensors) = (tempfile::tempdir()?, BTreeMap::new());
     let ones = Tensor::ones(8, DType::F32, &CPU)?;
     tensors.insert("rope_freqs.weight".to_owned(), QTensor::quantize(&ones, GgmlDType::F32)?);
     let embedding = random(0, &[VOCAB, HIDDEN]);
@@ -146,7 +151,7 @@ fn the_divisors_of_llama_3_are_read_from_their_tensor() -> Result<()> {
 fn tensors_in_memory_are_given_by_their_names() -> Result<()> {
     let (matrix, vector) = (random(0, &[4, 32]), random(1, &[32]));
     let quantized =
-        |t: &Tensor, dtype| Ok::<_, crate::Error>(Arc::new(QTensor::quantize(t, dtype)?));
+        |t: &Tensor, dtype| Ok::<_, loralib::Error>(Arc::new(QTensor::quantize(t, dtype)?));
     let tensors = HashMap::from([
         ("a.weight".to_owned(), quantized(&matrix, GgmlDType::Q8_0)?),
         ("b.weight".to_owned(), quantized(&matrix, GgmlDType::F32)?),
@@ -187,7 +192,8 @@ fn every_dtype_of_candle_is_read() -> Result<()> {
         GgmlDType::Q8K,
     ];
     let tensor = |dtype| QTensor::quantize(&random(0, &[3, 512]), dtype);
-    let named = |dtype: &GgmlDType| Ok::<_, crate::Error>((format!("{dtype:?}"), tensor(*dtype)?));
+    let named =
+        |dtype: &GgmlDType| Ok::<_, loralib::Error>((format!("{dtype:?}"), tensor(*dtype)?));
     let tensors = dtypes.iter().map(named).collect::<Result<_>>()?;
     write_file(&path, &metadata("llama"), &tensors);
     let file = File::open(&path)?;

@@ -1,12 +1,13 @@
-//! Ids of `tests/gguf/expected_ids.py`, and vocabularies made by hand.
+//! Ids of `expected_ids.py`, and vocabularies made by hand.
 
-use super::tokenizer;
+use crate::fixture::{text, write_file};
 use candle_core::quantized::gguf_file::Value;
+use loralib::gguf::File;
 use serde::Deserialize;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use tokenizers::Tokenizer;
 
-type Metadata = HashMap<String, Value>;
+type Metadata = BTreeMap<String, Value>;
 type Result<T = ()> = tokenizers::Result<T>;
 
 #[derive(Deserialize)]
@@ -29,7 +30,7 @@ struct SentencePiece {
 const FIRST: u32 = 354;
 
 fn fixture() -> Result<Fixture> {
-    Ok(serde_json::from_str(include_str!("../../../tests/gguf/expected_ids.json"))?)
+    Ok(serde_json::from_str(include_str!("expected_ids.json"))?)
 }
 
 fn strings<T: ToString>(items: impl IntoIterator<Item = T>) -> Value {
@@ -39,10 +40,6 @@ fn strings<T: ToString>(items: impl IntoIterator<Item = T>) -> Value {
 fn with(mut metadata: Metadata, key: &str, value: Value) -> Metadata {
     metadata.insert(format!("tokenizer.ggml.{key}"), value);
     metadata
-}
-
-fn text(value: &str) -> Value {
-    Value::String(value.into())
 }
 
 /// A byte-level tokenizer with the fixture's vocabulary, then `added` tokens of a type.
@@ -71,8 +68,17 @@ fn sentencepiece(pieces: &[(&str, f32, i32)]) -> Metadata {
     with(with(metadata, "scores", Value::Array(scores)), "token_type", Value::Array(types))
 }
 
+/// What a file of this metadata gives, a llama unless it says otherwise.
+fn tokenizer_json(metadata: &Metadata) -> loralib::Result<String> {
+    let (dir, mut metadata) = (tempfile::tempdir()?, metadata.clone());
+    metadata.entry("general.architecture".to_owned()).or_insert_with(|| text("llama"));
+    let path = dir.path().join("model.gguf");
+    write_file(&path, &metadata, &BTreeMap::new());
+    File::open(&path)?.tokenizer_json()
+}
+
 fn build(metadata: &Metadata) -> Result<Tokenizer> {
-    Tokenizer::from_bytes(tokenizer(metadata)?.to_string())
+    Tokenizer::from_bytes(tokenizer_json(metadata)?)
 }
 
 fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
@@ -80,7 +86,7 @@ fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
 }
 
 fn error(metadata: &Metadata) -> String {
-    tokenizer(metadata).err().map(|error| error.to_string()).unwrap_or_default()
+    tokenizer_json(metadata).err().map(|error| error.to_string()).unwrap_or_default()
 }
 
 #[test]
@@ -166,7 +172,7 @@ fn bos_and_eos_are_added_where_the_file_or_llama_cpp_says() -> Result {
 #[test]
 fn marks_and_bytes_are_never_merged_from_text() -> Result {
     let pieces = [("<0x4", -1., 1), ("1>", -2., 1), ("</", -3., 1), ("s>", -4., 1)];
-    let file = tokenizer(&sentencepiece(&pieces))?;
+    let file: serde_json::Value = serde_json::from_str(&tokenizer_json(&sentencepiece(&pieces))?)?;
     assert_eq!(file["model"]["merges"], serde_json::json!([]));
     Ok(())
 }

@@ -2,11 +2,10 @@
 
 mod exchange;
 
-use super::{Fingerprint, FlatGrads, Rank, Sampler};
-use crate::train::AdamW;
-use crate::{Adapter, LoraConfig, Result};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Optimizer, ParamsAdamW, VarBuilder};
+use loralib::train::{AdamW, Fingerprint, FlatGrads, Rank, Sampler};
+use loralib::{nn, Adapter, LoraConfig, Result};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 
@@ -25,8 +24,8 @@ fn wave(width: usize, frequency: f32, rows: impl Iterator<Item = usize>) -> Resu
 /// Two adapted layers over a frozen base that is the same for all.
 struct Model {
     adapter: Adapter,
-    up: crate::nn::Linear,
-    down: crate::nn::Linear,
+    up: nn::Linear,
+    down: nn::Linear,
 }
 
 impl Model {
@@ -40,8 +39,8 @@ impl Model {
         });
         let base = base.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
         let vb = adapter.var_builder(VarBuilder::from_tensors(base, DType::F32, &Device::Cpu));
-        let up = crate::nn::linear(8, 16, vb.pp("up"))?;
-        let down = crate::nn::linear(16, 4, vb.pp("down"))?;
+        let up = nn::linear(8, 16, vb.pp("up"))?;
+        let down = nn::linear(16, 4, vb.pp("down"))?;
         Ok(Self { adapter, up, down })
     }
 

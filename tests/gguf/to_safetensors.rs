@@ -1,15 +1,13 @@
 //! Merging into a safetensors file.
 
-use super::merged::{config, largest, update, values};
-use crate::gguf::fixture::*;
-use crate::gguf::{merge_to_safetensors, File};
-use crate::utils::read_state_dict;
-use crate::{Result, StateDict};
+use crate::fixture::*;
+use crate::merged::{config, update, values};
+use crate::{largest, CPU};
 use candle_core::quantized::GgmlDType;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
+use loralib::gguf::{merge_to_safetensors, File};
+use loralib::{read_state_dict, Result, StateDict};
 use std::fs;
-
-const CPU: Device = Device::Cpu;
 
 #[test]
 fn the_file_has_the_sum_by_hugging_face_s_names() -> Result<()> {
@@ -65,7 +63,8 @@ fn a_tied_head_of_an_adapted_embedding_keeps_the_base_s_table() -> Result<()> {
     assert_eq!(json["tie_word_embeddings"], false);
     let (before, merged) = (values(&base)?, read_state_dict(&out, &CPU)?.tensors);
     let table = &before["model.embed_tokens.weight"];
-    let same = |one: &Tensor, other: &Tensor| Ok::<_, crate::Error>(largest(&(one - other)?) == 0.);
+    let same =
+        |one: &Tensor, other: &Tensor| Ok::<_, loralib::Error>(largest(&(one - other)?) == 0.);
     assert!(same(&merged["lm_head.weight"], table)?);
     assert!(!same(&merged["model.embed_tokens.weight"], table)?);
     Ok(())

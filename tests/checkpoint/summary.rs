@@ -1,10 +1,8 @@
 //! The table of `summary`, and the variables of `Trainable::all_parameters`.
 
-mod common;
-
+use crate::common::{device, CFG};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use common::{device, CFG};
 use lora::{Bias, Trainable};
 use loralib as lora;
 

@@ -1,27 +1,15 @@
-//! The example's BERT agrees with transformers, and trains the selected variables only.
+//! `classify`'s BERT and RoBERTa agree with transformers, and train the selected variables only.
 
-#[path = "../examples/classify/bert.rs"]
-mod bert;
-#[path = "../examples/classify/classifier.rs"]
-mod classifier;
-mod common;
-#[allow(dead_code)] // the example uses more of it
-#[path = "../examples/classify/config.rs"]
-mod config;
-#[path = "../examples/classify/names.rs"]
-mod names;
-
-use bert::{Adapt, Bert};
+use crate::bert::{Adapt, Bert};
+use crate::classifier::{Classifier, Pooling};
+use crate::common::{device, difference};
+use crate::config::Config;
+use crate::{names, Result};
 use candle_core::{DType, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use classifier::{Classifier, Pooling};
-use common::{device, difference};
-use config::Config;
 use lora::{Bias, LoraConfig, LoraModule, StateDict, Trainable};
 use loralib as lora;
 use std::collections::HashSet;
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 const LABELS: usize = 3;
 

@@ -1,0 +1,22 @@
+//! Training: the examples' models, which agree with transformers', and data-parallel runs.
+
+#[path = "../../examples/classify/bert.rs"]
+mod bert;
+#[path = "../../examples/classify/classifier.rs"]
+mod classifier;
+#[path = "../common/mod.rs"]
+mod common;
+#[allow(dead_code)] // the example uses more of it
+#[path = "../../examples/classify/config.rs"]
+mod config;
+#[allow(dead_code)] // the example uses more of it
+#[path = "../../examples/finetune/gpt2.rs"]
+mod gpt2;
+#[path = "../../examples/classify/names.rs"]
+mod names;
+
+mod data_parallel;
+mod decoder;
+mod encoders;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
