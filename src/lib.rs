@@ -42,6 +42,6 @@ pub use layers::{
 };
 #[doc(no_inline)]
 pub use utils::{
-    load_checkpoint, load_state_dict, lora_state_dict, mark_only_lora_as_trainable,
-    save_state_dict, var_builder, Bias, Strict,
+    load_checkpoint, load_state_dict, lora_state_dict, mark_only_lora_as_trainable, missing_grads,
+    read_state_dict, safetensors_var_builder, save_state_dict, var_builder, Bias, Strict,
 };
