@@ -1,6 +1,7 @@
 // On docs.rs these definitions of the README's links come first, and so count.
 #![doc = "[design]: docs::design"]
 #![doc = "[benchmarks]: docs::benchmarks"]
+#![doc = "[coming-from-loralib]: docs::coming_from_loralib"]
 #![doc = "[walkthrough]: docs::candle_transformers"]
 #![doc = "[language-model]: docs::fine_tune_a_language_model"]
 #![doc = "[peft]: docs::peft"]

@@ -44,7 +44,7 @@ pub fn conv1d() -> Result<Vec<Case>> {
 pub fn conv3d() -> Result<Vec<Case>> {
     let x = var(&[2, 32, 16, 16, 16], DType::F32)?;
     let w = var(&[32, 32, 3, 3, 3], DType::F32)?;
-    let cfg = lora::Conv3dConfig { padding: 1, ..Default::default() };
+    let cfg = lora::layers::Conv3dConfig { padding: 1, ..Default::default() };
     let layer = |w, lora| lora::Conv3d::new(w, None, cfg, lora, adapter(DType::F32));
     let (ours, full) = (layer(w.detach(), config(8))?, layer(w, LoraConfig::default())?);
     let full = vec![("full fine-tuning (ours)", step(&full, &x)?)];

@@ -20,6 +20,7 @@ use crate::utils::{
 };
 use crate::{Error, Result};
 use built::Built;
+use candle_core::backprop::GradStore;
 use candle_core::Var;
 use candle_nn::{VarBuilder, VarMap};
 use options::Options;
@@ -258,6 +259,23 @@ impl Adapter {
     /// [`missing_grads`](crate::missing_grads).
     pub fn var_map(&self) -> &VarMap {
         &self.vars
+    }
+
+    /// An error unless every variable has a gradient in `grads`: call it after the first backward. Some operations of
+    /// candle cut the graph without an error; see [`missing_grads`](crate::missing_grads).
+    ///
+    /// # Errors
+    /// With the names of the variables without a gradient; and if nothing is trained.
+    pub fn require_grads(&self, grads: &GradStore) -> Result<()> {
+        let missing = self.named_vars()?.into_iter().filter(|(_, var)| grads.get(var).is_none());
+        let missing: Vec<_> = missing.map(|(name, _)| name).collect();
+        match missing.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Invalid(format!(
+                "no gradient reaches {missing:?}: an operation of the model has no backward, or the adapter is in \
+                 evaluation; does the model's file have `use loralib::nn as candle_nn;` at its top?"
+            ))),
+        }
     }
 
     /// Sets [`Mode::Train`], the initial mode, in all layers that were built by
