@@ -1,8 +1,8 @@
 //! From format to format and back.
 
-use crate::{assert_same, fixture, tensors, Adapter, CPU};
-use lora::formats::{diffusers, kohya};
-use lora::{peft, Result};
+use crate::{assert_same, fixture, tensors, CPU};
+use lora::formats::{diffusers, kohya, peft};
+use lora::{LoraWeights, Result};
 use loralib as lora;
 use std::fs;
 
@@ -14,26 +14,28 @@ fn adapters_pass_through_all_formats_with_their_bits() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let to = |file: &str| dir.path().join(file);
     for case in ["kohya/attention", "kohya/conv"] {
-        let first = kohya::load(fixture(case).join("lora.safetensors"), &names, &CPU)?;
-        let same = |(config, adapter): Adapter| -> Result<Adapter> {
-            assert_same(&adapter, &first.1)?;
-            for path in first.0.layers.keys() {
-                let own = |config: &lora::AdapterConfig| {
+        let first = kohya::load(fixture(case).join("lora.safetensors"), &CPU)?;
+        let first = kohya::with_paths(&first, &names)?;
+        let same = |weights: LoraWeights| -> Result<LoraWeights> {
+            assert_same(&weights.state_dict(), &first.state_dict())?;
+            for path in first.config().layers.keys() {
+                let own = |weights: &LoraWeights| {
+                    let config = weights.config();
                     (config.lora_config(path).scaling(), config.kind(path).cloned())
                 };
-                assert_eq!(own(&config), own(&first.0), "{path}");
+                assert_eq!(own(&weights), own(&first), "{path}");
             }
-            Ok((config, adapter))
+            Ok(weights)
         };
-        lora::save_state_dict(&first.1, &first.0, to("own"))?;
-        let (config, adapter) = lora::read_adapter(to("own"), &CPU)?;
-        let (config, adapter) = same((config.unwrap_or_default(), adapter))?;
-        peft::save_pretrained(to("peft"), &adapter, &config)?;
-        let (config, adapter) = same(peft::load_pretrained(to("peft"), &CPU)?)?;
-        diffusers::save(to("diffusers"), &adapter, &config)?;
-        let (config, adapter) = same(diffusers::load(to("diffusers"), &CPU)?)?;
-        kohya::save(to("kohya"), &adapter, &config)?;
-        kohya::save(to("first"), &first.1, &first.0)?;
+        lora::save_state_dict(&first.state_dict(), first.config(), to("own"))?;
+        let read = lora::read_state_dict(to("own"), &CPU)?;
+        let weights = same(LoraWeights::new(read.config.unwrap_or_default(), read.tensors)?)?;
+        peft::save(to("peft"), &weights)?;
+        let weights = same(peft::load(to("peft"), &CPU)?)?;
+        diffusers::save(to("diffusers"), &weights)?;
+        let weights = same(diffusers::load(to("diffusers"), &CPU)?)?;
+        kohya::save(to("kohya"), &weights)?;
+        kohya::save(to("first"), &first)?;
         assert_same(&tensors(&to("kohya"))?, &tensors(&to("first"))?)?;
     }
     Ok(())

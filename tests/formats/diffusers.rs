@@ -4,8 +4,10 @@ use crate::common::difference;
 use crate::{assert_merged, assert_same, failed, fixture, model, tensors, zeros, CPU};
 use candle_core::DType;
 use candle_nn::VarBuilder;
-use lora::formats::{diffusers, in_component, of_component};
-use lora::{LoraConfig, StateDict};
+use lora::formats::{diffusers, peft};
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 use std::collections::HashMap;
 use std::fs;
@@ -27,11 +29,11 @@ fn files_are_saved_unchanged() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     for case in ["new", "old", "processor"] {
         let folder = fixture(&format!("diffusers/{case}"));
-        let (config, adapter) = diffusers::load(&folder, &CPU)?;
-        diffusers::save(dir.path(), &adapter, &config)?;
+        let weights = diffusers::load(&folder, &CPU)?;
+        diffusers::save(dir.path(), &weights)?;
         let again = diffusers::load(dir.path().join(FILE), &CPU)?;
-        assert_eq!(again.0, config);
-        assert_same(&again.1, &adapter)?;
+        assert_eq!(again.config(), weights.config());
+        assert_same(&again.state_dict(), &weights.state_dict())?;
         let of_unet = |path: &Path| -> lora::Result<StateDict> {
             let all = tensors(path)?.into_iter();
             Ok(all.filter(|(name, _)| name.starts_with("unet.")).collect())
@@ -45,7 +47,7 @@ fn files_are_saved_unchanged() -> lora::Result<()> {
 
 #[test]
 fn metadata_has_rank_alpha_and_patterns() -> lora::Result<()> {
-    let (config, _) = diffusers::load(fixture("diffusers/new"), &CPU)?;
+    let config = diffusers::load(fixture("diffusers/new"), &CPU)?.config();
     let own = |path: &str| (config.lora_config(path).r, config.lora_config(path).lora_alpha);
     assert_eq!(own("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"), (2, 7.));
     assert_eq!(own("unet.mid_block.attentions.0.proj_in"), (3, 4.5));
@@ -55,22 +57,23 @@ fn metadata_has_rank_alpha_and_patterns() -> lora::Result<()> {
 
 #[test]
 fn a_component_is_taken_out_and_put_back() -> lora::Result<()> {
-    let (config, adapter) = diffusers::load(fixture("diffusers/new"), &CPU)?;
-    let (unet_config, unet) = of_component("unet", &config, &adapter)?;
+    let weights = diffusers::load(fixture("diffusers/new"), &CPU)?;
+    let (config, adapter) = (weights.config(), weights.state_dict());
+    let unet = weights.component("unet")?;
     let path = "mid_block.attentions.0.proj_in";
-    assert_eq!(unet_config.lora_config(path).lora_alpha, 4.5);
-    let (text_config, text) = of_component("text_encoder", &config, &adapter)?;
-    assert_eq!(unet.len() + text.len(), adapter.len());
-    let (unet_config, mut all) = in_component("unet", &unet_config, &unet);
-    let (text_config, text) = in_component("text_encoder", &text_config, &text);
-    all.extend(text);
+    assert_eq!(unet.config().lora_config(path).lora_alpha, 4.5);
+    let text = weights.component("text_encoder")?;
+    assert_eq!(unet.state_dict().len() + text.state_dict().len(), adapter.len());
+    let (unet, text) = (unet.in_component("unet"), text.in_component("text_encoder"));
+    let mut all = unet.state_dict();
+    all.extend(text.state_dict());
     assert_same(&all, &adapter)?;
     for path in config.layers.keys() {
-        let own = if path.starts_with("unet.") { &unet_config } else { &text_config };
+        let own = if path.starts_with("unet.") { unet.config() } else { text.config() };
         assert_eq!(own.lora_config(path), config.lora_config(path));
         assert_eq!(own.kind(path), config.kind(path));
     }
-    let error = of_component("transformer", &config, &adapter).unwrap_err().to_string();
+    let error = weights.component("transformer").unwrap_err().to_string();
     assert!(error.contains("unet") && error.contains("text_encoder"), "{error}");
     Ok(())
 }
@@ -96,7 +99,10 @@ fn of_layer(layer: &str, metadata: &str, extra: &str) -> lora::Result<String> {
     }
     fs::write(&path, safetensors::serialize(&file, Some(header)).unwrap())?;
     Ok(match diffusers::load(&path, &CPU) {
-        Ok((config, _)) => format!("loads with {} {}", config.lora.r, config.lora.lora_alpha),
+        Ok(weights) => {
+            let LoraConfig { r, lora_alpha, .. } = weights.config().lora;
+            format!("loads with {r} {lora_alpha}")
+        }
         error => failed("bad.safetensors", error),
     })
 }
@@ -172,7 +178,7 @@ fn components_differ_in_options_that_do_not_change_the_update() -> lora::Result<
     };
     let harmless = r#""text_encoder.base_model_name_or_path": "a", "text_encoder.task_type": "T",
         "text_encoder.lora_dropout": 0.1, "text_encoder.use_rslora": "#;
-    let (config, _) = load(&format!("{harmless} true"))?;
+    let config = load(&format!("{harmless} true"))?.config();
     let expected = LoraConfig { r: 2, lora_alpha: 5., rslora: true, ..Default::default() };
     assert_eq!(config.lora, expected);
     assert_eq!((config.base_model_name_or_path, config.task_type), (None, Some("T".to_owned())));
@@ -191,7 +197,7 @@ fn added_projections_of_a_processor_are_those_of_its_attention() -> lora::Result
         ("unet.a.processor.add_k_proj_lora.up.weight".to_owned(), zeros(&[6, 2])?),
     ]);
     crate::save(&path, &tensors)?;
-    let (_, adapter) = diffusers::load(&path, &CPU)?;
+    let adapter = diffusers::load(&path, &CPU)?.state_dict();
     assert_eq!(
         Vec::from_iter(adapter.keys()),
         ["unet.a.add_k_proj.lora_A", "unet.a.add_k_proj.lora_B"]
@@ -207,10 +213,11 @@ fn rslora_is_in_the_metadata() -> lora::Result<()> {
         ("transformer.q.lora_A".to_owned(), zeros(&[2, 4])?),
         ("transformer.q.lora_B".to_owned(), zeros(&[6, 2])?),
     ]);
-    diffusers::save(dir.path(), &adapter, cfg)?;
-    assert_eq!(diffusers::load(dir.path(), &CPU)?.0.lora, cfg);
+    diffusers::save(dir.path(), &LoraWeights::new(cfg, adapter.clone())?)?;
+    assert_eq!(diffusers::load(dir.path(), &CPU)?.config().lora, cfg);
     let bare = adapter.iter().map(|(k, t)| (k.replace("transformer.q", "q"), t.clone())).collect();
-    assert!(failed(FILE, diffusers::save(dir.path(), &bare, cfg)).contains("component"));
+    let bare = LoraWeights::new(cfg, bare)?;
+    assert!(failed(FILE, diffusers::save(dir.path(), &bare)).contains("component"));
     Ok(())
 }
 
@@ -219,17 +226,17 @@ fn rslora_is_in_the_metadata() -> lora::Result<()> {
 fn convolutions_of_all_dimensions_keep_their_update() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let folder = fixture("../peft/conv");
-    let (config, adapter) = lora::peft::load_pretrained(&folder, &CPU)?;
-    let (of_all, all) = in_component("transformer", &config, &adapter);
-    diffusers::save(dir.path(), &all, &of_all)?;
-    let (again, read) = diffusers::load(dir.path(), &CPU)?;
-    assert_same(&read, &all)?;
-    let (again, read) = of_component("transformer", &again, &read)?;
-    assert_eq!(read.len(), 6);
+    let weights = peft::load(&folder, &CPU)?;
+    let all = weights.in_component("transformer");
+    diffusers::save(dir.path(), &all)?;
+    let read = diffusers::load(dir.path(), &CPU)?;
+    assert_same(&read.state_dict(), &all.state_dict())?;
+    let read = read.component("transformer")?;
+    assert_eq!(read.state_dict().len(), 6);
     let base = tensors(&folder.join("model.safetensors"))?.into_iter();
     let base = base.filter_map(|(k, t)| Some((k.strip_prefix("base.")?.to_owned(), t))).collect();
-    let ours = lora::merge_into(&base, &read, again)?;
-    assert_same(&ours, &lora::merge_into(&base, &adapter, config)?)?;
+    let ours = merge_into(&base, &read)?;
+    assert_same(&ours, &merge_into(&base, &weights)?)?;
     for path in ["conv1", "conv2", "conv3"] {
         assert!(
             difference(&ours[&format!("{path}.weight")], &base[&format!("{path}.weight")])? > 1e-3
@@ -240,9 +247,8 @@ fn convolutions_of_all_dimensions_keep_their_update() -> lora::Result<()> {
 
 #[test]
 fn an_adapter_of_a_component_gives_a_merged_base() -> lora::Result<()> {
-    let (config, all) = diffusers::load(fixture("diffusers/new"), &CPU)?;
-    let (config, unet) = of_component("unet", &config, &all)?;
-    let adapter = lora::Adapter::from_tensors(&config, unet.clone())?;
+    let unet = diffusers::load(fixture("diffusers/new"), &CPU)?.component("unet")?;
+    let adapter = lora::Adapter::from_weights(&unet)?;
     let [base, merged] = model("diffusers/new")?;
     let of_unet = |all: StateDict| -> HashMap<_, _> {
         all.into_iter()
@@ -255,8 +261,9 @@ fn an_adapter_of_a_component_gives_a_merged_base() -> lora::Result<()> {
         let apart = difference(&vb.get(expected.dims(), &name)?, &expected)?;
         assert!(apart <= 2e-6, "{name} {apart}");
     }
-    let half = unet.into_iter().filter(|(name, _)| !name.ends_with("proj_in.lora_B")).collect();
-    let error = lora::Adapter::from_tensors(config, half).unwrap_err().to_string();
+    let mut half = unet.state_dict();
+    half.retain(|name, _| !name.ends_with("proj_in.lora_B"));
+    let error = LoraWeights::new(unet.config(), half).unwrap_err().to_string();
     assert!(error.contains("proj_in.lora_B"), "{error}");
     Ok(())
 }

@@ -2,21 +2,28 @@
 
 use crate::{assert_merged, assert_same, failed, fixture, save, tensors, zeros, CPU};
 use candle_core::{DType, Tensor};
+use lora::adapter::AdapterConfig;
 use lora::formats::kohya;
 use lora::layers::LayerKind;
-use lora::{AdapterConfig, LoraConfig, StateDict};
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 use std::fs;
+use std::path::Path;
 
 fn names() -> lora::Result<Vec<String>> {
     let text = fs::read_to_string(fixture("kohya/names.txt"))?;
     Ok(text.lines().map(str::to_owned).collect())
 }
 
+fn load(path: &Path, names: &[impl AsRef<str>]) -> lora::Result<LoraWeights> {
+    kohya::with_paths(&kohya::load(path, &CPU)?, names)
+}
+
 #[test]
 fn merged_weights_agree_with_diffusers_and_the_formula() -> lora::Result<()> {
     for case in ["kohya/attention", "kohya/conv"] {
-        let adapter = kohya::load(fixture(case).join("lora.safetensors"), &names()?, &CPU)?;
+        let adapter = load(&fixture(case).join("lora.safetensors"), &names()?)?;
         assert_merged(case, &adapter)?;
     }
     Ok(())
@@ -27,9 +34,9 @@ fn files_are_saved_unchanged() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     for case in ["kohya/attention", "kohya/conv"] {
         let path = fixture(case).join("lora.safetensors");
-        let (config, adapter) = kohya::load(&path, &names()?, &CPU)?;
+        let weights = load(&path, &names()?)?;
         let again = dir.path().join("again.safetensors");
-        kohya::save(&again, &adapter, &config)?;
+        kohya::save(&again, &weights)?;
         let (mut ours, mut theirs) = (tensors(&again)?, tensors(&path)?);
         // A missing alpha and 0 mean r. `attention` is diffusers', which writes lora_te1 for any text encoder.
         let alphas = |all: &mut StateDict| -> lora::Result<()> {
@@ -51,7 +58,7 @@ fn files_are_saved_unchanged() -> lora::Result<()> {
         alphas(&mut ours)?;
         alphas(&mut theirs)?;
         assert_same(&ours, &theirs)?;
-        assert_eq!(kohya::load(&again, &names()?, &CPU)?.0, config);
+        assert_eq!(load(&again, &names()?)?.config(), weights.config());
     }
     Ok(())
 }
@@ -67,14 +74,16 @@ fn names_are_resolved_against_the_base_or_refused_with_candidates() -> lora::Res
         ]))
     };
     save(&path, &pair("lora_unet_a_b_c")?)?;
-    let load = |names: &[&str]| kohya::load(&path, names, &CPU);
-    let (_, adapter) = load(&["unet.a.b_c.weight", "text_encoder.a.b.c.weight"])?;
-    assert_eq!(Vec::from_iter(adapter.keys()), ["unet.a.b_c.lora_A", "unet.a.b_c.lora_B"]);
-    let (_, adapter) = load(&["transformer.a_b.c.weight"])?;
-    assert!(adapter.contains_key("transformer.a_b.c.lora_A"));
-    let error = failed("some.safetensors", load(&["unet.a.b_c.weight", "unet.a_b.c.weight"]));
+    let weights = kohya::load(&path, &CPU)?;
+    let adapter = |names: &[&str]| Ok(kohya::with_paths(&weights, names)?.state_dict());
+    let failed =
+        |names: &[&str]| adapter(names).map_err(|e: lora::Error| e.to_string()).unwrap_err();
+    let tensors = adapter(&["unet.a.b_c.weight", "text_encoder.a.b.c.weight"])?;
+    assert_eq!(Vec::from_iter(tensors.keys()), ["unet.a.b_c.lora_A", "unet.a.b_c.lora_B"]);
+    assert!(adapter(&["transformer.a_b.c.weight"])?.contains_key("transformer.a_b.c.lora_A"));
+    let error = failed(&["unet.a.b_c.weight", "unet.a_b.c.weight"]);
     assert!(error.contains("unet.a.b_c") && error.contains("unet.a_b.c"), "{error}");
-    let error = failed("some.safetensors", load(&["unet.a.b.d.weight", "unet.x.weight"]));
+    let error = failed(&["unet.a.b.d.weight", "unet.x.weight"]);
     assert!(error.contains("lora_unet_a_b_c") && error.contains("lora_unet_a_b_d"), "{error}");
     Ok(())
 }
@@ -186,14 +195,14 @@ fn layers_have_the_names_of_the_programs_for_their_model() -> lora::Result<()> {
             adapter.insert(format!("{layer}.lora_A"), zeros(&[2, 4])?);
             adapter.insert(format!("{layer}.lora_B"), zeros(&[6, 2])?);
         }
-        kohya::save(&path, &adapter, cfg)?;
+        kohya::save(&path, &LoraWeights::new(cfg, adapter.clone())?)?;
         let file = tensors(&path)?;
         assert_eq!(file.len(), 3 * layers.len());
         for (_, name) in layers {
             assert!(file.contains_key(&format!("{name}.alpha")), "{name}: {:?}", file.keys());
         }
         let names: Vec<_> = layers.iter().map(|(layer, _)| format!("{layer}.weight")).collect();
-        assert_same(&kohya::load(&path, &names, &CPU)?.1, &adapter)?;
+        assert_same(&load(&path, &names)?.state_dict(), &adapter)?;
     }
     Ok(())
 }
@@ -202,6 +211,8 @@ fn layers_have_the_names_of_the_programs_for_their_model() -> lora::Result<()> {
 fn a_base_in_another_layout_is_told() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("some.safetensors");
+    let cfg = LoraConfig { r: 2, ..Default::default() };
+    let failed = |names: &[&str]| load(&path, names).unwrap_err().to_string();
     for (layer, original) in [
         ("unet.model.diffusion_model.input_blocks.4.1.proj_in", "input_blocks"),
         ("transformer.double_blocks.0.img_attn.qkv", "double_blocks"),
@@ -210,13 +221,13 @@ fn a_base_in_another_layout_is_told() -> lora::Result<()> {
             (format!("{layer}.lora_A"), zeros(&[2, 4])?),
             (format!("{layer}.lora_B"), zeros(&[6, 2])?),
         ]);
-        kohya::save(&path, &adapter, LoraConfig { r: 2, ..Default::default() })?;
+        kohya::save(&path, &LoraWeights::new(cfg, adapter)?)?;
         let diffusers =
             ["unet.down_blocks.1.attentions.0.proj_in.weight", "transformer.x_embedder.weight"];
-        let error = failed("some.safetensors", kohya::load(&path, &diffusers, &CPU));
+        let error = failed(&diffusers);
         assert!(error.contains("original release") && error.contains(original), "{error}");
-        let other = [layer.replace(['0', '4'], "1") + ".weight"];
-        let error = failed("some.safetensors", kohya::load(&path, &other, &CPU));
+        let other = layer.replace(['0', '4'], "1") + ".weight";
+        let error = failed(&[&other]);
         assert!(error.contains("nearest"), "{error}");
     }
     let clip = "text_encoder.text_model.encoder.layers.0.mlp.fc1";
@@ -224,9 +235,9 @@ fn a_base_in_another_layout_is_told() -> lora::Result<()> {
         (format!("{clip}.lora_A"), zeros(&[2, 4])?),
         (format!("{clip}.lora_B"), zeros(&[6, 2])?),
     ]);
-    kohya::save(&path, &adapter, LoraConfig { r: 2, ..Default::default() })?;
+    kohya::save(&path, &LoraWeights::new(cfg, adapter)?)?;
     let open_clip = ["text_encoder.cond_stage_model.model.transformer.resblocks.0.mlp.c_fc.weight"];
-    let error = failed("some.safetensors", kohya::load(&path, &open_clip, &CPU));
+    let error = failed(&open_clip);
     assert!(error.contains("OpenCLIP"), "{error}");
     Ok(())
 }
@@ -243,13 +254,13 @@ fn other_methods_and_broken_pairs_are_refused_by_name() -> lora::Result<()> {
             file.insert(format!("{layer}.{last}"), zeros(&shape)?);
         }
         save(&path, &file)?;
-        let error = failed("bad.safetensors", kohya::load(&path, &names()?, &CPU));
+        let error = failed("bad.safetensors", kohya::load(&path, &CPU));
         assert!(error.contains(last), "{error}");
     }
     for missing in 0..2 {
         let (last, shape) = good[1 - missing];
         save(&path, &StateDict::from([(format!("{layer}.{last}"), zeros(&shape)?)]))?;
-        let error = failed("bad.safetensors", kohya::load(&path, &names()?, &CPU));
+        let error = failed("bad.safetensors", kohya::load(&path, &CPU));
         assert!(error.contains(layer), "{error}");
     }
     Ok(())
@@ -267,26 +278,28 @@ fn scalings_are_kept_and_what_has_no_place_is_refused() -> lora::Result<()> {
     }
     for (lora_alpha, rslora) in [(7., false), (1. / 3., false), (16., true), (-2., false)] {
         let cfg = LoraConfig { r: 3, lora_alpha, rslora, ..Default::default() };
-        kohya::save(&path, &adapter, cfg)?;
+        kohya::save(&path, &LoraWeights::new(cfg, adapter.clone())?)?;
         let file = tensors(&path)?;
         assert!(file.contains_key("lora_te1_q.alpha") && file.contains_key("lora_te2_q.alpha"));
-        let (config, _) = kohya::load(&path, &names, &CPU)?;
+        let config = load(&path, &names)?.config();
         assert!((config.lora.scaling() - cfg.scaling()).abs() < 1e-15, "{config:?}");
     }
     let before = fs::read(&path)?;
     let cfg = LoraConfig { r: 3, lora_alpha: 3., ..Default::default() };
     let failing = |tensors: &StateDict, config: AdapterConfig, named: &str| {
-        let error = failed("out.safetensors", kohya::save(&path, tensors, config));
+        let weights = LoraWeights::new(config, tensors.clone()).unwrap();
+        let error = failed("out.safetensors", kohya::save(&path, &weights));
         assert!(error.contains(named), "{error}");
         assert_eq!(fs::read(&path).unwrap(), before, "the old file is there");
     };
-    let part = |names: &[&str]| -> StateDict {
-        names.iter().map(|n| (n.to_string(), adapter["text_encoder.q.lora_A"].clone())).collect()
+    let refused = |name: &str| {
+        let part = [(name.to_owned(), adapter["text_encoder.q.lora_A"].clone())];
+        LoraWeights::new(cfg, part.into()).unwrap_err().to_string()
     };
     failing(&adapter, LoraConfig { lora_alpha: 0., ..cfg }.into(), "alpha is 0");
     failing(&adapter, LoraConfig { fan_in_fan_out: true, ..cfg }.into(), "fan_in_fan_out");
-    failing(&part(&["text_encoder.q.lora_A"]), cfg.into(), "lora_B");
-    failing(&part(&["text_encoder.q.bias"]), cfg.into(), "q.bias");
+    assert!(refused("text_encoder.q.lora_A").contains("lora_B"));
+    assert!(refused("text_encoder.q.bias").contains("q.bias"));
     let table = AdapterConfig::from(cfg).with_layer("q", LayerKind::Embedding);
     failing(&adapter, table, "Embedding");
     let bare = adapter.iter().take(2).map(|(k, t)| (k.replace("text_encoder.", ""), t.clone()));
@@ -309,10 +322,11 @@ fn half_precision_keeps_its_bits() -> lora::Result<()> {
     for dtype in [DType::F16, DType::BF16] {
         let half = |(k, t): (&String, &Tensor)| Ok((k.clone(), t.to_dtype(dtype)?));
         save(&path, &source.iter().map(half).collect::<lora::Result<_>>()?)?;
-        let (config, adapter) = kohya::load(&path, &names()?, &CPU)?;
+        let weights = load(&path, &names()?)?;
+        let adapter = weights.state_dict();
         assert!(adapter.values().all(|t| t.dtype() == dtype));
-        kohya::save(&again, &adapter, &config)?;
-        assert_same(&adapter, &kohya::load(&again, &names()?, &CPU)?.1)?;
+        kohya::save(&again, &weights)?;
+        assert_same(&adapter, &load(&again, &names()?)?.state_dict())?;
     }
     Ok(())
 }

@@ -13,13 +13,13 @@ mod trained;
 
 use candle_core::{Device, Tensor};
 use common::{bits, difference};
-use lora::{AdapterConfig, StateDict};
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::LoraWeights;
 use loralib as lora;
 use std::path::{Path, PathBuf};
 
 const CPU: Device = Device::Cpu;
-
-type Adapter = (AdapterConfig, StateDict);
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats").join(name)
@@ -40,10 +40,10 @@ fn model(case: &str) -> lora::Result<[StateDict; 2]> {
 }
 
 /// Every merged weight agrees with the fixture's.
-fn assert_merged(case: &str, (config, adapter): &Adapter) -> lora::Result<()> {
+fn assert_merged(case: &str, weights: &LoraWeights) -> lora::Result<()> {
     let [base, merged] = model(case)?;
-    let ours = lora::merge_into(&base, adapter, config)?;
-    assert_eq!(adapter.len(), 2 * merged.len(), "{case}: every layer is changed");
+    let ours = merge_into(&base, weights)?;
+    assert_eq!(weights.state_dict().len(), 2 * merged.len(), "{case}: every layer is changed");
     let mut apart = 0f64;
     for (name, tensor) in &ours {
         apart = apart.max(difference(tensor, &merged[name])?);

@@ -3,27 +3,30 @@
 use crate::common::bits;
 use crate::{assert_merged, assert_same, failed, fixture, save, tensors, zeros, CPU};
 use candle_core::DType;
+use lora::adapter::{AdapterConfig, LayerConfig};
 use lora::formats::mlx;
 use lora::layers::LayerKind;
-use lora::{AdapterConfig, LayerConfig, LoraConfig, StateDict};
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 use std::fs;
 
 #[test]
 fn merged_weights_agree_with_the_formula() -> lora::Result<()> {
     let adapter = mlx::load(fixture("mlx"), &CPU)?;
-    assert_eq!(adapter.0.lora.scaling(), 20.);
-    assert_eq!(adapter.0.lora.lora_dropout, 0.05);
+    assert_eq!(adapter.config().lora.scaling(), 20.);
+    assert_eq!(adapter.config().lora.lora_dropout, 0.05);
     assert_merged("mlx", &adapter)
 }
 
 #[test]
 fn folders_are_saved_unchanged() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
-    let (config, adapter) = mlx::load(fixture("mlx"), &CPU)?;
-    mlx::save(dir.path(), &adapter, &config)?;
+    let weights = mlx::load(fixture("mlx"), &CPU)?;
+    mlx::save(dir.path(), &weights)?;
     let again = mlx::load(dir.path(), &CPU)?;
-    assert_eq!(again.0, config);
+    assert_eq!(again.config(), weights.config());
     let file = "adapters.safetensors";
     assert_same(&tensors(&dir.path().join(file))?, &tensors(&fixture("mlx").join(file))?)?;
     let text = fs::read_to_string(dir.path().join("adapter_config.json"))?;
@@ -41,7 +44,8 @@ fn a_byte_order_mark_and_null_for_the_default_are_read() -> lora::Result<()> {
     let text = text.replace(r#""fine_tune_type": "lora""#, r#""fine_tune_type": null"#);
     assert!(text.contains("null"));
     fs::write(dir.path().join("adapter_config.json"), format!("\u{feff}{text}"))?;
-    assert_eq!(mlx::load(dir.path(), &CPU)?.0, mlx::load(fixture("mlx"), &CPU)?.0);
+    let [read, expected] = [mlx::load(dir.path(), &CPU)?, mlx::load(fixture("mlx"), &CPU)?];
+    assert_eq!(read.config(), expected.config());
     Ok(())
 }
 
@@ -60,15 +64,17 @@ fn ranks_and_scalings_become_common() -> lora::Result<()> {
     let own = |r, lora_alpha| LayerConfig { r, lora_alpha, ..Default::default() };
     config.layers.insert("c".to_owned(), own(Some(4), Some(4.)));
     config.layers.insert("d".to_owned(), own(None, Some(12.)));
-    mlx::save(dir.path(), &adapter, &config)?;
-    let (read, again) = mlx::load(dir.path(), &CPU)?;
+    let weights = LoraWeights::new(config, adapter.clone())?;
+    mlx::save(dir.path(), &weights)?;
+    let again = mlx::load(dir.path(), &CPU)?;
+    let read = again.config();
     assert_eq!((read.lora.r, read.lora.scaling()), (4, 3.));
-    for (name, merged) in lora::merge_into(&base, &again, &read)? {
-        let before = &lora::merge_into(&base, &adapter, &config)?[&name];
+    for (name, merged) in merge_into(&base, &again)? {
+        let before = &merge_into(&base, &weights)?[&name];
         let apart = crate::common::difference(&merged, before)?;
         assert!(apart <= 2e-6, "{name} {apart}");
     }
-    let twice = (again["d.lora_B"].narrow(1, 0, 2)? / 2.)?;
+    let twice = (again.state_dict()["d.lora_B"].narrow(1, 0, 2)? / 2.)?;
     assert_eq!(bits(&twice)?, bits(&adapter["d.lora_B"])?, "a power of two is exact");
     Ok(())
 }
@@ -128,7 +134,8 @@ fn what_mlx_lacks_is_not_saved() -> lora::Result<()> {
         ]);
         let config = LoraConfig { fan_in_fan_out, ..lora };
         let config = AdapterConfig::from(config).with_layer(path, kind);
-        let error = mlx::save(dir.path(), &adapter, config).unwrap_err().to_string();
+        let error =
+            mlx::save(dir.path(), &LoraWeights::new(config, adapter)?).unwrap_err().to_string();
         assert!(error.contains(path), "{error}");
         assert_eq!(fs::read_dir(dir.path())?.count(), 0);
     }

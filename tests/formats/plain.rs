@@ -3,12 +3,16 @@
 use crate::common::{difference, rnd};
 use crate::{assert_same, tensors, CPU};
 use candle_core::DType;
+use lora::adapter::{AdapterConfig, LayerConfig};
+use lora::formats::peft;
 use lora::layers::LayerKind;
-use lora::{peft, AdapterConfig, LayerConfig, LoraConfig, StateDict};
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 use std::fs;
 
-fn sample(lora: LoraConfig) -> lora::Result<(StateDict, StateDict, AdapterConfig)> {
+fn sample(lora: LoraConfig) -> lora::Result<(StateDict, LoraWeights)> {
     let (mut base, mut adapter) = (StateDict::new(), StateDict::new());
     for (i, (path, r)) in [("h.q", 2), ("h.k", 2), ("h.v", 5)].into_iter().enumerate() {
         let value =
@@ -20,7 +24,7 @@ fn sample(lora: LoraConfig) -> lora::Result<(StateDict, StateDict, AdapterConfig
     let mut config = AdapterConfig::from(lora).with_layer("q", LayerKind::Linear);
     let own = LayerConfig { r: Some(5), lora_alpha: Some(0.75), ..Default::default() };
     config.layers.insert("v".to_owned(), own);
-    Ok((base, adapter, config))
+    Ok((base, LoraWeights::new(config, adapter)?))
 }
 
 #[test]
@@ -28,8 +32,8 @@ fn plain_folders_have_one_rank_one_whole_alpha_and_the_same_update() -> lora::Re
     let dir = tempfile::tempdir()?;
     for (lora_alpha, rslora) in [(3., false), (3., true), (0.3, false), (-5.5, true), (0., false)] {
         let lora = LoraConfig { r: 2, lora_alpha, rslora, ..Default::default() };
-        let (base, adapter, config) = sample(lora)?;
-        peft::save_plain(dir.path(), &adapter, &config)?;
+        let (base, weights) = sample(lora)?;
+        peft::save_plain(dir.path(), &weights)?;
         let text = fs::read_to_string(dir.path().join("adapter_config.json"))?;
         for line in [
             r#""use_rslora": false"#,
@@ -39,10 +43,11 @@ fn plain_folders_have_one_rank_one_whole_alpha_and_the_same_update() -> lora::Re
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }
-        let (read, again) = peft::load_pretrained(dir.path(), &CPU)?;
+        let again = peft::load(dir.path(), &CPU)?;
+        let read = again.config();
         assert!(read.lora.lora_alpha.fract() == 0. && read.lora.lora_alpha != 0., "{read:?}");
-        let expected = lora::merge_into(&base, &adapter, &config)?;
-        for (name, merged) in lora::merge_into(&base, &again, &read)? {
+        let expected = merge_into(&base, &weights)?;
+        for (name, merged) in merge_into(&base, &again)? {
             let apart = difference(&merged, &expected[&name])?;
             assert!(apart <= 2e-6, "{lora_alpha} {rslora} {name}: {apart}");
         }
@@ -54,10 +59,11 @@ fn plain_folders_have_one_rank_one_whole_alpha_and_the_same_update() -> lora::Re
 fn factors_keep_their_bits_where_the_scaling_fits() -> lora::Result<()> {
     let dirs = [tempfile::tempdir()?, tempfile::tempdir()?];
     let lora = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
-    let (_, adapter, _) = sample(lora)?;
-    let adapter = adapter.into_iter().filter(|(name, _)| !name.contains('v')).collect();
-    peft::save_plain(dirs[0].path(), &adapter, lora)?;
-    peft::save_pretrained(dirs[1].path(), &adapter, lora)?;
+    let (_, all) = sample(lora)?;
+    let adapter = all.state_dict().into_iter().filter(|(name, _)| !name.contains('v')).collect();
+    let weights = LoraWeights::new(lora, adapter)?;
+    peft::save_plain(dirs[0].path(), &weights)?;
+    peft::save(dirs[1].path(), &weights)?;
     let [plain, usual] =
         dirs.each_ref().map(|dir| tensors(&dir.path().join("adapter_model.safetensors")));
     assert_same(&plain?, &usual?)

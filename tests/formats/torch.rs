@@ -15,7 +15,7 @@ const NESTED: [(&str, &str); 2] =
 #[test]
 fn an_entry_is_read_by_name() -> lora::Result<()> {
     for (file, entry) in NESTED {
-        let tensors = lora::read_torch_entry(path(file), entry, &CPU)?;
+        let tensors = lora::files::read_torch_entry(path(file), entry, &CPU)?;
         assert_eq!(Vec::from_iter(tensors.keys()), ["fc.lora_A", "fc.lora_B"]);
         let a = tensors["fc.lora_A"].to_vec2::<f32>()?;
         assert_eq!(a, [[0., 1., 2.], [3., 4., 5.]]);
@@ -29,22 +29,25 @@ fn without_an_entry_the_error_lists_them() {
         let error = failed(file, lora::read_state_dict(path(file), &CPU));
         assert!(error.contains(&format!("{entry:?}")), "{error}");
         assert!(error.contains("read_torch_entry"), "{error}");
-        let error = failed(file, lora::read_torch_entry(path(file), "other", &CPU));
+        let error = failed(file, lora::files::read_torch_entry(path(file), "other", &CPU));
         assert!(error.contains("\"other\"") && error.contains(&format!("{entry:?}")), "{error}");
-        let error = failed(file, lora::read_torch_entry(path(file), "epoch", &CPU));
+        let error = failed(file, lora::files::read_torch_entry(path(file), "epoch", &CPU));
         assert!(error.contains("a number"), "{error}");
     }
     let file = "nested_lightning.pt";
-    let error = failed(file, lora::read_torch_entry(path(file), "hyper_parameters", &CPU));
+    let error = failed(file, lora::files::read_torch_entry(path(file), "hyper_parameters", &CPU));
     assert!(error.contains("an object"), "{error}");
-    let error =
-        failed("good.safetensors", lora::read_torch_entry(path("good.safetensors"), "a", &CPU));
+    let error = failed(
+        "good.safetensors",
+        lora::files::read_torch_entry(path("good.safetensors"), "a", &CPU),
+    );
     assert!(error.contains("torch"), "{error}");
 }
 
 #[test]
 fn names_of_wrappers_are_told_and_stripped() -> lora::Result<()> {
-    let tensors = lora::read_torch_entry(path("nested_wrapped.pt"), "model_state_dict", &CPU)?;
+    let tensors =
+        lora::files::read_torch_entry(path("nested_wrapped.pt"), "model_state_dict", &CPU)?;
     assert!(tensors.contains_key("module._orig_mod.fc.lora_A"));
     let vars = candle_nn::VarMap::new();
     let vb = candle_nn::VarBuilder::from_varmap(&vars, candle_core::DType::F32, &CPU);
@@ -55,7 +58,7 @@ fn names_of_wrappers_are_told_and_stripped() -> lora::Result<()> {
         assert!(error.contains("module._orig_mod.fc.lora_A"), "{error}");
         assert!(error.contains("strip_wrappers"), "{error}");
     }
-    let report = load_state_dict(&vars, &lora::strip_wrappers(tensors)?, Strict::Yes)?;
+    let report = load_state_dict(&vars, &lora::files::strip_wrappers(tensors)?, Strict::Yes)?;
     assert_eq!(report.loaded, ["fc.lora_A", "fc.lora_B"]);
     Ok(())
 }
@@ -65,7 +68,7 @@ fn wrappers_are_stripped_only_where_they_are_one() -> lora::Result<()> {
     let t = crate::zeros(&[1])?;
     let strip = |names: &[&str]| {
         let all = names.iter().map(|name| (name.to_string(), t.clone())).collect();
-        lora::strip_wrappers(all).map(|all| all.into_keys().collect::<Vec<_>>())
+        lora::files::strip_wrappers(all).map(|all| all.into_keys().collect::<Vec<_>>())
     };
     assert_eq!(strip(&["module.a.b", "module.c"])?, ["a.b", "c"]);
     assert_eq!(strip(&["module.a", "c"])?, ["c", "module.a"]);

@@ -1,31 +1,32 @@
 //! What a format gives trains as an `Adapter`.
 
-use crate::{fixture, model, Adapter, CPU};
+use crate::{fixture, model, CPU};
 use candle_core::{DType, Module, Tensor};
 use candle_nn::VarBuilder;
-use lora::formats::{diffusers, kohya, mlx, of_component};
-use lora::{missing_grads, StateDict};
+use lora::formats::{diffusers, kohya, mlx};
+use lora::utils::StateDict;
+use lora::{missing_grads, LoraWeights};
 use loralib::{self as lora, nn};
 use std::fs;
 
 /// The linear layers of an adapter, in `dtype`.
-fn linear((_, tensors): &Adapter, base: &StateDict, dtype: DType) -> lora::Result<StateDict> {
+fn linear(weights: &LoraWeights, base: &StateDict, dtype: DType) -> lora::Result<StateDict> {
     let is_linear = |name: &str| {
         let weight = name.rsplit_once('.').map(|(path, _)| format!("{path}.weight"));
         let weight = weight.and_then(|weight| base.get(&weight));
         weight.is_some_and(|weight| weight.rank() == 2) && !name.contains("embed_tokens")
     };
-    let linear = tensors.iter().filter(|(name, _)| is_linear(name));
-    linear.map(|(name, tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?))).collect()
+    let linear = weights.state_dict().into_iter().filter(|(name, _)| is_linear(name));
+    linear.map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?))).collect()
 }
 
 /// All factors of linear layers get a gradient.
-fn assert_trains(adapter: &Adapter, base: StateDict, dtype: DType) -> lora::Result<()> {
-    let tensors = linear(adapter, &base, dtype)?;
+fn assert_trains(weights: &LoraWeights, base: StateDict, dtype: DType) -> lora::Result<()> {
+    let tensors = linear(weights, &base, dtype)?;
     assert!(!tensors.is_empty());
-    let mut config = adapter.0.clone();
+    let mut config = weights.config();
     config.layers.retain(|path, _| tensors.contains_key(&format!("{path}.lora_A")));
-    let adapter = lora::Adapter::from_tensors(config, tensors.clone())?;
+    let adapter = lora::Adapter::from_weights(&LoraWeights::new(config, tensors.clone())?)?;
     let sizes: Vec<_> = tensors
         .keys()
         .filter_map(|name| name.strip_suffix(".lora_A"))
@@ -53,7 +54,6 @@ fn assert_trains(adapter: &Adapter, base: StateDict, dtype: DType) -> lora::Resu
 fn an_adapter_of_each_format_trains_in_f32() -> lora::Result<()> {
     let names = fs::read_to_string(fixture("kohya/names.txt"))?;
     let names: Vec<_> = names.lines().collect();
-    let unet = |(config, all): Adapter| of_component("unet", &config, &all);
     let of_unet = |base: StateDict| -> StateDict {
         let own =
             base.into_iter().filter_map(|(k, t)| Some((k.strip_prefix("unet.")?.to_owned(), t)));
@@ -63,15 +63,15 @@ fn an_adapter_of_each_format_trains_in_f32() -> lora::Result<()> {
         for case in ["diffusers/new", "diffusers/old", "diffusers/processor"] {
             let file = fixture(case).join("pytorch_lora_weights.safetensors");
             assert_trains(
-                &unet(diffusers::load(file, &CPU)?)?,
+                &diffusers::load(file, &CPU)?.component("unet")?,
                 of_unet(model(case)?[0].clone()),
                 dtype,
             )?;
         }
         for case in ["kohya/attention", "kohya/conv"] {
             let file = fixture(case).join("lora.safetensors");
-            let adapter = unet(kohya::load(file, &names, &CPU)?)?;
-            assert_trains(&adapter, of_unet(model(case)?[0].clone()), dtype)?;
+            let weights = kohya::with_paths(&kohya::load(file, &CPU)?, &names)?;
+            assert_trains(&weights.component("unet")?, of_unet(model(case)?[0].clone()), dtype)?;
         }
         assert_trains(&mlx::load(fixture("mlx"), &CPU)?, model("mlx")?[0].clone(), dtype)?;
     }

@@ -3,6 +3,8 @@
 use crate::common::bits;
 use crate::{cfg, model, CPU};
 use candle_core::{DType, Tensor};
+use lora::merge::{merge_files, merge_into};
+use lora::LoraWeights;
 use loralib as lora;
 use std::collections::HashMap;
 use std::fs;
@@ -16,7 +18,7 @@ fn write(path: &Path, tensors: &[(&str, &Tensor)]) {
 #[test]
 fn sharded_base_keeps_its_files() -> lora::Result<()> {
     let (base, adapter) = model(DType::BF16);
-    let expected = lora::merge_into(&base, &adapter, cfg())?;
+    let expected = merge_into(&base, &adapter)?;
     let dir = tempfile::tempdir()?;
     let from = dir.path().join("base");
     fs::create_dir(&from)?;
@@ -35,12 +37,12 @@ fn sharded_base_keeps_its_files() -> lora::Result<()> {
     for base in [from.clone(), index.clone()] {
         let out = tempfile::tempdir()?;
         let mut last = None;
-        lora::merge_files(&base, &adapter, cfg(), out.path(), |p| last = Some(p))?;
+        merge_files(&base, &adapter, out.path(), |p| last = Some(p))?;
         let last = last.unwrap();
         assert_eq!((last.done, last.total), (size as u64, size as u64));
         let whole = lora::read_state_dict(out.path(), &CPU)?.tensors;
         assert!(whole.keys().eq(expected.keys()));
-        assert!(lora::merge_into(&whole, &[].into(), cfg()).is_err(), "an empty adapter");
+        assert!(LoraWeights::new(cfg(), [].into()).is_err(), "an empty adapter");
         let mut seen = 0;
         for shard in ["model-0", "model-1", "model-2"] {
             let file = out.path().join(format!("{shard}.safetensors"));
@@ -54,11 +56,11 @@ fn sharded_base_keeps_its_files() -> lora::Result<()> {
         assert_eq!(fs::read(out.path().join(index.file_name().unwrap()))?, fs::read(&index)?);
     }
     let whole = lora::read_state_dict(&from, &CPU)?.tensors;
-    for (name, t) in lora::merge_into(&whole, &adapter, cfg())? {
+    for (name, t) in merge_into(&whole, &adapter)? {
         assert_eq!(bits(&t)?, bits(&expected[&name])?, "{name}");
     }
     let before = fs::read(from.join("model-0.safetensors"))?;
-    let own = lora::merge_files(&from, &adapter, cfg(), &from, |_| {}).unwrap_err().to_string();
+    let own = merge_files(&from, &adapter, &from, |_| {}).unwrap_err().to_string();
     assert!(own.contains("own folder"), "{own}");
     assert_eq!(fs::read(from.join("model-0.safetensors"))?, before);
     let bad = index.with_file_name("bad.index.json");
@@ -70,18 +72,20 @@ fn sharded_base_keeps_its_files() -> lora::Result<()> {
 
 #[test]
 fn single_file_keeps_its_header() -> lora::Result<()> {
-    let (base, mut adapter) = model(DType::F32);
+    let (base, adapter) = model(DType::F32);
     let dir = tempfile::tempdir()?;
     let (from, to) = (dir.path().join("base.safetensors"), dir.path().join("out.safetensors"));
     let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
     fs::write(&from, safetensors::serialize(&base, metadata).unwrap())?;
-    lora::merge_files(&from, &adapter, cfg(), &to, |_| {})?;
+    merge_files(&from, &adapter, &to, |_| {})?;
     let (old, new) = (fs::read(&from)?, fs::read(&to)?);
     let start = 8 + u64::from_le_bytes(old[..8].try_into().unwrap()) as usize;
     assert_eq!(old[..start], new[..start]);
     assert_ne!(old[start..], new[start..]);
-    adapter.insert("a.lora_A".into(), Tensor::full(f32::NAN, (2, 4), &CPU)?);
-    assert!(lora::merge_files(&from, &adapter, cfg(), &to, |_| {}).is_err());
+    let mut tensors = adapter.state_dict();
+    tensors.insert("a.lora_A".into(), Tensor::full(f32::NAN, (2, 4), &CPU)?);
+    let adapter = LoraWeights::new(cfg(), tensors)?;
+    assert!(merge_files(&from, &adapter, &to, |_| {}).is_err());
     assert_eq!(fs::read(&to)?, new);
     assert_eq!(dir.path().read_dir()?.count(), 2, "no temporary file is left");
     Ok(())

@@ -12,7 +12,8 @@ mod weights;
 
 use candle_core::{DType, Device, Tensor};
 use common::rnd;
-use lora::{LoraConfig, StateDict};
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 
 const CPU: Device = Device::Cpu;
@@ -26,7 +27,7 @@ fn cfg() -> LoraConfig {
 }
 
 /// A base with two weights in the given dtype, and an adapter of one of them and its bias.
-fn model(dtype: DType) -> (StateDict, StateDict) {
+fn model(dtype: DType) -> (StateDict, LoraWeights) {
     let base = [
         ("a.weight", tensor(1, &[5, 4], dtype)),
         ("a.bias", tensor(2, &[5], dtype)),
@@ -40,5 +41,5 @@ fn model(dtype: DType) -> (StateDict, StateDict) {
         ("a.bias", tensor(7, &[5], DType::F32)),
     ];
     let dict = |all: &[(&str, Tensor)]| all.iter().map(|(n, t)| ((*n).into(), t.clone())).collect();
-    (dict(&base), dict(&adapter))
+    (dict(&base), LoraWeights::new(cfg(), dict(&adapter)).unwrap())
 }

@@ -3,8 +3,11 @@
 use crate::common::{bits, difference};
 use crate::{cfg, tensor};
 use candle_core::{DType, Tensor};
+use lora::adapter::AdapterConfig;
 use lora::layers::LayerKind;
-use lora::{AdapterConfig, StateDict};
+use lora::merge::{add_weighted, merge_into};
+use lora::utils::StateDict;
+use lora::LoraWeights;
 use loralib as lora;
 
 fn factors(experts: usize, inputs: usize, outs: usize) -> StateDict {
@@ -23,7 +26,7 @@ fn config(transposed: Option<bool>) -> AdapterConfig {
 
 fn merge(w: &Tensor, adapter: &StateDict, config: AdapterConfig) -> lora::Result<Tensor> {
     let base = StateDict::from([("m.w".to_owned(), w.clone())]);
-    Ok(lora::merge_into(&base, adapter, config)?["m.w"].clone())
+    Ok(merge_into(&base, &LoraWeights::new(config, adapter.clone())?)?["m.w"].clone())
 }
 
 #[test]
@@ -72,11 +75,12 @@ fn parameters_that_do_not_fit_are_errors() {
     other.insert("m.w.lora_A".into(), tensor(1, &[3, 1, 4], DType::F32));
     refused(&[3, 5, 4], &other, &["r = 2"]);
     let base = StateDict::from([("m.w.weight".to_owned(), tensor(3, &[5, 4], DType::F32))]);
-    let error = lora::merge_into(&base, &factors(1, 4, 5), config(None)).unwrap_err().to_string();
+    let adapter = LoraWeights::new(config(None), factors(1, 4, 5)).unwrap();
+    let error = merge_into(&base, &adapter).unwrap_err().to_string();
     assert!(error.contains("\"m.w\"") && error.contains("the base does not have it"), "{error}");
     // Their ranks are not in a row, and have no sum by concatenation.
-    let adapter = factors(3, 4, 5);
-    let error = lora::add_weighted(&[(&adapter, 1.), (&adapter, 1.)]).unwrap_err().to_string();
+    let adapter = LoraWeights::new(config(None), factors(3, 4, 5)).unwrap();
+    let error = add_weighted(&[(&adapter, 1.), (&adapter, 1.)]).unwrap_err().to_string();
     assert!(error.contains("m.w.lora_A"), "{error}");
 }
 
@@ -98,7 +102,7 @@ fn biases_are_added_and_rows_replaced() -> lora::Result<()> {
         ]);
         let mut config = AdapterConfig::from(cfg());
         config.trainable_token_indices.insert("t".to_owned(), vec![4, 0]);
-        let merged = lora::merge_into(&base, &adapter, &config)?;
+        let merged = merge_into(&base, &LoraWeights::new(&config, adapter.clone())?)?;
         let exact = (base["q.bias"].to_dtype(DType::F64)?
             + (adapter["q.lora_bias"].to_dtype(DType::F64)? * 1.5)?)?;
         assert_eq!(bits(&merged["q.bias"])?, bits(&exact.to_dtype(dtype)?)?, "rounded once");
@@ -111,14 +115,16 @@ fn biases_are_added_and_rows_replaced() -> lora::Result<()> {
             assert_eq!(bits(&merged["t.weight"].get(row)?)?, bits(&expected)?, "{row}");
         }
         let refused = |base: &StateDict, config: &AdapterConfig, words: &[&str]| {
-            let error = lora::merge_into(base, &adapter, config).unwrap_err().to_string();
+            let weights = LoraWeights::new(config, adapter.clone());
+            let merged = weights.and_then(|weights| merge_into(base, &weights));
+            let error = merged.unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{error}");
         };
         let mut beyond = config.clone();
         beyond.trainable_token_indices.insert("t".to_owned(), vec![1, 6]);
         refused(&base, &beyond, &["t.weight", "token 6", "6 rows"]);
         beyond.trainable_token_indices.insert("t".to_owned(), vec![1]);
-        refused(&base, &beyond, &["t.weight", "1 token indices"]);
+        refused(&base, &beyond, &["t.trainable_tokens", "1 token indices"]);
         beyond.trainable_token_indices.clear();
         refused(&base, &beyond, &["t.trainable_tokens", "trainable_token_indices"]);
         let mut without = base.clone();

@@ -3,8 +3,11 @@
 use crate::common::difference;
 use crate::tensor;
 use candle_core::DType;
+use lora::adapter::AdapterConfig;
 use lora::layers::LayerKind;
-use lora::{AdapterConfig, LoraConfig, StateDict};
+use lora::merge::{add_weighted, merge_into};
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 
 #[test]
@@ -18,7 +21,7 @@ fn weighted_sum_adds_the_updates() -> lora::Result<()> {
     let base: StateDict = [("q", [6, 4]), ("qkv", [9, 4])]
         .map(|(path, dims)| (format!("{path}.weight"), tensor(1, &dims, DType::F64)))
         .into();
-    let adapters: Vec<StateDict> = weights
+    let adapters: Vec<LoraWeights> = weights
         .iter()
         .map(|&(_, r, seed)| {
             let all = [
@@ -31,27 +34,28 @@ fn weighted_sum_adds_the_updates() -> lora::Result<()> {
             let named = |(i, (n, d)): (usize, &(&str, [usize; 2]))| {
                 (n.to_string(), tensor(seed + i as u64, d, DType::F64))
             };
-            all.map(named).collect()
+            LoraWeights::new(config(r), all.map(named).collect())
         })
-        .collect();
+        .collect::<lora::Result<_>>()?;
     let pairs: Vec<_> = adapters.iter().zip(weights).map(|(a, (w, ..))| (a, w)).collect();
-    let sum = lora::add_weighted(&pairs)?;
-    assert_eq!(sum["qkv.lora_A"].dims(), [12, 4]);
-    let merged = lora::merge_into(&base, &sum, config(6))?;
+    let sum = add_weighted(&pairs)?;
+    assert_eq!(sum.state_dict()["qkv.lora_A"].dims(), [12, 4]);
+    let merged = merge_into(&base, &sum)?;
     for (name, w) in &base {
         let mut expected = w.clone();
-        for ((adapter, weight), (_, r, _)) in pairs.iter().zip(weights) {
-            let own = lora::merge_into(&base, adapter, config(r))?;
+        for (adapter, weight) in &pairs {
+            let own = merge_into(&base, adapter)?;
             expected = (expected + ((&own[name] - w)? * *weight)?)?;
         }
         assert!(difference(&merged[name], &expected)? < 1e-14, "{name}");
     }
-    let mut other = adapters[1].clone();
+    let mut other = adapters[1].state_dict();
     other.remove("q.lora_A");
-    assert!(lora::add_weighted(&[(&adapters[0], 1.), (&other, 1.)]).is_err());
+    assert!(LoraWeights::new(config(3), other.clone()).is_err());
     other.remove("q.lora_B");
-    assert!(lora::add_weighted(&[(&adapters[0], 1.), (&other, 1.)]).is_err());
-    assert!(lora::add_weighted(&[(&adapters[0], f64::NAN)]).is_err());
-    assert!(lora::add_weighted(&[]).is_err());
+    let other = LoraWeights::new(config(3), other)?;
+    assert!(add_weighted(&[(&adapters[0], 1.), (&other, 1.)]).is_err());
+    assert!(add_weighted(&[(&adapters[0], f64::NAN)]).is_err());
+    assert!(add_weighted(&[]).is_err());
     Ok(())
 }

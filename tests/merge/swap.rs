@@ -4,7 +4,9 @@ use crate::common::bits;
 use crate::{cfg, tensor, CPU};
 use candle_core::DType;
 use candle_nn::VarBuilder;
-use lora::{LoraConfig, LoraModule, StateDict};
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraModule, LoraWeights};
 use loralib as lora;
 
 #[test]
@@ -22,7 +24,7 @@ fn swapped_adapter_takes_effect_at_eval() -> lora::Result<()> {
         assert_eq!(report.loaded.len(), 2);
         layer.eval()?;
         let base = StateDict::from([("weight".to_owned(), layer.weight().clone())]);
-        let merged = lora::merge_into(&base, &adapter, cfg())?;
+        let merged = merge_into(&base, &LoraWeights::new(cfg(), adapter)?)?;
         assert_eq!(bits(&layer.merged_weight()?)?, bits(&merged["weight"])?);
     }
     Ok(())

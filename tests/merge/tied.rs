@@ -3,8 +3,11 @@
 use crate::common::{bits, difference};
 use crate::{cfg, tensor, CPU};
 use candle_core::{DType, Tensor};
+use lora::adapter::AdapterConfig;
 use lora::layers::LayerKind;
-use lora::{AdapterConfig, StateDict};
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::LoraWeights;
 use loralib as lora;
 
 fn config() -> AdapterConfig {
@@ -29,25 +32,26 @@ fn the_copy_of_a_tied_head_is_passed_over() -> lora::Result<()> {
     let tied = adapter(b.t()?.contiguous()?, a.t()?.contiguous()?);
     let alone = tied.clone().into_iter().filter(|(name, _)| name.starts_with("embed")).collect();
     let only = AdapterConfig::from(cfg()).with_layer("embed", LayerKind::Embedding);
-    let expected = lora::merge_into(&base, &alone, only)?;
-    let merged = lora::merge_into(&base, &tied, config())?;
+    let expected = merge_into(&base, &LoraWeights::new(only, alone)?)?;
+    let weights = LoraWeights::new(config(), tied.clone())?;
+    let merged = merge_into(&base, &weights)?;
     assert!(merged.keys().eq(base.keys()));
     assert_eq!(bits(&merged["embed.weight"])?, bits(&expected["embed.weight"])?);
     // Over a base with a head of its own it is an update like others.
     let untied: StateDict = [("head.weight".to_owned(), base["embed.weight"].clone())].into();
     let untied = base.clone().into_iter().chain(untied).collect();
-    let merged = lora::merge_into(&untied, &tied, config())?;
+    let merged = merge_into(&untied, &weights)?;
     assert!(difference(&merged["head.weight"], &expected["embed.weight"])? < 1e-6);
-    let mut dora = tied.clone();
+    let mut dora = tied;
     for (path, n) in [("embed", 4), ("head", 7)] {
         dora.insert(format!("{path}.lora_magnitude_vector"), tensor(4, &[n], DType::F32));
     }
     let mut with_dora = config();
     with_dora.lora.use_dora = true;
-    let error = lora::merge_into(&base, &dora, with_dora).unwrap_err().to_string();
+    let error = merge_into(&base, &LoraWeights::new(with_dora, dora)?).unwrap_err().to_string();
     assert!(error.contains("head.weight"), "{error}");
     let other = adapter((b.t()? * 2.)?, a.t()?.contiguous()?);
-    let error = lora::merge_into(&base, &other, config()).unwrap_err().to_string();
+    let error = merge_into(&base, &LoraWeights::new(config(), other)?).unwrap_err().to_string();
     assert!(error.contains("head.weight") && error.contains("does not have it"), "{error}");
     Ok(())
 }
@@ -56,12 +60,14 @@ fn the_copy_of_a_tied_head_is_passed_over() -> lora::Result<()> {
 fn the_table_of_a_tied_head_is_passed_over() -> lora::Result<()> {
     let base: StateDict = [("embed.weight".to_owned(), tensor(1, &[7, 4], DType::F32))].into();
     let table = tensor(2, &[7, 4], DType::F32);
-    let adapter = |head: Tensor| -> StateDict {
-        [("embed.weight".to_owned(), table.clone()), ("head.weight".to_owned(), head)].into()
+    let adapter = |head: Tensor| {
+        let tensors =
+            [("embed.weight".to_owned(), table.clone()), ("head.weight".to_owned(), head)];
+        LoraWeights::new(AdapterConfig::default(), tensors.into())
     };
-    let merged = lora::merge_into(&base, &adapter(table.copy()?), AdapterConfig::default())?;
+    let merged = merge_into(&base, &adapter(table.copy()?)?)?;
     assert_eq!(bits(&merged["embed.weight"])?, bits(&table)?);
-    let other = adapter(Tensor::zeros((7, 4), DType::F32, &CPU)?);
-    assert!(lora::merge_into(&base, &other, AdapterConfig::default()).is_err());
+    let other = adapter(Tensor::zeros((7, 4), DType::F32, &CPU)?)?;
+    assert!(merge_into(&base, &other).is_err());
     Ok(())
 }

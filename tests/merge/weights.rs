@@ -4,15 +4,18 @@ use crate::common::{bits, difference};
 use crate::{cfg, model, CPU};
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
+use lora::adapter::AdapterConfig;
 use lora::layers::LayerKind;
-use lora::{AdapterConfig, LoraConfig, StateDict};
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 
 #[test]
 fn merged_weight_is_that_of_the_layer() -> lora::Result<()> {
     for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
         let (base, adapter) = model(dtype);
-        let merged = lora::merge_into(&base, &adapter, cfg())?;
+        let merged = merge_into(&base, &adapter)?;
         assert!(merged.keys().eq(base.keys()));
         for (name, t) in &merged {
             assert_eq!((t.dtype(), t.dims()), (base[name].dtype(), base[name].dims()), "{name}");
@@ -20,6 +23,7 @@ fn merged_weight_is_that_of_the_layer() -> lora::Result<()> {
                 assert_eq!(bits(t)?, bits(&base[name])?, "{name}");
             }
         }
+        let adapter = adapter.state_dict();
         let all = base.iter().chain(&adapter).map(|(n, t)| (n.clone(), t.clone()));
         let vb = VarBuilder::from_tensors(all.collect(), dtype, &CPU);
         let cfg = LoraConfig { lora_dtype: Some(DType::F32), ..cfg() };
@@ -32,27 +36,29 @@ fn merged_weight_is_that_of_the_layer() -> lora::Result<()> {
 
 #[test]
 fn transposed_weights_and_second_names_are_found() -> lora::Result<()> {
-    let (base, mut adapter) = model(DType::F32);
-    let expected = lora::merge_into(&base, &adapter, cfg())?["a.weight"].clone();
+    let (base, adapter) = model(DType::F32);
+    let expected = merge_into(&base, &adapter)?["a.weight"].clone();
     let mut transposed = base.clone();
     transposed.insert("a.weight".into(), base["a.weight"].t()?.contiguous()?);
-    let merged = lora::merge_into(&transposed, &adapter, cfg())?;
+    let merged = merge_into(&transposed, &adapter)?;
     assert_eq!(difference(&merged["a.weight"].t()?, &expected)?, 0.);
     let mut second = base;
     let (w, b) = (second.remove("a.weight").unwrap(), second.remove("a.bias").unwrap());
     second.insert("a.conv.weight".into(), w);
     second.insert("a.conv.bias".into(), b);
-    let merged = lora::merge_into(&second, &adapter, cfg())?;
+    let merged = merge_into(&second, &adapter)?;
     assert_eq!(difference(&merged["a.conv.weight"], &expected)?, 0.);
-    assert_eq!(bits(&merged["a.conv.bias"])?, bits(&adapter.remove("a.bias").unwrap())?);
+    assert_eq!(bits(&merged["a.conv.bias"])?, bits(&adapter.state_dict()["a.bias"])?);
     Ok(())
 }
 
 #[test]
 fn errors_name_the_tensor() {
     let (base, adapter) = model(DType::F32);
+    let adapter = adapter.state_dict();
     let refused = |adapter: &StateDict, cfg: AdapterConfig| {
-        lora::merge_into(&base, adapter, cfg).unwrap_err().to_string()
+        let weights = LoraWeights::new(cfg, adapter.clone());
+        weights.and_then(|weights| merge_into(&base, &weights)).unwrap_err().to_string()
     };
     let with = |name: &str, t: Tensor| {
         let mut adapter = adapter.clone();
@@ -63,8 +69,8 @@ fn errors_name_the_tensor() {
     let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &CPU).unwrap();
     assert!(refused(&with("head.weight", zeros(&[2])), plain()).contains("head.weight"));
     let pefts = "base_model.model.a.lora_A.weight";
-    assert!(refused(&with(pefts, zeros(&[2, 4])), plain()).contains("`peft::load_pretrained`"));
-    assert!(refused(&with("x.lora_A", zeros(&[2, 4])), plain()).contains("x.lora_A"));
+    assert!(refused(&with(pefts, zeros(&[2, 4])), plain()).contains("`formats::peft::load`"));
+    assert!(refused(&with("x.lora_A", zeros(&[2, 4])), plain()).contains("x.lora_B"));
     let compiled = refused(&with("_orig_mod.head.weight", zeros(&[2])), plain());
     assert!(compiled.contains("\"_orig_mod.head.weight\"") && compiled.contains("torch.compile"));
     assert!(refused(&with("a.bias", zeros(&[2])), plain()).contains("a.bias"));
@@ -75,10 +81,10 @@ fn errors_name_the_tensor() {
     assert!(refused(&with("a.lora_A", nan), plain()).contains("a.weight"));
     assert!(refused(&StateDict::new(), plain()).contains("empty"));
     assert!(refused(&adapter, LoraConfig { r: 0, ..cfg() }.into()).contains("r = 0"));
-    for r in [1, 4] {
+    for (r, name) in [(1, "a.weight"), (4, "a.lora_A")] {
         let error = refused(&adapter, LoraConfig { r, ..cfg() }.into());
         let words = format!("rank is 2, the configuration has r = {r}");
-        assert!(error.contains("a.weight") && error.contains(&words), "{error}");
+        assert!(error.contains(name) && error.contains(&words), "{error}");
     }
     assert!(refused(&adapter, plain().with_layer("b", LayerKind::Embedding)).contains("b.lora_A"));
     let conv = refused(&adapter, plain().with_layer("a", LayerKind::Conv2d { groups: 2 }));
@@ -89,16 +95,17 @@ fn errors_name_the_tensor() {
 #[test]
 fn a_pointwise_convolution_and_a_linear_layer_merge_each_other_s_factors() -> lora::Result<()> {
     let (mut base, adapter) = model(DType::F32);
-    let config = |kind| AdapterConfig::from(cfg()).with_layer("a", kind);
-    let expected =
-        lora::merge_into(&base, &adapter, config(LayerKind::Linear))?["a.weight"].clone();
+    let declared = |kind| {
+        LoraWeights::new(AdapterConfig::from(cfg()).with_layer("a", kind), adapter.state_dict())
+    };
+    let expected = merge_into(&base, &declared(LayerKind::Linear)?)?["a.weight"].clone();
     for kind in [LayerKind::Conv1d { groups: 1 }, LayerKind::Conv2d { groups: 1 }] {
-        let merged = lora::merge_into(&base, &adapter, config(kind))?;
+        let merged = merge_into(&base, &declared(kind)?)?;
         assert_eq!(bits(&merged["a.weight"])?, bits(&expected)?);
     }
     let kernel = base["a.weight"].reshape((5, 4, 1, 1))?;
     base.insert("a.weight".into(), kernel);
-    let merged = &lora::merge_into(&base, &adapter, config(LayerKind::Linear))?["a.weight"];
+    let merged = &merge_into(&base, &declared(LayerKind::Linear)?)?["a.weight"];
     assert_eq!(merged.dims(), [5, 4, 1, 1]);
     assert_eq!(bits(&merged.flatten_from(1)?)?, bits(&expected)?);
     Ok(())
