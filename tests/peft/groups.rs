@@ -5,10 +5,12 @@ use crate::common::{bits, difference, rnd, CFG};
 use crate::{folder, model, CPU};
 use candle_core::{DType, Module, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder};
+use lora::adapter::AdapterConfig;
+use lora::formats::peft;
 use lora::layers::LayerKind;
-use lora::peft;
-use lora::AdapterConfig;
-use lora::StateDict;
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::LoraWeights;
 use loralib as lora;
 use std::collections::HashMap;
 
@@ -52,17 +54,19 @@ fn grouped_convolutions_round_trip() -> lora::Result<()> {
         let base = StateDict::from([("c.weight".into(), Tensor::zeros(weight, DType::F64, &CPU)?)]);
         let config = AdapterConfig::from(CFG).with_layer("c", kind(n, groups));
         let dir = tempfile::tempdir()?;
-        peft::save_pretrained(dir.path(), &adapter, &config)?;
+        let weights = LoraWeights::new(config, adapter.clone())?;
+        peft::save(dir.path(), &weights)?;
 
         let file = dir.path().join("adapter_model.safetensors");
         let file = lora::read_state_dict(file, &CPU)?.tensors;
         let factor = |last| &file[&format!("base_model.model.c.{last}.weight")];
-        let merged = lora::merge_into(&base, &adapter, &config)?;
+        let merged = merge_into(&base, &weights)?;
         let expected = dense(&merged["c.weight"], groups)?.flatten_from(1)?;
         let theirs = delta(factor("lora_A"), factor("lora_B"), groups, CFG.scaling())?;
         assert!(difference(&theirs, &expected)? < 1e-14, "{n} {groups} {k}");
 
-        let (loaded, tensors) = peft::load_pretrained(dir.path(), &CPU)?;
+        let weights = peft::load(dir.path(), &CPU)?;
+        let (loaded, tensors) = (weights.config(), weights.state_dict());
         assert_eq!(loaded.kind("c"), Some(&kind(n, groups)));
         assert_eq!(loaded.lora_config("c").scaling(), CFG.scaling());
         assert!(tensors.keys().eq(adapter.keys()));
@@ -71,7 +75,8 @@ fn grouped_convolutions_round_trip() -> lora::Result<()> {
             assert_eq!(bits(tensor)?, bits(&adapter[name])?, "{name}");
         }
         let other = AdapterConfig::from(CFG).with_layer("c", kind(n, 1));
-        let error = lora::merge_into(&base, &adapter, &other).unwrap_err().to_string();
+        let other = LoraWeights::new(other, adapter)?;
+        let error = merge_into(&base, &other).unwrap_err().to_string();
         assert!(error.contains(&format!("with {groups} groups")), "{error}");
     }
     Ok(())
@@ -82,18 +87,19 @@ fn grouped_convolutions_round_trip() -> lora::Result<()> {
 fn grouped_convolution_agrees_with_peft() -> lora::Result<()> {
     let all = lora::read_state_dict(folder("groups").join("model.safetensors"), &CPU)?.tensors;
     let [base, _, x, y] = model("groups")?;
-    let (config, adapter) = peft::load_pretrained(folder("groups"), &CPU)?;
+    let weights = peft::load(folder("groups"), &CPU)?;
+    let (config, adapter) = (weights.config(), weights.state_dict());
     for (name, tensor) in &adapter {
         assert_eq!(bits(tensor)?, bits(&all[&format!("lora.{name}")])?, "{name}");
     }
-    let tensors = base.into_iter().chain(adapter.clone()).collect();
+    let tensors = base.into_iter().chain(adapter).collect();
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
     let options = Conv2dConfig { groups: 2, ..Default::default() };
     let layer = lora::conv2d_no_bias(4, 6, 3, options, config.lora_config("conv"), vb.pp("conv"))?;
     assert!(difference(&layer.forward(&x["conv"])?, &y["conv"])? < 2e-6);
 
     let dir = tempfile::tempdir()?;
-    peft::save_pretrained(dir.path(), &adapter, &config)?;
+    peft::save(dir.path(), &weights)?;
     let file =
         |dir: &std::path::Path| lora::read_state_dict(dir.join("adapter_model.safetensors"), &CPU);
     let (ours, theirs) = (file(dir.path())?.tensors, file(&folder("groups"))?.tensors);
@@ -115,20 +121,19 @@ fn dense_factors_of_equal_rank_keep_their_update() -> lora::Result<()> {
             ("c.lora_B".into(), zeros([6 / groups * 3, 2 * 3])?),
         ]);
         let config = AdapterConfig::from(CFG).with_layer("c", LayerKind::Conv2d { groups });
-        peft::save_pretrained(dir.path(), &adapter, config)?;
+        peft::save(dir.path(), &LoraWeights::new(config, adapter)?)?;
         let file = dir.path().join("adapter_model.safetensors");
         let mut dense = HashMap::new();
         for (i, (name, t)) in lora::read_state_dict(&file, &CPU)?.tensors.into_iter().enumerate() {
             dense.insert(name, rnd(i as u64, t.dims(), DType::F32)?.to_device(&CPU)?);
         }
         candle_core::safetensors::save(&dense, &file)?;
-        Ok((peft::load_pretrained(dir.path(), &CPU), dense))
+        Ok((peft::load(dir.path(), &CPU), dense))
     };
     let (loaded, file) = groups_of(1)?;
-    let (config, adapter) = loaded?;
     let base =
         StateDict::from([("c.weight".into(), Tensor::zeros((6, 4, 3, 3), DType::F32, &CPU)?)]);
-    let merged = lora::merge_into(&base, &adapter, config)?["c.weight"].flatten_from(1)?;
+    let merged = merge_into(&base, &loaded?)?["c.weight"].flatten_from(1)?;
     let factor = |last| &file[&format!("base_model.model.c.{last}.weight")];
     let theirs = delta(factor("lora_A"), factor("lora_B"), 1, CFG.scaling())?;
     assert!(difference(&merged, &theirs)? < 1e-6);
@@ -139,7 +144,7 @@ fn dense_factors_of_equal_rank_keep_their_update() -> lora::Result<()> {
 
 #[test]
 fn updates_across_groups_are_refused() -> lora::Result<()> {
-    let error = peft::load_pretrained(folder("groups_dense"), &CPU).unwrap_err().to_string();
+    let error = peft::load(folder("groups_dense"), &CPU).unwrap_err().to_string();
     assert!(error.contains("conv.lora_A") && error.contains("2 groups"), "{error}");
     let ones = |dims: [usize; 2]| Tensor::ones(&dims[..], DType::F32, &CPU);
     let adapter = StateDict::from([
@@ -148,7 +153,8 @@ fn updates_across_groups_are_refused() -> lora::Result<()> {
     ]);
     let config = AdapterConfig::from(CFG).with_layer("c", LayerKind::Conv2d { groups: 512 });
     let dir = tempfile::tempdir()?;
-    let error = peft::save_pretrained(dir.path(), &adapter, config).unwrap_err().to_string();
+    let weights = LoraWeights::new(config, adapter)?;
+    let error = peft::save(dir.path(), &weights).unwrap_err().to_string();
     assert!(error.contains("c.lora_A") && error.contains("512 groups"), "{error}");
     Ok(())
 }

@@ -6,9 +6,12 @@ use crate::CPU;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Optimizer, VarBuilder, VarMap, SGD};
-use lora::{
-    Adapter, AdapterConfig, Bias, InitLoraWeights, LoraConfig, LoraModule, StateDict, Strict,
-};
+use lora::adapter::AdapterConfig;
+use lora::formats::peft;
+use lora::layers::InitLoraWeights;
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::{Adapter, Bias, LoraConfig, LoraModule, LoraWeights, Strict};
 use loralib as lora;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -136,35 +139,36 @@ fn every_file_merges_to_the_trained_weights() -> lora::Result<()> {
         let model = Model::new(&case)?;
         model.train(&case)?;
         let (base, adapter) = (case.of("base."), lora::lora_state_dict(&model.vars, Bias::None)?);
-        let agrees =
-            |what: &str, config: &AdapterConfig, tensors: &StateDict| -> lora::Result<()> {
-                let merged = lora::merge_into(&base, tensors, config)?;
-                for (path, layer) in model.layers() {
-                    let apart =
-                        difference(&merged[&format!("{path}.weight")], &layer.merged_weight()?)?;
-                    assert!(apart < 2e-6, "{name}: {path} of {what} is {apart} apart");
-                }
-                Ok(())
-            };
-        agrees("the state dict", &case.config, &adapter)?;
+        let agrees = |what: &str, weights: &LoraWeights| -> lora::Result<()> {
+            let merged = merge_into(&base, weights)?;
+            for (path, layer) in model.layers() {
+                let apart =
+                    difference(&merged[&format!("{path}.weight")], &layer.merged_weight()?)?;
+                assert!(apart < 2e-6, "{name}: {path} of {what} is {apart} apart");
+            }
+            Ok(())
+        };
+        let weights = LoraWeights::new(&case.config, adapter.clone())?;
+        agrees("the state dict", &weights)?;
 
         let file = dir.path().join(name);
         lora::save_state_dict(&adapter, &case.config, &file)?;
-        let (config, tensors) = lora::read_adapter(&file, &CPU)?;
-        agrees("this crate's file", &config.unwrap_or_default(), &tensors)?;
+        let read = lora::read_state_dict(&file, &CPU)?;
+        let read = LoraWeights::new(read.config.unwrap_or_default(), read.tensors)?;
+        agrees("this crate's file", &read)?;
 
         let folder = dir.path().join(format!("{name}_peft"));
-        lora::peft::save_pretrained(&folder, &adapter, &case.config)?;
-        let (config, tensors) = lora::peft::load_pretrained(&folder, &CPU)?;
-        agrees("PEFT's folder", &config, &tensors)?;
-        let r = case.config.lora.r;
+        peft::save(&folder, &weights)?;
+        let read = peft::load(&folder, &CPU)?;
+        agrees("PEFT's folder", &read)?;
+        let (config, r) = (read.config(), case.config.lora.r);
         assert_eq!(config.lora_config("q").r, 2 * r, "{name}");
         let apart = config.lora_config("q").scaling() - case.config.lora.scaling();
         assert!(apart.abs() < 1e-6, "{name}: the scaling is {apart} apart");
 
         let loaded = Adapter::load(&file, &CPU)?;
         assert_eq!(loaded.config().lora_config("o").r, 2 * r, "{name}");
-        agrees("a loaded adapter", &loaded.config(), &loaded.state_dict()?)?;
+        agrees("a loaded adapter", &loaded.weights()?)?;
     }
     Ok(())
 }

@@ -5,16 +5,18 @@ use crate::kinds::{sample, Sample};
 use crate::{folder, CPU};
 use candle_core::Var;
 use candle_nn::VarMap;
+use lora::adapter::AdapterConfig;
+use lora::formats::peft;
 use lora::layers::LayerKind;
-use lora::peft;
-use lora::AdapterConfig;
+use lora::utils::load_weights;
 use lora::Strict;
 use loralib as lora;
 
 /// PEFT also saves the table under an adapted embedding.
 #[test]
 fn a_saved_table_needs_no_variable() -> lora::Result<()> {
-    let (config, adapter) = peft::load_pretrained(folder("embed_tokens"), &CPU)?;
+    let weights = peft::load(folder("embed_tokens"), &CPU)?;
+    let adapter = weights.state_dict();
     let table = "model.embed_tokens.weight";
     assert!(adapter.contains_key(table));
     let load = |names: &[&str]| {
@@ -25,7 +27,7 @@ fn a_saved_table_needs_no_variable() -> lora::Result<()> {
             let zeros = Var::from_tensor(&tensor.zeros_like()?)?;
             vars.data().lock().unwrap().insert(name.clone(), zeros);
         }
-        peft::load_adapter(folder("embed_tokens"), &vars, &config, Strict::Yes)
+        load_weights(&weights, &vars, weights.config(), Strict::Yes)
     };
     let report = load(&["lora_A", "lora_B"])?;
     assert_eq!((report.loaded.len(), report.missing.len()), (4, 0));
@@ -39,18 +41,25 @@ fn a_saved_table_needs_no_variable() -> lora::Result<()> {
 }
 
 #[test]
-fn load_adapter_compares_ranks_and_scalings() -> lora::Result<()> {
+fn load_weights_compares_ranks_and_scalings() -> lora::Result<()> {
     for rslora in [false, true] {
-        let Sample { adapter, config, .. } = sample(rslora)?;
+        let sample = sample(rslora)?;
+        let Sample { adapter, config, .. } = &sample;
         let dir = tempfile::tempdir()?;
-        peft::save_pretrained(dir.path(), &adapter, &config)?;
+        peft::save(dir.path(), &sample.weights()?)?;
         let vars = VarMap::new();
-        for (name, tensor) in &adapter {
+        for (name, tensor) in adapter {
             let zeros = Var::from_tensor(&tensor.zeros_like()?)?;
             vars.data().lock().unwrap().insert(name.clone(), zeros);
         }
         let load = |config: &AdapterConfig| {
-            peft::load_adapter(dir.path(), &vars, config, Strict::Yes).map(|report| report.loaded)
+            let mut weights = peft::load(dir.path(), &CPU)?;
+            for (module, layer) in &config.layers {
+                if let Some(kind) = &layer.kind {
+                    weights = weights.with_kind(module, kind.clone())?;
+                }
+            }
+            load_weights(&weights, &vars, config, Strict::Yes).map(|report| report.loaded)
         };
         let refused = |change: &dyn Fn(&mut AdapterConfig), words: &[&str]| {
             let mut other = config.clone();
@@ -67,7 +76,7 @@ fn load_adapter_compares_ranks_and_scalings() -> lora::Result<()> {
         for var in vars.all_vars() {
             assert!(bits(&var)?.iter().all(|bits| *bits == 0), "an error sets nothing");
         }
-        assert!(load(&config)?.iter().eq(adapter.keys()));
+        assert!(load(config)?.iter().eq(adapter.keys()));
         for (name, var) in vars.data().lock().unwrap().iter() {
             assert_eq!(bits(var)?, bits(&adapter[name])?, "{name}");
         }

@@ -3,16 +3,24 @@
 use crate::common::{bits, difference, rnd};
 use crate::CPU;
 use candle_core::{DType, Tensor};
+use lora::adapter::AdapterConfig;
+use lora::formats::peft;
 use lora::layers::LayerKind;
-use lora::peft;
-use lora::AdapterConfig;
-use lora::{LoraConfig, StateDict};
+use lora::merge::merge_into;
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 
 pub struct Sample {
     pub base: StateDict,
     pub adapter: StateDict,
     pub config: AdapterConfig,
+}
+
+impl Sample {
+    pub fn weights(&self) -> lora::Result<LoraWeights> {
+        LoraWeights::new(&self.config, self.adapter.clone())
+    }
 }
 
 /// A path, and the shapes of W, A and B.
@@ -65,15 +73,16 @@ fn delta(file: &StateDict, path: &str, scaling: f64) -> lora::Result<Tensor> {
 #[test]
 fn every_kind_keeps_its_update() -> lora::Result<()> {
     for rslora in [false, true] {
-        let Sample { base, adapter, config } = sample(rslora)?;
+        let sample = sample(rslora)?;
+        let (base, weights) = (&sample.base, sample.weights()?);
         let dir = tempfile::tempdir()?;
-        peft::save_pretrained(dir.path(), &adapter, &config)?;
-        let merged = lora::merge_into(&base, &adapter, &config)?;
+        peft::save(dir.path(), &weights)?;
+        let merged = merge_into(base, &weights)?;
         let file = dir.path().join("adapter_model.safetensors");
         let file = lora::read_state_dict(file, &CPU)?.tensors;
         let json = std::fs::read(dir.path().join("adapter_config.json"))?;
         let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
-        for (name, w) in &base {
+        for (name, w) in base {
             let path = name.strip_suffix(".weight").unwrap();
             let own = |pattern: &str, common: &str| {
                 json[pattern].get(path).unwrap_or(&json[common]).as_f64().unwrap()
@@ -84,11 +93,11 @@ fn every_kind_keeps_its_update() -> lora::Result<()> {
             assert!(apart < 1e-6, "{path}: {apart}");
         }
         // Undeclared merged layers load as linear ones, with the same update.
-        let (loaded, tensors) = peft::load_pretrained(dir.path(), &CPU)?;
-        for (name, tensor) in lora::merge_into(&base, &tensors, &loaded)? {
+        let loaded = peft::load(dir.path(), &CPU)?;
+        for (name, tensor) in merge_into(base, &loaded)? {
             assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");
         }
-        assert_eq!(loaded.lora_config("h.qkv").r, 4);
+        assert_eq!(loaded.config().lora_config("h.qkv").r, 4);
     }
     Ok(())
 }
@@ -96,14 +105,14 @@ fn every_kind_keeps_its_update() -> lora::Result<()> {
 #[test]
 fn saved_adapters_round_trip_bit_for_bit() -> lora::Result<()> {
     for rslora in [false, true] {
-        let Sample { adapter, config, .. } = sample(rslora)?;
+        let sample = sample(rslora)?;
+        let Sample { adapter, config, .. } = &sample;
         let dir = tempfile::tempdir()?;
-        peft::save_pretrained(dir.path(), &adapter, &config)?;
-        let kinds = [
-            ("qkv", LayerKind::MergedLinear(vec![true, false, true])),
-            ("gqa", LayerKind::MergedSplits(vec![(4, true), (2, false), (2, true)])),
-        ];
-        let (loaded, tensors) = peft::load_pretrained_as(dir.path(), &kinds, &CPU)?;
+        peft::save(dir.path(), &sample.weights()?)?;
+        let weights = peft::load(dir.path(), &CPU)?
+            .with_kind("qkv", LayerKind::MergedLinear(vec![true, false, true]))?
+            .with_kind("gqa", LayerKind::MergedSplits(vec![(4, true), (2, false), (2, true)]))?;
+        let (loaded, tensors) = (weights.config(), weights.state_dict());
         assert!(tensors.keys().eq(adapter.keys()));
         for (name, tensor) in &tensors {
             assert_eq!(tensor.dims(), adapter[name].dims(), "{name}");
@@ -126,7 +135,7 @@ fn equal_ranks_need_no_pattern() -> lora::Result<()> {
         ..config
     };
     let dir = tempfile::tempdir()?;
-    peft::save_pretrained(dir.path(), &adapter, &config)?;
+    peft::save(dir.path(), &LoraWeights::new(config, adapter)?)?;
     let json = std::fs::read(dir.path().join("adapter_config.json"))?;
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     assert_eq!((&json["r"], &json["lora_alpha"]), (&4.into(), &6.into()));
@@ -140,21 +149,22 @@ fn one_rank_pads_smaller_factors() -> lora::Result<()> {
     for rslora in [false, true] {
         let Sample { base, adapter, config } = sample(rslora)?;
         let config = AdapterConfig { one_rank: true, ..config };
+        let weights = LoraWeights::new(&config, adapter.clone())?;
         let dir = tempfile::tempdir()?;
-        peft::save_pretrained(dir.path(), &adapter, &config)?;
+        peft::save(dir.path(), &weights)?;
         let json = std::fs::read(dir.path().join("adapter_config.json"))?;
         let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
         assert_eq!(json["r"], 18);
         assert_eq!(json["rank_pattern"], serde_json::json!({}));
         assert_eq!(json["alpha_pattern"], serde_json::json!({}));
-        let (loaded, tensors) = peft::load_pretrained(dir.path(), &CPU)?;
-        let merged = lora::merge_into(&base, &adapter, &config)?;
-        for (name, tensor) in lora::merge_into(&base, &tensors, &loaded)? {
+        let merged = merge_into(&base, &weights)?;
+        for (name, tensor) in merge_into(&base, &peft::load(dir.path(), &CPU)?)? {
             assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");
         }
         let mut other = config;
         other.layers.entry("wte".into()).or_default().lora_alpha = Some(9.);
-        let error = peft::save_pretrained(dir.path(), &adapter, &other).unwrap_err().to_string();
+        let other = LoraWeights::new(other, adapter)?;
+        let error = peft::save(dir.path(), &other).unwrap_err().to_string();
         assert!(error.contains("wte"), "{error}");
     }
     Ok(())

@@ -15,7 +15,7 @@ mod saved_by_peft;
 mod served;
 
 use candle_core::{Device, Tensor};
-use lora::StateDict;
+use lora::utils::StateDict;
 use loralib as lora;
 use std::path::PathBuf;
 

@@ -5,7 +5,10 @@ use crate::common::difference;
 use crate::{folder, model, CPU};
 use candle_core::DType;
 use candle_nn::VarBuilder;
-use lora::{Adapter, StateDict};
+use lora::formats::peft;
+use lora::merge::{merge_files, merge_into};
+use lora::utils::StateDict;
+use lora::{Adapter, LoraWeights};
 use loralib as lora;
 use std::collections::HashMap;
 
@@ -55,8 +58,7 @@ fn merging_from_file_to_file_agrees_with_peft() -> lora::Result<()> {
         let [base, merged, ..] = model(case)?;
         let (from, to) = (dir.path().join("base.safetensors"), dir.path().join("out.safetensors"));
         candle_core::safetensors::save(&base.into_iter().collect::<HashMap<_, _>>(), &from)?;
-        let (config, adapter) = lora::peft::load_pretrained(folder(case), &CPU)?;
-        lora::merge_files(&from, &adapter, &config, &to, |_| {})?;
+        merge_files(&from, &peft::load(folder(case), &CPU)?, &to, |_| {})?;
         for (name, tensor) in lora::read_state_dict(&to, &CPU)?.tensors {
             assert!(difference(&tensor, &merged[&name])? < 2e-6, "{case} {name}");
         }
@@ -80,7 +82,7 @@ fn a_model_beside_the_base_is_refused() -> lora::Result<()> {
 fn parameters(
     targets: serde_json::Value,
     change: impl Fn(&mut StateDict),
-) -> lora::Result<(lora::AdapterConfig, StateDict)> {
+) -> lora::Result<LoraWeights> {
     let (source, dir) = (folder("parameters"), tempfile::tempdir()?);
     let json = std::fs::read(source.join("adapter_config.json"))?;
     let mut json: serde_json::Value = serde_json::from_slice(&json).unwrap();
@@ -91,7 +93,7 @@ fn parameters(
     change(&mut tensors);
     let tensors: HashMap<_, _> = tensors.into_iter().collect();
     candle_core::safetensors::save(&tensors, dir.path().join(file))?;
-    lora::peft::load_pretrained(dir.path(), &CPU)
+    peft::load(dir.path(), &CPU)
 }
 
 /// Keys have no parameter's name: the order of `target_parameters` tells it, and the base's shapes check it.
@@ -99,11 +101,10 @@ fn parameters(
 fn parameters_in_another_order_are_refused() -> lora::Result<()> {
     let all = ["experts.gate_up_proj", "experts.down_proj", "rows.experts.scales", "router.weight"];
     let [base, ..] = model("parameters")?;
-    let (config, adapter) = parameters(serde_json::json!(all), |_| {})?;
-    lora::merge_into(&base, &adapter, config)?;
+    merge_into(&base, &parameters(serde_json::json!(all), |_| {})?)?;
     let refused = |targets: &[&str], words: &[&str]| {
         let merged = parameters(serde_json::json!(targets), |_| {})
-            .and_then(|(config, adapter)| lora::merge_into(&base, &adapter, config));
+            .and_then(|weights| merge_into(&base, &weights));
         let error = merged.unwrap_err().to_string();
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
     };

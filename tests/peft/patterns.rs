@@ -4,8 +4,10 @@
 use crate::common::{bits, rnd};
 use crate::CPU;
 use candle_core::DType;
-use lora::peft;
-use lora::{AdapterConfig, LayerConfig, LoraConfig, StateDict};
+use lora::adapter::{AdapterConfig, LayerConfig};
+use lora::formats::peft;
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 use std::path::Path;
 
@@ -21,8 +23,8 @@ const LAYERS: [(&str, usize, f64); 8] = [
     ("vision.layers.12.mlp.down", 2, 9.),
 ];
 
-/// Saves the layers, and returns what was saved.
-fn save(dir: &Path) -> lora::Result<(AdapterConfig, StateDict)> {
+/// Saves the layers, and returns their tensors.
+fn save(dir: &Path) -> lora::Result<StateDict> {
     let lora = LoraConfig { r: 2, lora_alpha: 4., ..Default::default() };
     let mut config = AdapterConfig::from(lora);
     let mut adapter = StateDict::new();
@@ -34,8 +36,8 @@ fn save(dir: &Path) -> lora::Result<(AdapterConfig, StateDict)> {
             adapter.insert(format!("{path}.{last}"), tensor);
         }
     }
-    peft::save_pretrained(dir, &adapter, &config)?;
-    Ok((config, adapter))
+    peft::save(dir, &LoraWeights::new(config, adapter.clone())?)?;
+    Ok(adapter)
 }
 
 /// Loads the layers with these patterns in place of those that were written.
@@ -43,20 +45,20 @@ fn load(
     dir: &Path,
     ranks: serde_json::Value,
     alphas: serde_json::Value,
-) -> lora::Result<(AdapterConfig, StateDict)> {
+) -> lora::Result<LoraWeights> {
     let path = dir.join("adapter_config.json");
     let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?).unwrap();
     assert_eq!((&json["r"], &json["lora_alpha"]), (&2.into(), &4.into()));
     json["rank_pattern"] = ranks;
     json["alpha_pattern"] = alphas;
     std::fs::write(&path, json.to_string())?;
-    peft::load_pretrained(dir, &CPU)
+    peft::load(dir, &CPU)
 }
 
 #[test]
 fn patterns_give_each_layer_its_rank() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
-    let (_, adapter) = save(dir.path())?;
+    let adapter = save(dir.path())?;
     let ranks = [
         // Alternatives and groups.
         serde_json::json!({
@@ -81,7 +83,8 @@ fn patterns_give_each_layer_its_rank() -> lora::Result<()> {
         serde_json::json!({ r"text|vision.*": 9, r"text.layers.[01]\b(?!.v_proj).*": 5 }),
     ];
     for (rank_pattern, alphas) in ranks.into_iter().zip(alphas) {
-        let (config, tensors) = load(dir.path(), rank_pattern.clone(), alphas)?;
+        let weights = load(dir.path(), rank_pattern.clone(), alphas)?;
+        let (config, tensors) = (weights.config(), weights.state_dict());
         for (path, r, alpha) in LAYERS {
             let own = config.lora_config(path);
             assert_eq!((own.r, own.lora_alpha), (r, alpha), "{path} of {rank_pattern}");
@@ -95,13 +98,13 @@ fn patterns_give_each_layer_its_rank() -> lora::Result<()> {
 }
 
 /// The text of a file, since `serde_json::Value` sorts an object's keys.
-fn load_text(dir: &Path, ranks: &str) -> lora::Result<(AdapterConfig, StateDict)> {
+fn load_text(dir: &Path, ranks: &str) -> lora::Result<LoraWeights> {
     load(dir, serde_json::json!("RANKS"), serde_json::json!({}))
         .expect_err("a text is no object of patterns");
     let path = dir.join("adapter_config.json");
     let json = std::fs::read_to_string(&path)?.replace(r#""RANKS""#, ranks);
     std::fs::write(&path, json)?;
-    peft::load_pretrained(dir, &CPU)
+    peft::load(dir, &CPU)
 }
 
 #[test]
@@ -113,7 +116,7 @@ fn the_first_pattern_of_the_file_counts() -> lora::Result<()> {
         r#"{".*\\.12\\..*_proj": 7, "text.*(q|k)_proj": 3}"#,
         r#"{"text\\..*\\.12\\.": 1, ".*12.*_proj": 2, "text.*(q|k)_proj": 3, ".*12.*_proj": 7}"#,
     ] {
-        let (config, _) = load_text(dir.path(), ranks)?;
+        let config = load_text(dir.path(), ranks)?.config();
         for (path, r, _) in LAYERS {
             assert_eq!(config.lora_config(path).r, r, "{path} of {ranks}");
         }

@@ -3,10 +3,11 @@
 use crate::kinds::{sample, Sample};
 use crate::{folder, CPU};
 use candle_core::{DType, Tensor};
+use lora::adapter::AdapterConfig;
+use lora::formats::peft;
 use lora::layers::LayerKind;
-use lora::peft;
-use lora::AdapterConfig;
-use lora::StateDict;
+use lora::utils::StateDict;
+use lora::LoraWeights;
 use loralib as lora;
 use std::collections::HashMap;
 
@@ -22,7 +23,7 @@ fn refused(change: impl Fn(&mut serde_json::Value), tensors: impl Fn(&mut StateD
     tensors(&mut all);
     let path = dir.path().join("adapter_model.safetensors");
     candle_core::safetensors::save(&all.into_iter().collect::<HashMap<_, _>>(), path).unwrap();
-    match peft::load_pretrained(dir.path(), &CPU) {
+    match peft::load(dir.path(), &CPU) {
         Ok(_) => "loaded".to_owned(),
         Err(error) => error.to_string(),
     }
@@ -142,8 +143,8 @@ fn a_byte_order_mark_is_passed_over() -> lora::Result<()> {
     let path = dir.path().join("adapter_config.json");
     std::fs::write(&path, [b"\xef\xbb\xbf", &std::fs::read(&path)?[..]].concat())?;
     assert_eq!(
-        peft::load_pretrained(dir.path(), &CPU)?.0,
-        peft::load_pretrained(folder("linear"), &CPU)?.0
+        peft::load(dir.path(), &CPU)?.config(),
+        peft::load(folder("linear"), &CPU)?.config()
     );
     Ok(())
 }
@@ -189,7 +190,8 @@ fn adapters_that_do_not_fit_are_not_saved() -> lora::Result<()> {
     let Sample { adapter, config, .. } = sample(false)?;
     let dir = tempfile::tempdir()?;
     let refused = |adapter: &StateDict, config: &AdapterConfig| {
-        peft::save_pretrained(dir.path(), adapter, config).unwrap_err().to_string()
+        let weights = LoraWeights::new(config, adapter.clone());
+        weights.and_then(|weights| peft::save(dir.path(), &weights)).unwrap_err().to_string()
     };
     let mut alone = adapter.clone();
     alone.remove("h.q.lora_B");
@@ -218,7 +220,10 @@ fn adapters_that_do_not_fit_are_not_saved() -> lora::Result<()> {
     let mut head = adapter.clone();
     head.insert("head.weight".into(), Tensor::zeros(2, DType::F32, &CPU)?);
     assert!(refused(&head, &config).contains("head.weight"));
-    assert!(refused(&StateDict::new(), &AdapterConfig::default()).contains("no layers"));
+    let head = StateDict::from([("head.weight".into(), Tensor::zeros(2, DType::F32, &CPU)?)]);
+    let alone = AdapterConfig::default().with_trainable(lora::Bias::None.and("head"))?;
+    assert!(refused(&head, &alone).contains("no layers"));
+    assert!(refused(&StateDict::new(), &AdapterConfig::default()).contains("empty"));
     let mut peft = adapter.clone();
     peft.insert(
         "base_model.model.q.lora_A.weight".into(),
@@ -232,7 +237,9 @@ fn adapters_that_do_not_fit_are_not_saved() -> lora::Result<()> {
         let refused = refused(&adapter, &AdapterConfig { lora, ..config.clone() });
         assert!(refused.contains("lora_A"), "{refused}");
     }
-    assert!(AdapterConfig::default().with_trainable(lora::Trainable::all_parameters()).is_err());
+    assert!(AdapterConfig::default()
+        .with_trainable(lora::utils::Trainable::all_parameters())
+        .is_err());
     assert!(dir.path().read_dir()?.next().is_none());
     Ok(())
 }
@@ -247,8 +254,8 @@ fn plain_folders_have_the_factors_of_layers_alone() -> lora::Result<()> {
         ("parameters", "experts"),
         ("dora", "lora_magnitude_vector"),
     ] {
-        let (config, tensors) = peft::load_pretrained(folder(case), &CPU)?;
-        let error = peft::save_plain(dir.path(), &tensors, config).unwrap_err().to_string();
+        let weights = peft::load(folder(case), &CPU)?;
+        let error = peft::save_plain(dir.path(), &weights).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("merge"), "{case}: {error}");
     }
     assert!(dir.path().read_dir()?.next().is_none());

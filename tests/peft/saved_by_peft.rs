@@ -5,8 +5,9 @@ use crate::common::{bits, difference};
 use crate::{folder, model, CPU};
 use candle_core::{DType, Module};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
+use lora::formats::peft;
 use lora::layers::LayerKind;
-use lora::peft;
+use lora::merge::merge_into;
 use lora::{Bias, LoraConfig};
 use loralib as lora;
 use std::collections::HashMap;
@@ -47,8 +48,7 @@ const MERGED_CASES: [&str; 10] = [
 fn merged_weights_agree_with_peft() -> lora::Result<()> {
     for case in CASES.into_iter().chain(MERGED_CASES) {
         let [base, merged, ..] = model(case)?;
-        let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
-        let ours = lora::merge_into(&base, &adapter, &config)?;
+        let ours = merge_into(&base, &peft::load(folder(case), &CPU)?)?;
         assert!(ours.keys().eq(merged.keys()), "{case}");
         let (mut apart, mut changed) = (0f64, 0);
         for (name, tensor) in &ours {
@@ -66,9 +66,10 @@ fn merged_weights_agree_with_peft() -> lora::Result<()> {
 fn outputs_agree_with_peft() -> lora::Result<()> {
     for case in CASES {
         let [base, _, x, y] = model(case)?;
-        let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
+        let weights = peft::load(folder(case), &CPU)?;
+        let config = weights.config();
         let mut tensors: HashMap<_, _> = base.into_iter().collect();
-        tensors.extend(adapter);
+        tensors.extend(weights.state_dict());
         let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
         let mut apart = 0f64;
         for (path, x) in &x {
@@ -82,7 +83,7 @@ fn outputs_agree_with_peft() -> lora::Result<()> {
                     lora::embedding(d[0], d[1], cfg, vb)?.forward(x)?
                 }
                 (_, 2) if cfg.fan_in_fan_out => lora::linear(d[0], d[1], cfg, vb)?.forward(x)?,
-                (_, 2) => lora::linear_b(d[1], d[0], bias, cfg, vb)?.forward(x)?,
+                (_, 2) => lora::layers::linear_b(d[1], d[0], bias, cfg, vb)?.forward(x)?,
                 (_, 3) => {
                     let options = Conv1dConfig::default();
                     lora::conv1d(d[1], d[0], d[2], options, cfg, vb)?.forward(x)?
@@ -92,7 +93,7 @@ fn outputs_agree_with_peft() -> lora::Result<()> {
                     lora::conv2d_no_bias(d[1], d[0], d[2], options, cfg, vb)?.forward(x)?
                 }
                 _ => {
-                    let options = lora::Conv3dConfig::default();
+                    let options = lora::layers::Conv3dConfig::default();
                     lora::conv3d(d[1], d[0], d[2], options, cfg, vb)?.forward(x)?
                 }
             };
@@ -108,10 +109,11 @@ fn outputs_agree_with_peft() -> lora::Result<()> {
 #[test]
 fn merged_layers_of_peft_0_2_are_read_and_saved_in_today_s_format() -> lora::Result<()> {
     let [base, merged, x, y] = model("enable_lora")?;
-    let (config, adapter) = peft::load_pretrained(folder("enable_lora"), &CPU)?;
+    let weights = peft::load(folder("enable_lora"), &CPU)?;
+    let config = weights.config();
     let enabled = [true, false, true];
     let mut tensors: HashMap<_, _> = base.clone().into_iter().collect();
-    tensors.extend(adapter.clone());
+    tensors.extend(weights.state_dict());
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &CPU);
     for (path, x) in &x {
         assert_eq!(config.kind(path), Some(&LayerKind::MergedLinear(enabled.to_vec())));
@@ -119,9 +121,9 @@ fn merged_layers_of_peft_0_2_are_read_and_saved_in_today_s_format() -> lora::Res
         assert!(difference(&layer.forward(x)?, &y[path])? < 2e-6, "{path}");
     }
     let dir = tempfile::tempdir()?;
-    peft::save_pretrained(dir.path(), &adapter, &config)?;
-    for (config, adapter) in [(config, adapter), peft::load_pretrained(dir.path(), &CPU)?] {
-        for (name, tensor) in lora::merge_into(&base, &adapter, &config)? {
+    peft::save(dir.path(), &weights)?;
+    for weights in [weights, peft::load(dir.path(), &CPU)?] {
+        for (name, tensor) in merge_into(&base, &weights)? {
             assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");
         }
     }
@@ -130,26 +132,27 @@ fn merged_layers_of_peft_0_2_are_read_and_saved_in_today_s_format() -> lora::Res
 
 #[test]
 fn layer_options_are_read() -> lora::Result<()> {
-    let (config, _) = peft::load_pretrained(folder("pattern"), &CPU)?;
+    let config = peft::load(folder("pattern"), &CPU)?.config();
     let own = |path: &str| (config.lora_config(path).r, config.lora_config(path).lora_alpha);
     assert_eq!(own("layers.0.q"), (5, 7.));
     assert_eq!(own("layers.1.q"), (3, 7.));
     assert_eq!(own("layers.0.o"), (3, 4.5));
     assert_eq!(own("layers.1.o"), (2, 4.5));
-    let (config, _) = peft::load_pretrained(folder("rslora"), &CPU)?;
+    let config = peft::load(folder("rslora"), &CPU)?.config();
     assert!(config.lora.rslora);
     assert_eq!(config.lora_config("layers.0.q").scaling(), 7. / 3f64.sqrt());
-    let (config, tensors) = peft::load_pretrained(folder("modules"), &CPU)?;
-    assert_eq!(config.modules_to_save, ["head"]);
-    assert_eq!(tensors["head.weight"].dims(), [3, 6]);
+    let weights = peft::load(folder("modules"), &CPU)?;
+    assert_eq!(weights.config().modules_to_save, ["head"]);
+    assert_eq!(weights.state_dict()["head.weight"].dims(), [3, 6]);
     // Written as "head", "v1" and the head of another model.
     let adapter = lora::Adapter::load(folder("modules_end"), &CPU)?;
     assert_eq!(adapter.config().modules_to_save, ["head", "conv1"]);
     assert!(adapter.state_dict()?.contains_key("conv1.weight"));
-    let (config, tensors) = peft::load_pretrained(folder("bias"), &CPU)?;
-    assert_eq!(config.bias, Bias::All);
+    let weights = peft::load(folder("bias"), &CPU)?;
+    assert_eq!(weights.config().bias, Bias::All);
+    let tensors = weights.state_dict();
     assert!(tensors.contains_key("layers.0.q.bias") && tensors.contains_key("conv1.bias"));
-    let (config, _) = peft::load_pretrained(folder("gpt2"), &CPU)?;
+    let config = peft::load(folder("gpt2"), &CPU)?.config();
     assert_eq!(config.task_type.as_deref(), Some("CAUSAL_LM"));
     assert!(config.lora_config("transformer.h.0.attn.c_attn").fan_in_fan_out);
     assert!(!config.lora_config("transformer.wte").fan_in_fan_out);
@@ -160,12 +163,12 @@ fn layer_options_are_read() -> lora::Result<()> {
 #[test]
 fn peft_folders_are_saved_unchanged() -> lora::Result<()> {
     for case in CASES.into_iter().chain(MERGED_CASES) {
-        let (config, adapter) = peft::load_pretrained(folder(case), &CPU)?;
+        let weights = peft::load(folder(case), &CPU)?;
         let dir = tempfile::tempdir()?;
-        peft::save_pretrained(dir.path(), &adapter, &config)?;
-        let again = peft::load_pretrained(dir.path(), &CPU)?;
+        peft::save(dir.path(), &weights)?;
+        let again = peft::load(dir.path(), &CPU)?;
         let [base, merged, ..] = model(case)?;
-        for (name, tensor) in lora::merge_into(&base, &again.1, &again.0)? {
+        for (name, tensor) in merge_into(&base, &again)? {
             assert!(difference(&tensor, &merged[&name])? < 1e-6, "{case} {name}");
         }
         if !["bin", "lora_bias", "velora"].contains(&case) {
@@ -176,7 +179,7 @@ fn peft_folders_are_saved_unchanged() -> lora::Result<()> {
             for (name, tensor) in &ours {
                 assert_eq!(bits(tensor)?, bits(&theirs[name])?, "{case} {name}");
             }
-            assert_eq!(again.0, config, "{case}");
+            assert_eq!(again.config(), weights.config(), "{case}");
         }
     }
     Ok(())
@@ -186,14 +189,15 @@ fn peft_folders_are_saved_unchanged() -> lora::Result<()> {
 fn dense_update_loads_as_merged_linear() -> lora::Result<()> {
     let [base, merged, ..] = model("gpt2")?;
     let kind = LayerKind::MergedLinear(vec![true; 3]);
-    let (config, adapter) =
-        peft::load_pretrained_as(folder("gpt2"), &[("c_attn", kind.clone())], &CPU)?;
-    assert_eq!(adapter["transformer.h.0.attn.c_attn.lora_A"].dims(), [6, 8]);
-    for (name, tensor) in lora::merge_into(&base, &adapter, &config)? {
+    let weights = peft::load(folder("gpt2"), &CPU)?;
+    let merged_linear = weights.clone().with_kind("c_attn", kind)?;
+    let a = &merged_linear.state_dict()["transformer.h.0.attn.c_attn.lora_A"];
+    assert_eq!(a.dims(), [6, 8]);
+    for (name, tensor) in merge_into(&base, &merged_linear)? {
         assert!(difference(&tensor, &merged[&name])? < 1e-6, "{name}");
     }
     let kind = LayerKind::MergedLinear(vec![true, false, true]);
-    let error = peft::load_pretrained_as(folder("gpt2"), &[("c_attn", kind)], &CPU).unwrap_err();
+    let error = weights.with_kind("c_attn", kind).unwrap_err();
     assert!(error.to_string().contains("c_attn.lora_A"), "{error}");
     Ok(())
 }

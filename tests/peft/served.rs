@@ -3,8 +3,9 @@
 use crate::{folder, CPU};
 use candle_core::{safetensors, DType};
 use candle_nn::VarBuilder;
+use lora::adapter::AdapterConfig;
 use lora::nn::linear_no_bias;
-use lora::{Adapter, AdapterConfig, LoraConfig};
+use lora::{Adapter, LoraConfig};
 use loralib as lora;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -93,7 +94,7 @@ fn save(adapter: &Adapter, folder: &Path) -> lora::Result<()> {
 fn a_language_model_s_folder_is_one_that_servers_load() -> lora::Result<()> {
     let cfg = LoraConfig { r: 8, lora_alpha: 16., lora_dropout: 0.05, ..Default::default() };
     let config = AdapterConfig { task_type: Some("CAUSAL_LM".to_owned()), ..cfg.into() };
-    for targets in [lora::Targets::all_linear(), ["q_proj", "v_proj"].into()] {
+    for targets in [lora::adapter::Targets::all_linear(), ["q_proj", "v_proj"].into()] {
         let dir = tempfile::tempdir()?;
         save(&Adapter::new(config.clone()).targets(targets), dir.path())?;
         assert_eq!(broken(dir.path(), 16)?, [""; 0]);
