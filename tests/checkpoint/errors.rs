@@ -3,7 +3,11 @@
 use crate::common::CFG;
 use crate::{adapter, CPU};
 use candle_core::{DType, Tensor};
-use lora::{peft, AdapterConfig, Bias, LoraConfig, StateDict, Strict};
+use lora::adapter::AdapterConfig;
+use lora::formats::peft;
+use lora::merge::{add_weighted, merge_files, merge_into};
+use lora::utils::StateDict;
+use lora::{Bias, LoraConfig, LoraWeights, Strict};
 use loralib as lora;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,10 +34,14 @@ fn state() -> lora::Result<StateDict> {
     lora::lora_state_dict(&adapter(Bias::None)?.1, Bias::None)
 }
 
+fn weights() -> lora::Result<LoraWeights> {
+    LoraWeights::new(CFG, state()?)
+}
+
 /// A folder in PEFT's format.
 fn peft_folder(parent: &Path) -> lora::Result<PathBuf> {
     let folder = parent.join("peft");
-    peft::save_pretrained(&folder, &state()?, CFG)?;
+    peft::save(&folder, &weights()?)?;
     Ok(folder)
 }
 
@@ -42,11 +50,10 @@ fn folder_without_a_model() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let named = ["the folder has none of", "model.safetensors"];
     says(lora::read_state_dict(dir.path(), &CPU), &named);
-    says(lora::read_adapter(dir.path(), &CPU), &named);
     let (_, vars) = adapter(Bias::None)?;
     says(lora::load_checkpoint(dir.path(), &vars, CFG, Strict::Yes), &named);
     let out = dir.path().join("out");
-    says(lora::merge_files(dir.path(), &state()?, CFG, out, |_| {}), &named);
+    says(merge_files(dir.path(), &weights()?, out, |_| {}), &named);
     Ok(())
 }
 
@@ -54,9 +61,8 @@ fn folder_without_a_model() -> lora::Result<()> {
 fn folder_in_pefts_format() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let folder = peft_folder(dir.path())?;
-    let named = ["PEFT", "`peft::load_adapter`", "`peft::load_pretrained`"];
+    let named = ["PEFT", "`Adapter::load`", "`formats::peft::load`"];
     says(lora::read_state_dict(&folder, &CPU), &named);
-    says(lora::read_adapter(&folder, &CPU), &named);
     let (_, vars) = adapter(Bias::None)?;
     says(lora::load_checkpoint(&folder, &vars, CFG, Strict::Yes), &named);
     Ok(())
@@ -65,25 +71,21 @@ fn folder_in_pefts_format() -> lora::Result<()> {
 #[test]
 fn empty_merges_and_sums() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
-    let base = StateDict::from([("q.weight".into(), Tensor::zeros((4, 4), DType::F32, &CPU)?)]);
-    says(lora::merge_into(&base, &StateDict::new(), CFG), &["adapter is empty"]);
-    let from = dir.path().join("base.safetensors");
-    candle_core::safetensors::save(&base.into_iter().collect(), &from)?;
-    let out = dir.path().join("out.safetensors");
-    says(lora::merge_files(&from, &StateDict::new(), CFG, out, |_| {}), &["adapter is empty"]);
-    says(lora::add_weighted(&[]), &["no adapters to add"]);
-    let empty = StateDict::new();
-    says(lora::add_weighted(&[(&empty, 1.)]), &["no adapters to add"]);
-    says(lora::save_state_dict(&empty, CFG, &from), &["state dict is empty"]);
+    let (empty, path) = (StateDict::new(), dir.path().join("adapter.safetensors"));
+    for config in [CFG, LoraConfig::default()] {
+        says(LoraWeights::new(config, empty.clone()), &["adapter is empty"]);
+    }
+    says(add_weighted(&[]), &["no adapters to add"]);
+    says(lora::save_state_dict(&empty, CFG, path), &["adapter is empty"]);
     Ok(())
 }
 
 #[test]
-fn sums_of_adapters_with_different_names() -> lora::Result<()> {
-    let one = state()?;
-    let other = one.iter().map(|(name, t)| (format!("model.{name}"), t.clone())).collect();
-    let named = ["different names", "\"q.lora_A\"", "\"model.q.lora_A\""];
-    says(lora::add_weighted(&[(&one, 1.), (&other, 1.)]), &named);
+fn sums_of_adapters_with_different_layers() -> lora::Result<()> {
+    let one = weights()?;
+    let other = one.in_component("model");
+    let named = ["different layers", "\"q\"", "\"model.q\""];
+    says(add_weighted(&[(&one, 1.), (&other, 1.)]), &named);
     Ok(())
 }
 
@@ -95,7 +97,8 @@ fn merge_into_the_folder_of_the_base() -> lora::Result<()> {
     let index = r#"{"weight_map": {"q.weight": "1.safetensors"}}"#;
     fs::write(dir.path().join("model.safetensors.index.json"), index)?;
     let config = AdapterConfig::from(CFG).with_layer("", lora::layers::LayerKind::Linear);
-    let merge = |out: &Path| lora::merge_files(dir.path(), &state()?, &config, out, |_| {});
+    let weights = LoraWeights::new(config, state()?)?;
+    let merge = |out: &Path| merge_files(dir.path(), &weights, out, |_| {});
     says(merge(dir.path()), &["own folder", "merge into another one"]);
     says(merge(&dir.path().join(".")), &["own folder"]);
     merge(&dir.path().join("out"))
@@ -111,9 +114,8 @@ fn dora_folder_without_magnitudes() -> lora::Result<()> {
     assert_ne!(json, dora);
     fs::write(&path, dora)?;
     let named = ["adapter_model.safetensors", "lora_magnitude_vector", "use_dora"];
-    says(peft::load_pretrained(&folder, &CPU), &named);
-    let (_, vars) = adapter(Bias::None)?;
-    says(peft::load_adapter(&folder, &vars, CFG, Strict::Yes), &named);
+    says(peft::load(&folder, &CPU), &named);
+    says(lora::Adapter::load(&folder, &CPU), &named);
     Ok(())
 }
 
@@ -127,10 +129,10 @@ fn missing_files_of_a_peft_folder() -> lora::Result<()> {
     candle_core::safetensors::save(&all, &tensors)?;
     fs::rename(folder.join("adapter_config.json"), folder.join("other.json"))?;
     let named = ["adapter_config.json", "not found"];
-    says(peft::load_pretrained(&folder, &CPU), &named);
+    says(peft::load(&folder, &CPU), &named);
     fs::rename(folder.join("other.json"), folder.join("adapter_config.json"))?;
     fs::remove_file(&tensors)?;
-    says(peft::load_pretrained(&folder, &CPU), &["adapter_model.safetensors", "No such file"]);
+    says(peft::load(&folder, &CPU), &["adapter_model.safetensors", "No such file"]);
     Ok(())
 }
 
@@ -143,6 +145,6 @@ fn adapters_of_another_model_or_rank() -> lora::Result<()> {
     let other = LoraConfig { r: 1, ..CFG };
     says(lora::load_checkpoint(&path, &vars, other, Strict::Yes), &["saved with r = 2", "has 1"]);
     let base = StateDict::from([("k.weight".into(), Tensor::zeros((4, 4), DType::F32, &CPU)?)]);
-    says(lora::merge_into(&base, &state()?, CFG), &["\"q.weight\"", "the base does not have it"]);
+    says(merge_into(&base, &weights()?), &["\"q.weight\"", "the base does not have it"]);
     Ok(())
 }

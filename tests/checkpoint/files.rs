@@ -3,7 +3,8 @@
 use crate::common::CFG;
 use crate::{adapter, fails, CPU};
 use candle_core::{DType, Result, Tensor};
-use lora::{Bias, LoraConfig, StateDict, Strict};
+use lora::utils::StateDict;
+use lora::{Bias, LoraConfig, Strict};
 use loralib as lora;
 use std::fs;
 use std::path::Path;
@@ -42,7 +43,7 @@ fn alpha_and_dropout_are_stored_exactly() -> Result<()> {
         let lora_alpha = 16. * f64::from(i).sqrt();
         let cfg = LoraConfig { lora_alpha, lora_dropout: 1. / (i + 1) as f32, ..CFG };
         lora::save_state_dict(&state, cfg, &path)?;
-        assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(cfg));
+        assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(cfg.into()));
     }
     Ok(())
 }
@@ -76,7 +77,10 @@ fn invalid_state_is_not_saved() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("a.safetensors");
     fails(lora::save_state_dict(&StateDict::new(), CFG, &path), &["a.safetensors", "empty"]);
-    let nan = StateDict::from([("q.lora_A".to_owned(), Tensor::new(&[f32::NAN], &CPU)?)]);
+    let nan = StateDict::from([
+        ("q.lora_A".to_owned(), Tensor::full(f32::NAN, (2, 4), &CPU)?),
+        ("q.lora_B".to_owned(), Tensor::zeros((4, 2), DType::F32, &CPU)?),
+    ]);
     fails(lora::save_state_dict(&nan, CFG, &path), &["a.safetensors", "q.lora_A", "finite"]);
     let (_, vars) = adapter(Bias::None)?;
     let mut state = lora::lora_state_dict(&vars, Bias::None)?;

@@ -4,8 +4,10 @@ use crate::common::{rnd, CFG};
 use crate::{fails, CPU};
 use candle_core::{DType, Tensor, Var};
 use candle_nn::VarMap;
+use lora::adapter::{AdapterConfig, LayerConfig};
 use lora::layers::LayerKind;
-use lora::{AdapterConfig, Bias, LayerConfig, LoraConfig, StateDict, Strict};
+use lora::utils::{Checkpoint, StateDict};
+use lora::{Bias, LoraConfig, LoraWeights, Strict};
 use loralib as lora;
 use std::path::{Path, PathBuf};
 
@@ -51,13 +53,19 @@ fn options_of_layers_round_trip() -> lora::Result<()> {
     let mut config = config().with_trainable(Bias::LoraOnly.and("head"))?;
     config.layers.get_mut("q").unwrap().fan_in_fan_out = Some(true);
     let path = saved(folder.path(), &config)?;
-    let (read, tensors) = lora::read_adapter(&path, &CPU)?;
-    assert_eq!(read.as_ref(), Some(&config));
+    let Checkpoint { config: read, tensors } = lora::read_state_dict(&path, &CPU)?;
+    let read = read.expect("a configuration");
+    for path in ["h.q", "h.qkv"] {
+        assert_eq!(read.lora_config(path), config.lora_config(path));
+        assert_eq!(read.kind(path), config.kind(path));
+    }
+    // Only the layers differ: they have an entry by their whole path.
+    assert_eq!(AdapterConfig { layers: config.layers.clone(), ..read.clone() }, config);
+    assert_eq!(read, LoraWeights::new(&config, state()?)?.config());
     assert!(tensors.keys().eq(state()?.keys()));
-    assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(config.lora));
     // What was read is saved as the same bytes.
     let again = folder.path().join("again.safetensors");
-    lora::save_state_dict(&tensors, read.unwrap(), &again)?;
+    lora::save_state_dict(&tensors, read, &again)?;
     assert_eq!(std::fs::read(again)?, std::fs::read(path)?);
     Ok(())
 }
@@ -115,7 +123,7 @@ fn files_without_layers_load() -> lora::Result<()> {
     let alpha = LoraConfig { lora_alpha: 4., ..CFG };
     let named = ["h.q", "lora_alpha = 3", "has 4"];
     fails(lora::load_checkpoint(&path, &vars, alpha, Strict::Yes), &named);
-    assert_eq!(lora::read_adapter(&path, &CPU)?.0, Some(CFG.into()));
+    assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(CFG.into()));
     Ok(())
 }
 

@@ -4,7 +4,8 @@ use crate::common::{bits, rnd, values, CFG};
 use crate::{adapter, fails, names, randomize, snapshot, Model, CPU};
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Bias, LoraConfig, LoraModule, StateDict, Strict, Trainable};
+use lora::utils::{StateDict, Trainable};
+use lora::{Bias, LoraConfig, LoraModule, Strict};
 use loralib as lora;
 use std::collections::HashMap;
 
@@ -24,7 +25,7 @@ fn checkpoints_are_restored_bit_for_bit() -> Result<()> {
     assert!(report.missing.is_empty() && report.unexpected.is_empty());
     fresh.eval()?;
     assert_eq!(bits(&fresh.forward(&x)?)?, bits(&model.forward(&x)?)?);
-    assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(CFG));
+    assert_eq!(lora::read_state_dict(&path, &CPU)?.config, Some(CFG.into()));
 
     // Also into one VarMap with all variables.
     let all = VarMap::new();

@@ -81,7 +81,7 @@ fn snapshot(vars: &VarMap) -> Vec<Vec<u64>> {
     names.into_iter().map(|name| bits(&vars_by_name[name]).unwrap()).collect()
 }
 
-fn adapter(trainable: impl Into<lora::Trainable>) -> Result<(Model, VarMap)> {
+fn adapter(trainable: impl Into<lora::utils::Trainable>) -> Result<(Model, VarMap)> {
     let adapter = VarMap::new();
     let model = Model::new(lora::var_builder(base(true)?, &adapter, trainable))?;
     Ok((model, adapter))

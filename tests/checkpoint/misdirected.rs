@@ -4,7 +4,8 @@ use crate::common::CFG;
 use crate::{adapter, fails, Model, CPU};
 use candle_core::DType;
 use candle_nn::{VarBuilder, VarMap};
-use lora::{peft, Bias, Strict};
+use lora::formats::peft;
+use lora::{Bias, LoraWeights, Strict};
 use loralib as lora;
 
 #[test]
@@ -14,9 +15,9 @@ fn errors_name_the_right_function() -> lora::Result<()> {
     let (_, vars) = adapter(Bias::None)?;
     let state = lora::lora_state_dict(&vars, Bias::None)?;
     lora::save_state_dict(&state, CFG, &file)?;
-    peft::save_pretrained(&folder, &state, CFG)?;
+    peft::save(&folder, &LoraWeights::new(CFG, state)?)?;
 
-    let right = ["`peft::load_adapter`", "`peft::load_pretrained`"];
+    let right = ["`Adapter::load`", "`formats::peft::load`"];
     fails(lora::read_state_dict(&folder, &CPU), &right);
     fails(lora::load_checkpoint(&folder, &vars, CFG, Strict::No), &right);
     let inside = folder.join("adapter_model.safetensors");
@@ -27,9 +28,9 @@ fn errors_name_the_right_function() -> lora::Result<()> {
         fails(lora::load_state_dict(&vars, &raw, strict), &named);
     }
 
-    fails(peft::load_pretrained(&file, &CPU), &["adapter.safetensors", "`load_checkpoint`"]);
+    fails(peft::load(&file, &CPU), &["adapter.safetensors", "`load_checkpoint`"]);
     std::fs::copy(&file, &inside)?;
-    fails(peft::load_pretrained(&folder, &CPU), &["q.lora_A", "`load_checkpoint`"]);
+    fails(peft::load(&folder, &CPU), &["q.lora_A", "`load_checkpoint`"]);
     let base = dir.path().join("base.safetensors");
     let all = VarMap::new();
     Model::new(VarBuilder::from_varmap(&all, DType::F32, &CPU))?;
@@ -38,6 +39,6 @@ fn errors_name_the_right_function() -> lora::Result<()> {
     let named = ["base.safetensors", "LoRA adapter", "k.bias", "`load_state_dict`"];
     fails(lora::load_checkpoint(&base, &vars, CFG, Strict::No), &named);
     let nowhere = dir.path().join("nowhere");
-    fails(peft::load_pretrained(&nowhere, &CPU), &["nowhere", "No such file"]);
+    fails(peft::load(&nowhere, &CPU), &["nowhere", "No such file"]);
     Ok(())
 }

@@ -7,9 +7,10 @@ use crate::{base, names, snapshot, Model, CPU};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::loss::mse;
 use candle_nn::{Optimizer, VarMap, SGD};
-use lora::peft;
-use lora::AdapterConfig;
-use lora::{Strict, Trainable};
+use lora::adapter::AdapterConfig;
+use lora::formats::peft;
+use lora::utils::{load_weights, Trainable};
+use lora::{LoraWeights, Strict};
 use loralib as lora;
 
 const STEPS: usize = 5;
@@ -80,11 +81,15 @@ fn peft_adapters_resume_bit_for_bit() -> lora::Result<()> {
     let folder = tempfile::tempdir()?;
     let config = AdapterConfig::from(CFG).with_trainable(trainable())?;
     let save = |vars: &VarMap| {
-        peft::save_pretrained(folder.path(), &lora::lora_state_dict(vars, trainable())?, &config)
+        let tensors = lora::lora_state_dict(vars, trainable())?;
+        peft::save(folder.path(), &LoraWeights::new(&config, tensors)?)
     };
     resumes(save, |vars| {
-        let (_, tensors) = peft::load_pretrained(folder.path(), &CPU)?;
+        let tensors = peft::load(folder.path(), &CPU)?.state_dict();
         lora::load_state_dict(vars, &tensors, Strict::Yes).map(drop)
     })?;
-    resumes(save, |vars| peft::load_adapter(folder.path(), vars, &config, Strict::Yes).map(drop))
+    resumes(save, |vars| {
+        let weights = peft::load(folder.path(), &CPU)?;
+        load_weights(&weights, vars, &config, Strict::Yes).map(drop)
+    })
 }

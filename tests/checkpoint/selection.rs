@@ -10,7 +10,7 @@ use loralib as lora;
 #[test]
 fn adapter_map_holds_the_trained_variables_only() -> Result<()> {
     let lora = ["q.lora_A", "q.lora_B"];
-    let cases: [(lora::Trainable, &[&str]); 4] = [
+    let cases: [(lora::utils::Trainable, &[&str]); 4] = [
         (Bias::None.into(), &[]),
         (Bias::LoraOnly.into(), &["q.bias"]),
         (Bias::All.into(), &["classifier.bias", "k.bias", "q.bias"]),
@@ -84,7 +84,7 @@ fn only_selected_modules_may_be_new() -> Result<()> {
     let error = Model::new(lora::var_builder(empty, &VarMap::new(), Bias::All)).err().unwrap();
     assert!(error.to_string().contains("\"q.weight\""), "{error}");
     assert!(names(&vars).is_empty(), "no variable is created in the base");
-    let new = |trainable: lora::Trainable| {
+    let new = |trainable: lora::utils::Trainable| {
         Model::new(lora::var_builder(base(false)?, &VarMap::new(), trainable))
     };
     assert!(new(Bias::None.into()).is_err());
@@ -106,7 +106,7 @@ fn empty_selections_are_errors() -> Result<()> {
 
 #[test]
 fn adapted_weights_cannot_be_selected() -> Result<()> {
-    for trainable in [lora::Trainable::all_parameters(), Bias::None.and("q")] {
+    for trainable in [lora::utils::Trainable::all_parameters(), Bias::None.and("q")] {
         let (_, vars) = adapter(trainable.clone())?;
         let message = ["\"q.weight\"", "frozen"];
         fails(lora::mark_only_lora_as_trainable(&vars, trainable.clone()), &message);

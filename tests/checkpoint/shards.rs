@@ -3,7 +3,7 @@
 use crate::common::{bits, rnd};
 use crate::{fails, CPU};
 use candle_core::DType;
-use lora::StateDict;
+use lora::utils::StateDict;
 use loralib as lora;
 use std::fs;
 use std::path::Path;

@@ -3,7 +3,8 @@
 use crate::common::{device, CFG};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Bias, Trainable};
+use lora::utils::Trainable;
+use lora::Bias;
 use loralib as lora;
 
 #[test]
@@ -15,7 +16,7 @@ fn summary_has_a_row_per_layer_and_tensor() -> Result<()> {
     let _head = candle_nn::linear(6, 3, vb.pp("head"))?;
     let _frozen = candle_nn::linear(6, 3, vb.pp("frozen"))?;
 
-    let summary = lora::summary(&vars, Bias::LoraOnly.and("head"))?;
+    let summary = lora::utils::summary(&vars, Bias::LoraOnly.and("head"))?;
     let trained = lora::mark_only_lora_as_trainable(&vars, Bias::LoraOnly.and("head"))?;
     assert_eq!(summary.trainable(), trained.iter().map(|var| var.elem_count()).sum::<usize>());
     let expected = "\
@@ -43,7 +44,7 @@ fn summary_has_a_column_of_magnitudes() -> Result<()> {
     let dora = lora::LoraConfig { use_dora: true, ..CFG };
     let _q = lora::linear(6, 4, dora, vb.pp("q"))?;
     let _v = lora::linear(6, 4, CFG, vb.pp("v"))?;
-    let printed = lora::summary(&vars, Bias::None)?.to_string();
+    let printed = lora::utils::summary(&vars, Bias::None)?.to_string();
     let expected = "\
 layer   lora_A  lora_B  magnitude  rank  parameters
 q       (2, 6)  (4, 2)  (4)           2          24
@@ -72,7 +73,8 @@ fn all_parameters_start_at_the_base() -> Result<()> {
 
     let saved = lora::lora_state_dict(&vars, trainable)?;
     assert_eq!(saved.keys().collect::<Vec<_>>(), ["fc.weight", "head.bias", "head.weight"]);
-    let error = lora::summary(&VarMap::new(), Trainable::all_parameters()).unwrap_err().to_string();
+    let error =
+        lora::utils::summary(&VarMap::new(), Trainable::all_parameters()).unwrap_err().to_string();
     assert!(error.contains("none of 0 variables matches all parameters"), "{error}");
     Ok(())
 }

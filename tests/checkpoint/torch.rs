@@ -8,7 +8,7 @@ fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/torch").join(name)
 }
 
-fn read(name: &str) -> lora::Result<lora::StateDict> {
+fn read(name: &str) -> lora::Result<lora::utils::StateDict> {
     Ok(lora::read_state_dict(path(name), &Device::Cpu)?.tensors)
 }
 

@@ -5,9 +5,11 @@ use crate::CPU;
 use candle_core::quantized::gguf_file::Value;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Tensor};
+use loralib::adapter::{AdapterConfig, LayerConfig};
 use loralib::gguf::{load_adapter, save_adapter, File};
 use loralib::layers::LayerKind;
-use loralib::{AdapterConfig, LayerConfig, LoraConfig, Result, StateDict};
+use loralib::utils::StateDict;
+use loralib::{LoraConfig, LoraWeights, Result};
 use rand::Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -88,9 +90,10 @@ fn an_adapter_comes_back_to_the_bit() -> Result<()> {
             let head = head && !matches!(&*architecture, "gemma" | "gemma2");
             let base = base(dir.path(), &architecture, head);
             let adapter = adapter(&architecture, head, |_| 4);
-            save_adapter(&path, &adapter, CFG, &base)?;
+            save_adapter(&path, &LoraWeights::new(CFG, adapter.clone())?, &base)?;
             assert_same_updates(&llama_cpp(&path), &expected(&architecture, &adapter, &CFG.into()));
-            let (config, loaded) = load_adapter(&path, &base, &CPU)?;
+            let weights = load_adapter(&path, &base, &CPU)?;
+            let (config, loaded) = (weights.config(), weights.state_dict());
             assert_eq!(config.lora, CFG);
             assert!(adapter.keys().eq(loaded.keys()), "{architecture}");
             for (name, tensor) in &adapter {
@@ -103,7 +106,7 @@ fn an_adapter_comes_back_to_the_bit() -> Result<()> {
                 assert_eq!(config.lora_config(path), CFG);
             }
             let bytes = fs::read(&path)?;
-            save_adapter(&path, &loaded, config, &base)?;
+            save_adapter(&path, &weights, &base)?;
             assert_eq!(fs::read(&path)?, bytes);
         }
     }
@@ -133,10 +136,11 @@ fn every_layer_keeps_its_own_scaling() -> Result<()> {
         config.layers.insert("q_proj".into(), layer(Some(2), own));
         config.layers.insert("k_proj".into(), layer(Some(8), None));
         config.layers.insert("layers.1.mlp.up_proj".into(), layer(None, own));
-        save_adapter(&path, &adapter, &config, &base)?;
+        save_adapter(&path, &LoraWeights::new(&config, adapter.clone())?, &base)?;
         let updates = expected("llama", &adapter, &config);
         assert_same_updates(&llama_cpp(&path), &updates);
-        let (config, loaded) = load_adapter(&path, &base, &CPU)?;
+        let weights = load_adapter(&path, &base, &CPU)?;
+        let (config, loaded) = (weights.config(), weights.state_dict());
         assert_same_updates(&expected("llama", &loaded, &config), &updates);
         let exact = !rslora && own.is_none_or(|own| own == 3. || own == 0.);
         for (name, tensor) in adapter.iter().filter(|(name, _)| name.ends_with("lora_A") && exact) {
@@ -159,7 +163,8 @@ fn splits_are_saved_as_one_linear_layer() -> Result<()> {
         (format!("{module}.lora_B"), b.clone()),
     ]);
     let kind = LayerKind::MergedSplits(vec![(64, true), (32, false), (32, true)]);
-    save_adapter(&path, &adapter, AdapterConfig::from(CFG).with_layer("qkv_proj", kind), &base)?;
+    let config = AdapterConfig::from(CFG).with_layer("qkv_proj", kind);
+    save_adapter(&path, &LoraWeights::new(config, adapter)?, &base)?;
     let update = &llama_cpp(&path)["blk.1.attn_qkv.weight"];
     let split = |rank: usize, from, rows| b.narrow(0, from, rows)?.matmul(&a.narrow(0, rank, 4)?);
     let none = Tensor::zeros((32, HIDDEN), DType::F32, &CPU)?;
@@ -199,14 +204,22 @@ fn what_llama_cpp_cannot_take_is_not_saved() {
     let declared = |name: &str, kind| AdapterConfig::from(CFG).with_layer(name, kind);
     let conv = LayerKind::Conv1d { groups: 1 };
     let none = AdapterConfig::from(LoraConfig { lora_alpha: 0., ..CFG });
+    let dora = AdapterConfig::from(LoraConfig { use_dora: true, ..CFG });
     let embedding = pair("model.embed_tokens", &[4, 10], &[64, 4]);
+    for (adapter, config, reason) in [
+        (StateDict::new(), linear.clone(), "empty"),
+        (with(peft, random(0, &[4, 64])), linear.clone(), "formats::peft::load"),
+        (alone, linear.clone(), "q_proj.lora_A\": it is missing"),
+        (good.clone(), declared("v_proj", LayerKind::Linear), "v_proj"),
+        (good.clone(), LoraConfig { r: 8, ..CFG }.into(), "r = 8"),
+    ] {
+        let error = LoraWeights::new(config, adapter).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error:?} {reason:?}");
+    }
     let cases = [
-        (&own, StateDict::new(), linear.clone(), "empty"),
         (&own, with(bias, random(0, &[64])), linear.clone(), bias),
-        (&own, with(magnitude, random(0, &[64])), linear.clone(), "merge it into the base"),
-        (&own, with(peft, random(0, &[4, 64])), linear.clone(), "peft::load_adapter"),
+        (&own, with(magnitude, random(0, &[64])), dora, "merge it into the base"),
         (&own, with("lm_head.weight", random(0, &[10, 64])), linear.clone(), "\"lm_head.weight\""),
-        (&own, alone, linear.clone(), "q_proj.lora_A\": it is missing"),
         (
             &own,
             pair("model.layers.2.mlp.up_proj", &[4, 64], &[96, 4]),
@@ -219,19 +232,19 @@ fn what_llama_cpp_cannot_take_is_not_saved() {
         (&own, embedding, declared("embed_tokens", LayerKind::Linear), "declared as a Linear"),
         (&own, good.clone(), declared("q_proj", LayerKind::Embedding), "declared as a Embedding"),
         (&own, good.clone(), declared("q_proj", conv), "declared as a Conv1d"),
-        (&own, good.clone(), declared("v_proj", LayerKind::Linear), "v_proj"),
-        (&own, good.clone(), LoraConfig { r: 8, ..CFG }.into(), "rank 8"),
+        (&own, good.clone(), LoraConfig { r: 2, ..CFG }.into(), "rank 2"),
         (&own, good.clone(), none, "alpha other than 0"),
         (&own, pair(q, &[4, 32], &[64, 4]), linear.clone(), "[4, 32]"),
         (&own, pair(q, &[4, 64], &[32, 4]), linear.clone(), "[32, 4]"),
         (&own, with(&format!("{q}.lora_A"), nan), linear.clone(), "not finite"),
     ];
     for (base, adapter, config, reason) in cases {
-        let error = save_adapter(&path, &adapter, &config, base).unwrap_err().to_string();
+        let weights = LoraWeights::new(config, adapter).unwrap();
+        let error = save_adapter(&path, &weights, base).unwrap_err().to_string();
         assert!(error.contains("adapter.gguf") && error.contains(reason), "{error:?} {reason:?}");
         assert!(!path.exists());
     }
-    save_adapter(&path, &good, &linear, &own).unwrap();
+    save_adapter(&path, &LoraWeights::new(linear, good).unwrap(), &own).unwrap();
 }
 
 /// A key of the metadata with another value, or without one.
@@ -329,9 +342,9 @@ fn without_an_alpha_the_factors_are_not_scaled() -> Result<()> {
             ("blk.0.ffn_up.weight.lora_b".to_owned(), tensor(&[96, 4], GgmlDType::F16)?),
         ]);
         write_file(&path, &adapter_metadata(&[("adapter.lora.alpha", alpha)]), &tensors);
-        let (config, loaded) = load_adapter(&path, &base, &CPU)?;
-        assert_eq!(config.lora_config("model.layers.0.mlp.up_proj").scaling(), 1.);
-        assert_eq!(loaded["model.layers.0.mlp.up_proj.lora_B"].dtype(), DType::F32);
+        let weights = load_adapter(&path, &base, &CPU)?;
+        assert_eq!(weights.config().lora_config("model.layers.0.mlp.up_proj").scaling(), 1.);
+        assert_eq!(weights.state_dict()["model.layers.0.mlp.up_proj.lora_B"].dtype(), DType::F32);
     }
     Ok(())
 }
@@ -346,7 +359,8 @@ fn damaged_adapters_never_panic() {
             .iter()
             .any(|part| name.contains(part))
     });
-    save_adapter(&path, &adapter, LoraConfig { r: 1, ..CFG }, &base).unwrap();
+    let weights = LoraWeights::new(LoraConfig { r: 1, ..CFG }, adapter.clone()).unwrap();
+    save_adapter(&path, &weights, &base).unwrap();
     let good = fs::read(&path).unwrap();
     let header = good.len() - adapter.values().map(|t| t.elem_count() * 4).sum::<usize>() - 6 * 16;
     let (mut rng, mut loaded) = (ChaCha8Rng::seed_from_u64(0), 0);
@@ -359,7 +373,8 @@ fn damaged_adapters_never_panic() {
         }
         replace(&path, &bad);
         match load_adapter(&path, &base, &CPU) {
-            Ok((config, tensors)) => {
+            Ok(weights) => {
+                let (config, tensors) = (weights.config(), weights.state_dict());
                 assert!(i % 3 > 0 && tensors.len() % 2 == 0 && config.lora.r == 1);
                 loaded += 1;
             }

@@ -5,9 +5,11 @@ use crate::{largest, CPU};
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Tensor};
+use loralib::adapter::AdapterConfig;
 use loralib::gguf::{merge, File, MergeOptions};
 use loralib::layers::LayerKind;
-use loralib::{AdapterConfig, LoraConfig, Result, StateDict};
+use loralib::utils::StateDict;
+use loralib::{LoraConfig, LoraWeights, Result};
 use std::collections::BTreeMap;
 use std::fs;
 
@@ -47,9 +49,10 @@ fn a_merged_file_has_the_sum_within_the_rounding_of_its_dtype() -> Result<()> {
         let head = !matches!(&*architecture, "gemma" | "gemma2");
         let base = File::open(write_model(dir.path(), &architecture, head, GgmlDType::Q4_0))?;
         let (before, adapter) = (values(&base)?, adapter(&architecture, head, |_| 4));
+        let weights = LoraWeights::new(config(8.), adapter.clone())?;
         for (dtype, bound, file_type) in cases {
             let (mut done, mut steps) = (0, 0);
-            let kept = merge(&base, &adapter, config(8.), &out, dtype, |progress| {
+            let kept = merge(&base, &weights, &out, dtype, |progress| {
                 assert!(progress.done > done && progress.done <= progress.total);
                 (done, steps) = (progress.done, steps + 1);
             })?;
@@ -120,7 +123,8 @@ fn the_rest_of_the_file_is_the_base_s_byte_for_byte() -> Result<()> {
         (format!("{q}.lora_A"), random(0, &[4, 32])),
         (format!("{q}.lora_B"), random(1, &[4, 4])),
     ]);
-    merge(&base, &adapter, config(8.), &out, GgmlDType::F16, |_| {})?;
+    let adapter = LoraWeights::new(config(8.), adapter)?;
+    merge(&base, &adapter, &out, GgmlDType::F16, |_| {})?;
     let written = fs::read(&out)?;
     let expected = header(
         1,
@@ -136,12 +140,12 @@ fn the_rest_of_the_file_is_the_base_s_byte_for_byte() -> Result<()> {
         assert_eq!(written[start + after..][..size], bytes[start + before..][..size]);
     }
     // Into the base's own file, with the same content.
-    merge(&base, &adapter, config(8.), &path, GgmlDType::F16, |_| {})?;
+    merge(&base, &adapter, &path, GgmlDType::F16, |_| {})?;
     assert_eq!(fs::read(&path)?, written);
     // candle reads a merged file of its own alignment too.
     let small = File::open(write_model(dir.path(), "llama", true, GgmlDType::Q4_0))?;
-    let adapter = crate::fixture::adapter("llama", true, |_| 4);
-    merge(&small, &adapter, config(8.), &out, GgmlDType::Q8_0, |_| {})?;
+    let adapter = LoraWeights::new(config(8.), crate::fixture::adapter("llama", true, |_| 4))?;
+    merge(&small, &adapter, &out, GgmlDType::Q8_0, |_| {})?;
     let mut file = fs::File::open(&out)?;
     let content = Content::read(&mut file)?;
     for name in File::open(&out)?.tensor_names() {
@@ -157,11 +161,13 @@ fn an_update_that_rounding_erases_is_refused_unless_forced() -> Result<()> {
     let out = dir.path().join("merged.gguf");
     let adapter = adapter("llama", true, |_| 4);
     // Much less than a step of the grid.
-    let (small, large) = (config(0.1), config(8.));
+    let (small, large) = (config(0.1), LoraWeights::new(config(8.), adapter.clone())?);
     for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0] {
         let base = File::open(write_model(dir.path(), "llama", true, dtype))?;
         let small = if dtype == GgmlDType::Q8_0 { config(0.001) } else { small.clone() };
-        let error = merge(&base, &adapter, &small, &out, dtype, |_| {}).unwrap_err().to_string();
+        let scaling = small.lora.scaling();
+        let small = LoraWeights::new(small, adapter.clone())?;
+        let error = merge(&base, &small, &out, dtype, |_| {}).unwrap_err().to_string();
         assert!(error.contains("llama.gguf") && error.contains(".weight"), "{error}");
         assert!(
             error.contains(&format!("{dtype:?}")) && error.contains("% of its update"),
@@ -170,13 +176,13 @@ fn an_update_that_rounding_erases_is_refused_unless_forced() -> Result<()> {
         assert_eq!(error.contains("own dtype"), dtype != GgmlDType::Q8_0, "{error}");
         assert!(!out.exists());
         // Whatever is left of a large update, in less than 8 bits.
-        let kept = merge(&base, &adapter, &large, &out, dtype, |_| {});
+        let kept = merge(&base, &large, &out, dtype, |_| {});
         assert_eq!(kept.is_ok(), dtype == GgmlDType::Q8_0);
         let options = MergeOptions { dtype, force: true };
-        let kept = merge(&base, &adapter, &small, &out, options, |_| {})?;
+        let kept = merge(&base, &small, &out, options, |_| {})?;
         let before = values(&base)?;
         for (name, after) in values(&File::open(&out)?)? {
-            let Some(update) = update(&adapter, &name, small.lora.scaling()) else { continue };
+            let Some(update) = update(&adapter, &name, scaling) else { continue };
             let dot = |a: &Tensor, b: &Tensor| (a * b)?.sum_all()?.to_scalar::<f32>();
             let share = dot(&(after - &before[&name])?, &update)? / dot(&update, &update)?;
             let kept = kept[&name];
@@ -195,9 +201,10 @@ fn the_output_layer_of_an_adapted_embedding_becomes_a_tensor_of_its_own() -> Res
         ("model.embed_tokens.lora_A".to_owned(), random(0, &[4, VOCAB])),
         ("model.embed_tokens.lora_B".to_owned(), random(1, &[HIDDEN, 4])),
     ]);
+    let weights = LoraWeights::new(config(8.), pair.clone())?;
     for architecture in ["llama", "gemma3"] {
         let base = File::open(write_model(dir.path(), architecture, false, GgmlDType::Q4_0))?;
-        merge(&base, &pair, config(8.), &out, GgmlDType::F16, |_| {})?;
+        merge(&base, &weights, &out, GgmlDType::F16, |_| {})?;
         let merged = File::open(&out)?;
         let (head, before) =
             (merged.tensor("output.weight", &CPU)?, base.tensor("token_embd.weight", &CPU)?);
@@ -206,7 +213,7 @@ fn the_output_layer_of_an_adapted_embedding_becomes_a_tensor_of_its_own() -> Res
         assert_eq!(merged.config::<serde_json::Value>()?["tie_word_embeddings"], false);
     }
     let gemma = File::open(write_model(dir.path(), "gemma", false, GgmlDType::Q4_0))?;
-    let error = merge(&gemma, &pair, config(8.), &out, GgmlDType::F16, |_| {}).unwrap_err();
+    let error = merge(&gemma, &weights, &out, GgmlDType::F16, |_| {}).unwrap_err();
     assert!(error.to_string().contains("embed_tokens.lora_A"), "{error}");
     // With PEFT's `ensure_weight_tying` it stays the output layer, and has the update.
     let mut tied = pair.clone();
@@ -214,7 +221,7 @@ fn the_output_layer_of_an_adapted_embedding_becomes_a_tensor_of_its_own() -> Res
         let factor = pair[&format!("model.embed_tokens.{other}")].t()?;
         tied.insert(format!("lm_head.{last}"), factor.contiguous()?);
     }
-    merge(&gemma, &tied, config(8.), &out, GgmlDType::F32, |_| {})?;
+    merge(&gemma, &LoraWeights::new(config(8.), tied)?, &out, GgmlDType::F32, |_| {})?;
     let merged = File::open(&out)?;
     assert!(merged.tensor("output.weight", &CPU).is_err());
     let merged = merged.tensor("token_embd.weight", &CPU)?.dequantize(&CPU)?;
@@ -223,7 +230,8 @@ fn the_output_layer_of_an_adapted_embedding_becomes_a_tensor_of_its_own() -> Res
     // Trained as a whole, it is the output layer too.
     let whole =
         StateDict::from([("model.embed_tokens.weight".to_owned(), random(0, &[VOCAB, HIDDEN]))]);
-    merge(&gemma, &whole, config(8.), &out, GgmlDType::F32, |_| {})?;
+    let whole = LoraWeights::new(AdapterConfig::default(), whole)?;
+    merge(&gemma, &whole, &out, GgmlDType::F32, |_| {})?;
     let merged = File::open(&out)?.tensor("token_embd.weight", &CPU)?.dequantize(&CPU)?;
     assert_eq!(largest(&(merged - random(0, &[VOCAB, HIDDEN]))?), 0.);
     Ok(())
@@ -241,7 +249,8 @@ fn biases_norms_and_modules_replace_those_of_the_base() -> Result<()> {
         let base = File::open(write_model(dir.path(), architecture, true, GgmlDType::Q4_0))?;
         let trained = |name: &str| (name.to_owned(), random(99, &dims(name)));
         let adapter: StateDict = names.iter().map(|name| trained(name)).collect();
-        let kept = merge(&base, &adapter, config(8.), &out, GgmlDType::F32, |_| {})?;
+        let weights = LoraWeights::new(AdapterConfig::default(), adapter.clone())?;
+        let kept = merge(&base, &weights, &out, GgmlDType::F32, |_| {})?;
         assert!(kept.keys().eq(adapter.keys()));
         let (before, after) = (values(&base)?, values(&File::open(&out)?)?);
         for (name, tensor) in &after {
@@ -269,8 +278,15 @@ fn what_cannot_be_merged_leaves_no_file() {
     let nan = pair(q, (random(0, &[4, 64]) / 0.).unwrap());
     let conv = config(8.).with_layer("q_proj", LayerKind::Conv1d { groups: 2 });
     let unused = config(8.).with_layer("v_proj", LayerKind::Linear);
+    for (adapter, config, reason) in [
+        (StateDict::new(), config(8.), "empty"),
+        (good(), LoraConfig { r: 8, ..Default::default() }.into(), "r = 8"),
+        (good(), unused, "v_proj"),
+    ] {
+        let error = LoraWeights::new(config, adapter).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error:?} {reason:?}");
+    }
     let cases = [
-        (StateDict::new(), config(8.), GgmlDType::F16, "empty"),
         (
             pair("model.layers.2.self_attn.q_proj", random(0, &[4, 64])),
             config(8.),
@@ -278,21 +294,22 @@ fn what_cannot_be_merged_leaves_no_file() {
             "layers.2",
         ),
         (pair(q, random(0, &[4, 32])), config(8.), GgmlDType::F16, "q_proj.weight"),
-        (good(), LoraConfig { r: 8, ..Default::default() }.into(), GgmlDType::F16, "r = 8"),
+        (good(), LoraConfig { r: 2, ..Default::default() }.into(), GgmlDType::F16, "r = 2"),
         (good(), conv, GgmlDType::F16, "Conv1d"),
-        (good(), unused, GgmlDType::F16, "v_proj"),
         (good(), config(8.), GgmlDType::Q4K, "\"blk.0.attn_q.weight\": blocks of 256 values (Q4K)"),
         (good(), config(8.), GgmlDType::Q8_1, "Q8_1"),
         (huge, config(8.), GgmlDType::F16, "does not fit F16"),
         (nan, config(8.), GgmlDType::F32, "not finite"),
     ];
     for (adapter, config, dtype, reason) in cases {
-        let error = merge(&base, &adapter, &config, &out, dtype, |_| {}).unwrap_err().to_string();
+        let weights = LoraWeights::new(config, adapter).unwrap();
+        let error = merge(&base, &weights, &out, dtype, |_| {}).unwrap_err().to_string();
         assert!(error.contains("llama.gguf") && error.contains(reason), "{error:?} {reason:?}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
     let nowhere = dir.path().join("none/out.gguf");
-    let error = merge(&base, &good(), config(8.), &nowhere, GgmlDType::F16, |_| {}).unwrap_err();
+    let good = LoraWeights::new(config(8.), good()).unwrap();
+    let error = merge(&base, &good, &nowhere, GgmlDType::F16, |_| {}).unwrap_err();
     assert!(error.to_string().contains("none"), "{error}");
     let falcon = dir.path().join("falcon.gguf");
     write_file(
@@ -304,11 +321,11 @@ fn what_cannot_be_merged_leaves_no_file() {
         )]),
     );
     let falcon = File::open(&falcon).unwrap();
-    let error = merge(&falcon, &good(), config(8.), &out, GgmlDType::F16, |_| {}).unwrap_err();
+    let error = merge(&falcon, &good, &out, GgmlDType::F16, |_| {}).unwrap_err();
     assert!(error.to_string().contains("\"falcon\""), "{error}");
     // A base without quantised tensors gets the version of those it has now.
     let plain = File::open(write_model(dir.path(), "llama", true, GgmlDType::F32)).unwrap();
-    merge(&plain, &good(), config(8.), &out, GgmlDType::Q8_0, |_| {}).unwrap();
+    merge(&plain, &good, &out, GgmlDType::Q8_0, |_| {}).unwrap();
     let merged = File::open(&out).unwrap();
     assert!(matches!(merged.metadata()["general.quantization_version"], Value::U32(2)));
 }

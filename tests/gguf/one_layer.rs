@@ -5,7 +5,8 @@ use crate::{largest, CPU};
 use candle_core::quantized::gguf_file::{write, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Module, Tensor};
-use lora::{gguf, Adapter, Bias, LoraConfig, StateDict};
+use lora::utils::StateDict;
+use lora::{gguf, Adapter, Bias, LoraConfig, LoraWeights};
 use loralib as lora;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,7 +42,7 @@ fn an_adapter_in_llama_cpp_s_form_is_the_same_adapter() -> lora::Result<()> {
     let cfg = LoraConfig { r: 4, lora_alpha: 12., ..Default::default() };
     let path = dir.path().join("adapter.gguf");
     let factors = factors();
-    gguf::save_adapter(&path, &factors, cfg, &base)?;
+    gguf::save_adapter(&path, &LoraWeights::new(cfg, factors.clone())?, &base)?;
     let loaded = Adapter::load_gguf(&path, &base, &CPU)?;
     assert_eq!(loaded.config().lora, cfg);
     let tensors = lora::lora_state_dict(loaded.var_map(), Bias::None)?;
@@ -62,7 +63,7 @@ fn a_layer_computes_the_same_beside_its_adapter_and_merged() -> lora::Result<()>
     let (path, merged) = (dir.path().join("adapter.gguf"), dir.path().join("merged.gguf"));
     let cfg = LoraConfig { r: 4, lora_alpha: 12., ..Default::default() };
     let factors = factors();
-    gguf::save_adapter(&path, &factors, cfg, &file)?;
+    gguf::save_adapter(&path, &LoraWeights::new(cfg, factors.clone())?, &file)?;
 
     let layer = |vb: lora::nn::VarBuilder| {
         lora::nn::linear_no_bias(32, 8, vb.pp("model.layers.0.self_attn.q_proj"))
@@ -84,7 +85,7 @@ fn a_layer_computes_the_same_beside_its_adapter_and_merged() -> lora::Result<()>
     let update = (x.matmul(&a.t()?)?.matmul(&b.t()?)? * cfg.scaling())?;
     assert!(largest(&(&beside - (alone + update)?)?) < 1e-4);
 
-    gguf::merge(&file, &adapter.state_dict()?, adapter.config(), &merged, GgmlDType::F32, |_| {})?;
+    gguf::merge(&file, &adapter.weights()?, &merged, GgmlDType::F32, |_| {})?;
     let merged = gguf::File::open(&merged)?.var_builder(DType::F32, &CPU)?;
     assert!(largest(&(layer(merged)?.forward(&x)? - beside)?) < 1e-4);
     Ok(())
