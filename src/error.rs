@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// An error of [`utils`](crate::utils), [`merge`](crate::merge), [`peft`](crate::peft),
-/// [`formats`](crate::formats) and [`gguf`](crate::gguf). It converts into [`candle_core::Error`], so that `?` works
+/// An error of [`utils`](crate::utils), [`merge`](crate::merge), [`formats`](crate::formats) and [`gguf`](crate::gguf). It converts into [`candle_core::Error`], so that `?` works
 /// in functions of either result.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

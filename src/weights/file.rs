@@ -4,7 +4,7 @@ use super::metadata::{from_json, to_json};
 use super::{refuse_other_names, AdapterConfig, LoraWeights};
 use crate::files::{atomic_file, read_shards, serialize, Metadata};
 use crate::{Error, Result};
-use candle_core::Device;
+use candle_core::{DType, Device};
 use std::path::Path;
 
 /// The key of the configuration in a file's metadata.
@@ -13,6 +13,7 @@ const CONFIG: &str = "loralib";
 /// Writes an adapter's file.
 pub(crate) fn save(path: &Path, weights: &LoraWeights) -> Result<()> {
     let save = || {
+        weights.options.lora.validate(DType::F32)?;
         let json = to_json(&weights.config())?;
         let bytes = serialize(&weights.state_dict(), Some((CONFIG, json)))?;
         Ok(atomic_file::replace(path, &bytes)?)

@@ -4,7 +4,7 @@ use super::config::LayerConfig;
 use crate::layers::{same_scaling, LayerKind, LoraConfig, Part};
 use crate::ops::joined;
 use crate::{Error, Result};
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 /// The update of one layer: its factors and options, in loralib's shapes.
 #[derive(Debug, Clone)]
@@ -89,8 +89,9 @@ impl LayerWeights {
     pub(super) fn check(&self, path: &str, common: &LoraConfig) -> Result<()> {
         let cfg = self.options(common);
         let wrong = |part: Part, reason: String| Err(Error::tensor(part.at(path), reason));
-        if let Err(e) = cfg.validate(DType::F32) {
-            return wrong(Part::A, e.to_string());
+        if !cfg.lora_alpha.is_finite() {
+            let reason = format!("lora_alpha is {}, expected a finite number", cfg.lora_alpha);
+            return wrong(Part::A, reason);
         }
         for (part, tensor) in self.tensors().filter(|(part, _)| part.is_factor()) {
             let rank = match (part, tensor.dims()) {

@@ -87,7 +87,6 @@ impl LoraWeights {
 
     /// [`new`](Self::new) with the configuration of a model, which may have more layers than the tensors.
     pub(crate) fn parse(config: AdapterConfig, tensors: &StateDict) -> Result<Self> {
-        config.lora.validate(candle_core::DType::F32)?;
         refuse_other_names(tensors.keys())?;
         let mut found = BTreeMap::<&str, BTreeMap<&str, Tensor>>::new();
         let (mut rows, mut others) = (StateDict::new(), StateDict::new());
@@ -246,11 +245,12 @@ fn grouped(
     mut parts: BTreeMap<&str, Tensor>,
     config: &AdapterConfig,
 ) -> Result<LayerWeights> {
-    let mut take = |part: Part<'static>| parts.remove(part.name());
+    let other = parts.keys().next().map(|last| Part::Base(last).at(path)).unwrap_or_default();
     let needed = |part: Part, tensor: Option<Tensor>| {
-        let missing = "it is missing, the layer has other tensors of an adapter";
-        tensor.ok_or_else(|| Error::tensor(part.at(path), missing))
+        let missing = || format!("it is missing, the layer has other tensors, such as {other:?}");
+        tensor.ok_or_else(|| Error::tensor(part.at(path), missing()))
     };
+    let mut take = |part: Part<'static>| parts.remove(part.name());
     let (a, b) = (take(Part::A), take(Part::B));
     let initial = match (take(Part::InitialA), take(Part::InitialB)) {
         (None, None) => None,
@@ -302,7 +302,7 @@ fn token_rows(
 fn without_layers(tensors: &StateDict) -> Error {
     if tensors.is_empty() {
         return Error::Invalid(
-            "the adapter is empty: there is nothing to merge or save".to_owned(),
+            "the adapter is empty: it has no layers, there is nothing to merge or save".to_owned(),
         );
     }
     let names: Vec<_> = tensors.keys().take(3).collect();

@@ -118,6 +118,26 @@ impl Fields {
         value.map(Some).map_err(|_| self.wrong(key))
     }
 
+    /// The patterns of a key in their order, with values that are `valid`.
+    fn patterns<T: DeserializeOwned>(
+        &self,
+        key: &str,
+        unknown: &mut Vec<&String>,
+        valid: impl Fn(&T) -> bool,
+    ) -> Result<IndexMap<String, T>> {
+        let Ok(texts) = self.take::<IndexMap<String, Box<RawValue>>>(key, unknown) else {
+            let value = self.value(key).unwrap_or_default();
+            return Err(malformed(format!("{key} = {value}, expected an object")));
+        };
+        let entry = |(pattern, text): (String, Box<RawValue>)| {
+            match serde_json::from_str(text.get()).ok().filter(&valid) {
+                Some(value) => Ok((pattern, value)),
+                None => Err(malformed(format!("{key}: the value of {pattern:?} is {text}"))),
+            }
+        };
+        texts.unwrap_or_default().into_iter().map(entry).collect()
+    }
+
     fn is_set(&self, key: &str) -> bool {
         match self.value(key) {
             None | Some(Value::Null | Value::Bool(false)) => false,
@@ -181,12 +201,8 @@ impl PeftConfig {
         if let Some(enabled) = fields.take("enable_lora", unknown)? {
             options = options.with_layer("", LayerKind::MergedLinear(enabled));
         }
-        let ranks: IndexMap<_, usize> = fields.take("rank_pattern", unknown)?.unwrap_or_default();
-        if let Some((pattern, r)) = ranks.iter().find(|(_, r)| **r == 0) {
-            let reason = format!("rank_pattern: the value of {pattern:?} is {r}");
-            return Err(malformed(reason));
-        }
-        let alphas = fields.take("alpha_pattern", unknown)?.unwrap_or_default();
+        let ranks = fields.patterns("rank_pattern", unknown, |r: &usize| *r > 0)?;
+        let alphas = fields.patterns("alpha_pattern", unknown, |_: &f64| true)?;
         let config = Self {
             options,
             patterns: Patterns::new(ranks, alphas)?,
