@@ -3,7 +3,7 @@
 //! `θ ← (1-ηλ)θ - η·(m/(1-β₁ᵗ)) / (√(v/(1-β₂ᵗ)) + ε)`.
 
 use super::cpu::{adamw_moment, adamw_update, AdamWUpdate};
-use super::low_rank::compute_dtype;
+use super::op::compute_dtype;
 use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
 
 /// The numbers of one step.

@@ -1,15 +1,14 @@
 //! `y = W[ids] + (Aᵀ)[ids]·(s·B)ᵀ`: rows of a frozen table and of its low-rank update as one operation.
 //! Only A's own gradient has the size of the table. The table may be quantised. With DoRA the row is scaled.
 
-use super::backend::Backend;
+use super::backend::{Backend, LowRankTerm};
 use super::cpu::gather_columns;
+use super::custom_gradient::with_zero_grads;
 use super::dora;
-use super::linear_op::gemm_operand;
-use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
-use super::matmul::matmul;
+use super::linear::matmul::matmul;
+use super::lora::LowRank;
 use super::matrix::Matrix;
-use super::op::{if_tracked, Custom, Op};
-use super::zero_grads::with_zero_grads;
+use super::op::{compute_dtype, if_tracked, Custom, Grads, Op};
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor, WithDType};
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
@@ -55,7 +54,7 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
             match update.magnitude() {
                 None => Ok(y),
                 Some(magnitude) => {
-                    let norms = dora::norms(&gemm_operand(table)?, update, magnitude)?;
+                    let norms = dora::norms(&table.gemm_operand()?, update, magnitude)?;
                     dora::scaled(&y, magnitude, &norms, None)
                 }
             }
@@ -120,12 +119,7 @@ impl Op<2> for LoraEmbeddingOp {
         Ok((S::of(&w)?.lookup(wl, S::of(&at)?, al, &self.term)?, dims.into()))
     }
 
-    fn backward(
-        &self,
-        [a, b]: [&Tensor; 2],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 2]> {
+    fn backward(&self, [a, b]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
         let g = grad.to_dtype(compute_dtype(grad.dtype()))?.contiguous()?;
         let ga = if_tracked(a, || {
             let h = matmul(&g, &self.term.v.t()?)?.t()?.contiguous()?;

@@ -1,17 +1,16 @@
 //! Low-rank terms and a bias added to a matrix in place, in blocks of rows that fit a core's cache: one
 //! pass over memory for all of them, and no buffer of the matrix's size.
 
-use super::buffer::filled;
+use super::buffer::{add_assign, filled};
 use super::gemm::{gemm_view, Real, View};
-use crate::ops::backend::Backend;
-use crate::ops::low_rank::LowRankTerm;
+use crate::ops::backend::{Backend, LowRankTerm};
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 use std::ops::{AddAssign, Range};
 
 /// A float that low-rank terms are computed in.
-pub(super) trait Float: WithDType + AddAssign + Real {}
+pub(in crate::ops) trait Float: WithDType + AddAssign + Real {}
 impl<T: WithDType + AddAssign + Real> Float for T {}
 
 /// A float, and the one in which low-rank terms beside it are computed.
@@ -138,7 +137,7 @@ struct PreparedTerm<'a, T> {
     term: &'a LowRankTerm,
     u: Tensor,
     values: (Vec<T>, Vec<T>),
-    /// Of v.
+    /// Whether the values of v are those of its transpose.
     transposed: bool,
 }
 
@@ -182,8 +181,4 @@ impl<'a, T: Float> PreparedTerm<'a, T> {
         lines.for_each(|(y, product)| add_assign(&mut y[term.cols.clone()], product));
         Ok(())
     }
-}
-
-pub(in crate::ops) fn add_assign<T: Copy + AddAssign>(y: &mut [T], x: &[T]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
 }

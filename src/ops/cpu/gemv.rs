@@ -1,4 +1,4 @@
-//! The product of a few rows with a quantised weight, as in generation: each row of the weight is decoded
+//! The product of one row or a few with a quantised weight, as in generation: each row of the weight is decoded
 //! in a core's cache and multiplied there.
 
 use super::buffer::filled;
