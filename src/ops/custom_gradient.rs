@@ -1,4 +1,4 @@
-//! Gradients that are known beside a value, as in `jax.custom_gradient`, instead of following from its operations.
+//! A value with gradients that the caller gives, as in `jax.custom_gradient`.
 
 use super::backend::Backend;
 use super::op::{compute_dtype, if_tracked, Custom, Grads, Op};
@@ -30,9 +30,9 @@ pub(super) fn with_zero_grads<'a>(
 /// A value, with the gradient of another tensor.
 enum CustomGradient {
     Zero,
-    /// Times the gradient of the value, a scalar.
+    /// Multiplied by the gradient of the value, a scalar.
     Scaled(Tensor),
-    /// The gradient of the value is 1: saves a pass.
+    /// Taken as it is, for a value whose own gradient is 1: saves a pass.
     Whole(Tensor),
 }
 

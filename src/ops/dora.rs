@@ -34,7 +34,7 @@ pub(crate) fn squares(w: &Tensor, dim: usize) -> Result<Tensor> {
     }
 }
 
-/// `f` of some rows of `w` at a time, in the compute dtype, and of their place.
+/// Calls `f` for some rows of `w` at a time, in the compute dtype, with their range.
 fn in_parts(w: &Tensor, f: impl Fn(Tensor, Range<usize>) -> Result<Tensor>) -> Result<Vec<Tensor>> {
     let (rows, columns) = w.dims2()?;
     let step = (PART / columns.max(1)).max(1);
@@ -66,7 +66,7 @@ pub(super) fn norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Resu
 fn computed_norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result<Tensor> {
     let base_squares = match (&magnitude.base_squares, w) {
         (Some(base_squares), _) => base_squares.clone(),
-        // As it is stored, so that the sum has the order of a new layer's.
+        // In the stored layout, so that the sum has the same order as in a new layer.
         (None, Matrix::Dense(w)) if w.is_contiguous() => squares(w, 1)?,
         (None, Matrix::Dense(w)) => squares(&w.t()?, 0)?,
         (None, Matrix::Quantized(w)) => squares(&w.dequantize()?, 1)?,
@@ -175,8 +175,8 @@ mod tests {
     use crate::ops::lora::Split;
     use crate::random::normal;
 
-    /// For `w` (out, in): its norms with the update by rows and by columns, with kept squares and without, against the
-    /// dense sum, relative.
+    /// The relative error of the norms of `w` (out, in) against the dense sum, for both layouts, with kept squares and
+    /// without.
     fn error(w: &Tensor, a: &Tensor, b: &Tensor) -> Result<f64> {
         let ((out, _), r) = (w.dims2()?, a.dim(0)?);
         let split = Split { outputs: 0..out, ranks: 0..r, b_rows: 0..out };

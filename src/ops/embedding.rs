@@ -103,7 +103,7 @@ fn columns(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
 /// The operands are `A` and `B`; the table is a field, so that candle's backward gives it no gradient.
 struct LoraEmbeddingOp {
     w: Tensor,
-    /// The rows of `w` that the ids mean.
+    /// The row of `w` for each id.
     at: Tensor,
     ids: Tensor,
     term: LowRankTerm,

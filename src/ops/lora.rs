@@ -52,7 +52,7 @@ pub(crate) struct LowRank {
     dropout: Dropout,
     splits: Arc<[Split]>,
     magnitude: Option<Magnitude>,
-    /// A₀ and B₀, whose product is subtracted from B·A. Only of an update with a single split.
+    /// A₀ and B₀, whose product is subtracted from B·A. The update has a single split then.
     initial: Option<[Tensor; 2]>,
 }
 
@@ -83,7 +83,7 @@ impl LowRank {
         &self.dropout
     }
 
-    /// With DoRA.
+    /// DoRA's magnitude, if the update has one.
     pub fn magnitude(&self) -> Option<&Magnitude> {
         self.magnitude.as_ref()
     }
@@ -102,7 +102,7 @@ impl LowRank {
         Self { initial: Some([a0.detach(), b0.detach()]), ..self }
     }
 
-    /// The same update with A and B that contain the initial factors: what is computed with.
+    /// The same update with the initial factors in A and B, for computing with it.
     pub fn joined(&self) -> Result<Cow<'_, Self>> {
         let Some([a0, b0]) = &self.initial else { return Ok(Cow::Borrowed(self)) };
         let [a, b] = joined([&self.a, &self.b], [a0, b0])?;

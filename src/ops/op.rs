@@ -32,7 +32,7 @@ pub(crate) trait Fused<const N: usize>: Send + Sync + 'static {
         matches!(args[0].dtype(), DType::F32 | DType::F16 | DType::BF16).then_some(DType::F32)
     }
 
-    /// On contiguous arguments.
+    /// The output from contiguous arguments.
     fn forward(&self, args: [Operand; N]) -> Result<(CpuStorage, Shape)>;
 
     /// See [`Op::backward`].
@@ -73,7 +73,7 @@ pub(super) trait Apply<const N: usize> {
     fn apply(self, args: [&Tensor; N]) -> Result<Tensor>;
 }
 
-/// candle has a trait for each number of arguments.
+// candle has a trait for each number of arguments.
 macro_rules! custom_op {
     ($trait:ident $n:literal $apply:ident $grads:ty: $($x:ident $s:ident $l:ident),*) => {
         impl<T: Op<$n>> $trait for Custom<T> {
@@ -121,7 +121,7 @@ custom_op! {
     CustomOp3 3 apply_op3 (Option<Tensor>, Option<Tensor>, Option<Tensor>): x1 s1 l1, x2 s2 l2, x3 s3 l3
 }
 
-/// Whether what computes no graph is fused for `x`.
+/// Whether a computation without a graph, and so without an operation to [`run`], is fused for `x`.
 pub(super) fn is_f32_on_cpu(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }

@@ -99,8 +99,8 @@ impl RecomputeOp {
     }
 }
 
-/// `x` apart from its graph, but tracked if it is: some operations have other kernels, which round otherwise,
-/// where there is nothing to track.
+/// `x` without its graph, as a variable if it is tracked: for operands that are not tracked, some operations have other
+/// kernels, which round differently.
 fn leaf(x: &Tensor) -> Result<Tensor> {
     match x.track_op() {
         true => Ok(Var::from_tensor(&x.detach())?.into_inner()),

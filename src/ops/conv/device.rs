@@ -74,9 +74,9 @@ fn sources(s: &Sizes) -> Result<Vec<u32>> {
 
 struct GatherOp {
     ids: Tensor,
-    /// The same on the host.
+    /// The ids on the host.
     from: Vec<u32>,
-    /// Kernel offsets.
+    /// The number of kernel offsets.
     k: usize,
 }
 

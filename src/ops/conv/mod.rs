@@ -59,7 +59,7 @@ fn base_conv(x: &Tensor, w: &Tensor, geometry: Geometry) -> Result<Tensor> {
     run(ConvOp(sizes), [x, w])?.reshape(sizes.output_dims(w.rank() - 2))
 }
 
-/// To (batch, out, positions).
+/// `x` and `w` to (batch, out, positions).
 struct ConvOp(Sizes);
 
 impl Fused<2> for ConvOp {

@@ -1,4 +1,5 @@
-//! New memory, filled by all threads, since the first touch of a page costs several times a pass over it; and sums.
+//! New memory, filled by all threads, since the first touch of a page costs several times a pass over it; and sums in
+//! place.
 
 use rayon::iter::{repeat_n, IndexedParallelIterator, ParallelIterator};
 use std::ops::AddAssign;

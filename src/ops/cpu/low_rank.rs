@@ -17,7 +17,7 @@ impl<T: WithDType + AddAssign + Real> Float for T {}
 pub(super) trait Element: WithDType {
     type Compute: Float;
 
-    /// Has `f` change the values of `y` in the compute dtype, and rounds each once.
+    /// Changes the values of `y` by `f` in the compute dtype, and rounds each once.
     fn update(y: &mut [Self], f: impl FnOnce(&mut [Self::Compute]) -> Result<()>) -> Result<()>;
 }
 

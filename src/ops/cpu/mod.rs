@@ -28,7 +28,7 @@ use crate::ops::matrix::Quantized;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 
-pub(super) use adamw::{adamw_moment, adamw_update, AdamWUpdate};
+pub(super) use adamw::{AdamWMoment, AdamWUpdate};
 pub(super) use buffer::{add_assign, filled};
 pub(super) use gemm::{gemm_into, FUSED_ATTENTION};
 pub(super) use low_rank::{gather_columns, Float};

@@ -91,8 +91,8 @@ fn with_magnitude(
 }
 
 /// [`linear`] for a batch whose rows have different updates, by one product with the weight: `x` (rows, .., in) to
-/// (rows, .., out), with `w` (in, out) and `bias` (out) frozen. The groups are consecutive
-/// rows: their number and their update, which is detached and without dropout.
+/// (rows, .., out), with `w` (in, out) and `bias` (out) frozen. A group is a number of consecutive rows with their update,
+/// which is detached and without dropout.
 pub(crate) fn linear_rows(
     x: &Tensor,
     w: &Matrix,

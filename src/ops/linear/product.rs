@@ -8,7 +8,7 @@
 use super::matmul::matmul;
 use crate::ops::backend::{Backend, LowRankTerm};
 use crate::ops::elementwise::with_frozen_bias;
-use crate::ops::lora::LowRank;
+use crate::ops::lora::{LowRank, ScaledFactors};
 use crate::ops::matrix::{gemm_layout, Matrix};
 use crate::ops::op::{compute_dtype, if_tracked, Custom, Grads, Op};
 use candle_core::{Layout, Result, Shape, Tensor, D};
@@ -31,8 +31,15 @@ pub(super) fn product(
                 let frozen = update.detached();
                 let a = frozen.a_in_compute_dtype(x.dtype())?;
                 let u = matmul(&masked(x, m, mask.as_ref())?, &a.t()?)?;
-                let op = LoraLinearOp { w: w.detach(), linear, update: frozen, u, mask };
-                x.apply_op3(update.a(), update.b(), Custom(op.with_terms()?))
+                let term = |f: ScaledFactors| {
+                    let u = u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
+                    Ok(LowRankTerm { u, v: f.b.t()?, rows: 0..m, cols: f.outputs })
+                };
+                let terms = frozen.factors(x.dtype())?.into_iter().map(term);
+                let linear = LinearOp { terms: terms.collect::<Result<_>>()?, ..linear };
+                let scaling = update.scaling();
+                let op = LoraLinearOp { w: w.detach(), linear, a, scaling, mask };
+                x.apply_op3(update.a(), update.b(), Custom(op))
             }
         }
     })
@@ -151,26 +158,12 @@ pub(in crate::ops) fn linear_no_grad(
 /// The operands are `x`, `A` and `B`.
 struct LoraLinearOp {
     w: Matrix,
+    /// With a term for each split, of `u = x̃·Aᵀ` and `v = (s·B)ᵀ`.
     linear: LinearOp,
-    update: LowRank,
-    /// `x̃·Aᵀ` (m, ranks)
-    u: Tensor,
+    /// In the compute dtype.
+    a: Tensor,
+    scaling: f64,
     mask: Option<Tensor>,
-}
-
-impl LoraLinearOp {
-    fn with_terms(mut self) -> Result<Self> {
-        self.linear.terms = self
-            .update
-            .factors(self.w.dtype())?
-            .into_iter()
-            .map(|f| {
-                let u = self.u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
-                Ok(LowRankTerm { u, v: f.b.t()?, rows: 0..self.linear.m, cols: f.outputs })
-            })
-            .collect::<Result<_>>()?;
-        Ok(self)
-    }
 }
 
 impl Op<3> for LoraLinearOp {
@@ -185,12 +178,11 @@ impl Op<3> for LoraLinearOp {
         let grad = grad.contiguous()?;
         let g = grad.to_dtype(compute_dtype(grad.dtype()))?.reshape((m, n))?;
         let (mut h, mut gb) = (vec![], vec![]);
-        for f in self.update.factors(x.dtype())? {
-            let g = gemm_layout(g.narrow(1, f.outputs.start, f.outputs.len())?)?;
-            h.push(matmul(&g, &f.b)?);
-            let u = self.u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
+        for LowRankTerm { u, v, cols, .. } in &self.linear.terms {
+            let g = gemm_layout(g.narrow(1, cols.start, cols.len())?)?;
+            h.push(matmul(&g, &v.t()?)?);
             // The scaling is applied to the small result.
-            gb.push((matmul(&g.t()?, &u)? * self.update.scaling())?);
+            gb.push((matmul(&g.t()?, u)? * self.scaling)?);
         }
         let (h, gb) = (concat(h, 1)?, concat(gb, 0)?);
         let ga = if_tracked(a, || {
@@ -198,14 +190,14 @@ impl Op<3> for LoraLinearOp {
         })?;
         let gb = if_tracked(b, || gb.to_dtype(b.dtype()))?;
         let gx = if_tracked(x, || {
-            let (wt, a) = (self.w.t()?, self.update.a_in_compute_dtype(x.dtype())?);
+            let wt = self.w.t()?;
             match &self.mask {
                 None => {
-                    let term = LowRankTerm { u: h, v: a, rows: 0..m, cols: 0..k };
+                    let term = LowRankTerm { u: h, v: self.a.clone(), rows: 0..m, cols: 0..k };
                     linear_no_grad(&grad, wt, m, vec![term])
                 }
                 Some(mask) => {
-                    let through = (matmul(&h, &a)?.reshape(x.shape())? * mask)?;
+                    let through = (matmul(&h, &self.a)?.reshape(x.shape())? * mask)?;
                     linear_no_grad(&grad, wt, m, vec![])? + through.to_dtype(x.dtype())?
                 }
             }
