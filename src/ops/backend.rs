@@ -44,12 +44,6 @@ pub(crate) trait Backend: BackendStorage {
         candle_round_to(self, shape, dtype)
     }
 
-    /// Rows of `self`, a contiguous (num, dim) table, by valid i64 ids, plus the term.
-    fn lookup(&self, l: &Layout, ids: &Self, idl: &Layout, term: &LowRankTerm) -> Result<Self> {
-        let dims = (idl.dims()[0], l.dims()[1]);
-        self.index_select(ids, l, idl, 0)?.add_low_rank(dims, None, std::slice::from_ref(term))
-    }
-
     /// `self`, a contiguous (m, n) matrix, plus a bias on each row and each term on its block.
     fn add_low_rank(
         self,

@@ -52,47 +52,6 @@ half_precision! { f16 bf16 }
 /// Elements of `y` that one thread works on at a time.
 const BLOCK: usize = 1 << 15;
 
-/// Rows of a contiguous (num, dim) table, plus the term.
-pub(super) fn lookup<T: Element>(
-    table: &[T],
-    ids: &[i64],
-    dim: usize,
-    term: &LowRankTerm,
-) -> Result<Vec<T>> {
-    let mut y = gather_rows(table, ids, dim);
-    add(&mut y, dim, None, std::slice::from_ref(term))?;
-    Ok(y)
-}
-
-/// Values that are copied at a time.
-const LINE: usize = 16;
-
-/// Rows of a contiguous (num, dim) table, copied by all threads into memory that is not zeroed before.
-fn gather_rows<T: WithDType>(table: &[T], ids: &[i64], dim: usize) -> Vec<T> {
-    let row = |id: i64| &table[id as usize * dim..][..dim];
-    if dim == 0 || !dim.is_multiple_of(LINE) {
-        return ids.iter().flat_map(|id| row(*id)).copied().collect();
-    }
-    let lines = dim / LINE;
-    let line = |i: usize| -> [T; LINE] {
-        let row = row(ids[i / lines]).as_chunks::<LINE>().0;
-        row[i % lines]
-    };
-    let y: Vec<_> =
-        (0..ids.len() * lines).into_par_iter().with_min_len(1 << 10).map(line).collect();
-    y.into_flattened()
-}
-
-/// Columns of a contiguous (r, num) matrix, as rows (ids, r). candle's `index_select` copies one value at
-/// a time and needs a transpose.
-pub(in crate::ops) fn gather_columns<T: Copy>(a: &[T], ids: &[i64], num: usize) -> Vec<T> {
-    let mut y = Vec::with_capacity(a.len() / num.max(1) * ids.len());
-    for id in ids {
-        y.extend(a.chunks_exact(num).map(|row| row[*id as usize]));
-    }
-    y
-}
-
 /// `x` in half precision.
 pub(super) fn to_half<T: Copy + Default + Send>(x: &[f32]) -> Vec<T>
 where

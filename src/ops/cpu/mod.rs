@@ -25,13 +25,12 @@ use crate::ops::backend::{
     add_low_rank_by_passes, candle_gemm, candle_round_to, dequantized_gemm, Backend, LowRankTerm,
 };
 use crate::ops::matrix::Quantized;
-use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
 pub(super) use adamw::{AdamWMoment, AdamWUpdate};
 pub(super) use buffer::{add_assign, filled};
 pub(super) use gemm::{gemm_into, FUSED_ATTENTION};
-pub(super) use low_rank::{gather_columns, Float};
+pub(super) use low_rank::Float;
 pub(super) use rows::{
     exp_nonpositive, f32_slices, map_rows, map_tensor_rows, max, on_cpu, row_squares, sum,
     sum_of_products,
@@ -68,19 +67,6 @@ impl Backend for CpuStorage {
             (CpuStorage::F32(y), DType::F16) => Ok(CpuStorage::F16(low_rank::to_half(y))),
             _ => candle_round_to(self, shape, dtype),
         }
-    }
-
-    fn lookup(&self, l: &Layout, ids: &Self, idl: &Layout, term: &LowRankTerm) -> Result<Self> {
-        let dim = l.dims()[1];
-        let ids = &i64::cpu_storage_as_slice(ids)?[idl.start_offset()..][..idl.dims()[0]];
-        let at = l.start_offset()..l.start_offset() + l.shape().elem_count();
-        Ok(match self {
-            CpuStorage::F32(t) => CpuStorage::F32(low_rank::lookup(&t[at], ids, dim, term)?),
-            CpuStorage::F64(t) => CpuStorage::F64(low_rank::lookup(&t[at], ids, dim, term)?),
-            CpuStorage::F16(t) => CpuStorage::F16(low_rank::lookup(&t[at], ids, dim, term)?),
-            CpuStorage::BF16(t) => CpuStorage::BF16(low_rank::lookup(&t[at], ids, dim, term)?),
-            t => bail!("embedding: the table is {:?}, expected floats", t.dtype()),
-        })
     }
 
     fn add_low_rank(
