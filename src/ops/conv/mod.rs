@@ -92,8 +92,7 @@ impl Fused<2> for ConvOp {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Error;
-    use candle_core::Var;
+    use candle_core::{Error, Var};
 
     /// Outputs and gradients, with one sample and with several for each thread.
     #[test]

@@ -91,6 +91,7 @@ mod tests {
     use super::*;
     use crate::ops::op::compute_dtype;
     use crate::random::normal;
+    use candle_core::{backend::BackendStorage, WithDType};
 
     /// The CPU's implementation against the one of other devices, on values up to about 30: they differ
     /// by rounding alone.
