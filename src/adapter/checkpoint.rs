@@ -62,7 +62,7 @@ impl Adapter {
             if self.options.config.lora.lora_dropout > 0. {
                 bail!("checkpoint: lora_dropout needs a seed, so that masks can be drawn again")
             }
-            return ops::checkpoint(x, vars, Box::new(segment));
+            return ops::recompute(x, vars, Box::new(segment));
         };
         let (first, start) = (AtomicBool::new(true), masks.position());
         let segment = move |x: &Tensor| {
@@ -75,6 +75,6 @@ impl Adapter {
             masks.seek(after);
             y
         };
-        ops::checkpoint(x, vars, Box::new(segment))
+        ops::recompute(x, vars, Box::new(segment))
     }
 }

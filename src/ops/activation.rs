@@ -1,10 +1,8 @@
 //! GELU and SiLU as one operation each. candle's backward takes several passes and buffers.
 
-use super::backend::Backend;
-use super::cpu::{exp_nonpositive, map_rows};
-use super::fused::fused_or_composed;
-use super::op::{if_tracked, Custom, Op};
-use candle_core::{Layout, Result, Shape, Tensor};
+use super::cpu::{exp_nonpositive, map_rows, map_tensor_rows};
+use super::op::{if_tracked, run, Fused, Grads, Operand};
+use candle_core::{CpuStorage, Result, Shape, Tensor};
 
 /// An activation with its derivative.
 #[derive(Debug, Clone, Copy)]
@@ -19,48 +17,43 @@ pub(crate) enum Activation {
 
 /// `x` of any shape.
 pub(crate) fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
-    let composed = |x: &Tensor| match kind {
-        Activation::Gelu => x.gelu(),
-        Activation::GeluErf => x.gelu_erf(),
-        Activation::Silu => x.silu(),
-    };
-    fused_or_composed(x, |x| x.apply_op1(Custom(ActivationOp(kind))), composed)
+    run(kind, [x])
 }
 
-struct ActivationOp(Activation);
-
-impl Op<1> for ActivationOp {
+impl Fused<1> for Activation {
     const NAME: &'static str = "activation";
 
-    fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
-        let y = match self.0 {
-            Activation::Gelu => map(x, l, gelu),
-            Activation::GeluErf => map(x, l, gelu_erf),
-            Activation::Silu => map(x, l, silu),
-        }?;
-        Ok((y, l.shape().clone()))
+    fn forward(&self, [x]: [Operand; 1]) -> Result<(CpuStorage, Shape)> {
+        match self {
+            Self::Gelu => map(x, gelu),
+            Self::GeluErf => map(x, gelu_erf),
+            Self::Silu => map(x, silu),
+        }
     }
 
-    fn backward(
-        &self,
-        [x]: [&Tensor; 1],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 1]> {
-        let gx = || match self.0 {
-            Activation::Gelu => map_grad(x, grad, gelu),
-            Activation::GeluErf => map_grad(x, grad, gelu_erf),
-            Activation::Silu => map_grad(x, grad, silu),
+    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
+        let gx = || match self {
+            Self::Gelu => map_grad(x, grad, gelu),
+            Self::GeluErf => map_grad(x, grad, gelu_erf),
+            Self::Silu => map_grad(x, grad, silu),
         };
         Ok([if_tracked(x, gx)?])
+    }
+
+    fn composed(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        match self {
+            Self::Gelu => x.gelu(),
+            Self::GeluErf => x.gelu_erf(),
+            Self::Silu => x.silu(),
+        }
     }
 }
 
 /// `f` returns the value and the derivative.
 #[inline(always)]
-fn map<S: Backend>(x: &S, l: &Layout, f: impl Fn(f32) -> (f32, f32) + Sync) -> Result<S> {
-    S::map_rows(
-        [(x, l)],
+fn map(x: Operand, f: impl Fn(f32) -> (f32, f32) + Sync) -> Result<(CpuStorage, Shape)> {
+    map_rows(
+        [x],
         #[inline(always)]
         |_, [x], y| y.iter_mut().zip(x).for_each(|(y, x)| *y = f(*x).0),
     )
@@ -68,7 +61,7 @@ fn map<S: Backend>(x: &S, l: &Layout, f: impl Fn(f32) -> (f32, f32) + Sync) -> R
 
 #[inline(always)]
 fn map_grad(x: &Tensor, grad: &Tensor, f: impl Fn(f32) -> (f32, f32) + Sync) -> Result<Tensor> {
-    map_rows(
+    map_tensor_rows(
         [x, &grad.contiguous()?],
         #[inline(always)]
         |_, [x, g], gx| {

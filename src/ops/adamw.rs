@@ -2,9 +2,9 @@
 //! `m ← β₁m + (1-β₁)g`, `v ← β₂v + (1-β₂)g²`,
 //! `θ ← (1-ηλ)θ - η·(m/(1-β₁ᵗ)) / (√(v/(1-β₂ᵗ)) + ε)`.
 
-use super::cpu::{adamw_moment, adamw_update, AdamWUpdate};
-use super::low_rank::compute_dtype;
-use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Result, Tensor, Var};
+use super::cpu::{AdamWMoment, AdamWUpdate};
+use super::op::compute_dtype;
+use candle_core::{Result, Tensor, Var};
 
 /// The numbers of one step.
 #[derive(Debug, Clone, Copy)]
@@ -37,11 +37,11 @@ pub(crate) fn new_moments(var: &Var) -> Result<(Var, Var)> {
 pub(crate) fn adamw(var: &Var, (m, v): (&Var, &Var), g: &Tensor, step: AdamWStep) -> Result<()> {
     let g = g.to_dtype(m.dtype())?.contiguous()?;
     if var.device().is_cpu() && var.is_contiguous() {
-        m.inplace_op2(&g, &Moment { beta: step.beta1, squared: false })?;
-        v.inplace_op2(&g, &Moment { beta: step.beta2, squared: true })?;
+        m.inplace_op2(&g, &AdamWMoment { beta: step.beta1, squared: false })?;
+        v.inplace_op2(&g, &AdamWMoment { beta: step.beta2, squared: true })?;
         let (by_m, by_v) = step.corrections();
         let (keep, rate) = (1. - step.rate * step.decay, step.rate * by_m);
-        return var.inplace_op3(m, v, &Update(AdamWUpdate { keep, rate, by_v, eps: step.eps }));
+        return var.inplace_op3(m, v, &AdamWUpdate { keep, rate, by_v, eps: step.eps });
     }
     let average =
         |m: &Var, g: &Tensor, beta: f64| m.set(&((m.as_tensor() * beta)? + (g * (1. - beta))?)?);
@@ -51,39 +51,4 @@ pub(crate) fn adamw(var: &Var, (m, v): (&Var, &Var), g: &Tensor, step: AdamWStep
     let change = ((m.as_tensor() * by_m)? / ((v.as_tensor() * by_v)?.sqrt()? + step.eps)?)?;
     let theta = (var.to_dtype(m.dtype())? * (1. - step.rate * step.decay))?;
     var.set(&(theta - (change * step.rate)?)?.to_dtype(var.dtype())?)
-}
-
-struct Moment {
-    beta: f64,
-    squared: bool,
-}
-
-impl InplaceOp2 for Moment {
-    fn name(&self) -> &'static str {
-        "adamw-moment"
-    }
-
-    fn cpu_fwd(&self, m: &mut CpuStorage, l: &Layout, g: &CpuStorage, gl: &Layout) -> Result<()> {
-        adamw_moment((m, l), (g, gl), self.beta, self.squared)
-    }
-}
-
-struct Update(AdamWUpdate);
-
-impl InplaceOp3 for Update {
-    fn name(&self) -> &'static str {
-        "adamw-update"
-    }
-
-    fn cpu_fwd(
-        &self,
-        var: &mut CpuStorage,
-        l: &Layout,
-        m: &CpuStorage,
-        ml: &Layout,
-        v: &CpuStorage,
-        vl: &Layout,
-    ) -> Result<()> {
-        adamw_update((var, l), [(m, ml), (v, vl)], self.0)
-    }
 }

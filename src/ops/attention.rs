@@ -5,10 +5,10 @@
 
 use super::backend::Backend;
 use super::cpu::attention::{backward, forward, Heads, MaskRows};
-use super::cpu::FUSED_ATTENTION;
-use super::op::{Custom, Op};
+use super::cpu::{f32_slices, FUSED_ATTENTION};
+use super::op::{run, Fused, Grads, Operand};
 use super::softmax::softmax_last_dim;
-use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, DType, Device, Result, Shape, Tensor};
 
 /// What is added to the scores (batch, heads, queries, keys).
 #[derive(Debug, Clone, Copy)]
@@ -37,27 +37,12 @@ pub(crate) fn attention(
         bail!("attention: q is {:?}, k {:?} and v {:?}", q.dims(), k.dims(), v.dims())
     }
     let heads = Heads { batch, queries, keys, count, kv_count, d, scale: scale as f32 };
-    let scores = (batch, count, queries, keys);
-    let fused = FUSED_ATTENTION
-        && softcap.is_none()
-        && q.elem_count() > 0
-        && keys > 0
-        && [q, k, v].iter().all(|x| matches!(x.device(), Device::Cpu) && x.dtype() == DType::F32);
-    if !fused {
-        return composed(q, k, v, scale, mask, softcap);
-    }
     let mask = match mask {
         Mask::None => None,
-        Mask::Added(mask) if mask.track_op() => {
-            return composed(q, k, v, scale, Mask::Added(mask), None)
-        }
-        Mask::Added(mask) => Some(mask.to_dtype(DType::F32)?.broadcast_as(scores)?),
-        Mask::Causal { offset } => {
-            Some(causal(queries, keys, offset, q.device())?.broadcast_as(scores)?)
-        }
+        Mask::Added(mask) => Some(mask.clone()),
+        Mask::Causal { offset } => Some(causal(queries, keys, offset, q.device())?),
     };
-    let op = AttentionOp { heads, mask };
-    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, Custom(op))
+    run(AttentionOp { heads, scale, mask, softcap }, [q, k, v])
 }
 
 /// 0 where query i sees key j, j ≤ i + offset, else -∞.
@@ -69,15 +54,20 @@ fn causal(queries: usize, keys: usize, offset: usize, device: &Device) -> Result
 
 struct AttentionOp {
     heads: Heads,
-    /// Broadcast to the scores.
+    scale: f64,
+    /// Broadcasts to the scores.
     mask: Option<Tensor>,
+    softcap: Option<f64>,
 }
 
 impl AttentionOp {
     fn with_mask<R>(&self, f: impl FnOnce(Option<MaskRows>) -> Result<R>) -> Result<R> {
         let Some(mask) = &self.mask else { return f(None) };
+        let Heads { batch, count, queries, keys, .. } = self.heads;
+        let mask =
+            mask.detach().to_dtype(DType::F32)?.broadcast_as((batch, count, queries, keys))?;
         // Rows of keys are contiguous; a mask with one value for a whole row is expanded.
-        let mask = if mask.stride()[3] == 1 { mask.clone() } else { mask.contiguous()? };
+        let mask = if mask.stride()[3] == 1 { mask } else { mask.contiguous()? };
         let (storage, layout) = mask.storage_and_layout();
         let values = &CpuStorage::of(&storage)?.as_slice::<f32>()?[layout.start_offset()..];
         let stride = layout.stride();
@@ -85,61 +75,49 @@ impl AttentionOp {
     }
 }
 
-impl Op<3> for AttentionOp {
+impl Fused<3> for AttentionOp {
     const NAME: &'static str = "attention";
 
-    fn forward<S: Backend>(&self, [(q, l), k, v]: [(&S, &Layout); 3]) -> Result<(S, Shape)> {
-        let (y, ()) = self.with_mask(|mask| {
-            S::on_f32([(q, l), k, v], |qkv| Ok((forward(&self.heads, qkv, mask), ())))
-        })?;
-        Ok((y, l.shape().clone()))
+    fn fused_dtype(&self, qkv: [&Tensor; 3]) -> Option<DType> {
+        let fused = FUSED_ATTENTION
+            && self.softcap.is_none()
+            && !self.mask.as_ref().is_some_and(Tensor::track_op)
+            && self.heads.keys > 0
+            && qkv.iter().all(|x| x.dtype() == DType::F32);
+        fused.then_some(DType::F32)
     }
 
-    fn backward(
-        &self,
-        [q, k, v]: [&Tensor; 3],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
-        let grad = grad.contiguous()?;
-        let [gq, gk, gv] = self.with_mask(|mask| backward(&self.heads, [q, k, v, &grad], mask))?;
-        let tracked = |x: &Tensor, g: Tensor| x.track_op().then_some(g);
-        Ok([tracked(q, gq), tracked(k, gk), tracked(v, gv)])
+    fn forward(&self, qkv: [Operand; 3]) -> Result<(CpuStorage, Shape)> {
+        let shape = qkv[0].1.shape().clone();
+        let qkv = f32_slices(qkv)?;
+        self.with_mask(|mask| Ok((CpuStorage::F32(forward(&self.heads, qkv, mask)), shape)))
     }
-}
 
-/// Attention composed of candle's operations.
-fn composed(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    scale: f64,
-    mask: Mask,
-    softcap: Option<f64>,
-) -> Result<Tensor> {
-    let (queries, keys, count) = (q.dim(1)?, k.dim(1)?, q.dim(2)?);
-    let by_head = |x: &Tensor| {
-        let x = x.transpose(1, 2)?.contiguous()?;
-        let (batch, heads, tokens, d) = x.dims4()?;
-        let repeat = count / heads;
-        if repeat == 1 {
-            return Ok(x);
+    fn backward(&self, qkv: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<Grads<3>> {
+        let ([q, k, v], grad) = (qkv, grad.contiguous()?);
+        let grads = self.with_mask(|mask| backward(&self.heads, [q, k, v, &grad], mask))?;
+        Ok(std::array::from_fn(|i| qkv[i].track_op().then(|| grads[i].clone())))
+    }
+
+    fn composed(&self, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+        let count = self.heads.count;
+        let by_head = |x: &Tensor| {
+            let x = x.transpose(1, 2)?.contiguous()?;
+            let (batch, heads, tokens, d) = x.dims4()?;
+            let repeat = count / heads;
+            if repeat == 1 {
+                return Ok(x);
+            }
+            let x = x.unsqueeze(2)?.expand((batch, heads, repeat, tokens, d))?;
+            x.reshape((batch, count, tokens, d))
+        };
+        let mut scores = (by_head(q)? * self.scale)?.matmul(&by_head(k)?.t()?)?;
+        if let Some(cap) = self.softcap {
+            scores = ((scores / cap)?.tanh()? * cap)?;
         }
-        let x = x.unsqueeze(2)?.expand((batch, heads, repeat, tokens, d))?;
-        x.reshape((batch, count, tokens, d))
-    };
-    let scores = (by_head(q)? * scale)?.matmul(&by_head(k)?.t()?)?;
-    let scores = match softcap {
-        Some(cap) => ((scores / cap)?.tanh()? * cap)?,
-        None => scores,
-    };
-    let scores = match mask {
-        Mask::None => scores,
-        Mask::Added(mask) => scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?,
-        Mask::Causal { offset } => {
-            let mask = causal(queries, keys, offset, q.device())?;
-            scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?
+        if let Some(mask) = &self.mask {
+            scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;
         }
-    };
-    softmax_last_dim(&scores)?.matmul(&by_head(v)?)?.transpose(1, 2)?.contiguous()
+        softmax_last_dim(&scores)?.matmul(&by_head(v)?)?.transpose(1, 2)?.contiguous()
+    }
 }

@@ -1,11 +1,27 @@
 //! What an operation asks of a backend, with defaults composed of candle's own operations. CUDA and
 //! Metal use the defaults; the CPU has its own implementation in [`cpu`](super::cpu).
 
-use super::low_rank::LowRankTerm;
 use super::matrix::Quantized;
-use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::backend::BackendStorage;
 use candle_core::op::Add;
 use candle_core::{bail, CudaStorage, DType, Layout, MetalStorage, Result, Shape, Storage, Tensor};
+use std::ops::Range;
+
+/// A rank-k term of a sum: `y[rows, cols] += u·v`, with `u` (rows, k) and `v` (k, cols).
+#[derive(Debug, Clone)]
+pub(crate) struct LowRankTerm {
+    pub u: Tensor,
+    pub v: Tensor,
+    pub rows: Range<usize>,
+    pub cols: Range<usize>,
+}
+
+impl LowRankTerm {
+    /// k
+    pub fn rank(&self) -> usize {
+        self.u.layout().dims()[1]
+    }
+}
 
 pub(crate) trait Backend: BackendStorage {
     /// This backend's view of a tensor's storage.
@@ -26,31 +42,6 @@ pub(crate) trait Backend: BackendStorage {
     /// `self`, a contiguous tensor, in `dtype`.
     fn round_to(self, shape: &Shape, dtype: DType) -> Result<Self> {
         candle_round_to(self, shape, dtype)
-    }
-
-    /// Rows of `self`, a contiguous (num, dim) table, by valid i64 ids, plus the term.
-    fn lookup(&self, l: &Layout, ids: &Self, idl: &Layout, term: &LowRankTerm) -> Result<Self> {
-        let dims = (idl.dims()[0], l.dims()[1]);
-        self.index_select(ids, l, idl, 0)?.add_low_rank(dims, None, std::slice::from_ref(term))
-    }
-
-    /// An F32 output that `f` computes from the values of contiguous F32 operands. Only on the CPU.
-    fn on_f32<const N: usize, R>(
-        xs: [(&Self, &Layout); N],
-        f: impl FnOnce([&[f32]; N]) -> Result<(Vec<f32>, R)>,
-    ) -> Result<(Self, R)> {
-        let _ = f;
-        bail!("a fused operation is on {:?}, expected the CPU", xs[0].0.device().location())
-    }
-
-    /// Has `f` compute each row of the output from its index and the same row of each of `xs`, contiguous
-    /// F32 tensors of one shape or, for all rows, a single row. Only on the CPU.
-    fn map_rows<const N: usize>(
-        xs: [(&Self, &Layout); N],
-        f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
-    ) -> Result<Self> {
-        let _ = f;
-        bail!("a fused operation is on {:?}, expected the CPU", xs[0].0.device().location())
     }
 
     /// `self`, a contiguous (m, n) matrix, plus a bias on each row and each term on its block.

@@ -1,8 +1,8 @@
 //! The cross-entropy of rows of logits, and its gradient in the same pass.
 
-use super::cpu::{exp_nonpositive, map_rows, max, sum};
-use super::low_rank::compute_dtype;
-use candle_core::{DType, Result, Tensor};
+use super::cpu::{exp_nonpositive, map_tensor_rows, max, sum};
+use super::op::{compute_dtype, is_f32_on_cpu};
+use candle_core::{Result, Tensor};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The sum over rows of logits (m, classes) of `-ln softmax(row)[label]`, a scalar, and `scale` times its
@@ -13,12 +13,12 @@ pub(crate) fn cross_entropy(
     scale: f64,
 ) -> Result<(Tensor, Tensor)> {
     let logits = logits.detach().to_dtype(compute_dtype(logits.dtype()))?.contiguous()?;
-    if !logits.device().is_cpu() || logits.dtype() != DType::F32 {
+    if !is_f32_on_cpu(&logits) {
         return composed(&logits, labels, scale);
     }
     let losses: Vec<_> = labels.iter().map(|_| AtomicU32::new(0)).collect();
     let by = scale as f32;
-    let grad = map_rows(
+    let grad = map_tensor_rows(
         [&logits],
         #[inline(always)]
         |row, [x], g| {
@@ -51,7 +51,7 @@ fn composed(logits: &Tensor, labels: &[u32], scale: f64) -> Result<(Tensor, Tens
 mod tests {
     use super::*;
     use crate::random::normal;
-    use candle_core::{Device, Var};
+    use candle_core::{DType, Device, Var};
 
     #[test]
     fn loss_and_gradient_are_those_of_candle_s_operations() -> Result<()> {

@@ -2,15 +2,16 @@
 //! the magnitude m is trained and the norm has no gradient ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)).
 
 use super::backend::Backend;
-use super::cpu::{map_rows, row_squares, sum_of_products};
-use super::elementwise::{add_bias, div_frozen};
-use super::fused::fused_or_composed;
-use super::linear_op::linear_no_grad;
-use super::low_rank::{compute_dtype, LowRank, Magnitude};
-use super::matmul::matmul;
+use super::cpu::{map_rows, map_tensor_rows, on_cpu, row_squares, sum_of_products};
+use super::elementwise::{div_frozen, plus_bias, with_frozen_bias};
+use super::linear::matmul::matmul;
+use super::linear::product::linear_no_grad;
+use super::lora::{LowRank, Magnitude};
 use super::matrix::Matrix;
-use super::op::{if_tracked, Custom, Op};
-use candle_core::{DType, Layout, Result, Shape, Tensor};
+use super::op::{compute_dtype, if_tracked, is_f32_on_cpu, run, Fused, Grads, Operand};
+use candle_core::backend::BackendStorage;
+use candle_core::op::Div;
+use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor};
 use std::ops::Range;
 
 /// Values that are squared at a time.
@@ -22,17 +23,18 @@ const LEAST: f64 = 0.1;
 /// ‖w‖² of each output of a dense weight whose outputs are the dimension `dim`, 0 or 1, in the compute dtype.
 pub(crate) fn squares(w: &Tensor, dim: usize) -> Result<Tensor> {
     let w = w.detach().flatten_from(1)?;
-    let parts = in_parts(&w, |part, _| match dim == 0 && is_f32_rows_on_cpu(&part) {
-        true => row_squares(&part),
-        false => part.sqr()?.sum(1 - dim),
-    })?;
+    let parts =
+        in_parts(&w, |part, _| match dim == 0 && is_f32_on_cpu(&part) && part.is_contiguous() {
+            true => on_cpu([&part], |[part]| row_squares(part)),
+            false => part.sqr()?.sum(1 - dim),
+        })?;
     match dim {
         0 => Tensor::cat(&parts, 0),
         _ => Tensor::stack(&parts, 0)?.sum(0),
     }
 }
 
-/// `f` of some rows of `w` at a time, in the compute dtype, and of their place.
+/// Calls `f` for some rows of `w` at a time, in the compute dtype, with their range.
 fn in_parts(w: &Tensor, f: impl Fn(Tensor, Range<usize>) -> Result<Tensor>) -> Result<Vec<Tensor>> {
     let (rows, columns) = w.dims2()?;
     let step = (PART / columns.max(1)).max(1);
@@ -42,10 +44,6 @@ fn in_parts(w: &Tensor, f: impl Fn(Tensor, Range<usize>) -> Result<Tensor>) -> R
         f(part, from..from + len)
     };
     (0..rows).step_by(step).map(part).collect()
-}
-
-fn is_f32_rows_on_cpu(w: &Tensor) -> bool {
-    w.device().is_cpu() && w.dtype() == DType::F32 && w.is_contiguous()
 }
 
 /// `c ∘ w` of the dense `w = W + ΔW` in the compute dtype, with gradients for `w` and m.
@@ -68,7 +66,7 @@ pub(super) fn norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Resu
 fn computed_norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result<Tensor> {
     let base_squares = match (&magnitude.base_squares, w) {
         (Some(base_squares), _) => base_squares.clone(),
-        // As it is stored, so that the sum has the order of a new layer's.
+        // In the stored layout, so that the sum has the same order as in a new layer.
         (None, Matrix::Dense(w)) if w.is_contiguous() => squares(w, 1)?,
         (None, Matrix::Dense(w)) => squares(&w.t()?, 0)?,
         (None, Matrix::Quantized(w)) => squares(&w.dequantize()?, 1)?,
@@ -114,60 +112,46 @@ pub(super) fn scaled(
     norms: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let (m, dtype) = (magnitude.m.to_dtype(norms.dtype())?, norms.dtype());
-    let (tracked, frozen) = match bias {
-        Some(b) if b.track_op() => (Some(b), None),
-        b => (None, b),
-    };
-    let fused = |x: &Tensor| {
-        let bias = frozen.map_or(norms.zeros_like(), |bias| bias.detach().to_dtype(dtype));
-        let scale = (m.detach() / norms)?;
-        x.apply_op2(&m, Custom(ScaleOp { scale, norms: norms.clone(), bias: bias? }))
-    };
-    let composed = |x: &Tensor| {
-        let y = x.to_dtype(dtype)?.broadcast_mul(&div_frozen(&m, norms)?)?.to_dtype(x.dtype())?;
-        frozen.map_or(Ok(y.clone()), |bias| add_bias(&y, bias, y.rank() - 1))
-    };
-    let y = fused_or_composed(x, fused, composed)?;
-    tracked.map_or(Ok(y.clone()), |bias| add_bias(&y, bias, y.rank() - 1))
+    let m = magnitude.m.to_dtype(norms.dtype())?;
+    with_frozen_bias(bias, |bias| {
+        run(ScaleOp { norms: norms.clone(), bias: bias.map(Tensor::detach) }, [x, &m])
+    })
 }
 
-/// The operands are `x` and m, in F32 on the CPU.
+/// The arguments are `x` and m.
 struct ScaleOp {
     /// (out)
-    scale: Tensor,
     norms: Tensor,
-    bias: Tensor,
+    bias: Option<Tensor>,
 }
 
-impl Op<2> for ScaleOp {
+impl Fused<2> for ScaleOp {
     const NAME: &'static str = "dora-scale";
 
-    fn forward<S: Backend>(&self, [(x, l), _]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
-        let (scale, sl) = self.scale.storage_and_layout();
-        let (bias, bl) = self.bias.storage_and_layout();
-        let y = S::map_rows(
-            [(x, l), (S::of(&scale)?, sl), (S::of(&bias)?, bl)],
+    fn forward(&self, [x, (m, ml)]: [Operand; 2]) -> Result<(CpuStorage, Shape)> {
+        let (norms, nl) = self.norms.storage_and_layout();
+        let scale = m.binary_impl::<Div>(CpuStorage::of(&norms)?, ml, nl)?;
+        let bias = match &self.bias {
+            Some(bias) => bias.to_dtype(DType::F32)?,
+            None => self.norms.zeros_like()?,
+        };
+        let (bias, bl) = bias.storage_and_layout();
+        map_rows(
+            [x, (&scale, &Layout::contiguous(ml.shape())), (CpuStorage::of(&bias)?, bl)],
             #[inline(always)]
             |_, [x, scale, bias], y| {
                 for (((y, x), scale), bias) in y.iter_mut().zip(x).zip(scale).zip(bias) {
                     *y = x * scale + bias;
                 }
             },
-        )?;
-        Ok((y, l.shape().clone()))
+        )
     }
 
-    fn backward(
-        &self,
-        [x, m]: [&Tensor; 2],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 2]> {
+    fn backward(&self, [x, m]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
         let grad = grad.contiguous()?;
         let gx = if_tracked(x, || {
-            map_rows(
-                [&grad, &self.scale],
+            map_tensor_rows(
+                [&grad, &(m.detach() / &self.norms)?],
                 #[inline(always)]
                 |_, [g, scale], gx| {
                     gx.iter_mut().zip(g).zip(scale).for_each(|((gx, g), scale)| *gx = g * scale);
@@ -177,16 +161,22 @@ impl Op<2> for ScaleOp {
         let gm = if_tracked(m, || sum_of_products([&grad, x])? / &self.norms)?;
         Ok([gx, gm])
     }
+
+    fn composed(&self, [x, m]: [&Tensor; 2]) -> Result<Tensor> {
+        let scale = div_frozen(m, &self.norms)?;
+        let y = x.to_dtype(scale.dtype())?.broadcast_mul(&scale)?.to_dtype(x.dtype())?;
+        plus_bias(y, self.bias.as_ref())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::low_rank::Split;
+    use crate::ops::lora::Split;
     use crate::random::normal;
 
-    /// For `w` (out, in): its norms with the update by rows and by columns, with kept squares and without, against the
-    /// dense sum, relative.
+    /// The relative error of the norms of `w` (out, in) against the dense sum, for both layouts, with kept squares and
+    /// without.
     fn error(w: &Tensor, a: &Tensor, b: &Tensor) -> Result<f64> {
         let ((out, _), r) = (w.dims2()?, a.dim(0)?);
         let split = Split { outputs: 0..out, ranks: 0..r, b_rows: 0..out };

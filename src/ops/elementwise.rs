@@ -2,9 +2,8 @@
 //! for a frozen operand, and sum a bias's gradient slowly.
 
 use super::backend::Backend;
-use super::low_rank::compute_dtype;
-use super::op::{if_tracked, Custom, Op};
-use super::zero_grads::with_zero_grads;
+use super::custom_gradient::with_zero_grads;
+use super::op::{compute_dtype, if_tracked, Custom, Grads, Op};
 use candle_core::op::{Add, Div, Mul};
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
@@ -32,12 +31,31 @@ pub(crate) fn add_bias(x: &Tensor, bias: &Tensor, dim: usize) -> Result<Tensor> 
     }
 }
 
+/// `y` (.., n) plus a bias (n), if any.
+pub(crate) fn plus_bias(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    match bias {
+        None => Ok(y),
+        Some(bias) => add_bias(&y, bias, y.rank() - 1),
+    }
+}
+
+/// An output (.., n) that `f` computes with its bias (n), which is added afterwards if it has a gradient.
+pub(crate) fn with_frozen_bias(
+    bias: Option<&Tensor>,
+    f: impl FnOnce(Option<&Tensor>) -> Result<Tensor>,
+) -> Result<Tensor> {
+    match bias.filter(|bias| bias.track_op()) {
+        None => f(bias),
+        tracked => plus_bias(f(None)?, tracked),
+    }
+}
+
 fn add_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
     same_device(x, c)?;
     match x.elem_count() {
         // Devices refuse empty sums.
         0 => Ok(x.clone()),
-        _ => x.apply_op1(Custom(AddFrozenOp(c.detach()))),
+        _ => x.apply_op1(Custom(FrozenOp::Add(c.detach()))),
     }
 }
 
@@ -54,12 +72,12 @@ fn same_device(x: &Tensor, c: &Tensor) -> Result<()> {
 
 /// `x ∘ c`, with `c` of any shape that broadcasts to `x`'s.
 pub(crate) fn mul_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
-    x.apply_op1(Custom(MulFrozenOp(c.detach().broadcast_as(x.shape())?)))
+    x.apply_op1(Custom(FrozenOp::Mul(c.detach().broadcast_as(x.shape())?)))
 }
 
 /// `x / c` of one shape.
 pub(crate) fn div_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
-    x.apply_op1(Custom(DivFrozenOp(c.detach())))
+    x.apply_op1(Custom(FrozenOp::Div(c.detach())))
 }
 
 /// `x ∘ mask` and `x − x ∘ mask`.
@@ -67,18 +85,34 @@ pub(crate) fn split(x: &Tensor, mask: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((mul_frozen(x, mask)?, mul_frozen(x, &mask.affine(-1., 1.)?)?))
 }
 
-struct AddFrozenOp(Tensor);
+/// `x` with a frozen operand of its shape.
+enum FrozenOp {
+    Add(Tensor),
+    Mul(Tensor),
+    Div(Tensor),
+}
 
-impl Op<1> for AddFrozenOp {
-    const NAME: &'static str = "add-frozen";
+impl Op<1> for FrozenOp {
+    const NAME: &'static str = "frozen-operand";
 
     fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
-        let (c, cl) = self.0.storage_and_layout();
-        Ok((x.binary_impl::<Add>(S::of(&c)?, l, cl)?, l.shape().clone()))
+        let (Self::Add(c) | Self::Mul(c) | Self::Div(c)) = self;
+        let (c, cl) = c.storage_and_layout();
+        let c = S::of(&c)?;
+        let y = match self {
+            Self::Add(_) => x.binary_impl::<Add>(c, l, cl),
+            Self::Mul(_) => x.binary_impl::<Mul>(c, l, cl),
+            Self::Div(_) => x.binary_impl::<Div>(c, l, cl),
+        };
+        Ok((y?, l.shape().clone()))
     }
 
-    fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        Ok([Some(grad.clone())])
+    fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
+        Ok([Some(match self {
+            Self::Add(_) => grad.clone(),
+            Self::Mul(c) => (grad * c)?,
+            Self::Div(c) => (grad / c)?,
+        })])
     }
 }
 
@@ -95,12 +129,7 @@ impl Op<2> for AddBiasOp {
 
     /// The bias's gradient is a sum over all other dimensions, computed by products with ones: candle's
     /// sum over leading dimensions is many times slower.
-    fn backward(
-        &self,
-        [x, b]: [&Tensor; 2],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 2]> {
+    fn backward(&self, [x, b]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
         let sum = || {
             let g = grad.to_dtype(compute_dtype(grad.dtype()))?.contiguous()?;
             let (n, after) = (b.dim(0)?, x.dims()[x.rank() + 1 - b.rank()..].iter().product());
@@ -116,35 +145,5 @@ impl Op<2> for AddBiasOp {
                 .to_dtype(b.dtype())
         };
         Ok([if_tracked(x, || Ok(grad.clone()))?, if_tracked(b, sum)?])
-    }
-}
-
-struct MulFrozenOp(Tensor);
-
-impl Op<1> for MulFrozenOp {
-    const NAME: &'static str = "mul-frozen";
-
-    fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
-        let (c, cl) = self.0.storage_and_layout();
-        Ok((x.binary_impl::<Mul>(S::of(&c)?, l, cl)?, l.shape().clone()))
-    }
-
-    fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        Ok([Some((grad * &self.0)?)])
-    }
-}
-
-struct DivFrozenOp(Tensor);
-
-impl Op<1> for DivFrozenOp {
-    const NAME: &'static str = "div-frozen";
-
-    fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
-        let (c, cl) = self.0.storage_and_layout();
-        Ok((x.binary_impl::<Div>(S::of(&c)?, l, cl)?, l.shape().clone()))
-    }
-
-    fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        Ok([Some((grad / &self.0)?)])
     }
 }

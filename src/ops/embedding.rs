@@ -1,16 +1,15 @@
 //! `y = W[ids] + (Aᵀ)[ids]·(s·B)ᵀ`: rows of a frozen table and of its low-rank update as one operation.
 //! Only A's own gradient has the size of the table. The table may be quantised. With DoRA the row is scaled.
 
-use super::backend::Backend;
-use super::cpu::gather_columns;
+use super::backend::{Backend, LowRankTerm};
+use super::custom_gradient::with_zero_grads;
 use super::dora;
-use super::linear_op::gemm_operand;
-use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
-use super::matmul::matmul;
+use super::linear::matmul::matmul;
+use super::lora::LowRank;
 use super::matrix::Matrix;
-use super::op::{if_tracked, Custom, Op};
-use super::zero_grads::with_zero_grads;
-use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Tensor, WithDType};
+use super::op::{compute_dtype, if_tracked, Custom, Grads, Op};
+use candle_core::{bail, DType, Device, Layout, Result, Shape, Tensor};
+use std::slice;
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
 /// (r, num) and B (dim, r).
@@ -31,7 +30,7 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
     // candle reads the largest value of an index dtype as padding: id 255 of a u8 or u32::MAX would
     // give zeros without an error. In i64 they are ordinary ids.
     let ids = to_i64(&ids.flatten_all()?)?;
-    let host_ids = validated_ids(&ids, num)?;
+    validate(&ids, num)?;
     let rows = |w: &Matrix| match w {
         Matrix::Dense(w) => w.contiguous()?.index_select(&ids, 0),
         Matrix::Quantized(w) => w.rows(&ids),
@@ -40,10 +39,7 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
         None => rows(w),
         Some(update) => {
             let factor = update.detached().factors(w.dtype())?.remove(0);
-            let u = match host_ids {
-                Some(ids) => columns(&factor.a.contiguous()?, &ids)?,
-                None => factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?,
-            };
+            let u = factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?;
             let term = LowRankTerm { u, v: factor.b.t()?, rows: 0..ids.elem_count(), cols: 0..dim };
             let (w, at) = match w {
                 Matrix::Dense(w) => (w.detach().contiguous()?, ids.clone()),
@@ -55,7 +51,7 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
             match update.magnitude() {
                 None => Ok(y),
                 Some(magnitude) => {
-                    let norms = dora::norms(&gemm_operand(table)?, update, magnitude)?;
+                    let norms = dora::norms(&table.gemm_operand()?, update, magnitude)?;
                     dora::scaled(&y, magnitude, &norms, None)
                 }
             }
@@ -73,38 +69,22 @@ fn to_i64(ids: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// The ids, checked, if they are on the CPU. On a device, reading them would wait for it: there an id
-/// out of range is left to candle. (candle's own message on the CPU prints -1 as
-/// 18446744073709551615.)
-fn validated_ids(ids: &Tensor, num: usize) -> Result<Option<Vec<i64>>> {
+/// Refuses ids out of range on the CPU. On a device, reading them would wait for it: there they are left to candle,
+/// whose own message on the CPU prints -1 as 18446744073709551615.
+fn validate(ids: &Tensor, num: usize) -> Result<()> {
     if !ids.device().is_cpu() {
-        return Ok(None);
+        return Ok(());
     }
-    let ids = ids.to_vec1::<i64>()?;
-    match ids.iter().find(|id| !(0..num as i64).contains(id)) {
+    match ids.to_vec1::<i64>()?.iter().find(|id| !(0..num as i64).contains(id)) {
         Some(id) => bail!("embedding: id {id} in a table of {num} rows"),
-        None => Ok(Some(ids)),
-    }
-}
-
-/// Columns of a contiguous `a` (r, num) on the CPU, as rows (ids, r).
-fn columns(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
-    fn typed<T: WithDType>(a: &Tensor, ids: &[i64]) -> Result<Tensor> {
-        let (storage, layout) = a.storage_and_layout();
-        let (r, num) = a.dims2()?;
-        let values = &T::cpu_storage_as_slice(CpuStorage::of(&storage)?)?[layout.start_offset()..];
-        Tensor::from_vec(gather_columns(&values[..r * num], ids, num), (ids.len(), r), a.device())
-    }
-    match a.dtype() {
-        DType::F64 => typed::<f64>(a, ids),
-        _ => typed::<f32>(a, ids),
+        None => Ok(()),
     }
 }
 
 /// The operands are `A` and `B`; the table is a field, so that candle's backward gives it no gradient.
 struct LoraEmbeddingOp {
     w: Tensor,
-    /// The rows of `w` that the ids mean.
+    /// The row of `w` for each id.
     at: Tensor,
     ids: Tensor,
     term: LowRankTerm,
@@ -117,15 +97,11 @@ impl Op<2> for LoraEmbeddingOp {
     fn forward<S: Backend>(&self, _: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
         let ((w, wl), (at, al)) = (self.w.storage_and_layout(), self.at.storage_and_layout());
         let dims = (self.term.rows.len(), self.term.cols.len());
-        Ok((S::of(&w)?.lookup(wl, S::of(&at)?, al, &self.term)?, dims.into()))
+        let rows = S::of(&w)?.index_select(S::of(&at)?, wl, al, 0)?;
+        Ok((rows.add_low_rank(dims, None, slice::from_ref(&self.term))?, dims.into()))
     }
 
-    fn backward(
-        &self,
-        [a, b]: [&Tensor; 2],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 2]> {
+    fn backward(&self, [a, b]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
         let g = grad.to_dtype(compute_dtype(grad.dtype()))?.contiguous()?;
         let ga = if_tracked(a, || {
             let h = matmul(&g, &self.term.v.t()?)?.t()?.contiguous()?;

@@ -47,7 +47,7 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    /// The device's way, on the CPU.
+    /// The computation for devices, on the CPU.
     #[test]
     fn the_sum_of_products_sees_every_value() -> Result<()> {
         for len in [1, 2, 3, 4, 8, 11, 12] {

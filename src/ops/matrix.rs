@@ -43,6 +43,14 @@ impl Matrix {
         }
     }
 
+    /// The same values in a layout of [`gemm_layout`].
+    pub fn gemm_operand(&self) -> Result<Self> {
+        Ok(match self {
+            Self::Dense(w) => Self::Dense(gemm_layout(w.clone())?),
+            Self::Quantized(w) => Self::Quantized(w.clone()),
+        })
+    }
+
     /// The dense matrix, if it is one.
     pub fn dense(&self) -> Option<&Tensor> {
         match self {
@@ -71,6 +79,17 @@ impl Matrix {
             Self::Dense(w) => w.device().clone(),
             Self::Quantized(w) => w.blocks.device(),
         }
+    }
+}
+
+/// `x` if the backend's GEMM accepts its layout (CPU: any strides; devices, MKL and Accelerate:
+/// contiguous or transposed contiguous), else a contiguous copy.
+pub(super) fn gemm_layout(x: Tensor) -> Result<Tensor> {
+    let any = x.device().is_cpu() && !cfg!(any(feature = "mkl", feature = "accelerate"));
+    if any || x.is_contiguous() || x.t()?.is_contiguous() {
+        Ok(x)
+    } else {
+        x.contiguous()
     }
 }
 

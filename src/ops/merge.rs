@@ -1,11 +1,11 @@
 //! The merged weight `W + ΔW`, with DoRA `c ∘ (W + ΔW)`, computed in F32 (F64 beside F64) and rounded once. On the
 //! CPU, ΔW is added block by block and never built.
 
-use super::backend::Backend;
+use super::backend::{Backend, LowRankTerm};
 use super::dora::scaled_weight;
 use super::finite::is_finite;
-use super::low_rank::{compute_dtype, LowRankTerm, Magnitude};
-use super::op::{Custom, Op};
+use super::lora::Magnitude;
+use super::op::{compute_dtype, Custom, Op};
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
 /// The contiguous `w`, seen as a matrix of shape `matrix`, plus the terms; with DoRA, each output then has
@@ -45,9 +45,5 @@ impl Op<1> for MergeOp {
         // Copies also where the dtype is the same: the base is never written.
         let copy = w.to_dtype(l, compute_dtype(w.dtype()))?;
         Ok((copy.add_low_rank(self.matrix, None, &self.terms)?, l.shape().clone()))
-    }
-
-    fn backward(&self, _: [&Tensor; 1], _: &Tensor, _: &Tensor) -> Result<[Option<Tensor>; 1]> {
-        bail!("a merged weight has no gradient")
     }
 }

@@ -4,51 +4,36 @@
 //! Backward, with `h = g ∘ w`: `gx = s·(h - mean(h) - x̂·mean(h ∘ x̂))`, `gw = Σ g ∘ x̂` and `gb = Σ g`
 //! over the rows. A frozen gain or bias costs no gradient.
 
-use super::backend::Backend;
-use super::cpu::{map_rows, sum};
-use super::elementwise::{add_bias, mul_frozen};
-use super::fused::fused_or_composed;
-use super::low_rank::compute_dtype;
-use super::matmul::matmul;
-use super::op::{if_tracked, Custom, Op};
-use candle_core::{bail, DType, Layout, Result, Shape, Tensor, D};
+use super::cpu::{map_rows, map_tensor_rows, sum};
+use super::elementwise::{mul_frozen, plus_bias};
+use super::linear::matmul::matmul;
+use super::op::{compute_dtype, if_tracked, run, Fused, Grads, Operand};
+use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor, D};
+use std::array;
 
 /// RMS norm of `x` (.., n) with the gain `w` (n).
 pub(crate) fn rms_norm(x: &Tensor, w: &Tensor, eps: f32) -> Result<Tensor> {
-    let op = NormOp { eps, remove_mean: false };
     check_shape(x, w)?;
     if constant(x, &[w]) {
         return candle_nn::ops::rms_norm(&x.contiguous()?, &w.contiguous()?, eps);
     }
-    let fused = |x: &Tensor| x.apply_op2(&w.to_dtype(x.dtype())?.contiguous()?, Custom(op));
-    fused_or_composed(x, fused, |x| op.composed(x, w, None))
+    run(NormOp { eps, remove_mean: false }, [x, w])
 }
 
 /// Layer norm of `x` (.., n) with the gain `w` (n) and the bias `b` (n), if any.
 pub(crate) fn layer_norm(x: &Tensor, w: &Tensor, b: Option<&Tensor>, eps: f32) -> Result<Tensor> {
     let op = NormOp { eps, remove_mean: true };
     check_shape(x, w)?;
-    let Some(b) = b else {
-        let fused = |x: &Tensor| x.apply_op2(&w.to_dtype(x.dtype())?.contiguous()?, Custom(op));
-        return fused_or_composed(x, fused, |x| op.composed(x, w, None));
-    };
+    let Some(b) = b else { return run(op, [x, w]) };
     check_shape(x, b)?;
     if constant(x, &[w, b]) {
-        return candle_nn::ops::layer_norm(
-            &x.contiguous()?,
-            &w.contiguous()?,
-            &b.contiguous()?,
-            eps,
-        );
+        let (x, w, b) = (x.contiguous()?, w.contiguous()?, b.contiguous()?);
+        return candle_nn::ops::layer_norm(&x, &w, &b, eps);
     }
-    let fused = |x: &Tensor| {
-        let own = |t: &Tensor| t.to_dtype(x.dtype())?.contiguous();
-        x.apply_op3(&own(w)?, &own(b)?, Custom(op))
-    };
-    fused_or_composed(x, fused, |x| op.composed(x, w, Some(b)))
+    run(op, [x, w, b])
 }
 
-/// Whether candle's kernels do: without a gradient, and for operands of one dtype other than F64.
+/// Whether candle's kernels compute it: without a gradient, and for operands of one dtype other than F64.
 fn constant(x: &Tensor, others: &[&Tensor]) -> bool {
     let fits = |t: &Tensor| !t.track_op() && t.dtype() == x.dtype();
     x.dtype() != DType::F64 && x.elem_count() > 0 && fits(x) && others.iter().all(|t| fits(t))
@@ -78,7 +63,7 @@ impl NormOp {
     }
 
     fn grad_x(self, x: &Tensor, w: &Tensor, grad: &Tensor) -> Result<Tensor> {
-        map_rows(
+        map_tensor_rows(
             [x, grad, w],
             #[inline(always)]
             |_, [x, g, w], gx| {
@@ -94,7 +79,7 @@ impl NormOp {
     }
 
     fn grad_w(self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
-        let product = map_rows(
+        let product = map_tensor_rows(
             [x, grad],
             #[inline(always)]
             |_, [x, g], y| {
@@ -104,9 +89,55 @@ impl NormOp {
         )?;
         sum_rows(&product)
     }
+}
 
-    /// The same of candle's operations, in the compute dtype.
-    fn composed(self, x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+/// The sum of all rows, as a product with ones.
+fn sum_rows(x: &Tensor) -> Result<Tensor> {
+    let n = x.dim(D::Minus1)?;
+    let x = x.reshape(((), n))?;
+    matmul(&Tensor::ones((1, x.dim(0)?), x.dtype(), x.device())?, &x)?.reshape(n)
+}
+
+/// The arguments are x, w and, for a bias, b.
+impl<const N: usize> Fused<N> for NormOp {
+    const NAME: &'static str = "norm";
+
+    fn forward(&self, args: [Operand; N]) -> Result<(CpuStorage, Shape)> {
+        match args[..] {
+            [x, w] => map_rows(
+                [x, w],
+                #[inline(always)]
+                |_, [x, w], y| {
+                    let (mean, s) = self.moments(x);
+                    y.iter_mut().zip(x).zip(w).for_each(|((y, x), w)| *y = (x - mean) * s * w);
+                },
+            ),
+            [x, w, b] => map_rows(
+                [x, w, b],
+                #[inline(always)]
+                |_, [x, w, b], y| {
+                    let (mean, s) = self.moments(x);
+                    for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
+                        *y = (x - mean) * s * w + b;
+                    }
+                },
+            ),
+            _ => bail!("norm: {N} arguments"),
+        }
+    }
+
+    fn backward(&self, args: [&Tensor; N], _: &Tensor, grad: &Tensor) -> Result<Grads<N>> {
+        let (x, w, grad) = (args[0], args[1], grad.contiguous()?);
+        let gx = if_tracked(x, || self.grad_x(x, w, &grad))?;
+        let gw = if_tracked(w, || self.grad_w(x, &grad))?;
+        let gb = args.get(2).map(|b| if_tracked(b, || sum_rows(&grad))).transpose()?.flatten();
+        let mut grads = [gx, gw, gb];
+        Ok(array::from_fn(|i| grads[i].take()))
+    }
+
+    /// In the compute dtype.
+    fn composed(&self, args: [&Tensor; N]) -> Result<Tensor> {
+        let (x, w) = (args[0], args[1]);
         if x.elem_count() == 0 {
             return Ok(x.clone());
         }
@@ -119,73 +150,6 @@ impl NormOp {
         let x = x.broadcast_div(&(variance + f64::from(self.eps))?.sqrt()?)?.to_dtype(dtype)?;
         let w = w.to_dtype(dtype)?;
         let y = if w.track_op() { x.broadcast_mul(&w)? } else { mul_frozen(&x, &w)? };
-        match b {
-            None => Ok(y),
-            Some(b) => add_bias(&y, &b.to_dtype(dtype)?, y.rank() - 1),
-        }
-    }
-}
-
-/// The sum of all rows, as a product with ones.
-fn sum_rows(x: &Tensor) -> Result<Tensor> {
-    let n = x.dim(D::Minus1)?;
-    let x = x.reshape(((), n))?;
-    matmul(&Tensor::ones((1, x.dim(0)?), x.dtype(), x.device())?, &x)?.reshape(n)
-}
-
-impl Op<2> for NormOp {
-    const NAME: &'static str = "norm";
-
-    fn forward<S: Backend>(&self, [(x, l), w]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
-        let y = S::map_rows(
-            [(x, l), w],
-            #[inline(always)]
-            |_, [x, w], y| {
-                let (mean, s) = self.moments(x);
-                y.iter_mut().zip(x).zip(w).for_each(|((y, x), w)| *y = (x - mean) * s * w);
-            },
-        )?;
-        Ok((y, l.shape().clone()))
-    }
-
-    fn backward(
-        &self,
-        [x, w]: [&Tensor; 2],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 2]> {
-        let grad = grad.contiguous()?;
-        let gx = if_tracked(x, || self.grad_x(x, w, &grad))?;
-        Ok([gx, if_tracked(w, || self.grad_w(x, &grad))?])
-    }
-}
-
-impl Op<3> for NormOp {
-    const NAME: &'static str = "norm-bias";
-
-    fn forward<S: Backend>(&self, [(x, l), w, b]: [(&S, &Layout); 3]) -> Result<(S, Shape)> {
-        let y = S::map_rows(
-            [(x, l), w, b],
-            #[inline(always)]
-            |_, [x, w, b], y| {
-                let (mean, s) = self.moments(x);
-                for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
-                    *y = (x - mean) * s * w + b;
-                }
-            },
-        )?;
-        Ok((y, l.shape().clone()))
-    }
-
-    fn backward(
-        &self,
-        [x, w, b]: [&Tensor; 3],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
-        let grad = grad.contiguous()?;
-        let gx = if_tracked(x, || self.grad_x(x, w, &grad))?;
-        let gw = if_tracked(w, || self.grad_w(x, &grad))?;
-        Ok([gx, gw, if_tracked(b, || sum_rows(&grad))?])
+        plus_bias(y, args.get(2).map(|b| b.to_dtype(dtype)).transpose()?.as_ref())
     }
 }

@@ -1,10 +1,8 @@
 //! Softmax over the last dimension, with a backward: `gx = y ∘ (g - Σ y∘g)`.
 
-use super::backend::Backend;
-use super::cpu::{exp_nonpositive, map_rows, max, sum};
-use super::fused::fused_or_composed;
-use super::op::{if_tracked, Custom, Op};
-use candle_core::{Layout, Result, Shape, Tensor, D};
+use super::cpu::{exp_nonpositive, map_rows, map_tensor_rows, max, sum};
+use super::op::{if_tracked, run, Fused, Grads, Operand};
+use candle_core::{CpuStorage, Result, Shape, Tensor, D};
 
 /// (.., n) to (.., n), each row summing to 1.
 pub(crate) fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
@@ -14,21 +12,17 @@ pub(crate) fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
     if !x.track_op() {
         return candle_nn::ops::softmax_last_dim(x);
     }
-    fused_or_composed(
-        x,
-        |x| x.apply_op1(Custom(SoftmaxOp)),
-        |x| candle_nn::ops::softmax(x, D::Minus1),
-    )
+    run(SoftmaxOp, [x])
 }
 
 struct SoftmaxOp;
 
-impl Op<1> for SoftmaxOp {
+impl Fused<1> for SoftmaxOp {
     const NAME: &'static str = "softmax";
 
-    fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
-        let y = S::map_rows(
-            [(x, l)],
+    fn forward(&self, x: [Operand; 1]) -> Result<(CpuStorage, Shape)> {
+        map_rows(
+            x,
             #[inline(always)]
             |_, [x], y| {
                 let max = max(x);
@@ -36,13 +30,12 @@ impl Op<1> for SoftmaxOp {
                 let scale = 1. / sum(y, y, |y, _| y);
                 y.iter_mut().for_each(|y| *y *= scale);
             },
-        )?;
-        Ok((y, l.shape().clone()))
+        )
     }
 
-    fn backward(&self, [x]: [&Tensor; 1], y: &Tensor, g: &Tensor) -> Result<[Option<Tensor>; 1]> {
+    fn backward(&self, [x]: [&Tensor; 1], y: &Tensor, g: &Tensor) -> Result<Grads<1>> {
         let gx = || {
-            map_rows(
+            map_tensor_rows(
                 [y, &g.contiguous()?],
                 #[inline(always)]
                 |_, [y, g], gx| {
@@ -52,5 +45,9 @@ impl Op<1> for SoftmaxOp {
             )
         };
         Ok([if_tracked(x, gx)?])
+    }
+
+    fn composed(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        candle_nn::ops::softmax(x, D::Minus1)
     }
 }

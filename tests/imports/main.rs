@@ -14,7 +14,7 @@ const ORDER: [&str; 10] =
 /// The files that each file imports.
 type Graph = BTreeMap<String, BTreeSet<String>>;
 
-/// What each file imports; a re-export is an import too.
+/// What each file imports: what it names, and the module by whose re-export it does.
 fn graph(files: &Files) -> Graph {
     let inline = regex(r"(?<![\w:$.])[a-z_]\w*(?:::\w+)+");
     let imports = files.iter().map(|(module, file)| {
@@ -77,18 +77,23 @@ fn folders_import_in_one_direction() {
 }
 
 #[test]
-fn reexports_lead_to_the_defining_file() {
+fn imports_lead_to_the_defining_and_the_reexporting_file() {
     let files = source();
     let resolved = |from: &str, path: &str| {
         let parts = |text: &str| text.split("::").map(str::to_owned).collect::<Module>();
         Vec::from_iter(resolve(&files, &parts(from), &parts(path)))
     };
     assert_eq!(resolved("ops::linear", "crate::Error"), ["error.rs"]);
-    assert_eq!(resolved("merge", "crate::utils::StateDict"), ["utils/state_dict.rs"]);
+    assert_eq!(
+        resolved("merge", "crate::utils::StateDict"),
+        ["utils/mod.rs", "utils/state_dict.rs"]
+    );
     assert_eq!(resolved("merge", "crate::StateDict"), ["utils/state_dict.rs"]);
-    assert_eq!(resolved("layers::linear", "crate::ops::LowRank"), ["ops/low_rank.rs"]);
-    assert_eq!(resolved("layers::linear", "ops::linear"), ["ops/linear.rs"]);
-    assert_eq!(resolved("ops::conv::cpu", "super::super::cpu::filled"), ["ops/cpu/buffer.rs"]);
+    assert_eq!(resolved("layers::linear", "crate::ops::LowRank"), ["ops/lora.rs", "ops/mod.rs"]);
+    assert_eq!(resolved("layers::linear", "ops::linear"), ["ops/linear/mod.rs"]);
+    assert_eq!(resolved("ops::merge", "crate::ops::LowRank"), ["ops/lora.rs"]);
+    let filled = resolved("ops::conv::cpu", "super::super::cpu::filled");
+    assert_eq!(filled, ["ops/cpu/buffer.rs", "ops/cpu/mod.rs"]);
     assert_eq!(resolved("merge::weight", "candle_core::Tensor"), [""; 0]);
     let names: Vec<_> =
         expand("a::{b::{self, C as D}, e::*, f}").into_iter().map(|n| n.0).collect();

@@ -70,7 +70,8 @@ pub fn expand(tree: &str) -> Vec<(String, Module)> {
     vec![(name, path)]
 }
 
-/// The files that define what `path` names in module `from`; none for another crate's.
+/// The files that `path` in module `from` leads to: those that define the item, and those that re-export it; none for
+/// another crate's.
 pub fn resolve(files: &Files, from: &[String], path: &[String]) -> BTreeSet<String> {
     let parent = |module: &[String]| module[..module.len().saturating_sub(1)].to_vec();
     let child = |module: &[String], name: &str| [module, &[name.to_owned()]].concat();
@@ -97,8 +98,9 @@ pub fn resolve(files: &Files, from: &[String], path: &[String]) -> BTreeSet<Stri
     }
     let Some(item) = rest.first() else { return [files[&at].name.clone()].into() };
     let mut found = defining(files, &at, item);
-    if found.is_empty() {
-        found.insert(files[&at].name.clone()); // by a macro
+    // A module's parts may import each other by way of the module. A macro's items are not found.
+    if found.is_empty() || !from.starts_with(&at) {
+        found.insert(files[&at].name.clone());
     }
     found
 }

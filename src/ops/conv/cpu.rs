@@ -4,88 +4,52 @@
 use super::geometry::Sizes;
 use super::unfold::{fold, unfold};
 use crate::ops::backend::Backend;
-use crate::ops::cpu::{add_assign, filled, gemm_into, Real};
-use crate::ops::op::if_tracked;
+use crate::ops::cpu::{add_assign, filled, gemm_into, Float};
+use crate::ops::op::Operand;
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, CustomOp2, Error, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{bail, CpuStorage, Error, Layout, Result, Shape, WithDType};
 use rayon::prelude::*;
-use std::ops::AddAssign;
-
-/// `x` and `w` in F32 or F64, to (batch, out, positions).
-pub(super) fn conv(x: &Tensor, w: &Tensor, sizes: Sizes) -> Result<Tensor> {
-    x.contiguous()?.apply_op2(&w.contiguous()?, ConvOp::Output(sizes))
-}
 
 /// Which of the three tensors of a convolution is computed from the other two.
-enum ConvOp {
-    /// (x, w) to y
-    Output(Sizes),
-    /// (gradient of y, w) to the gradient of x
-    Input(Sizes),
-    /// (gradient of y, x) to the gradient of w
-    Kernel(Sizes),
+#[derive(Clone, Copy)]
+pub(super) enum Compute {
+    /// (x, w) to y (batch, out, positions)
+    Output,
+    /// (gradient of y, w) to the gradient of x (batch, in, values)
+    Input,
+    /// (gradient of y, x) to the gradient of w (out, in/g·k)
+    Kernel,
 }
 
-impl ConvOp {
-    fn run<T: Float>(&self, a: Operand, b: Operand) -> Result<(CpuStorage, Shape)> {
+impl Compute {
+    /// From contiguous operands in F32 or F64.
+    pub fn run(self, s: &Sizes, operands: [Operand; 2]) -> Result<(CpuStorage, Shape)> {
+        match operands[0].0 {
+            CpuStorage::F32(_) => self.typed::<f32>(s, operands),
+            CpuStorage::F64(_) => self.typed::<f64>(s, operands),
+            x => bail!("convolution: {:?} is neither F32 nor F64", x.dtype()),
+        }
+    }
+
+    fn typed<T: Float>(self, s: &Sizes, operands: [Operand; 2]) -> Result<(CpuStorage, Shape)> {
+        let [a, b] = operands.map(|(storage, l)| Samples { storage, start: l.start_offset() });
         let (y, shape): (Vec<T>, Shape) = match self {
-            Self::Output(s) => (output(s, a, b)?, (s.batch, s.c_out, s.positions()).into()),
-            Self::Input(s) => (input(s, a, b)?, (s.batch, s.c_in, s.input_len()).into()),
-            Self::Kernel(s) => (kernel(s, a, b)?, (s.c_out, s.column_rows()).into()),
+            Self::Output => (output(s, a, b)?, (s.batch, s.c_out, s.positions()).into()),
+            Self::Input => (input(s, a, b)?, (s.batch, s.c_in, s.input_len()).into()),
+            Self::Kernel => (kernel(s, a, b)?, (s.c_out, s.column_rows()).into()),
         };
         Ok((T::to_cpu_storage_owned(y), shape))
     }
 }
 
-impl CustomOp2 for ConvOp {
-    fn name(&self) -> &'static str {
-        "convolution"
-    }
-
-    fn cpu_fwd(
-        &self,
-        a: &CpuStorage,
-        al: &Layout,
-        b: &CpuStorage,
-        bl: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (a, b) = (Operand::new(a, al), Operand::new(b, bl));
-        match a.storage {
-            CpuStorage::F32(_) => self.run::<f32>(a, b),
-            CpuStorage::F64(_) => self.run::<f64>(a, b),
-            s => bail!("convolution: {:?} is neither F32 nor F64", s.dtype()),
-        }
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Self::Output(sizes) = *self else { bail!("convolution: no second derivative") };
-        let grad = grad.contiguous()?;
-        let gx =
-            if_tracked(x, || grad.apply_op2_no_bwd(w, &Self::Input(sizes))?.reshape(x.shape()))?;
-        let gw =
-            if_tracked(w, || grad.apply_op2_no_bwd(x, &Self::Kernel(sizes))?.reshape(w.shape()))?;
-        Ok((gx, gw))
-    }
-}
-
 /// A contiguous tensor's storage and where it starts.
 #[derive(Clone, Copy)]
-struct Operand<'a> {
+struct Samples<'a> {
     storage: &'a CpuStorage,
     start: usize,
 }
 
-impl<'a> Operand<'a> {
-    fn new(storage: &'a CpuStorage, layout: &Layout) -> Self {
-        Self { storage, start: layout.start_offset() }
-    }
-
+impl<'a> Samples<'a> {
     fn values<T: WithDType>(&self, len: usize) -> Result<&'a [T]> {
         Ok(&T::cpu_storage_as_slice(self.storage)?[self.start..self.start + len])
     }
@@ -96,9 +60,6 @@ impl<'a> Operand<'a> {
         (self.storage, Layout::contiguous_with_offset((rows, cols), start))
     }
 }
-
-trait Float: WithDType + AddAssign + Real {}
-impl<T: WithDType + AddAssign + Real> Float for T {}
 
 /// `y = a·b` of two matrices, or `y += a·b`.
 fn gemm<T: Float>(
@@ -151,7 +112,7 @@ fn samples_per_thread(s: &Sizes) -> usize {
     s.batch.div_ceil(rayon::current_num_threads()).max(1)
 }
 
-fn output<T: Float>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
+fn output<T: Float>(s: &Sizes, x: Samples, w: Samples) -> Result<Vec<T>> {
     let (groups, n) = (s.geometry.groups, s.positions());
     let (x_len, outs) = per_group(s);
     let x = x.values::<T>(s.batch * groups * x_len)?;
@@ -171,7 +132,7 @@ fn output<T: Float>(s: &Sizes, x: Operand, w: Operand) -> Result<Vec<T>> {
     Ok(y)
 }
 
-fn input<T: Float>(s: &Sizes, grad: Operand, w: Operand) -> Result<Vec<T>> {
+fn input<T: Float>(s: &Sizes, grad: Samples, w: Samples) -> Result<Vec<T>> {
     let groups = s.geometry.groups;
     let (x_len, outs) = per_group(s);
     let mut gx = filled(T::zero(), s.batch * groups * x_len);
@@ -189,7 +150,7 @@ fn input<T: Float>(s: &Sizes, grad: Operand, w: Operand) -> Result<Vec<T>> {
     Ok(gx)
 }
 
-fn kernel<T: Float>(s: &Sizes, grad: Operand, x: Operand) -> Result<Vec<T>> {
+fn kernel<T: Float>(s: &Sizes, grad: Samples, x: Samples) -> Result<Vec<T>> {
     let groups = s.geometry.groups;
     let (x_len, outs) = per_group(s);
     let x = x.values::<T>(s.batch * groups * x_len)?;

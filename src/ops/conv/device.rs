@@ -3,10 +3,10 @@
 
 use super::geometry::{index3, Sizes};
 use crate::ops::backend::Backend;
+use crate::ops::custom_gradient::with_zero_grads;
 use crate::ops::linear::linear;
 use crate::ops::matrix::Matrix;
-use crate::ops::op::{Custom, Op};
-use crate::ops::zero_grads::with_zero_grads;
+use crate::ops::op::{Custom, Grads, Op};
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
 /// The index that candle's `index_select` reads as zero.
@@ -74,9 +74,9 @@ fn sources(s: &Sizes) -> Result<Vec<u32>> {
 
 struct GatherOp {
     ids: Tensor,
-    /// The same on the host.
+    /// The ids on the host.
     from: Vec<u32>,
-    /// Kernel offsets.
+    /// The number of kernel offsets.
     k: usize,
 }
 
@@ -90,12 +90,7 @@ impl Op<1> for GatherOp {
         Ok((columns, (batch, channels, self.from.len()).into()))
     }
 
-    fn backward(
-        &self,
-        [x]: [&Tensor; 1],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 1]> {
+    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
         // Each kernel offset meets an input value at one position at most.
         let ((batch, channels, inputs), k) = (x.dims3()?, self.k);
         let mut to = vec![PADDING; inputs * k];

@@ -1,6 +1,6 @@
 //! The sizes of a convolution, and where its kernel meets the input.
 
-use crate::ops::shape::checked_product;
+use crate::ops::checked_size::checked_product;
 use candle_core::{bail, Result, Tensor};
 
 /// The options of a convolution in three spatial dimensions. With fewer, the leading ones have a kernel

@@ -10,10 +10,13 @@ mod device;
 mod geometry;
 mod unfold;
 
+use crate::ops::cpu::on_cpu;
 use crate::ops::dora::scaled_weight;
 use crate::ops::elementwise::{add, mul_frozen, split};
-use crate::ops::low_rank::LowRank;
-use candle_core::{DType, Device, Result, Tensor};
+use crate::ops::lora::LowRank;
+use crate::ops::op::{compute_dtype, if_tracked, run, Fused, Grads, Operand};
+use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
+use cpu::Compute;
 use geometry::Sizes;
 
 pub(crate) use geometry::Geometry;
@@ -30,8 +33,7 @@ pub(crate) fn conv(
     geometry: Geometry,
 ) -> Result<Tensor> {
     let Some(update) = update else { return base_conv(x, w, geometry) };
-    let factor = update.factors(w.dtype())?.remove(0);
-    let delta = factor.b.matmul(&factor.a)?.reshape(w.shape())?;
+    let delta = update.delta(w.dtype())?.reshape(w.shape())?;
     // The kernel is small beside the activations: adding ΔW to it costs less than a second convolution.
     let effective = || {
         let w = add(&delta, &w.to_dtype(delta.dtype())?)?;
@@ -51,25 +53,46 @@ pub(crate) fn conv(
     }
 }
 
-/// The convolution itself. The CPU computes half precision in F32.
+/// The convolution itself.
 fn base_conv(x: &Tensor, w: &Tensor, geometry: Geometry) -> Result<Tensor> {
     let sizes = Sizes::new(geometry, x, w)?;
-    let dtype = x.dtype();
-    let y = match (x.device(), dtype) {
-        (Device::Cpu, DType::F16 | DType::BF16) => {
-            cpu::conv(&x.to_dtype(DType::F32)?, &w.to_dtype(DType::F32)?, sizes)?.to_dtype(dtype)?
-        }
-        (Device::Cpu, _) => cpu::conv(x, w, sizes)?,
-        _ => device::conv(x, w, &sizes)?,
-    };
-    y.reshape(sizes.output_dims(w.rank() - 2))
+    run(ConvOp(sizes), [x, w])?.reshape(sizes.output_dims(w.rank() - 2))
+}
+
+/// `x` and `w` to (batch, out, positions).
+struct ConvOp(Sizes);
+
+impl Fused<2> for ConvOp {
+    const NAME: &'static str = "convolution";
+
+    fn fused_dtype(&self, [x, _]: [&Tensor; 2]) -> Option<DType> {
+        let dtype = x.dtype();
+        matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
+            .then(|| compute_dtype(dtype))
+    }
+
+    fn forward(&self, xw: [Operand; 2]) -> Result<(CpuStorage, Shape)> {
+        Compute::Output.run(&self.0, xw)
+    }
+
+    fn backward(&self, [x, w]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
+        let grad = grad.contiguous()?;
+        let to = |x: &Tensor, from: &Tensor, compute: Compute| {
+            let gx = || on_cpu([&grad, from], |operands| compute.run(&self.0, operands));
+            if_tracked(x, || gx()?.reshape(x.shape()))
+        };
+        Ok([to(x, w, Compute::Input)?, to(w, x, Compute::Kernel)?])
+    }
+
+    fn composed(&self, [x, w]: [&Tensor; 2]) -> Result<Tensor> {
+        device::conv(x, w, &self.0)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Error;
-    use candle_core::Var;
+    use candle_core::{Error, Var};
 
     /// Outputs and gradients, with one sample and with several for each thread.
     #[test]

@@ -24,7 +24,7 @@ pub(super) fn unfold<T: WithDType>(s: &Sizes, x: &[T], columns: &mut [T]) {
     });
 }
 
-/// The transpose of [`unfold`]: `x` += what each of its values contributed.
+/// The transpose of [`unfold`]: adds each value of the columns to the value of `x` that it was copied from.
 pub(super) fn fold<T: WithDType + AddAssign>(s: &Sizes, columns: &[T], x: &mut [T]) {
     let (len, stride) = (s.output[2], s.geometry.stride[2]);
     each_run(s, |line, run| {
@@ -45,8 +45,7 @@ struct Run {
     x: usize,
 }
 
-/// Has `f` take each line of the columns, by its number, with its run; `None` where all of it is
-/// padding.
+/// Calls `f` for each line of the columns, with its number and its run; `None` where all of it is padding.
 fn each_run(s: &Sizes, mut f: impl FnMut(usize, Option<Run>)) {
     let [k0, k1, k2] = s.geometry.kernel;
     let last: Vec<_> = (0..k2).map(|k| inside(s, k)).collect();

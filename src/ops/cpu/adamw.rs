@@ -3,7 +3,7 @@
 use super::low_rank::Element;
 use super::rows::vectorized;
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, Layout, Result};
+use candle_core::{bail, CpuStorage, InplaceOp2, InplaceOp3, Layout, Result};
 use num_traits::Float;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -12,21 +12,31 @@ use std::ops::Range;
 const BLOCK: usize = 1 << 14;
 
 /// `m ← βm + (1-β)g`, or g² for the second moment.
-pub(in crate::ops) fn adamw_moment(
-    (m, l): (&mut CpuStorage, &Layout),
-    (g, gl): (&CpuStorage, &Layout),
-    beta: f64,
-    squared: bool,
-) -> Result<()> {
-    let (at, from) = (range(l)?, range(gl)?);
-    match (m, g) {
-        (CpuStorage::F32(m), CpuStorage::F32(g)) => {
-            average(&mut m[at], &g[from], beta as f32, squared)
-        }
-        (CpuStorage::F64(m), CpuStorage::F64(g)) => average(&mut m[at], &g[from], beta, squared),
-        (m, g) => bail!("adamw: a moment and a gradient are {:?} and {:?}", m.dtype(), g.dtype()),
+pub(in crate::ops) struct AdamWMoment {
+    pub beta: f64,
+    pub squared: bool,
+}
+
+impl InplaceOp2 for AdamWMoment {
+    fn name(&self) -> &'static str {
+        "adamw-moment"
     }
-    Ok(())
+
+    fn cpu_fwd(&self, m: &mut CpuStorage, l: &Layout, g: &CpuStorage, gl: &Layout) -> Result<()> {
+        let (at, from) = (range(l)?, range(gl)?);
+        match (m, g) {
+            (CpuStorage::F32(m), CpuStorage::F32(g)) => {
+                average(&mut m[at], &g[from], self.beta as f32, self.squared)
+            }
+            (CpuStorage::F64(m), CpuStorage::F64(g)) => {
+                average(&mut m[at], &g[from], self.beta, self.squared)
+            }
+            (m, g) => {
+                bail!("adamw: a moment and a gradient are {:?} and {:?}", m.dtype(), g.dtype())
+            }
+        }
+        Ok(())
+    }
 }
 
 fn average<T: Float + Send + Sync>(m: &mut [T], g: &[T], beta: T, squared: bool) {
@@ -43,8 +53,8 @@ fn average<T: Float + Send + Sync>(m: &mut [T], g: &[T], beta: T, squared: bool)
     });
 }
 
-/// `θ ← keep·θ - rate·m / (√(by_v·v) + eps)`
-#[derive(Clone, Copy)]
+/// `θ ← keep·θ - rate·m / (√(by_v·v) + eps)` of a variable of any float dtype, computed in that of its moments and
+/// rounded once.
 pub(in crate::ops) struct AdamWUpdate {
     pub keep: f64,
     pub rate: f64,
@@ -52,28 +62,37 @@ pub(in crate::ops) struct AdamWUpdate {
     pub eps: f64,
 }
 
-/// The change of a variable of any float dtype, computed in that of its moments and rounded once.
-pub(in crate::ops) fn adamw_update(
-    (var, l): (&mut CpuStorage, &Layout),
-    [(m, ml), (v, vl)]: [(&CpuStorage, &Layout); 2],
-    by: AdamWUpdate,
-) -> Result<()> {
-    let (at, m_at, v_at) = (range(l)?, range(ml)?, range(vl)?);
-    match (var, m, v) {
-        (CpuStorage::F64(var), CpuStorage::F64(m), CpuStorage::F64(v)) => {
-            update(&mut var[at], &m[m_at], &v[v_at], by, |x| x)
-        }
-        (var, CpuStorage::F32(m), CpuStorage::F32(v)) => {
-            let (m, v) = (&m[m_at], &v[v_at]);
-            match var {
-                CpuStorage::F32(var) => update(&mut var[at], m, v, by, |x| x as f32),
-                CpuStorage::F16(var) => update(&mut var[at], m, v, by, |x| x as f32),
-                CpuStorage::BF16(var) => update(&mut var[at], m, v, by, |x| x as f32),
-                var => bail!("adamw: a variable is {:?}, expected a float", var.dtype()),
+impl InplaceOp3 for AdamWUpdate {
+    fn name(&self) -> &'static str {
+        "adamw-update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        var: &mut CpuStorage,
+        l: &Layout,
+        m: &CpuStorage,
+        ml: &Layout,
+        v: &CpuStorage,
+        vl: &Layout,
+    ) -> Result<()> {
+        let (at, m_at, v_at) = (range(l)?, range(ml)?, range(vl)?);
+        match (var, m, v) {
+            (CpuStorage::F64(var), CpuStorage::F64(m), CpuStorage::F64(v)) => {
+                update(&mut var[at], &m[m_at], &v[v_at], self, |x| x)
             }
-        }
-        (var, m, _) => {
-            bail!("adamw: a variable is {:?} and its moment {:?}", var.dtype(), m.dtype())
+            (var, CpuStorage::F32(m), CpuStorage::F32(v)) => {
+                let (m, v) = (&m[m_at], &v[v_at]);
+                match var {
+                    CpuStorage::F32(var) => update(&mut var[at], m, v, self, |x| x as f32),
+                    CpuStorage::F16(var) => update(&mut var[at], m, v, self, |x| x as f32),
+                    CpuStorage::BF16(var) => update(&mut var[at], m, v, self, |x| x as f32),
+                    var => bail!("adamw: a variable is {:?}, expected a float", var.dtype()),
+                }
+            }
+            (var, m, _) => {
+                bail!("adamw: a variable is {:?} and its moment {:?}", var.dtype(), m.dtype())
+            }
         }
     }
 }
@@ -82,7 +101,7 @@ fn update<T: Element>(
     var: &mut [T],
     m: &[T::Compute],
     v: &[T::Compute],
-    by: AdamWUpdate,
+    by: &AdamWUpdate,
     number: impl Fn(f64) -> T::Compute,
 ) -> Result<()>
 where

@@ -45,7 +45,7 @@ impl Heads {
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ops) struct MaskRows<'a> {
     pub values: &'a [f32],
-    /// Of the batch, the heads and the queries.
+    /// The strides of batch, heads and queries.
     pub strides: [usize; 3],
 }
 

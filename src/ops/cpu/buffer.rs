@@ -1,6 +1,8 @@
-//! New memory, filled by all threads: the first touch of a page costs several times a pass over it.
+//! New memory, filled by all threads, since the first touch of a page costs several times a pass over it; and sums in
+//! place.
 
 use rayon::iter::{repeat_n, IndexedParallelIterator, ParallelIterator};
+use std::ops::AddAssign;
 
 /// The least number of bytes for a second thread.
 const PARALLEL_MIN: usize = if cfg!(test) { 1 << 10 } else { 1 << 19 };
@@ -18,6 +20,11 @@ pub(in crate::ops) fn filled<T: Copy + Send>(value: T, len: usize) -> Vec<T> {
     let mut y = lines.with_min_len(least).collect::<Vec<_>>().into_flattened();
     y.truncate(len);
     y
+}
+
+/// `y += x`
+pub(in crate::ops) fn add_assign<T: Copy + AddAssign>(y: &mut [T], x: &[T]) {
+    y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
 }
 
 #[cfg(test)]

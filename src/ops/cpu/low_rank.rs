@@ -1,24 +1,23 @@
 //! Low-rank terms and a bias added to a matrix in place, in blocks of rows that fit a core's cache: one
 //! pass over memory for all of them, and no buffer of the matrix's size.
 
-use super::buffer::filled;
+use super::buffer::{add_assign, filled};
 use super::gemm::{gemm_view, Real, View};
-use crate::ops::backend::Backend;
-use crate::ops::low_rank::LowRankTerm;
+use crate::ops::backend::{Backend, LowRankTerm};
 use candle_core::{CpuStorage, Result, Tensor, WithDType};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 use std::ops::{AddAssign, Range};
 
 /// A float that low-rank terms are computed in.
-pub(super) trait Float: WithDType + AddAssign + Real {}
+pub(in crate::ops) trait Float: WithDType + AddAssign + Real {}
 impl<T: WithDType + AddAssign + Real> Float for T {}
 
 /// A float, and the one in which low-rank terms beside it are computed.
 pub(super) trait Element: WithDType {
     type Compute: Float;
 
-    /// Has `f` change the values of `y` in the compute dtype, and rounds each once.
+    /// Changes the values of `y` by `f` in the compute dtype, and rounds each once.
     fn update(y: &mut [Self], f: impl FnOnce(&mut [Self::Compute]) -> Result<()>) -> Result<()>;
 }
 
@@ -52,47 +51,6 @@ half_precision! { f16 bf16 }
 
 /// Elements of `y` that one thread works on at a time.
 const BLOCK: usize = 1 << 15;
-
-/// Rows of a contiguous (num, dim) table, plus the term.
-pub(super) fn lookup<T: Element>(
-    table: &[T],
-    ids: &[i64],
-    dim: usize,
-    term: &LowRankTerm,
-) -> Result<Vec<T>> {
-    let mut y = gather_rows(table, ids, dim);
-    add(&mut y, dim, None, std::slice::from_ref(term))?;
-    Ok(y)
-}
-
-/// Values that are copied at a time.
-const LINE: usize = 16;
-
-/// Rows of a contiguous (num, dim) table, copied by all threads into memory that is not zeroed before.
-fn gather_rows<T: WithDType>(table: &[T], ids: &[i64], dim: usize) -> Vec<T> {
-    let row = |id: i64| &table[id as usize * dim..][..dim];
-    if dim == 0 || !dim.is_multiple_of(LINE) {
-        return ids.iter().flat_map(|id| row(*id)).copied().collect();
-    }
-    let lines = dim / LINE;
-    let line = |i: usize| -> [T; LINE] {
-        let row = row(ids[i / lines]).as_chunks::<LINE>().0;
-        row[i % lines]
-    };
-    let y: Vec<_> =
-        (0..ids.len() * lines).into_par_iter().with_min_len(1 << 10).map(line).collect();
-    y.into_flattened()
-}
-
-/// Columns of a contiguous (r, num) matrix, as rows (ids, r). candle's `index_select` copies one value at
-/// a time and needs a transpose.
-pub(in crate::ops) fn gather_columns<T: Copy>(a: &[T], ids: &[i64], num: usize) -> Vec<T> {
-    let mut y = Vec::with_capacity(a.len() / num.max(1) * ids.len());
-    for id in ids {
-        y.extend(a.chunks_exact(num).map(|row| row[*id as usize]));
-    }
-    y
-}
 
 /// `x` in half precision.
 pub(super) fn to_half<T: Copy + Default + Send>(x: &[f32]) -> Vec<T>
@@ -138,7 +96,7 @@ struct PreparedTerm<'a, T> {
     term: &'a LowRankTerm,
     u: Tensor,
     values: (Vec<T>, Vec<T>),
-    /// Of v.
+    /// Whether the values of v are those of its transpose.
     transposed: bool,
 }
 
@@ -182,8 +140,4 @@ impl<'a, T: Float> PreparedTerm<'a, T> {
         lines.for_each(|(y, product)| add_assign(&mut y[term.cols.clone()], product));
         Ok(())
     }
-}
-
-pub(in crate::ops) fn add_assign<T: Copy + AddAssign>(y: &mut [T], x: &[T]) {
-    y.iter_mut().zip(x).for_each(|(y, x)| *y += *x);
 }

@@ -4,8 +4,6 @@ mod adamw;
 pub(super) mod attention;
 mod buffer;
 mod decode;
-mod dropout;
-mod few_rows;
 #[cfg(all(
     feature = "faer",
     target_arch = "x86_64",
@@ -17,25 +15,26 @@ mod gemm;
     target_arch = "x86_64",
     not(any(feature = "mkl", feature = "accelerate"))
 )))]
-#[path = "gemm_by_candle.rs"]
+#[path = "gemm_without_faer.rs"]
 mod gemm;
+mod gemv;
 mod low_rank;
 mod rows;
 
 use crate::ops::backend::{
-    add_low_rank_by_passes, candle_gemm, candle_round_to, dequantized_gemm, Backend,
+    add_low_rank_by_passes, candle_gemm, candle_round_to, dequantized_gemm, Backend, LowRankTerm,
 };
-use crate::ops::low_rank::LowRankTerm;
 use crate::ops::matrix::Quantized;
-use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
-pub(super) use adamw::{adamw_moment, adamw_update, AdamWUpdate};
-pub(super) use buffer::filled;
-pub(super) use dropout::seeded_mask;
-pub(super) use gemm::{gemm_into, Real, FUSED_ATTENTION};
-pub(super) use low_rank::{add_assign, gather_columns};
-pub(super) use rows::{exp_nonpositive, map_rows, max, row_squares, sum, sum_of_products};
+pub(super) use adamw::{AdamWMoment, AdamWUpdate};
+pub(super) use buffer::{add_assign, filled};
+pub(super) use gemm::{gemm_into, FUSED_ATTENTION};
+pub(super) use low_rank::Float;
+pub(super) use rows::{
+    exp_nonpositive, f32_slices, map_rows, map_tensor_rows, max, on_cpu, row_squares, sum,
+    sum_of_products,
+};
 
 impl Backend for CpuStorage {
     fn of(storage: &Storage) -> Result<&Self> {
@@ -53,7 +52,7 @@ impl Backend for CpuStorage {
     }
 
     fn gemm_quantized(&self, l: &Layout, rhs: &Quantized) -> Result<Self> {
-        if let Some(y) = few_rows::gemm_quantized(self, l, rhs)? {
+        if let Some(y) = gemv::gemm_quantized(self, l, rhs)? {
             return Ok(y);
         }
         match gemm::gemm_quantized((self, l), rhs)? {
@@ -68,35 +67,6 @@ impl Backend for CpuStorage {
             (CpuStorage::F32(y), DType::F16) => Ok(CpuStorage::F16(low_rank::to_half(y))),
             _ => candle_round_to(self, shape, dtype),
         }
-    }
-
-    fn lookup(&self, l: &Layout, ids: &Self, idl: &Layout, term: &LowRankTerm) -> Result<Self> {
-        let dim = l.dims()[1];
-        let ids = &i64::cpu_storage_as_slice(ids)?[idl.start_offset()..][..idl.dims()[0]];
-        let at = l.start_offset()..l.start_offset() + l.shape().elem_count();
-        Ok(match self {
-            CpuStorage::F32(t) => CpuStorage::F32(low_rank::lookup(&t[at], ids, dim, term)?),
-            CpuStorage::F64(t) => CpuStorage::F64(low_rank::lookup(&t[at], ids, dim, term)?),
-            CpuStorage::F16(t) => CpuStorage::F16(low_rank::lookup(&t[at], ids, dim, term)?),
-            CpuStorage::BF16(t) => CpuStorage::BF16(low_rank::lookup(&t[at], ids, dim, term)?),
-            t => bail!("embedding: the table is {:?}, expected floats", t.dtype()),
-        })
-    }
-
-    fn on_f32<const N: usize, R>(
-        xs: [(&Self, &Layout); N],
-        f: impl FnOnce([&[f32]; N]) -> Result<(Vec<f32>, R)>,
-    ) -> Result<(Self, R)> {
-        let (y, other) = f(rows::f32_slices(xs)?)?;
-        Ok((CpuStorage::F32(y), other))
-    }
-
-    fn map_rows<const N: usize>(
-        xs: [(&Self, &Layout); N],
-        f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
-    ) -> Result<Self> {
-        let n = xs[0].1.dims().last().copied().unwrap_or(1);
-        Ok(CpuStorage::F32(rows::rows(rows::f32_slices(xs)?, n, f)))
     }
 
     fn add_low_rank(
@@ -119,8 +89,9 @@ impl Backend for CpuStorage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::low_rank::compute_dtype;
+    use crate::ops::op::compute_dtype;
     use crate::random::normal;
+    use candle_core::{backend::BackendStorage, WithDType};
 
     /// The CPU's implementation against the one of other devices, on values up to about 30: they differ
     /// by rounding alone.

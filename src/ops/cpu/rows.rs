@@ -1,41 +1,77 @@
 //! Row operations in F32: one pass over memory in all threads, compiled for the widest vector
 //! instructions of the machine. candle's own operations take a pass and a buffer for each step.
 
-use super::buffer::filled;
-use super::low_rank::add_assign;
+use super::buffer::{add_assign, filled};
 use crate::ops::backend::Backend;
-use candle_core::{bail, CpuStorage, Device, Layout, Result, Tensor, WithDType};
+use candle_core::op::BackpropOp;
+use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor, WithDType};
 use rayon::prelude::*;
+use std::array;
 
 /// Values that one thread works on at a time.
 const BLOCK: usize = 1 << 14;
 
-/// [`Backend::map_rows`] of tensors on the CPU, without a graph: the result has the shape of `xs[0]`.
+/// A tensor's storage and layout.
+type Operand<'a> = (&'a CpuStorage, &'a Layout);
+
+/// Computes each row of the output by `f`, from its index and the same row of each of `xs`: contiguous F32 tensors of
+/// one shape, which is the output's, or a single row for all. `f` must be `#[inline(always)]`: only inlined code is
+/// compiled for the vector instructions.
 pub(in crate::ops) fn map_rows<const N: usize>(
+    xs: [Operand; N],
+    f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
+) -> Result<(CpuStorage, Shape)> {
+    let shape = xs[0].1.shape();
+    let xs = f32_slices(xs)?;
+    let (n, len) = (shape.dims().last().copied().unwrap_or(1), xs[0].len());
+    let mut y = filled(0., len);
+    if len > 0 {
+        let block = (BLOCK / n).max(1);
+        y.par_chunks_mut(block * n).enumerate().for_each(|(i, y)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (row, y) in (i * block..).zip(y.chunks_exact_mut(n)) {
+                        let x = |x: &'_ [f32]| if x.len() == len { row * n } else { 0 };
+                        f(row, xs.map(|values| &values[x(values)..][..n]), y);
+                    }
+                },
+            );
+        });
+    }
+    Ok((CpuStorage::F32(y), shape.clone()))
+}
+
+/// [`map_rows`] of tensors, without a graph.
+pub(in crate::ops) fn map_tensor_rows<const N: usize>(
     xs: [&Tensor; N],
     f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
 ) -> Result<Tensor> {
+    on_cpu(xs, |xs| map_rows(xs, f))
+}
+
+/// Computes a tensor from others on the CPU, without a graph.
+pub(in crate::ops) fn on_cpu<const N: usize>(
+    xs: [&Tensor; N],
+    f: impl FnOnce([Operand; N]) -> Result<(CpuStorage, Shape)>,
+) -> Result<Tensor> {
     let guards = xs.map(Tensor::storage_and_layout);
-    let storages: Vec<_> =
-        guards.iter().map(|(storage, _)| CpuStorage::of(storage)).collect::<Result<_>>()?;
-    let y = CpuStorage::map_rows(std::array::from_fn(|i| (storages[i], guards[i].1)), f)?;
-    let CpuStorage::F32(y) = y else { candle_core::bail!("map_rows: expected F32") };
-    Tensor::from_vec(y, xs[0].shape(), xs[0].device())
+    let storages =
+        guards.iter().map(|(storage, _)| CpuStorage::of(storage)).collect::<Result<Vec<_>>>()?;
+    let (y, shape) = f(array::from_fn(|i| (storages[i], guards[i].1)))?;
+    Ok(Tensor::from_storage(Storage::Cpu(y), shape, BackpropOp::none(), false))
 }
 
 /// The sum over all rows of `a ∘ b`, contiguous F32 tensors (.., n) on the CPU, without a graph. The order of the
 /// sum does not depend on the threads.
-pub(in crate::ops) fn sum_of_products([a, b]: [&Tensor; 2]) -> Result<Tensor> {
+pub(in crate::ops) fn sum_of_products(xs: [&Tensor; 2]) -> Result<Tensor> {
     /// Values of each that are summed at a time.
     const PART: usize = 1 << 16;
-    let ((a, al), (b, bl)) = (a.storage_and_layout(), b.storage_and_layout());
-    let n = al.dims().last().copied().unwrap_or(1);
-    let [a, b] = f32_slices([(CpuStorage::of(&a)?, al), (CpuStorage::of(&b)?, bl)])?;
-    let part = (PART / n.max(1)).max(1) * n.max(1);
-    let parts: Vec<_> = a
-        .par_chunks(part)
-        .zip(b.par_chunks(part))
-        .map(|(a, b)| {
+    on_cpu(xs, |xs| {
+        let n = xs[0].1.dims().last().copied().unwrap_or(1);
+        let [a, b] = f32_slices(xs)?;
+        let part = (PART / n.max(1)).max(1) * n.max(1);
+        let parts = a.par_chunks(part).zip(b.par_chunks(part)).map(|(a, b)| {
             let mut sums = vec![0f32; n];
             vectorized(
                 #[inline(always)]
@@ -46,21 +82,19 @@ pub(in crate::ops) fn sum_of_products([a, b]: [&Tensor; 2]) -> Result<Tensor> {
                 },
             );
             sums
-        })
-        .collect();
-    let mut sums = vec![0.; n];
-    parts.iter().for_each(|part| add_assign(&mut sums, part));
-    Tensor::new(sums, &Device::Cpu)
+        });
+        let mut sums = vec![0.; n];
+        parts.collect::<Vec<_>>().iter().for_each(|part| add_assign(&mut sums, part));
+        Ok((CpuStorage::F32(sums), n.into()))
+    })
 }
 
 /// The least number of values for a thread.
 const PER_THREAD: usize = if cfg!(test) { 1 << 8 } else { 1 << 16 };
 
 /// ‖w‖² of each row of `w` (out, in), a contiguous F32 tensor on the CPU.
-pub(in crate::ops) fn row_squares(w: &Tensor) -> Result<Tensor> {
-    let (rows, k) = w.dims2()?;
-    let (storage, layout) = w.storage_and_layout();
-    let [w] = f32_slices([(CpuStorage::of(&storage)?, layout)])?;
+pub(in crate::ops) fn row_squares((w, l): Operand) -> Result<(CpuStorage, Shape)> {
+    let ((rows, k), [w]) = (l.shape().dims2()?, f32_slices([(w, l)])?);
     let mut squares = vec![0f32; rows];
     let least = PER_THREAD.div_ceil(k.max(1));
     squares.par_iter_mut().enumerate().with_min_len(least).for_each(|(i, square)| {
@@ -70,37 +104,11 @@ pub(in crate::ops) fn row_squares(w: &Tensor) -> Result<Tensor> {
             || *square = sum(row, row, |a, b| a * b),
         );
     });
-    Tensor::new(squares, &Device::Cpu)
-}
-
-/// Rows of `n` values; see [`Backend::map_rows`]. `f` must be `#[inline(always)]`: only inlined code is
-/// compiled for the vector instructions.
-pub(super) fn rows<const N: usize>(
-    xs: [&[f32]; N],
-    n: usize,
-    f: impl Fn(usize, [&[f32]; N], &mut [f32]) + Sync,
-) -> Vec<f32> {
-    let len = xs[0].len();
-    if len == 0 {
-        return vec![];
-    }
-    let (block, mut y) = ((BLOCK / n).max(1), filled(0., len));
-    y.par_chunks_mut(block * n).enumerate().for_each(|(i, y)| {
-        vectorized(
-            #[inline(always)]
-            || {
-                for (row, y) in (i * block..).zip(y.chunks_exact_mut(n)) {
-                    let x = |x: &'_ [f32]| if x.len() == len { row * n } else { 0 };
-                    f(row, xs.map(|values| &values[x(values)..][..n]), y);
-                }
-            },
-        );
-    });
-    y
+    Ok((CpuStorage::F32(squares), rows.into()))
 }
 
 /// The values of contiguous F32 operands.
-pub(super) fn f32_slices<'a, const N: usize>(
+pub(in crate::ops) fn f32_slices<'a, const N: usize>(
     xs: [(&'a CpuStorage, &Layout); N],
 ) -> Result<[&'a [f32]; N]> {
     let mut values = [&[][..]; N];

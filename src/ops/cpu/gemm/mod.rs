@@ -5,7 +5,6 @@ mod in_parts;
 mod lines;
 mod schedule;
 mod view;
-mod vzeroupper;
 
 use super::buffer::filled;
 use candle_core::{CpuStorage, Layout, WithDType};

@@ -1,9 +1,9 @@
 //! How `y = a·b` is split into calls of faer's single-threaded GEMM: over threads, columns and k.
 
-use super::vzeroupper::vzeroupper;
 use faer::linalg::matmul::matmul;
 use faer::traits::RealField;
 use faer::{Accum, MatMut, MatRef, Par};
+use pulp::core_arch::x86::Avx;
 
 /// A scalar of faer's GEMM.
 pub(in crate::ops) trait Real: RealField + Copy {}
@@ -71,6 +71,15 @@ pub(super) fn single_gemm<T: Real>(
 ) {
     matmul(y, accum, a, b, scale, Par::Seq);
     vzeroupper();
+}
+
+/// Zeroes the upper halves of this thread's vector registers, which faer's kernels leave in use. While they are in use, each SSE
+/// instruction (of which most compiled code consists) merges into its destination's upper half, and so
+/// depends on the last instruction that wrote that register.
+fn vzeroupper() {
+    if let Some(avx) = Avx::try_new() {
+        avx._mm256_zeroupper();
+    }
 }
 
 /// Like `rayon::join`, but the caller always executes the first: from a thread that is not rayon's, `join`

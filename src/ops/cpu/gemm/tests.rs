@@ -76,7 +76,7 @@ fn into_a_slice_replaces_or_adds() -> Result<()> {
             let expected: Vec<f32> = once.iter().map(|once| times * once).collect();
             assert_eq!(y, expected);
         }
-        // Of another type, or size.
+        // `y` has another dtype or size.
         assert!(!gemm_into(&mut [0f64; 36], true, (sa, al), (sb, bl)));
         assert!(!gemm_into(&mut y[1..], false, (sa, al), (sb, bl)));
         assert_eq!(y, once);

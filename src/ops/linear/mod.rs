@@ -1,13 +1,23 @@
 //! `y = x·W + x̃·Aᵀ·(s·B)ᵀ + bias`, with x̃ = dropout(x): the product with a weight, which may be quantised, and
 //! its low-rank update. With DoRA `y = c ∘ (x̃·W + x̃·Aᵀ·(s·B)ᵀ) + (x − x̃)·W + bias`, as in PEFT.
+//!
+//! [`linear`] and [`linear_rows`] check the operands and choose the products: one, or two where a part of the input has
+//! no dropout. [`product()`] is an operation for each case of what is trained, with its forward and backward, and
+//! [`matmul()`] the small products of these, without a graph.
 
+pub(super) mod matmul;
+pub(super) mod product;
+
+use super::backend::LowRankTerm;
+use super::custom_gradient::with_zero_grads;
 use super::dora;
-use super::elementwise::{add, add_bias, split};
-use super::linear_op::{gemm_operand, product};
-use super::low_rank::{compute_dtype, LowRank, Magnitude};
+use super::elementwise::{add, plus_bias, split};
+use super::lora::{LowRank, Magnitude};
 use super::matrix::Matrix;
-use super::zero_grads::with_zero_grads;
+use super::op::{compute_dtype, Custom};
 use candle_core::{bail, Result, Tensor};
+use matmul::matmul;
+use product::{masked, product, FrozenLinearOp, LinearOp};
 use std::iter;
 
 /// `x` (.., in) to (.., out), with `w` (in, out) in any layout and `bias` (out).
@@ -27,10 +37,9 @@ pub(crate) fn linear(
         let y = Tensor::zeros([leading, &[n]].concat(), x.dtype(), x.device())?;
         let weight = w.dense().filter(|_| update.is_none());
         let variables = update.into_iter().flat_map(LowRank::variables);
-        let y = with_zero_grads(y, iter::once(x).chain(weight).chain(variables))?;
-        return bias.map_or(Ok(y.clone()), |bias| add_bias(&y, bias, y.rank() - 1));
+        return plus_bias(with_zero_grads(y, iter::once(x).chain(weight).chain(variables))?, bias);
     }
-    let (x, w) = (x.contiguous()?, gemm_operand(w)?);
+    let (x, w) = (x.contiguous()?, w.gemm_operand()?);
     let Some(update) = update else { return product(&x, m, w, bias, None, None) };
     if let Some(magnitude) = update.magnitude() {
         return with_magnitude(&x, m, w, bias, update, magnitude);
@@ -50,7 +59,7 @@ fn add_initial(y: Tensor, x: &Tensor, m: usize, update: &LowRank) -> Result<Tens
     let Some([a0, b0]) = update.initial() else { return Ok(y) };
     let dtype = compute_dtype(x.dtype());
     let by = |x: &Tensor, w: Tensor| {
-        let w = gemm_operand(&Matrix::Dense(w.to_dtype(dtype)?.t()?))?;
+        let w = Matrix::Dense(w.to_dtype(dtype)?.t()?).gemm_operand()?;
         product(x, m, w, None, None, None)
     };
     let initial = by(&by(&x.to_dtype(dtype)?, a0.clone())?, (b0 * -update.scaling())?)?;
@@ -81,12 +90,46 @@ fn with_magnitude(
     }
 }
 
-/// The leading dimensions of `x` and their product, if the operands fit.
-pub(super) fn checked<'a>(
-    x: &'a Tensor,
+/// [`linear`] for a batch whose rows have different updates, by one product with the weight: `x` (rows, .., in) to
+/// (rows, .., out), with `w` (in, out) and `bias` (out) frozen. A group is a number of consecutive rows with their update,
+/// which is detached and without dropout.
+pub(crate) fn linear_rows(
+    x: &Tensor,
     w: &Matrix,
     bias: Option<&Tensor>,
-) -> Result<(&'a [usize], usize)> {
+    groups: &[(usize, Option<LowRank>)],
+) -> Result<Tensor> {
+    let (leading, m) = checked(x, w, bias)?;
+    let rows: usize = groups.iter().map(|(n, _)| n).sum();
+    if leading.first() != Some(&rows) {
+        bail!(
+            "linear: the input is {:?}, expected ({rows}, ..): each row has its adapter",
+            x.dims()
+        )
+    }
+    if m == 0 {
+        return linear(x, w, bias, None);
+    }
+    let (x, dtype) = (x.contiguous()?, w.dtype());
+    let input = masked(&x, m, None)?;
+    let (mut terms, mut factors, mut start) = (vec![], vec![], 0);
+    for (n, update) in groups {
+        let group = start..start + n * (m / rows);
+        start = group.end;
+        let Some(update) = update else { continue };
+        let input = input.narrow(0, group.start, group.len())?;
+        for f in update.joined()?.factors(dtype)? {
+            let u = matmul(&input, &f.a.t()?)?;
+            terms.push(LowRankTerm { u, v: f.b.t()?, rows: group.clone(), cols: f.outputs });
+            factors.push(f.a);
+        }
+    }
+    let linear = LinearOp { m, bias: bias.map(Tensor::detach), terms };
+    x.apply_op1(Custom(FrozenLinearOp { w: w.gemm_operand()?.detach(), linear, a: factors }))
+}
+
+/// The leading dimensions of `x` and their product, if the operands fit.
+fn checked<'a>(x: &'a Tensor, w: &Matrix, bias: Option<&Tensor>) -> Result<(&'a [usize], usize)> {
     let (k, n) = w.dims2()?;
     let Some((&last, leading)) = x.dims().split_last() else {
         bail!("linear: the input is a scalar, expected (.., in_features = {k})")

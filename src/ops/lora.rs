@@ -1,35 +1,13 @@
 //! The low-rank update of a weight, `ΔW = scaling · B·A`, for all of its outputs or for several splits
-//! of them.
+//! of them: dense, as factors, and as terms of a sum.
 
+use super::backend::LowRankTerm;
 use super::dropout::{Dropout, DropoutStream};
+use super::op::compute_dtype;
 use candle_core::{DType, Result, Tensor};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
-
-/// The dtype in which low-rank terms are computed beside a base of `dtype`: F64 for F64, else F32.
-pub(crate) fn compute_dtype(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
-}
-
-/// A rank-k term of a sum: `y[rows, cols] += u·v`, with `u` (rows, k) and `v` (k, cols).
-#[derive(Debug, Clone)]
-pub(crate) struct LowRankTerm {
-    pub u: Tensor,
-    pub v: Tensor,
-    pub rows: Range<usize>,
-    pub cols: Range<usize>,
-}
-
-impl LowRankTerm {
-    /// k
-    pub fn rank(&self) -> usize {
-        self.u.layout().dims()[1]
-    }
-}
 
 /// Consecutive outputs of a layer, with their ranks (rows of A) and their rows of B.
 #[derive(Debug, Clone)]
@@ -74,7 +52,7 @@ pub(crate) struct LowRank {
     dropout: Dropout,
     splits: Arc<[Split]>,
     magnitude: Option<Magnitude>,
-    /// A₀ and B₀, whose product is subtracted from B·A. Only of an update with a single split.
+    /// A₀ and B₀, whose product is subtracted from B·A. The update has a single split then.
     initial: Option<[Tensor; 2]>,
 }
 
@@ -105,7 +83,7 @@ impl LowRank {
         &self.dropout
     }
 
-    /// With DoRA.
+    /// DoRA's magnitude, if the update has one.
     pub fn magnitude(&self) -> Option<&Magnitude> {
         self.magnitude.as_ref()
     }
@@ -124,7 +102,7 @@ impl LowRank {
         Self { initial: Some([a0.detach(), b0.detach()]), ..self }
     }
 
-    /// The same update with A and B that contain the initial factors: what is computed with.
+    /// The same update with the initial factors in A and B, for computing with it.
     pub fn joined(&self) -> Result<Cow<'_, Self>> {
         let Some([a0, b0]) = &self.initial else { return Ok(Cow::Borrowed(self)) };
         let [a, b] = joined([&self.a, &self.b], [a0, b0])?;
@@ -185,6 +163,12 @@ impl LowRank {
             .collect()
     }
 
+    /// ΔW of an update with a single split, dense, beside a base of dtype `base`.
+    pub fn delta(&self, base: DType) -> Result<Tensor> {
+        let factor = self.factors(base)?.remove(0);
+        factor.b.matmul(&factor.a)
+    }
+
     /// ΔW as terms to add to a matrix (outputs, inputs), or with `transposed` to (inputs, outputs).
     pub fn terms(
         &self,
@@ -201,4 +185,24 @@ impl LowRank {
         });
         terms.collect()
     }
+}
+
+/// The sum of updates, each times a strength, as one update: `[s₁B₁ s₂B₂]·[A₁; A₂] = s₁B₁·A₁ + s₂B₂·A₂`. It has no
+/// dropout.
+pub(crate) fn weighted_sum(updates: &[(LowRank, f64)]) -> Result<LowRank> {
+    let (mut all_a, mut all_b, mut rows) = (vec![], vec![], 0);
+    for (update, strength) in updates {
+        let update = update.joined()?;
+        for f in update.factors(update.a().dtype())? {
+            rows = rows.max(f.outputs.end);
+            all_a.push(f.a);
+            all_b.push(((f.b * *strength)?, f.outputs));
+        }
+    }
+    let padded = |(b, outputs): (Tensor, Range<usize>)| {
+        b.pad_with_zeros(0, outputs.start, rows - outputs.end)
+    };
+    let b = Tensor::cat(&all_b.into_iter().map(padded).collect::<Result<Vec<_>>>()?, 1)?;
+    let split = Split { outputs: 0..rows, ranks: 0..b.dim(1)?, b_rows: 0..rows };
+    Ok(LowRank::new(Tensor::cat(&all_a, 0)?, b, 1., 0., vec![split]))
 }

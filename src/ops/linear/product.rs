@@ -1,15 +1,16 @@
-//! `x·W + x̃·Aᵀ·(s·B)ᵀ + bias` as one operation, with gradients for `x`, `A` and `B` alone.
+//! `x·W + x̃·Aᵀ·(s·B)ᵀ + bias` as one operation, with gradients for `x`, `A` and `B` alone: W is a field, so that candle's
+//! backward gives it none. It is an operand only of a layer that trains it.
 //!
 //! Forward computes `u = x̃·Aᵀ` (m, r) and adds `u·(s·B)ᵀ` and the bias to `x·W` while a block of rows
 //! is in the cache. Backward computes `h = g·(s·B)` (m, r), then `gA = hᵀ·x̃`, `gB = s·gᵀ·u` and
 //! `gx = g·Wᵀ + h·A`.
 
-use super::backend::Backend;
-use super::elementwise::add_bias;
-use super::low_rank::{compute_dtype, LowRank, LowRankTerm};
 use super::matmul::matmul;
-use super::matrix::Matrix;
-use super::op::{if_tracked, Custom, Op};
+use crate::ops::backend::{Backend, LowRankTerm};
+use crate::ops::elementwise::with_frozen_bias;
+use crate::ops::lora::{LowRank, ScaledFactors};
+use crate::ops::matrix::{gemm_layout, Matrix};
+use crate::ops::op::{compute_dtype, if_tracked, Custom, Grads, Op};
 use candle_core::{Layout, Result, Shape, Tensor, D};
 
 /// `x·W`, with the update of x̃ and the bias, for a contiguous `x` of `m` rows and a mask for x̃.
@@ -21,26 +22,27 @@ pub(super) fn product(
     update: Option<&LowRank>,
     mask: Option<Tensor>,
 ) -> Result<Tensor> {
-    let (tracked, frozen) = match bias {
-        Some(b) if b.track_op() => (Some(b), None),
-        b => (None, b),
-    };
-    let linear = LinearOp { m, bias: frozen.map(Tensor::detach), terms: vec![] };
-    let y = match (update, w) {
-        (None, Matrix::Dense(w)) => x.apply_op2(&w, Custom(linear))?,
-        (None, w) => x.apply_op1(Custom(FrozenLinearOp { w, linear }))?,
-        (Some(update), w) => {
-            let frozen = update.detached();
-            let u =
-                matmul(&masked(x, m, mask.as_ref())?, &frozen.a_in_compute_dtype(x.dtype())?.t()?)?;
-            let op = LoraLinearOp { w: w.detach(), linear, update: frozen, u, mask };
-            x.apply_op3(update.a(), update.b(), Custom(op.with_terms()?))?
+    with_frozen_bias(bias, |bias| {
+        let linear = LinearOp { m, bias: bias.map(Tensor::detach), terms: vec![] };
+        match (update, w) {
+            (None, Matrix::Dense(w)) => x.apply_op2(&w, Custom(linear)),
+            (None, w) => x.apply_op1(Custom(FrozenLinearOp { w, linear, a: vec![] })),
+            (Some(update), w) => {
+                let frozen = update.detached();
+                let a = frozen.a_in_compute_dtype(x.dtype())?;
+                let u = matmul(&masked(x, m, mask.as_ref())?, &a.t()?)?;
+                let term = |f: ScaledFactors| {
+                    let u = u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
+                    Ok(LowRankTerm { u, v: f.b.t()?, rows: 0..m, cols: f.outputs })
+                };
+                let terms = frozen.factors(x.dtype())?.into_iter().map(term);
+                let linear = LinearOp { terms: terms.collect::<Result<_>>()?, ..linear };
+                let scaling = update.scaling();
+                let op = LoraLinearOp { w: w.detach(), linear, a, scaling, mask };
+                x.apply_op3(update.a(), update.b(), Custom(op))
+            }
         }
-    };
-    match tracked {
-        None => Ok(y),
-        Some(bias) => add_bias(&y, bias, y.rank() - 1),
-    }
+    })
 }
 
 /// x̃ as a matrix of `m` rows in the compute dtype.
@@ -77,8 +79,7 @@ impl LinearOp {
         Ok((y.round_to(&shape, x.dtype())?, shape))
     }
 
-    /// With a weight that is no operand, so that candle's backward gives it no gradient.
-    pub fn run_frozen<S: Backend>(&self, x: (&S, &Layout), w: &Matrix) -> Result<(S, Shape)> {
+    fn run_frozen<S: Backend>(&self, x: (&S, &Layout), w: &Matrix) -> Result<(S, Shape)> {
         let dims = w.dims2()?;
         match w {
             Matrix::Dense(w) => {
@@ -97,12 +98,7 @@ impl Op<2> for LinearOp {
         self.run(x, wl.shape().dims2()?, |x, xl| x.gemm(xl, w, wl))
     }
 
-    fn backward(
-        &self,
-        [x, w]: [&Tensor; 2],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 2]> {
+    fn backward(&self, [x, w]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
         let (k, n) = w.dims2()?;
         let grad = grad.contiguous()?;
         let gx = if_tracked(x, || {
@@ -116,10 +112,12 @@ impl Op<2> for LinearOp {
     }
 }
 
-/// `x·W` plus a bias, with a frozen weight.
-struct FrozenLinearOp {
-    w: Matrix,
-    linear: LinearOp,
+/// The operand is `x`: weight, bias and terms are frozen.
+pub(super) struct FrozenLinearOp {
+    pub w: Matrix,
+    pub linear: LinearOp,
+    /// A of each term `x·Aᵀ·(s·B)ᵀ`.
+    pub a: Vec<Tensor>,
 }
 
 impl Op<1> for FrozenLinearOp {
@@ -129,53 +127,43 @@ impl Op<1> for FrozenLinearOp {
         self.linear.run_frozen(x, &self.w)
     }
 
-    fn backward(
-        &self,
-        [x]: [&Tensor; 1],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 1]> {
-        let gx = if_tracked(x, || {
-            linear_no_grad(&grad.contiguous()?, self.w.t()?, self.linear.m, vec![])
-        })?;
-        Ok([gx])
+    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
+        let gx = || {
+            let (m, (k, n), grad) = (self.linear.m, self.w.dims2()?, grad.contiguous()?);
+            let back = |(term, a): (&LowRankTerm, &Tensor)| {
+                let LowRankTerm { v, rows, cols, .. } = term;
+                let g = grad.reshape((m, n))?.narrow(0, rows.start, rows.len())?;
+                let g = masked(&g, rows.len(), None)?.narrow(1, cols.start, cols.len())?;
+                let u = matmul(&gemm_layout(g)?, &v.t()?)?;
+                Ok(LowRankTerm { u, v: a.clone(), rows: rows.clone(), cols: 0..k })
+            };
+            let terms = self.linear.terms.iter().zip(&self.a).map(back).collect::<Result<_>>()?;
+            linear_no_grad(&grad, self.w.t()?, m, terms)
+        };
+        Ok([if_tracked(x, gx)?])
     }
 }
 
 /// `x·w` plus low-rank terms, without a graph.
-pub(super) fn linear_no_grad(
+pub(in crate::ops) fn linear_no_grad(
     x: &Tensor,
     w: Matrix,
     m: usize,
     terms: Vec<LowRankTerm>,
 ) -> Result<Tensor> {
     let linear = LinearOp { m, bias: None, terms };
-    x.apply_op1_no_bwd(&Custom(FrozenLinearOp { w, linear }))
+    x.apply_op1_no_bwd(&Custom(FrozenLinearOp { w, linear, a: vec![] }))
 }
 
-/// The operands are `x`, `A` and `B`. W is a field, so that candle's backward gives it no gradient.
+/// The operands are `x`, `A` and `B`.
 struct LoraLinearOp {
     w: Matrix,
+    /// With a term for each split, of `u = x̃·Aᵀ` and `v = (s·B)ᵀ`.
     linear: LinearOp,
-    update: LowRank,
-    /// `x̃·Aᵀ` (m, ranks)
-    u: Tensor,
+    /// In the compute dtype.
+    a: Tensor,
+    scaling: f64,
     mask: Option<Tensor>,
-}
-
-impl LoraLinearOp {
-    fn with_terms(mut self) -> Result<Self> {
-        self.linear.terms = self
-            .update
-            .factors(self.w.dtype())?
-            .into_iter()
-            .map(|f| {
-                let u = self.u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
-                Ok(LowRankTerm { u, v: f.b.t()?, rows: 0..self.linear.m, cols: f.outputs })
-            })
-            .collect::<Result<_>>()?;
-        Ok(self)
-    }
 }
 
 impl Op<3> for LoraLinearOp {
@@ -185,22 +173,16 @@ impl Op<3> for LoraLinearOp {
         self.linear.run_frozen(x, &self.w)
     }
 
-    fn backward(
-        &self,
-        [x, a, b]: [&Tensor; 3],
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
+    fn backward(&self, [x, a, b]: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<Grads<3>> {
         let (m, (k, n)) = (self.linear.m, self.w.dims2()?);
         let grad = grad.contiguous()?;
         let g = grad.to_dtype(compute_dtype(grad.dtype()))?.reshape((m, n))?;
         let (mut h, mut gb) = (vec![], vec![]);
-        for f in self.update.factors(x.dtype())? {
-            let g = gemm_layout(g.narrow(1, f.outputs.start, f.outputs.len())?)?;
-            h.push(matmul(&g, &f.b)?);
-            let u = self.u.narrow(1, f.ranks.start, f.ranks.len())?.contiguous()?;
+        for LowRankTerm { u, v, cols, .. } in &self.linear.terms {
+            let g = gemm_layout(g.narrow(1, cols.start, cols.len())?)?;
+            h.push(matmul(&g, &v.t()?)?);
             // The scaling is applied to the small result.
-            gb.push((matmul(&g.t()?, &u)? * self.update.scaling())?);
+            gb.push((matmul(&g.t()?, u)? * self.scaling)?);
         }
         let (h, gb) = (concat(h, 1)?, concat(gb, 0)?);
         let ga = if_tracked(a, || {
@@ -208,38 +190,19 @@ impl Op<3> for LoraLinearOp {
         })?;
         let gb = if_tracked(b, || gb.to_dtype(b.dtype()))?;
         let gx = if_tracked(x, || {
-            let (wt, a) = (self.w.t()?, self.update.a_in_compute_dtype(x.dtype())?);
+            let wt = self.w.t()?;
             match &self.mask {
                 None => {
-                    let term = LowRankTerm { u: h, v: a, rows: 0..m, cols: 0..k };
+                    let term = LowRankTerm { u: h, v: self.a.clone(), rows: 0..m, cols: 0..k };
                     linear_no_grad(&grad, wt, m, vec![term])
                 }
                 Some(mask) => {
-                    let through = (matmul(&h, &a)?.reshape(x.shape())? * mask)?;
+                    let through = (matmul(&h, &self.a)?.reshape(x.shape())? * mask)?;
                     linear_no_grad(&grad, wt, m, vec![])? + through.to_dtype(x.dtype())?
                 }
             }
         })?;
         Ok([gx, ga, gb])
-    }
-}
-
-/// The weight in a layout of [`gemm_layout`].
-pub(super) fn gemm_operand(w: &Matrix) -> Result<Matrix> {
-    Ok(match w {
-        Matrix::Dense(w) => Matrix::Dense(gemm_layout(w.clone())?),
-        quantized => quantized.clone(),
-    })
-}
-
-/// `x` if the backend's GEMM accepts its layout (CPU: any strides; devices, MKL and Accelerate:
-/// contiguous or transposed contiguous), else a contiguous copy.
-pub(super) fn gemm_layout(x: Tensor) -> Result<Tensor> {
-    let any = x.device().is_cpu() && !cfg!(any(feature = "mkl", feature = "accelerate"));
-    if any || x.is_contiguous() || x.t()?.is_contiguous() {
-        Ok(x)
-    } else {
-        x.contiguous()
     }
 }
 

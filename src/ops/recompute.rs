@@ -1,8 +1,8 @@
-//! A part of a model that keeps none of its activations: it runs again in the backward.
+//! Activation checkpointing: a segment of a model keeps none of its activations, and runs again in the backward.
 
 use super::backend::Backend;
-use super::given_grads::upstream;
-use super::op::{if_tracked, Custom, Op};
+use super::custom_gradient::upstream;
+use super::op::{if_tracked, Custom, Grads, Op};
 use candle_core::{bail, DType, Layout, Result, Shape, Tensor, Var};
 use std::sync::{Mutex, PoisonError};
 
@@ -15,12 +15,12 @@ pub(crate) struct SegmentVars {
     pub module: String,
     pub inside: Vec<(String, Var)>,
     pub outside: Vec<(String, Var)>,
-    /// Of other adapters, with the paths of their layers.
+    /// Variables of other adapters, with the paths of their layers.
     pub foreign: Vec<(String, Tensor)>,
 }
 
 /// `f(x)`, whose gradients reach `x` and the variables inside.
-pub(crate) fn checkpoint(x: &Tensor, vars: SegmentVars, f: Segment) -> Result<Tensor> {
+pub(crate) fn recompute(x: &Tensor, vars: SegmentVars, f: Segment) -> Result<Tensor> {
     let y = f(&leaf(x)?)?;
     if !x.track_op() && !y.track_op() {
         return Ok(y);
@@ -40,29 +40,21 @@ pub(crate) fn checkpoint(x: &Tensor, vars: SegmentVars, f: Segment) -> Result<Te
     let dtype = if double { DType::F64 } else { DType::F32 };
     let flat = vars.inside.iter().map(|(_, var)| var.as_tensor().flatten_all()?.to_dtype(dtype));
     let flat = flat.collect::<Result<Vec<_>>>()?;
-    let op = CheckpointOp { f, vars, y: Mutex::new(Some(y)) };
-    match flat.is_empty() {
-        true => x.contiguous()?.apply_op1(Custom(op)),
-        false => x.contiguous()?.apply_op2(&Tensor::cat(&flat, 0)?, Custom(op)),
-    }
+    let flat = match flat.is_empty() {
+        true => Tensor::zeros(1, dtype, x.device())?,
+        false => Tensor::cat(&flat, 0)?,
+    };
+    x.contiguous()?.apply_op2(&flat, Custom(RecomputeOp { f, vars, y: Mutex::new(Some(y)) }))
 }
 
-struct CheckpointOp {
+struct RecomputeOp {
     f: Segment,
     vars: SegmentVars,
     /// Until the forward has taken it.
     y: Mutex<Option<Tensor>>,
 }
 
-impl CheckpointOp {
-    fn output<S: Backend>(&self) -> Result<(S, Shape)> {
-        let Some(y) = self.y.lock().unwrap_or_else(PoisonError::into_inner).take() else {
-            bail!("checkpoint: its forward runs once")
-        };
-        let (storage, layout) = y.storage_and_layout();
-        Ok((S::of(&storage)?.try_clone(layout)?, layout.shape().clone()))
-    }
-
+impl RecomputeOp {
     /// The gradient of `x`, and those of the variables, flat.
     fn grads(&self, x: &Tensor, y: &Tensor, g: &Tensor) -> Result<(Option<Tensor>, Vec<Tensor>)> {
         let (wants_grad, x) = (x.track_op(), leaf(x)?);
@@ -107,8 +99,8 @@ impl CheckpointOp {
     }
 }
 
-/// `x` apart from its graph, but tracked if it is: some operations have other kernels, which round otherwise,
-/// where there is nothing to track.
+/// `x` without its graph, as a variable if it is tracked: for operands that are not tracked, some operations have other
+/// kernels, which round differently.
 fn leaf(x: &Tensor) -> Result<Tensor> {
     match x.track_op() {
         true => Ok(Var::from_tensor(&x.detach())?.into_inner()),
@@ -123,36 +115,18 @@ fn differ(a: &Tensor, b: &Tensor) -> Result<bool> {
     Ok(unequal.flatten_all()?.max_all()?.to_scalar::<u32>()? > 0)
 }
 
-impl Op<1> for CheckpointOp {
-    const NAME: &'static str = "checkpoint";
-
-    fn forward<S: Backend>(&self, _: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
-        self.output()
-    }
-
-    fn backward(
-        &self,
-        [x]: [&Tensor; 1],
-        y: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 1]> {
-        Ok([self.grads(x, y, grad)?.0])
-    }
-}
-
-impl Op<2> for CheckpointOp {
+impl Op<2> for RecomputeOp {
     const NAME: &'static str = "checkpoint";
 
     fn forward<S: Backend>(&self, _: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
-        self.output()
+        let Some(y) = self.y.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            bail!("checkpoint: its forward runs once")
+        };
+        let (storage, layout) = y.storage_and_layout();
+        Ok((S::of(&storage)?.try_clone(layout)?, layout.shape().clone()))
     }
 
-    fn backward(
-        &self,
-        [x, flat]: [&Tensor; 2],
-        y: &Tensor,
-        grad: &Tensor,
-    ) -> Result<[Option<Tensor>; 2]> {
+    fn backward(&self, [x, flat]: [&Tensor; 2], y: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
         let (gx, vars) = self.grads(x, y, grad)?;
         let join = || {
             let vars = vars.iter().map(|grad| grad.to_dtype(flat.dtype()));

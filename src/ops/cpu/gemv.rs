@@ -1,4 +1,4 @@
-//! The product of a few rows with a quantised weight, as in generation: each row of the weight is decoded
+//! The product of one row or a few with a quantised weight, as in generation: each row of the weight is decoded
 //! in a core's cache and multiplied there.
 
 use super::buffer::filled;
@@ -38,8 +38,8 @@ pub(super) fn gemm_quantized(
     Ok(Some(CpuStorage::F32(few_rows(&x, &Blocks::new(blocks)?)?)))
 }
 
-/// The formats for whose product with one row candle has kernels on 8-bit integers. Its others are scalar
-/// on x86-64.
+/// Whether candle has kernels on 8-bit integers for the product of one row with this format. Its others are scalar on
+/// x86-64.
 fn faster_by_candle(dtype: GgmlDType, k: usize) -> bool {
     use GgmlDType::{Q2K, Q3K, Q4K, Q4_0, Q5K, Q6K, Q8K, Q8_0};
     // Its kernels take two blocks at a time, and a debug build panics at an odd one.

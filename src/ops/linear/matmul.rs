@@ -1,11 +1,11 @@
 //! Matrix product without a graph.
 
-use super::backend::Backend;
-use super::op::{Custom, Op};
+use crate::ops::backend::Backend;
+use crate::ops::op::{Custom, Op};
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
 /// `a·b`, (m, k) by (k, n), without a graph.
-pub(super) fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+pub(in crate::ops) fn matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     a.apply_op2_no_bwd(b, &Custom(MatmulOp))
 }
 
@@ -21,9 +21,5 @@ impl Op<2> for MatmulOp {
         }
         let shape = Shape::from((m, n));
         Ok((a.gemm(al, b, bl)?.round_to(&shape, a.dtype())?, shape))
-    }
-
-    fn backward(&self, _: [&Tensor; 2], _: &Tensor, _: &Tensor) -> Result<[Option<Tensor>; 2]> {
-        bail!("matmul: no gradient")
     }
 }

@@ -1,4 +1,4 @@
-//! The same door without faer: every product is candle's.
+//! The interface of `gemm/` in builds without faer: every product is candle's.
 
 use super::buffer::filled;
 use super::decode::Blocks;

@@ -1,0 +1,58 @@
+//! A value with gradients that the caller gives, as in `jax.custom_gradient`.
+
+use super::backend::Backend;
+use super::op::{compute_dtype, if_tracked, Custom, Grads, Op};
+use candle_core::{Layout, Result, Shape, Tensor};
+
+/// The scalar `value`, with the gradient that is given for each input.
+pub(crate) fn with_grads(value: Tensor, grads: Vec<(Tensor, Tensor)>) -> Result<Tensor> {
+    grads.into_iter().try_fold(value, |value, (input, grad)| {
+        value.apply_op2(&input, Custom(CustomGradient::Scaled(grad)))
+    })
+}
+
+/// A scalar that begins the backward of `y` with the gradient `grad`.
+pub(crate) fn upstream(y: &Tensor, grad: Tensor) -> Result<Tensor> {
+    let zero = Tensor::zeros((), grad.dtype(), grad.device())?;
+    zero.apply_op2(y, Custom(CustomGradient::Whole(grad.to_dtype(y.dtype())?)))
+}
+
+/// `y`, whose backward gives zeros to each operand that leads to a variable, as torch does where there are no rows:
+/// some backends refuse empty products.
+pub(super) fn with_zero_grads<'a>(
+    y: Tensor,
+    operands: impl IntoIterator<Item = &'a Tensor>,
+) -> Result<Tensor> {
+    let mut tracked = operands.into_iter().filter(|operand| operand.track_op());
+    tracked.try_fold(y, |y, operand| y.apply_op2(operand, Custom(CustomGradient::Zero)))
+}
+
+/// A value, with the gradient of another tensor.
+enum CustomGradient {
+    Zero,
+    /// Multiplied by the gradient of the value, a scalar.
+    Scaled(Tensor),
+    /// Taken as it is, for a value whose own gradient is 1: saves a pass.
+    Whole(Tensor),
+}
+
+impl Op<2> for CustomGradient {
+    const NAME: &'static str = "custom-gradient";
+
+    fn forward<S: Backend>(&self, [(value, l), _]: [(&S, &Layout); 2]) -> Result<(S, Shape)> {
+        Ok((value.try_clone(l)?, l.shape().clone()))
+    }
+
+    fn backward(&self, [value, x]: [&Tensor; 2], _: &Tensor, g: &Tensor) -> Result<Grads<2>> {
+        let gx = if_tracked(x, || match self {
+            Self::Zero => x.detach().zeros_like(),
+            Self::Whole(grad) => Ok(grad.clone()),
+            Self::Scaled(grad) => {
+                // Rounded once.
+                let dtype = compute_dtype(grad.dtype());
+                grad.to_dtype(dtype)?.broadcast_mul(&g.to_dtype(dtype)?)?.to_dtype(grad.dtype())
+            }
+        })?;
+        Ok([if_tracked(value, || Ok(g.clone()))?, gx])
+    }
+}
