@@ -2,7 +2,8 @@
 
 use crate::{alone, measured, CPU};
 use candle_core::{DType, Tensor};
-use lora::{LoraConfig, StateDict};
+use lora::merge::merge_files;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 use std::fs;
 
@@ -34,15 +35,17 @@ fn hostile_files_are_errors() {
         r#"{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}"#,
         "{}",
     ];
+    let factor = Tensor::zeros((1, 1), DType::F32, &CPU).unwrap();
+    let tensors = ["a.lora_A", "a.lora_B"].map(|name| (name.to_owned(), factor.clone()));
+    let cfg = LoraConfig { r: 1, ..Default::default() };
+    let adapter = LoraWeights::new(cfg, tensors.into()).unwrap();
     for header in shapes {
         let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
         fs::write(&path, bytes).unwrap();
         let read = lora::read_state_dict(&path, &CPU);
         assert!(read.is_err() || header == "{}", "{header}");
-        let adapter =
-            StateDict::from([("a.lora_A".into(), Tensor::zeros(1, DType::F32, &CPU).unwrap())]);
         let out = dir.path().join("out");
-        assert!(lora::merge_files(&path, &adapter, LoraConfig::default(), &out, |_| {}).is_err());
+        assert!(merge_files(&path, &adapter, &out, |_| {}).is_err());
     }
     fs::write(&path, u64::MAX.to_le_bytes()).unwrap();
     assert!(lora::read_state_dict(&path, &CPU).is_err());

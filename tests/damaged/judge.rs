@@ -3,7 +3,7 @@
 use crate::measured;
 use crate::mutants::mutants;
 use candle_core::{DType, Tensor};
-use lora::StateDict;
+use lora::utils::StateDict;
 use loralib as lora;
 use std::collections::BTreeMap;
 use std::fs;

@@ -3,8 +3,9 @@
 
 use crate::{alone, Random, CPU};
 use candle_core::Tensor;
-use lora::peft;
-use lora::{LoraConfig, StateDict};
+use lora::formats::peft;
+use lora::utils::StateDict;
+use lora::{LoraConfig, LoraWeights};
 use loralib as lora;
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,6 +21,10 @@ fn adapter(value: f32) -> StateDict {
     [("q.lora_A".to_owned(), full([2, 20_000])), ("q.lora_B".to_owned(), full([20_000, 2]))].into()
 }
 
+fn weights(value: f32, cfg: LoraConfig) -> LoraWeights {
+    LoraWeights::new(cfg, adapter(value)).unwrap()
+}
+
 /// Not a test: the process that the next test starts and kills.
 #[test]
 fn writer() {
@@ -28,13 +33,16 @@ fn writer() {
     for i in round * 1000 + 1.. {
         // Some saves change the configuration, others only the tensors.
         let cfg = LoraConfig { r: 2, lora_alpha: i as f64, ..Default::default() };
-        let adapter = adapter(i as f32);
+        let value = i as f32;
         match round % 3 {
-            0 => lora::save_state_dict(&adapter, cfg, folder.join("adapter.safetensors")).unwrap(),
-            1 => peft::save_pretrained(folder.join("peft"), &adapter, cfg).unwrap(),
+            0 => {
+                let path = folder.join("adapter.safetensors");
+                lora::save_state_dict(&adapter(value), cfg, path).unwrap();
+            }
+            1 => peft::save(folder.join("peft"), &weights(value, cfg)).unwrap(),
             _ => {
                 let cfg = LoraConfig { lora_alpha: 0., ..cfg };
-                peft::save_pretrained(folder.join("same"), &adapter, cfg).unwrap();
+                peft::save(folder.join("same"), &weights(value, cfg)).unwrap();
             }
         }
     }
@@ -43,8 +51,8 @@ fn writer() {
 /// The number of the save that wrote each file, which all of its values must agree on.
 fn saved(folder: &Path) -> lora::Result<[f64; 3]> {
     let file = lora::read_state_dict(folder.join("adapter.safetensors"), &CPU)?;
-    let (config, peft) = peft::load_pretrained(folder.join("peft"), &CPU)?;
-    let (_, same) = peft::load_pretrained(folder.join("same"), &CPU)?;
+    let peft = peft::load(folder.join("peft"), &CPU)?;
+    let same = peft::load(folder.join("same"), &CPU)?;
     let all = |tensors: &StateDict| {
         let mut ends = vec![];
         for t in tensors.values() {
@@ -54,9 +62,10 @@ fn saved(folder: &Path) -> lora::Result<[f64; 3]> {
         assert!(ends.iter().all(|end| *end == ends[0]), "tensors of different saves: {ends:?}");
         Ok::<_, lora::Error>(ends[0])
     };
-    let saved = [all(&file.tensors)?, all(&peft)?, all(&same)?];
-    assert_eq!(saved[0], file.config.unwrap().lora_alpha, "tensors and options of different saves");
-    assert_eq!(saved[1], config.lora.lora_alpha, "tensors and options of different saves");
+    let saved = [all(&file.tensors)?, all(&peft.state_dict())?, all(&same.state_dict())?];
+    let alpha = file.config.unwrap().lora.lora_alpha;
+    assert_eq!(saved[0], alpha, "tensors and options of different saves");
+    assert_eq!(saved[1], peft.config().lora.lora_alpha, "tensors and options of different saves");
     Ok(saved)
 }
 
@@ -67,7 +76,7 @@ fn killed_writer_leaves_complete_files() -> lora::Result<()> {
     let cfg = LoraConfig { r: 2, lora_alpha: 0., ..Default::default() };
     lora::save_state_dict(&adapter(0.), cfg, dir.path().join("adapter.safetensors"))?;
     for folder in ["peft", "same"] {
-        peft::save_pretrained(dir.path().join(folder), &adapter(0.), cfg)?;
+        peft::save(dir.path().join(folder), &weights(0., cfg))?;
     }
     let (mut r, mut finished, mut between) = (Random(7), BTreeSet::new(), 0);
     for round in 0..300 {
@@ -104,8 +113,8 @@ fn reader_during_a_save_reads_again() -> lora::Result<()> {
     let dir = tempfile::tempdir()?;
     let [folder, new] = ["folder", "new"].map(|name| dir.path().join(name));
     let cfg = |lora_alpha| LoraConfig { r: 2, lora_alpha, ..Default::default() };
-    peft::save_pretrained(&folder, &adapter(1.), cfg(1.))?;
-    peft::save_pretrained(&new, &adapter(2.), cfg(2.))?;
+    peft::save(&folder, &weights(1., cfg(1.)))?;
+    peft::save(&new, &weights(2., cfg(2.)))?;
     let config = "adapter_config.json";
     let old = fs::read(folder.join(config))?;
     fs::remove_file(folder.join(config))?;
@@ -120,9 +129,9 @@ fn reader_during_a_save_reads_again() -> lora::Result<()> {
             std::io::Write::write_all(&mut pipe, &old)
         }
     });
-    let (config, tensors) = peft::load_pretrained(&folder, &CPU)?;
+    let weights = peft::load(&folder, &CPU)?;
     writer.join().unwrap()?;
-    assert_eq!(config.lora.lora_alpha, 2.);
-    assert_eq!(tensors["q.lora_A"].get(0)?.get(0)?.to_scalar::<f32>()?, 2.);
+    assert_eq!(weights.config().lora.lora_alpha, 2.);
+    assert_eq!(weights.state_dict()["q.lora_A"].get(0)?.get(0)?.to_scalar::<f32>()?, 2.);
     Ok(())
 }

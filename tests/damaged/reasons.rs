@@ -5,10 +5,9 @@ use crate::judge::{assert_known, judged, same_form, same_or_other_values, same_v
 use crate::{alone, fixture, CPU};
 use candle_core::{DType, Var};
 use candle_nn::VarMap;
-use lora::formats::{diffusers, kohya, mlx};
-use lora::peft;
-use lora::AdapterConfig;
-use lora::{Checkpoint, LoraConfig, StateDict, Strict};
+use lora::formats::{diffusers, kohya, mlx, peft};
+use lora::utils::{Checkpoint, StateDict};
+use lora::{LoraConfig, LoraWeights, Strict};
 use loralib as lora;
 use std::fs;
 use std::path::Path;
@@ -68,7 +67,7 @@ fn damaged_checkpoint_keeps_shapes_and_scaling() {
                 assert!(same_form(&good.tensors, &loaded.tensors), "{:?}", loaded.tensors.keys());
                 let tensors = [&good.tensors, &loaded.tensors];
                 let end = same_or_other_values(tensors, [&good_file, mutant]);
-                match loaded.config {
+                match loaded.config.map(|config| config.lora) {
                     // As in a file of another program, which has no configuration to compare.
                     None => "the configuration's name is lost",
                     Some(other) if other != cfg => {
@@ -104,15 +103,18 @@ fn damaged_peft_adapter_keeps_shapes() {
             dir.path().join(file)
         });
         let [good_json, good_file] = [&json, &tensors].map(|path| fs::read(path).unwrap());
-        type Loaded = (AdapterConfig, StateDict);
-        let read = || peft::load_pretrained(dir.path(), &CPU);
-        let ends = judged(&json, 1500, read, |good: &Loaded, bad, mutant| {
+        let read = || peft::load(dir.path(), &CPU);
+        let ends = judged(&json, 1500, read, |good: &LoraWeights, bad, mutant| {
             // Only the configuration has a parameter's name. No base has another.
-            if case == "parameters" && !good.1.keys().eq(bad.1.keys()) {
+            if case == "parameters" && !good.state_dict().keys().eq(bad.state_dict().keys()) {
                 return "a parameter has another name";
             }
-            assert!(same_form(&good.1, &bad.1) && same_values(&good.1, &bad.1), "{case}");
-            if bad.0 == good.0 {
+            assert!(
+                same_form(&good.state_dict(), &bad.state_dict())
+                    && same_values(&good.state_dict(), &bad.state_dict()),
+                "{case}"
+            );
+            if bad.config() == good.config() {
                 return "nothing is lost";
             }
             // A missing key must not be replaced by a default.
@@ -127,32 +129,40 @@ fn damaged_peft_adapter_keeps_shapes() {
             ["nothing is lost", "an option has another value", "a parameter has another name"];
         assert_known(&ends, &allowed);
         fs::write(&json, &good_json).unwrap();
-        let ends = judged(&tensors, 1500, read, |good: &Loaded, bad, mutant| {
-            if !same_form(&good.1, &bad.1) {
-                let refused = lora::load_state_dict(&variables(&good.1), &bad.1, Strict::Yes);
+        let ends = judged(&tensors, 1500, read, |good: &LoraWeights, bad, mutant| {
+            if !same_form(&good.state_dict(), &bad.state_dict()) {
+                let refused = lora::load_state_dict(
+                    &variables(&good.state_dict()),
+                    &bad.state_dict(),
+                    Strict::Yes,
+                );
                 assert!(refused.is_err(), "{case}");
                 return "the model refuses it";
             }
-            assert_eq!(good.0, bad.0, "{case}");
-            same_or_other_values([&good.1, &bad.1], [&good_file, mutant])
+            assert_eq!(good.config(), bad.config(), "{case}");
+            same_or_other_values([&good.state_dict(), &bad.state_dict()], [&good_file, mutant])
         });
         assert_known(&ends, &["nothing is lost", "other values", "the model refuses it"]);
     }
 }
 
-type Loaded = (AdapterConfig, StateDict);
-
 /// Mutants of a file that is read into an adapter.
-fn assert_keeps_shapes(bad: &Path, random: usize, read: impl Fn() -> lora::Result<Loaded>) {
+fn assert_keeps_shapes(bad: &Path, random: usize, read: impl Fn() -> lora::Result<LoraWeights>) {
     let good_file = fs::read(bad).unwrap();
-    let ends = judged(bad, random, read, |good: &Loaded, bad, mutant| {
-        if !same_form(&good.1, &bad.1) {
-            let refused = lora::load_state_dict(&variables(&good.1), &bad.1, Strict::Yes);
+    let ends = judged(bad, random, read, |good: &LoraWeights, bad, mutant| {
+        if !same_form(&good.state_dict(), &bad.state_dict()) {
+            let refused = lora::load_state_dict(
+                &variables(&good.state_dict()),
+                &bad.state_dict(),
+                Strict::Yes,
+            );
             assert!(refused.is_err());
             return "the model refuses it";
         }
-        match good.0 == bad.0 {
-            true => same_or_other_values([&good.1, &bad.1], [&good_file, mutant]),
+        match good.config() == bad.config() {
+            true => {
+                same_or_other_values([&good.state_dict(), &bad.state_dict()], [&good_file, mutant])
+            }
             false => "another scaling or option",
         }
     });
@@ -175,7 +185,11 @@ fn damaged_files_of_other_formats_keep_their_shapes() {
     let names: Vec<_> = names.lines().collect();
     for case in ["attention", "conv"] {
         let bad = copied(&format!("kohya/{case}/lora.safetensors"));
-        assert_keeps_shapes(&bad, 6000, || kohya::load(&bad, &names, &CPU));
+        assert_keeps_shapes(&bad, 6000, || {
+            let weights = kohya::with_paths(&kohya::load(&bad, &CPU)?, &names);
+            // Names that no model has are an error of the names, without the file.
+            weights.map_err(|e| lora::Error::File { path: bad.clone(), error: Box::new(e) })
+        });
     }
     for case in ["new", "old", "processor"] {
         let bad = copied(&format!("diffusers/{case}/pytorch_lora_weights.safetensors"));
@@ -186,9 +200,12 @@ fn damaged_files_of_other_formats_keep_their_shapes() {
     assert_keeps_shapes(&bad, 8000, || mlx::load(dir.path(), &CPU));
     fs::copy(fixture("formats/mlx/adapters.safetensors"), &bad).unwrap();
     let read = || mlx::load(dir.path(), &CPU);
-    let ends = judged(&json, 9000, read, |good: &Loaded, bad, _| {
-        assert!(same_form(&good.1, &bad.1) && same_values(&good.1, &bad.1));
-        if good.0 == bad.0 {
+    let ends = judged(&json, 9000, read, |good: &LoraWeights, bad, _| {
+        assert!(
+            same_form(&good.state_dict(), &bad.state_dict())
+                && same_values(&good.state_dict(), &bad.state_dict())
+        );
+        if good.config() == bad.config() {
             "nothing is lost"
         } else {
             "another scaling or option"
@@ -209,7 +226,7 @@ fn damaged_entry_of_a_torch_file_keeps_its_tensors() {
     for (name, entry) in cases {
         let bad = dir.path().join(name);
         fs::copy(fixture(&format!("torch/{name}")), &bad).unwrap();
-        let read = || lora::read_torch_entry(&bad, entry, &CPU);
+        let read = || lora::files::read_torch_entry(&bad, entry, &CPU);
         let ends = judged(&bad, 6500, read, |good: &StateDict, bad, _| {
             assert!(same_form(good, &bad) && same_values(good, &bad), "{:?}", bad.keys());
             "nothing is lost"

@@ -6,7 +6,8 @@ pub mod dense;
 use crate::common::{bits, device, difference, rnd};
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Adapted, Bias, LoraConfig, LoraModule, Mode};
+use lora::layers::Adapted;
+use lora::{Bias, LoraConfig, LoraModule, Mode};
 use loralib as lora;
 use std::collections::{HashMap, HashSet};
 

@@ -10,7 +10,8 @@ use candle_nn::{
     AdamW, Conv1dConfig, Conv2dConfig, Optimizer, ParamsAdamW, VarBuilder, VarMap, SGD,
 };
 use case::{cases, Case, Tensors};
-use lora::{Adapted, Conv3dConfig, LoraConfig, LoraModule};
+use lora::layers::{Adapted, Conv3dConfig};
+use lora::{LoraConfig, LoraModule};
 use loralib as lora;
 use std::collections::BTreeSet;
 
@@ -135,7 +136,7 @@ fn linear_agrees_with_loralib_and_peft() -> Result<()> {
     check_all(
         "Linear",
         |c, w, b, vb| lora::Linear::new(candle_nn::Linear::new(w, b), c.config(), vb),
-        |c, vb| lora::linear_b(c.size("in"), c.size("out"), c.flag("bias"), c.config(), vb),
+        |c, vb| lora::layers::linear_b(c.size("in"), c.size("out"), c.flag("bias"), c.config(), vb),
     )
 }
 

@@ -3,7 +3,8 @@
 use crate::common::{device, difference, rnd, values, CFG};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{Conv1dConfig, Conv2dConfig, Linear, VarBuilder, VarMap};
-use lora::{Adapted, Bias, Conv3dConfig, LoraConfig};
+use lora::layers::{Adapted, Conv3dConfig};
+use lora::{Bias, LoraConfig};
 use loralib as lora;
 use std::collections::HashMap;
 

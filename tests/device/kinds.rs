@@ -3,8 +3,8 @@
 use crate::common::{device, CFG};
 use candle_core::{DType, Result};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
-use lora::layers::LayerKind;
-use lora::{Conv3dConfig, LoraConfig};
+use lora::layers::{Conv3dConfig, LayerKind};
+use lora::LoraConfig;
 use loralib as lora;
 
 fn vb() -> VarBuilder<'static> {

@@ -3,7 +3,8 @@
 use crate::common::{bits, device, difference, rnd, CFG};
 use candle_core::{DType, Module, Result};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Bias, InitLoraWeights, LoraConfig, LoraModule, Mode};
+use lora::layers::InitLoraWeights;
+use lora::{Bias, LoraConfig, LoraModule, Mode};
 use loralib as lora;
 use std::collections::HashMap;
 

@@ -3,7 +3,7 @@
 use crate::common::{device, difference, rnd, CFG};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder, VarMap};
-use lora::{Adapted, Conv3dConfig};
+use lora::layers::{Adapted, Conv3dConfig};
 use loralib as lora;
 
 const IN: usize = 4;

@@ -4,7 +4,8 @@ use crate::common::{bits, device, difference, rnd, CFG};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use loralib::{self as lora, Adapted, LoraConfig, LoraModule, Mode};
+use loralib::layers::Adapted;
+use loralib::{self as lora, LoraConfig, LoraModule, Mode};
 use std::sync::Arc;
 
 /// All that candle quantises to and decodes on every device.

@@ -7,10 +7,12 @@ mod common;
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use common::CFG;
+use lora::adapter::AdapterConfig;
+use lora::formats::peft;
 use lora::layers::LayerKind;
-use lora::peft;
-use lora::AdapterConfig;
-use lora::{Bias, LoraConfig, StateDict, Strict};
+use lora::merge::merge_files;
+use lora::utils::StateDict;
+use lora::{Bias, LoraConfig, LoraWeights, Strict};
 use loralib as lora;
 use std::path::Path;
 
@@ -53,16 +55,11 @@ fn declared(cfg: LoraConfig) -> AdapterConfig {
 }
 
 /// The logits of the base with the adapter.
-fn logits(
-    base: &StateDict,
-    adapter: &StateDict,
-    config: &AdapterConfig,
-    enable: &[bool],
-) -> Result<Tensor> {
+fn logits(base: &StateDict, weights: &LoraWeights, enable: &[bool]) -> Result<Tensor> {
     let (vars, all) = (VarMap::new(), base.clone().into_iter().collect());
     let vb = lora::var_builder(VarBuilder::from_tensors(all, DType::F32, &CPU), &vars, Bias::None);
-    let model = Toy::new(config, enable, vb)?;
-    let report = lora::load_state_dict(&vars, adapter, Strict::Yes)?;
+    let model = Toy::new(&weights.config(), enable, vb)?;
+    let report = lora::load_state_dict(&vars, &weights.state_dict(), Strict::Yes)?;
     assert_eq!(report.loaded.len(), 8);
     model.forward(&base["ids"])
 }
@@ -95,17 +92,18 @@ fn write(dir: &Path) -> Result<()> {
     let config = AdapterConfig::from(CFG)
         .with_layer("qkv", LayerKind::MergedLinear(vec![true, false, true]));
     let config = AdapterConfig { one_rank: true, ..config };
-    peft::save_pretrained(dir.join("rust_served"), &served, config)?;
+    peft::save(dir.join("rust_served"), &LoraWeights::new(config, served)?)?;
     for (name, rslora) in [("rust", false), ("rust_rslora", true)] {
         let cfg = LoraConfig { rslora, ..CFG };
         lora::save_state_dict(&adapter, cfg, dir.join(format!("{name}.safetensors")))?;
-        peft::save_pretrained(dir.join(format!("{name}_peft")), &adapter, declared(cfg))?;
+        let weights = LoraWeights::new(declared(cfg), adapter.clone())?;
+        peft::save(dir.join(format!("{name}_peft")), &weights)?;
         let one = AdapterConfig { one_rank: true, ..declared(cfg) };
-        peft::save_pretrained(dir.join(format!("{name}_one")), &adapter, one)?;
+        peft::save(dir.join(format!("{name}_one")), &LoraWeights::new(one, adapter.clone())?)?;
         let merged = dir.join(format!("{name}_merged.safetensors"));
         let from = dir.join("base.safetensors");
-        lora::merge_files(from, &adapter, declared(cfg), merged, |_| {})?;
-        let logits = logits(&base, &adapter, &declared(cfg), &[true, false, true])?;
+        merge_files(from, &weights, merged, |_| {})?;
+        let logits = logits(&base, &weights, &[true, false, true])?;
         save(dir, &format!("{name}_logits.safetensors"), logits)?;
     }
     Ok(())
@@ -113,13 +111,14 @@ fn write(dir: &Path) -> Result<()> {
 
 fn read(dir: &Path) -> Result<()> {
     let base = lora::read_state_dict(dir.join("base.safetensors"), &CPU)?.tensors;
-    let adapter = lora::read_state_dict(dir.join("python.pt"), &CPU)?.tensors;
-    let logits_pt = logits(&base, &adapter, &declared(CFG), &[true, false, true])?;
+    let tensors = lora::read_state_dict(dir.join("python.pt"), &CPU)?.tensors;
+    let weights = LoraWeights::new(declared(CFG), tensors)?;
+    let logits_pt = logits(&base, &weights, &[true, false, true])?;
     save(dir, "python_pt_logits.safetensors", logits_pt)?;
     for name in ["python_peft", "python_peft_rslora"] {
-        let kinds = [("qkv", LayerKind::MergedLinear(vec![true; 3]))];
-        let (config, adapter) = peft::load_pretrained_as(dir.join(name), &kinds, &CPU)?;
-        let logits = logits(&base, &adapter, &config, &[true; 3])?;
+        let weights = peft::load(dir.join(name), &CPU)?;
+        let weights = weights.with_kind("qkv", LayerKind::MergedLinear(vec![true; 3]))?;
+        let logits = logits(&base, &weights, &[true; 3])?;
         save(dir, &format!("{name}_logits.safetensors"), logits)?;
     }
     Ok(())

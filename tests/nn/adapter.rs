@@ -3,9 +3,9 @@
 use crate::common::{bits, difference, randn};
 use candle_core::{DType, Device, Module, Result, Tensor, D};
 use loralib as lora;
+use loralib::adapter::{AdapterConfig, Targets};
 use loralib::layers::LayerKind;
-use loralib::nn as candle_nn;
-use loralib::{Adapter, AdapterConfig, Bias, LoraConfig, Mode, Targets};
+use loralib::{nn as candle_nn, Adapter, Bias, LoraConfig, Mode};
 use std::collections::HashMap;
 
 use candle_nn::{
@@ -152,7 +152,7 @@ fn every_adapter_gets_its_gradient() -> lora::Result<()> {
     let grads = loss()?.backward()?;
     assert!(lora::missing_grads(adapter.var_map(), &grads).is_empty());
     assert_eq!(grads.get_ids().count(), 10, "frozen tensors have none");
-    lora::check_grads(adapter.var_map(), &grads, loss)?;
+    lora::utils::check_grads(adapter.var_map(), &grads, loss)?;
     Ok(())
 }
 

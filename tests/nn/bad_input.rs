@@ -3,9 +3,9 @@
 use crate::adapter::{base, vb, Model};
 use candle_core::{Device, Result, Tensor};
 use loralib as lora;
+use loralib::adapter::{AdapterConfig, Targets};
 use loralib::layers::LayerKind;
-use loralib::nn as candle_nn;
-use loralib::{Adapter, AdapterConfig, Bias, Error, LoraConfig, Targets};
+use loralib::{nn as candle_nn, Adapter, Bias, Error, LoraConfig, LoraWeights};
 
 const CPU: Device = Device::Cpu;
 
@@ -43,14 +43,17 @@ fn a_check_needs_a_model_on_lora_nn_and_something_to_train() {
 
 #[test]
 fn tensors_that_are_no_adapter_are_an_error() {
-    let from = |name: &str| {
+    let from = |config, name: &str| {
         let tensor = Tensor::zeros((2, 2), candle_core::DType::F32, &CPU).unwrap();
         let tensors = [(name.to_owned(), tensor)].into();
-        Adapter::from_tensors(cfg(), tensors).unwrap_err().to_string()
+        let weights = LoraWeights::new(config, tensors);
+        weights.and_then(|weights| Adapter::from_weights(&weights)).unwrap_err().to_string()
     };
-    let error = from("base_model.model.q.lora_A.weight");
+    let error = from(cfg(), "base_model.model.q.lora_A.weight");
     assert!(error.contains("PEFT"), "{error}");
-    let error = from("q.lora_down.weight");
+    let error = from(cfg(), "q.lora_down.weight");
+    assert!(error.contains("no lora_A or lora_B, but") && error.contains("q.lora_down"), "{error}");
+    let error = from(LoraConfig::default(), "q.lora_down.weight");
     assert!(error.contains("no lora_A and lora_B, but \"q.lora_down.weight\""), "{error}");
 }
 
@@ -67,7 +70,7 @@ fn the_state_of_a_run_is_no_adapter() -> lora::Result<()> {
     let errors = [
         Adapter::load(&path, &CPU).unwrap_err(),
         adapter.restore(&path).unwrap_err(),
-        Adapter::from_tensors(cfg(), tensors.clone()).unwrap_err(),
+        LoraWeights::new(cfg(), tensors.clone()).unwrap_err(),
         lora::save_state_dict(&tensors, cfg(), folder.path().join("out")).unwrap_err(),
     ];
     for error in errors.map(|error| error.to_string()) {

@@ -2,8 +2,9 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use loralib::layers::InitLoraWeights;
 use loralib::nn::{self as candle_nn, VarBuilder, VarMap};
-use loralib::{Adapter, Adapters, Bias, InitLoraWeights, LoraConfig};
+use loralib::{Adapter, Adapters, Bias, LoraConfig};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -43,7 +44,7 @@ impl Model {
 fn base(dtype: DType) -> Result<VarBuilder<'static>> {
     let pretrained = VarMap::new();
     let vb = VarBuilder::from_varmap(&pretrained, DType::F32, &Device::Cpu);
-    Model::new(loralib::seeded(vb, 1))?;
+    Model::new(loralib::utils::seeded(vb, 1))?;
     let tensors = pretrained.data().lock().unwrap();
     let tensors = tensors.iter().map(|(n, v)| Ok((n.clone(), v.detach().to_dtype(dtype)?)));
     Ok(VarBuilder::from_tensors(tensors.collect::<Result<_>>()?, dtype, &Device::Cpu))

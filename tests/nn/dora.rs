@@ -4,8 +4,9 @@ use crate::adapter::{base, ids, randomize, vb, Model};
 use crate::common::difference;
 use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
+use lora::merge::add_weighted;
 use loralib as lora;
-use loralib::{formats, Adapter, Adapters, Bias, LoraConfig, Result};
+use loralib::{formats, Adapter, Adapters, Bias, LoraConfig, LoraWeights, Result};
 use std::collections::HashMap;
 
 pub const CFG: LoraConfig = LoraConfig { use_dora: true, ..crate::adapter::CFG };
@@ -81,9 +82,9 @@ fn gradients_are_checked_by_the_magnitudes() -> Result<()> {
     let model = Model::new(adapter.var_builder(vb(&base())))?;
     randomize(&adapter)?;
     let loss = || model.forward(&ids())?.sqr()?.mean_all();
-    lora::check_grads(adapter.var_map(), &loss()?.backward()?, loss)?;
+    lora::utils::check_grads(adapter.var_map(), &loss()?.backward()?, loss)?;
     let half = ((model.forward(&ids())?.sqr()? * 0.5)?.mean_all()?).backward()?;
-    let error = lora::check_grads(adapter.var_map(), &half, loss).unwrap_err().to_string();
+    let error = lora::utils::check_grads(adapter.var_map(), &half, loss).unwrap_err().to_string();
     assert!(error.contains("qkv.lora_magnitude_vector") && !error.contains("lora_B"), "{error}");
     Ok(())
 }
@@ -112,21 +113,20 @@ fn among_others_it_serves_alone() -> Result<()> {
 #[test]
 fn formats_without_magnitudes_refuse_it_with_the_way_out() -> Result<()> {
     let (_, adapter, _) = trained()?;
-    let (tensors, config) =
-        (lora::lora_state_dict(adapter.var_map(), Bias::None)?, adapter.config());
-    let (config, tensors) = formats::in_component("unet", &config, &tensors);
+    let tensors = lora::lora_state_dict(adapter.var_map(), Bias::None)?;
+    let weights = LoraWeights::new(adapter.config(), tensors)?.in_component("unet");
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("a.safetensors");
     let errors = [
-        formats::kohya::save(&path, &tensors, &config),
-        formats::diffusers::save(&path, &tensors, &config),
-        lora::peft::save_plain(&path, &tensors, &config),
+        formats::kohya::save(&path, &weights),
+        formats::diffusers::save(&path, &weights),
+        formats::peft::save_plain(&path, &weights),
     ];
     for error in errors {
         let error = error.unwrap_err().to_string();
         assert!(error.contains("merge"), "{error}");
     }
-    let error = lora::add_weighted(&[(&tensors, 1.)]).unwrap_err().to_string();
+    let error = add_weighted(&[(&weights, 1.)]).unwrap_err().to_string();
     assert!(error.contains("lora_magnitude_vector"), "{error}");
     assert!(!path.exists());
     Ok(())
@@ -139,12 +139,10 @@ fn magnitudes_and_the_option_belong_together() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let mut tensors = lora::lora_state_dict(adapter.var_map(), Bias::None)?;
     let plain = LoraConfig { use_dora: false, ..CFG };
-    let state_dict = base.clone().into_iter().collect();
-    let check = |tensors: &lora::StateDict, cfg| {
+    let check = |tensors: &lora::utils::StateDict, cfg| {
         let errors = [
             lora::save_state_dict(tensors, cfg, dir.path().join("a")).unwrap_err().to_string(),
-            lora::merge_into(&state_dict, tensors, cfg).unwrap_err().to_string(),
-            Adapter::from_tensors(cfg, tensors.clone()).unwrap_err().to_string(),
+            LoraWeights::new(cfg, tensors.clone()).unwrap_err().to_string(),
         ];
         for error in errors {
             assert!(error.contains("use_dora"), "{error}");

@@ -34,11 +34,11 @@ fn a_weight_that_is_loaded_later_gives_the_norms() -> Result<()> {
             "embedding" => Tensor::new(&[3u32, 6], &Device::Cpu)?,
             _ => rnd(1, dims, DType::F32)?,
         };
-        let mut tensors = lora::StateDict::new();
+        let mut tensors = lora::utils::StateDict::new();
         for (i, (name, var)) in vars.data().lock().unwrap().iter().enumerate() {
             tensors.insert(name.clone(), rnd(2 + i as u64, var.dims(), DType::F32)?);
         }
-        let fresh = |tensors: &lora::StateDict, with_lora: bool| {
+        let fresh = |tensors: &lora::utils::StateDict, with_lora: bool| {
             let own = tensors.iter().filter(|(name, _)| with_lora || !name.contains("lora"));
             let map = VarMap::new();
             for (name, t) in own {

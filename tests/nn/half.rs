@@ -3,7 +3,8 @@
 use crate::adapter::{base, ids, randomize, Model};
 use crate::common::{bits, difference};
 use candle_core::{DType, Device, Tensor};
-use loralib::{half_var_builder, safetensors_var_builder, Adapter, LoraConfig, Result};
+use loralib::utils::half_var_builder;
+use loralib::{safetensors_var_builder, Adapter, LoraConfig, Result};
 use std::collections::HashMap;
 use std::path::Path;
 

@@ -4,8 +4,11 @@ use crate::adapter::{base, ids, vb, Model};
 use crate::common::{bits, difference, randn};
 use candle_core::{Device, Tensor};
 use candle_nn::{Optimizer, ParamsAdamW};
+use loralib::formats::{mlx, peft};
+use loralib::layers::InitLoraWeights;
+use loralib::merge::{add_weighted, merge_files};
 use loralib::train::{AdamW, Fingerprint};
-use loralib::{formats, peft, Adapter, Adapters, InitLoraWeights, LoraConfig, Result, StateDict};
+use loralib::{Adapter, Adapters, LoraConfig, LoraWeights, Result};
 use std::collections::HashMap;
 
 const CPU: Device = Device::Cpu;
@@ -53,21 +56,20 @@ fn it_is_the_same_in_every_mode_model_and_file() -> Result<()> {
     same("evaluation", model.forward(&ids())?)?;
     adapter.train()?;
 
-    let (config, tensors) = (adapter.config(), adapter.state_dict()?);
+    let weights = adapter.weights()?;
     adapter.save(path("own"))?;
     served("this crate's file", &Adapter::load(path("own"), &CPU)?)?;
     adapter.save_pretrained(path("peft"))?;
     served("PEFT's folder", &Adapter::load(path("peft"), &CPU)?)?;
-    peft::save_plain(path("plain"), &tensors, &config)?;
+    peft::save_plain(path("plain"), &weights)?;
     served("a plain folder", &Adapter::load(path("plain"), &CPU)?)?;
-    formats::mlx::save(path("mlx"), &tensors, &config)?;
-    let (of, read) = formats::mlx::load(path("mlx"), &CPU)?;
-    served("MLX's folder", &Adapter::from_tensors(of, read)?)?;
-    served("its tensors", &Adapter::from_tensors(&config, tensors.clone())?)?;
+    mlx::save(path("mlx"), &weights)?;
+    served("MLX's folder", &Adapter::from_weights(&mlx::load(path("mlx"), &CPU)?)?)?;
+    served("its weights", &Adapter::from_weights(&weights)?)?;
 
     let file = path("base.safetensors");
     candle_core::safetensors::save(&base, &file)?;
-    loralib::merge_files(&file, &tensors, &config, path("merged.safetensors"), |_| {})?;
+    merge_files(&file, &weights, path("merged.safetensors"), |_| {})?;
     let merged = loralib::read_state_dict(path("merged.safetensors"), &CPU)?.tensors;
     same("a merged file", Model::new(vb(&merged.into_iter().collect()))?.forward(&ids())?)?;
 
@@ -116,7 +118,7 @@ fn only_the_factors_are_trained_counted_and_checked() -> Result<()> {
     let loss = || model.forward(&ids())?.sqr()?.mean_all();
     let grads = loss()?.backward()?;
     assert!(loralib::missing_grads(adapter.var_map(), &grads).is_empty());
-    loralib::check_grads(adapter.var_map(), &grads, loss)?;
+    loralib::utils::check_grads(adapter.var_map(), &grads, loss)?;
     assert!(frozen.values().all(|var| grads.get(var).is_none()));
     // Ranks compare them with the others.
     let all: std::collections::BTreeMap<_, _> = named.into_iter().chain(frozen.clone()).collect();
@@ -182,7 +184,7 @@ fn gradients_are_right_under_dropout() -> Result<()> {
             model.forward(&ids())?.sqr()?.mean_all()
         };
         let grads = loss()?.backward()?;
-        loralib::check_grads(adapter.var_map(), &grads, loss)?;
+        loralib::utils::check_grads(adapter.var_map(), &grads, loss)?;
     }
     Ok(())
 }
@@ -190,15 +192,14 @@ fn gradients_are_right_under_dropout() -> Result<()> {
 #[test]
 fn what_cannot_contain_them_says_so() -> Result<()> {
     let (adapter, ..) = trained(&base())?;
-    let tensors = adapter.state_dict()?;
-    let error = loralib::add_weighted(&[(&tensors, 0.5)]).expect_err("no sum").to_string();
+    let error = add_weighted(&[(&adapter.weights()?, 0.5)]).expect_err("no sum").to_string();
     assert!(error.contains("Adapter::load"), "{error}");
-    let one: StateDict =
-        [("qkv.lora_A_initial".to_owned(), tensors["layers.0.qkv.lora_A"].clone())]
-            .into_iter()
-            .chain(tensors)
-            .collect();
-    let error = Adapter::from_tensors(adapter.config(), one).expect_err("a half").to_string();
+    let mut tensors = adapter.state_dict()?;
+    for last in ["lora_A", "lora_B"] {
+        let factor = tensors[&format!("layers.0.qkv.{last}")].clone();
+        tensors.insert(format!("qkv.{last}_initial"), factor);
+    }
+    let error = LoraWeights::new(adapter.config(), tensors).expect_err("a half").to_string();
     assert!(error.contains("\"qkv.lora_A\""), "{error}");
     Ok(())
 }

@@ -4,7 +4,8 @@ use crate::common::{device, difference, randn};
 use crate::gpt2::{Config, Gpt2};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Bias, LoraConfig, LoraModule, StateDict};
+use lora::utils::StateDict;
+use lora::{Bias, LoraConfig, LoraModule};
 use loralib as lora;
 use std::collections::HashSet;
 

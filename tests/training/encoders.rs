@@ -7,7 +7,8 @@ use crate::config::Config;
 use crate::{names, Result};
 use candle_core::{DType, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Bias, LoraConfig, LoraModule, StateDict, Trainable};
+use lora::utils::{StateDict, Trainable};
+use lora::{Bias, LoraConfig, LoraModule};
 use loralib as lora;
 use std::collections::HashSet;
 

@@ -4,7 +4,7 @@ use super::{check_with_dora, Case};
 use crate::common::{rnd, CFG};
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig};
-use lora::Conv3dConfig;
+use lora::layers::Conv3dConfig;
 use loralib as lora;
 
 /// candle's convolutions do not support BF16 on the CPU: computes in F64.

@@ -23,7 +23,7 @@ fn linear() -> Result<()> {
                 bias: bias.then_some(5),
                 input: &rnd(3, &[leading, &[6]].concat(), DType::F64)?,
                 cfg: LoraConfig { fan_in_fan_out, ..CFG },
-                make: &|cfg, vb| lora::linear_b(6, 5, bias, cfg, vb),
+                make: &|cfg, vb| lora::layers::linear_b(6, 5, bias, cfg, vb),
                 plain: &linear_plain,
             })?;
         }

@@ -3,7 +3,8 @@
 use crate::common::{device, difference};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{Bias, LoraConfig, Trainable};
+use lora::utils::Trainable;
+use lora::{Bias, LoraConfig};
 use loralib as lora;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};

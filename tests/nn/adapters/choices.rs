@@ -4,7 +4,8 @@ use super::{cfg, Served};
 use crate::adapter::{ids, vb, Model};
 use crate::common::{bits, difference};
 use candle_core::{Device, Tensor};
-use loralib::{Adapter, Adapters, LoraConfig, Result, Strengths};
+use loralib::adapter::Strengths;
+use loralib::{Adapter, Adapters, LoraConfig, Result};
 use std::collections::HashMap;
 
 #[test]

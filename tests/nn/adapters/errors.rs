@@ -4,8 +4,10 @@ use super::{cfg, Served};
 use crate::adapter::{base, ids, vb, Model};
 use crate::common::bits;
 use candle_core::{DType, Device, Tensor};
+use loralib::adapter::AdapterConfig;
 use loralib::layers::LayerKind;
-use loralib::{save_state_dict, Adapter, AdapterConfig, Adapters, Bias, Result, StateDict};
+use loralib::utils::StateDict;
+use loralib::{save_state_dict, Adapter, Adapters, Bias, Result};
 
 fn says<T: std::fmt::Debug, E: ToString + std::fmt::Debug>(
     result: std::result::Result<T, E>,

@@ -10,8 +10,9 @@ mod training;
 
 use crate::adapter::{base, ids, randomize, vb, Model};
 use candle_core::Tensor;
+use loralib::adapter::AdapterConfig;
 use loralib::layers::LayerKind;
-use loralib::{Adapter, AdapterConfig, Adapters, LoraConfig, Result};
+use loralib::{Adapter, Adapters, LoraConfig, Result};
 use std::collections::HashMap;
 
 fn cfg(r: usize, lora_alpha: f64) -> LoraConfig {

@@ -90,7 +90,7 @@ impl Case {
         let gradients = if self.double {
             let double = Adapted::new(self, weights.var_builder(DType::F64), DType::F64)?;
             let (_, expected) = double.backward()?;
-            lora::check_grads(double.adapter.var_map(), &expected, || double.loss())?;
+            lora::utils::check_grads(double.adapter.var_map(), &expected, || double.loss())?;
             let (grads, expected) = (single.by_name(&grads), double.by_name(&expected));
             let mut most = 0f64;
             for (name, grad) in &grads {
@@ -100,7 +100,7 @@ impl Case {
             }
             format!("{most:.0e}")
         } else {
-            lora::check_grads(single.adapter.var_map(), &grads, || single.loss())?;
+            lora::utils::check_grads(single.adapter.var_map(), &grads, || single.loss())?;
             "-".to_owned()
         };
         if !REBUILT.contains(&self.name) {
