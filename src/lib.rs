@@ -12,6 +12,7 @@
 #![deny(missing_docs)]
 
 mod adapter;
+mod base;
 #[cfg(doc)]
 pub mod docs;
 mod error;
@@ -28,8 +29,9 @@ mod random;
 pub mod train;
 pub mod utils;
 
-pub use adapter::adapters::{Adapters, Strengths};
+pub use adapter::adapters::{AdapterWeights, Adapters};
 pub use adapter::{Adapter, Targets};
+pub use base::{half_var_builder, safetensors_var_builder, seeded, var_builder};
 #[doc(hidden)] // for lora_module!
 pub use candle_core;
 pub use error::{Error, Result};

@@ -1,95 +1,111 @@
-//! The `VarBuilder` by which layers learn that they are targets.
+//! The `VarBuilder` of an adapter, and of a set of adapters: it records what a model reads, and binds its modules to
+//! the weights that it gives.
 
-use super::built::{self, Built};
+use super::layer::{Adapting, Module};
 use super::merged_only::MergedOnly;
-use super::options::Options;
-use super::target::Target;
-use crate::layers::claims::Claims;
+use super::record::Record;
+use crate::base::source::{from_source, Source, Wanted};
+use crate::base::{seeded, var_builder, var_builder_with};
+use crate::layers::binding::TargetWeights;
 use crate::utils::names::split;
-use crate::utils::{seeded, var_builder_with};
-use candle_core::{bail, DType, Device, Result, Shape, Tensor};
-use candle_nn::var_builder::{SimpleBackend, VarBuilder};
-use candle_nn::{Init, VarMap};
-use std::sync::{Arc, Mutex};
+use crate::utils::{Bias, StateDict};
+use crate::Result;
+use candle_core::Tensor;
+use candle_nn::{VarBuilder, VarMap};
+use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
 
-/// `base` with adapters for the layers that `options` selects. Trainable parameters become variables of
-/// `vars`; what the model builds is reported to `built`.
-pub(super) fn targeted<'a>(
+/// `base` with adapters for the adapter's targets. Trainable parameters become its variables.
+pub(super) fn of_adapter<'a>(
     base: VarBuilder<'a>,
-    options: Arc<Options>,
-    vars: VarMap,
-    built: Arc<Mutex<Built>>,
+    adapter: Adapting,
+    record: Arc<Record>,
 ) -> VarBuilder<'a> {
-    let (dtype, device) = (base.dtype(), base.device().clone());
-    built::lock(&built).options(&options);
-    let adapted = {
-        let options = options.clone();
-        move |path: &str| options.selects(path)
+    let (options, vars) = (adapter.options.clone(), &adapter.vars);
+    let config = options.config.clone();
+    let seed = options.seed;
+    let replaced = Replaced {
+        frozen: options.frozen.clone(),
+        merged_only: MergedOnly::new(&config, vars),
+        base: {
+            let vb = var_builder_with(base, vars, &config, move |path| options.selects(path));
+            match seed {
+                Some(seed) => seeded(vb, seed),
+                None => vb,
+            }
+        },
     };
-    let vb = var_builder_with(base, &vars, &options.config, adapted);
-    let vb = match options.seed {
-        Some(seed) => seeded(vb, seed),
-        None => vb,
-    };
-    let merged_only = MergedOnly::new(&options.config, &vars);
-    let claims = Claims::default();
-    let backend = Targeted { vb, options, vars, built, merged_only, claims };
-    VarBuilder::from_backend(Box::new(backend), dtype, device)
+    recorded(replaced, record, Some(adapter))
 }
 
-struct Targeted<'a> {
-    vb: VarBuilder<'a>,
-    options: Arc<Options>,
-    vars: VarMap,
-    built: Arc<Mutex<Built>>,
+/// `base`, to whose layers the adapters of a set can be added.
+pub(super) fn of_set<'a>(base: VarBuilder<'a>, record: Arc<Record>) -> VarBuilder<'a> {
+    let base = var_builder(base, &VarMap::new(), Bias::None);
+    let replaced = Replaced { base, frozen: StateDict::new(), merged_only: MergedOnly::default() };
+    recorded(replaced, record, None)
+}
+
+fn recorded<'a>(
+    source: Replaced<'a>,
+    record: Arc<Record>,
+    adapter: Option<Adapting>,
+) -> VarBuilder<'a> {
+    let (dtype, device) = (source.base.dtype(), source.base.device().clone());
+    from_source(
+        Recorded { source, record, adapter, weights: TargetWeights::default() },
+        dtype,
+        &device,
+    )
+}
+
+/// The base with the tables that a loaded adapter has in place of the base's.
+struct Replaced<'a> {
+    base: VarBuilder<'a>,
+    frozen: StateDict,
     merged_only: MergedOnly,
-    claims: Claims,
 }
 
-impl Targeted<'_> {
-    /// Reports the tensor, and registers a claim if this is a target's weight.
-    fn register(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
-        built::lock(&self.built).read(name, tensor.elem_count());
-        let (path, "weight") = split(name) else { return Ok(tensor) };
-        if !self.options.selects(path) {
+impl Source for Replaced<'_> {
+    fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        self.merged_only.refuse(name)?;
+        match self.frozen.get(name) {
+            Some(own) => wanted.convert(name, own),
+            None => self.base.tensor(name, wanted),
+        }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.base.has(name)
+    }
+}
+
+/// A source that reports to a record.
+struct Recorded<S> {
+    source: S,
+    record: Arc<Record>,
+    adapter: Option<Adapting>,
+    weights: TargetWeights,
+}
+
+impl<S: Source> Source for Recorded<S> {
+    fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        let tensor = self.source.tensor(name, wanted)?;
+        self.record.read(name, &tensor);
+        let (path, last) = split(name);
+        // A variable is of a module that is trained as a whole: it stays itself, for optimizers to find.
+        if last != "weight" || tensor.rank() < 2 || tensor.is_variable() {
             return Ok(tensor);
         }
-        built::lock(&self.built).weight_read(path, tensor.rank());
-        let claim = Target {
+        let module = Module {
             path: path.to_owned(),
-            options: self.options.clone(),
-            vars: self.vars.clone(),
-            built: self.built.clone(),
+            record: self.record.clone(),
+            adapter: self.adapter.clone(),
+            is_built: AtomicBool::new(false),
         };
-        self.claims.register(&tensor, Arc::new(claim))
-    }
-}
-
-impl SimpleBackend for Targeted<'_> {
-    fn get(&self, s: Shape, name: &str, h: Init, dtype: DType, dev: &Device) -> Result<Tensor> {
-        self.merged_only.refuse(name)?;
-        let tensor = match self.options.frozen.get(name) {
-            Some(own) if own.shape() != &s => {
-                bail!("the adapter has {name:?} as {:?}, expected {s:?}", own.shape())
-            }
-            Some(own) => own.to_device(dev)?.to_dtype(dtype)?,
-            None => {
-                self.vb.clone().set_device(dev.clone()).get_with_hints_dtype(s, name, h, dtype)?
-            }
-        };
-        self.register(name, tensor)
+        Ok(self.weights.bind(&tensor, Arc::new(module))?)
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> Result<Tensor> {
-        self.merged_only.refuse(name)?;
-        let tensor = match self.options.frozen.get(name) {
-            Some(own) => own.to_device(dev)?.to_dtype(dtype)?,
-            None => self.vb.clone().set_device(dev.clone()).get_unchecked_dtype(name, dtype)?,
-        };
-        self.register(name, tensor)
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.vb.contains_tensor(name)
+    fn has(&self, name: &str) -> bool {
+        self.source.has(name)
     }
 }

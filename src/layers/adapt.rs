@@ -6,7 +6,7 @@ use super::embedding;
 use super::kind::{LayerKind, Total};
 use super::linear;
 use super::merged_linear;
-use super::weight::Weight;
+use super::weight::WeightTensors;
 use candle_core::{bail, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 
@@ -16,7 +16,7 @@ pub(crate) fn adapt(
     kind: &LayerKind,
     cfg: &LoraConfig,
     vb: &VarBuilder,
-) -> Result<Weight> {
+) -> Result<WeightTensors> {
     if kind.is_linear() && cfg.fan_in_fan_out {
         bail!("fan_in_fan_out is set, but candle_nn's weights are (out, in)")
     }

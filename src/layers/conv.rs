@@ -2,12 +2,11 @@
 //! `B` (out/g·k^⌊n/2⌋, r·k).
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
-use super::base::expect_dense;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
-use super::weight::{Effective, MergedCopy, Placement, Weight};
-use crate::ops::{self, checked_product, Geometry};
+use super::weight::{Effective, MergedCopy, Placement, Weight, WeightTensors};
+use crate::ops::{self, checked_product, Geometry, Matrix};
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 
@@ -147,8 +146,8 @@ impl Conv3d {
     /// If a merged value is not finite.
     pub fn into_merged(self) -> Result<Self> {
         let MergedCopy { weight, bias } = self.weight.merged_copy()?;
-        let weight = Weight::new(weight, None, Placement::Reshaped, &LoraConfig::default())?;
-        Ok(Self { weight: weight.with_bias(bias), kind: self.kind })
+        let weight = Weight::plain(weight, bias, Placement::Reshaped);
+        Ok(Self { weight, kind: self.kind })
     }
 }
 
@@ -184,7 +183,8 @@ fn wrap<C: ConvConfig>(
     vb: VarBuilder,
 ) -> Result<Adapted<C>> {
     let weight = adapt(weight, kind, &cfg, &vb)?;
-    Ok(Adapted { kind, weight: weight.with_bias(wrapped_bias(bias, &at_prefix(&vb, "bias"))?) })
+    let bias = wrapped_bias(bias, &at_prefix(&vb, "bias"))?;
+    Ok(Adapted { kind, weight: weight.with_bias(bias).into() })
 }
 
 /// The kernel with its update from `vb`.
@@ -193,7 +193,7 @@ pub(super) fn adapt<C: ConvConfig>(
     kind: C,
     cfg: &LoraConfig,
     vb: &VarBuilder,
-) -> Result<Weight> {
+) -> Result<WeightTensors> {
     let n = C::N;
     let (_, stride, dilation, groups) = kind.options();
     cfg.validate(base.dtype())?;
@@ -218,7 +218,7 @@ pub(super) fn adapt<C: ConvConfig>(
     let placed = (base, Placement::Reshaped);
     let update = || low_rank((ranks, columns), rows, FactorInit::RandomA, cfg, placed, vb);
     let update = (cfg.r > 0).then(update).transpose()?;
-    Weight::new(base.clone(), update, Placement::Reshaped, cfg)
+    WeightTensors::new(base.clone(), update, Placement::Reshaped, cfg)
 }
 
 /// `vb` at the prefix of a convolution's tensor: the layer's own, or loralib's second one, as in
@@ -235,7 +235,9 @@ impl<C: ConvConfig> Module for Adapted<C> {
     /// (batch, in, spatial..) to (batch, out, spatial..).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Effective { weight, bias, update } = self.weight.effective()?;
-        let weight = expect_dense(weight)?;
+        let Matrix::Dense(weight) = weight else {
+            bail!("a convolution's kernel cannot be quantised")
+        };
         let y = update.apply(x, |x, update| ops::conv(x, &weight, update, self.geometry()))?;
         match bias {
             None => Ok(y),
@@ -264,7 +266,7 @@ fn build<C: ConvConfig>(
     let weight = at_prefix(&vb, "weight").get_with_hints(shape, "weight", init)?;
     let weight = adapt(&weight, kind, &cfg, &vb)?;
     let bias = bias.then(|| at_prefix(&vb, "bias").get_with_hints(out_channels, "bias", init));
-    Ok(Adapted { kind, weight: weight.with_bias(bias.transpose()?) })
+    Ok(Adapted { kind, weight: weight.with_bias(bias.transpose()?).into() })
 }
 
 macro_rules! constructors {

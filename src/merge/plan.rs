@@ -109,6 +109,11 @@ impl Plan {
         changed.map(Some).map_err(|e| Error::tensor(name, e))
     }
 
+    /// The tensors of the base that change.
+    pub fn changed(&self) -> impl Iterator<Item = &str> {
+        self.changes.keys().map(String::as_str)
+    }
+
     pub fn changes(&self, name: &str) -> bool {
         self.changes.contains_key(name)
     }

@@ -129,6 +129,11 @@ impl Trainable {
 const FROZEN_WEIGHT: &str =
     "its layer has an adapter, which keeps it frozen: to train the whole layer set r = 0";
 
+/// A variable of a map.
+pub(crate) fn variable(vars: &VarMap, name: &str) -> Option<Var> {
+    vars.data().lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+}
+
 /// All variables of a map, by name.
 pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
     let data = vars.data().lock().unwrap_or_else(PoisonError::into_inner);

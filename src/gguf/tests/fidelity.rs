@@ -1,9 +1,9 @@
 //! A model gets Hugging Face's tensors.
 
-use crate::gguf::file_var_builder::Disk;
 use crate::gguf::fixture::*;
 use crate::gguf::names::Names;
 use crate::gguf::{var_builder, File};
+use crate::nn::Linear;
 use crate::Result;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
@@ -73,7 +73,6 @@ fn blocks_are_those_of_the_rows_in_hugging_face_s_order() -> Result<()> {
     for dtype in [GgmlDType::Q4_0, GgmlDType::Q8_0, GgmlDType::F16, GgmlDType::BF16] {
         let file = File::open(write_model(dir.path(), "llama", true, dtype))?;
         let vb = file.var_builder(DType::F32, &CPU)?;
-        let disk = Disk::new(&file)?;
         for (name, tensor) in model("llama", true) {
             let loaded = vb.get(tensor.dims(), &name)?;
             if tensor.rank() == 1 {
@@ -83,11 +82,13 @@ fn blocks_are_those_of_the_rows_in_hugging_face_s_order() -> Result<()> {
             // a placeholder
             assert!(bits(&loaded).iter().all(|bits| f32::from_bits(*bits).is_nan()), "{name}");
             let gguf = &expected_names()["llama"][&name];
-            let blocks = disk.blocks(gguf, &CPU)?;
+            let layer = Linear::new(loaded, None);
+            let blocks = layer.quantized_weight().unwrap();
             let expected = QTensor::quantize(&tensor, dtype)?;
             assert_eq!(blocks.dtype(), dtype);
             assert_eq!(blocks.data()?, expected.data()?, "{name}");
-            assert!(Arc::ptr_eq(&blocks, &disk.blocks(gguf, &CPU)?));
+            let again = Linear::new(vb.get(tensor.dims(), &name)?, None);
+            assert!(Arc::ptr_eq(blocks, again.quantized_weight().unwrap()));
             let stored = converted("llama", &name, &tensor, dtype);
             assert_eq!(file.tensor(gguf, &CPU)?.data()?, stored.data()?, "{name}");
         }

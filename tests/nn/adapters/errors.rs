@@ -21,7 +21,7 @@ fn a_choice_that_cannot_be_made_is_an_error() -> Result<()> {
     let with = |strengths: &[(&str, f64)]| served.adapters.with(strengths, || served.forward());
     says(with(&[]), &["no adapter is chosen", "with_none"]);
     says(with(&[("sqk", 1.)]), &["no adapter \"sqk\"", "\"sql\""]);
-    says(with(&[("sql", f64::NAN)]), &["strength", "\"sql\"", "NaN"]);
+    says(with(&[("sql", f64::NAN)]), &["weight", "\"sql\"", "NaN"]);
     says(with(&[("sql", 0.5), ("sql", 0.5)]), &["\"sql\"", "twice"]);
     says(served.adapters.sum([("sql", f64::INFINITY)]), &["\"sql\"", "inf"]);
     let rows = |rows: &[Option<&str>]| served.adapters.with_rows(rows, || served.forward());

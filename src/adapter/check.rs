@@ -1,0 +1,96 @@
+//! Whether an adapter and a model fit: every target is an adapted layer, and the model reads all that the adapter has.
+
+use super::options::Options;
+use super::record::Record;
+use super::state::Adapted;
+use crate::utils::names::{is_lora, join, split};
+use crate::utils::{variables, Bias, Trainable};
+use crate::{Error, Result};
+use candle_nn::VarMap;
+
+/// An error unless the adapter with these options and variables fits the models of the record, whose layers it has
+/// `adapted`.
+pub(super) fn check(
+    options: &Options,
+    vars: &VarMap,
+    adapted: &Adapted,
+    record: &Record,
+) -> Result<()> {
+    if let Some((path, reason)) = adapted.failures().next() {
+        return Err(Error::tensor(join(path, "weight"), reason));
+    }
+    let all_linear = options.targets.is_all_linear();
+    if all_linear && options.config.bias == Bias::LoraOnly {
+        let reason =
+            "which biases belong to adapted layers is not known in advance: name the targets";
+        return Err(Error::unsupported("`Bias::LoraOnly` with all linear layers", reason));
+    }
+    let mut without_layer = record.without_layer();
+    without_layer.retain(|(path, _)| options.selects(path));
+    // A weight without a layer is reported below, with another reason.
+    let unclaimed = without_layer.iter().filter(|_| !all_linear).map(|(path, _)| path.as_str());
+    options.valid().map_err(Error::Invalid)?;
+    let hinted = |reason: String| {
+        let (hint, names) = (options.layers.hint(), record.names());
+        Error::Invalid(format!("{reason}{hint}; its layers are named {names}"))
+    };
+    let known = adapted.layers().map(|(path, _)| path).chain(unclaimed);
+    options.targets.check(known).map_err(hinted)?;
+    // All-linear also reads the weights of norms and other layers.
+    if let Some((path, _)) = without_layer.iter().find(|(_, rank)| !all_linear || *rank == 2) {
+        let reason = match adapted.layers().next() {
+            None => "no layer of `lora::nn` was built around it: does the model's file have `use loralib::nn as \
+                     candle_nn;` at its top?",
+            Some(_) => "it is a target, but the model builds no layer of `lora::nn` around it: it may use the \
+                        tensor itself, transpose, cast or split it; `exclude` it",
+        };
+        return Err(Error::tensor(join(path, "weight"), reason));
+    }
+    unread(options, vars, adapted, record)
+}
+
+/// An error for a tensor of the adapter that no model has read.
+fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) -> Result<()> {
+    let (vars, trainable) = (variables(vars), Trainable::from(&options.config));
+    let saved = vars.keys().filter(|name| trainable.selects(name, |n| vars.contains_key(n)));
+    let is_read = |name: &str| {
+        // The factors are read by the layer, and the table under them is the base's.
+        let of_layer = is_lora(name) || options.frozen.contains_key(name);
+        record.has(name) || (of_layer && adapted.contains(split(name).0))
+    };
+    match saved.chain(options.frozen.keys()).find(|name| !is_read(name)) {
+        None => Ok(()),
+        Some(name) if is_lora(name) => {
+            let reason = "the adapter has it, but the model has no such layer";
+            Err(Error::tensor(name, format!("{reason}{}", tied_hint(record))))
+        }
+        Some(name) => {
+            let reason = "the adapter has it, but the model does not read it";
+            Err(Error::tensor(name, format!("{reason}{}", tied_hint(record))))
+        }
+    }
+}
+
+/// An error for a tensor that the adapter changes and that the model on [`merged`](super::Adapter::merged) has not
+/// read.
+pub(super) fn check_merged(changed: &[String], record: &Record) -> Result<()> {
+    match changed.iter().find(|name| !record.has(name)) {
+        None => Ok(()),
+        Some(name) => {
+            let reason = "the adapter changes it, but the model on `merged` has not read it: a head that is tied to \
+                          the embeddings has no tensor of its own (`tie_word_embeddings`)";
+            Err(Error::tensor(name, reason))
+        }
+    }
+}
+
+/// What may be the reason: the model computes with the weight of another layer.
+fn tied_hint(record: &Record) -> String {
+    match record.tied().first() {
+        None => String::new(),
+        Some((path, kinds)) => format!(
+            "; layers of the kinds {kinds:?} share the weight of {path:?}: a head that is tied to the embeddings has \
+             no tensor of its own"
+        ),
+    }
+}
