@@ -99,3 +99,25 @@ impl Base {
         Self { tensor: self.tensor.detach(), placeholder: self.placeholder.clone() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::quantized::GgmlDType;
+
+    #[test]
+    fn an_entry_lives_as_long_as_its_owners() -> Result<()> {
+        let weight = Tensor::ones((2, 32), DType::F32, &Device::Cpu)?;
+        let blocks = Arc::new(QTensor::quantize(&weight, GgmlDType::Q8_0)?);
+        let placeholder = placeholder(blocks.clone(), DType::F32)?;
+        let tensor = placeholder.tensor().clone();
+        let base = Base::new(tensor.clone());
+        drop(placeholder);
+        assert!(Base::new(tensor.clone()).blocks().is_some(), "the layer has it");
+        drop(base);
+        assert_eq!(Arc::strong_count(&blocks), 1);
+        assert!(!BLOCKS.has(&tensor));
+        assert!(Base::new(tensor).matrix().is_err());
+        Ok(())
+    }
+}

@@ -34,6 +34,11 @@ impl<T: ?Sized> Registry<T> {
         entry?.upgrade()
     }
 
+    #[cfg(test)]
+    pub fn has(&self, tensor: &Tensor) -> bool {
+        self.entries().contains_key(&tensor.id())
+    }
+
     fn entries(&self) -> MutexGuard<'_, HashMap<TensorId, Weak<Bound<T>>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
