@@ -26,18 +26,18 @@ fn half(path: &Path, matrices: usize, dims: (usize, usize)) -> Result<()> {
 fn layers_are_built_in_parallel() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("model.safetensors");
-    half(&path, 12, (512, 512))?;
+    half(&path, 12, (1024, 512))?;
     for threads in [2, 4, 8] {
         let (done, is_done) = mpsc::channel();
         let path = path.clone();
         thread::spawn(move || {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let build = || -> Result<()> {
-                for _ in 0..6 {
+                for _ in 0..16 {
                     let adapter = Adapter::new(CFG).targets(["2", "3"]);
                     let vb = adapter.var_builder(half_var_builder(&path, DType::F32, &CPU)?);
-                    let layer = |i| linear_no_bias(512, 512, vb.pp(format!("layers.{}", i % 12)));
-                    (0..48).into_par_iter().map(layer).collect::<candle_core::Result<Vec<_>>>()?;
+                    let layer = |i| linear_no_bias(512, 1024, vb.pp(format!("layers.{}", i % 12)));
+                    (0..24).into_par_iter().map(layer).collect::<candle_core::Result<Vec<_>>>()?;
                     adapter.check()?;
                     assert_eq!(adapter.adapted(), ["layers.2", "layers.3"]);
                 }
