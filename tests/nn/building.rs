@@ -33,7 +33,7 @@ fn layers_are_built_in_parallel() -> Result<()> {
         thread::spawn(move || {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let build = || -> Result<()> {
-                for _ in 0..16 {
+                for _ in 0..6 {
                     let adapter = Adapter::new(CFG).targets(["2", "3"]);
                     let vb = adapter.var_builder(half_var_builder(&path, DType::F32, &CPU)?);
                     let layer = |i| linear_no_bias(512, 1024, vb.pp(format!("layers.{}", i % 12)));
