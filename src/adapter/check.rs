@@ -3,10 +3,47 @@
 use super::options::Options;
 use super::record::Record;
 use super::state::Adapted;
+use super::Adapter;
 use crate::utils::names::{is_lora, join, split};
 use crate::utils::{variables, Bias, Trainable};
 use crate::{Error, Result};
 use candle_nn::VarMap;
+use std::sync::Arc;
+
+impl Adapter {
+    /// An error unless every target is an adapted layer, the model reads all that the adapter has, and there is
+    /// something to train. Call it after the model is built.
+    ///
+    /// # Errors
+    /// If no model was built on `var_builder`, or the options were changed after it; if nothing is selected to be
+    /// trained, as with `r = 0`, the default; if a target matches no layer; if the model reads a
+    /// target's weight without building a layer of [`nn`](crate::nn) around it, for instance transposed; if a
+    /// layer could not be adapted; and if the adapter has factors for a layer that the model lacks, or another tensor,
+    /// such as a head, that it does not read. The error has the names.
+    ///
+    /// For a model on [`merged`](Self::merged): if it has not read a tensor that the adapter changes.
+    pub fn check(&self) -> Result<()> {
+        self.check_models()?;
+        self.named_vars().map(drop)
+    }
+
+    pub(super) fn check_models(&self) -> Result<()> {
+        let invalid = |reason: &str| Err(Error::Invalid(reason.to_owned()));
+        let state = self.state();
+        let merged = state.merged.as_ref().filter(|merged| !merged.record.is_empty());
+        if let Some(merged) = merged {
+            check_merged(&merged.changed, &merged.record)?;
+        }
+        match &state.options {
+            None if merged.is_some() => Ok(()),
+            None => invalid("no model was built on the adapter's `var_builder` yet"),
+            Some(built) if !Arc::ptr_eq(built, &self.options) => invalid(
+                "the options of the adapter were changed after `var_builder`: set them before",
+            ),
+            Some(_) => check(&self.options, &self.vars, &state.adapted, &self.record),
+        }
+    }
+}
 
 /// An error unless the adapter with these options and variables fits the models of the record, whose layers it has
 /// `adapted`.
@@ -58,22 +95,25 @@ fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) 
         let of_layer = is_lora(name) || options.frozen.contains_key(name);
         record.has(name) || (of_layer && adapted.contains(split(name).0))
     };
-    match saved.chain(options.frozen.keys()).find(|name| !is_read(name)) {
-        None => Ok(()),
-        Some(name) if is_lora(name) => {
-            let reason = "the adapter has it, but the model has no such layer";
-            Err(Error::tensor(name, format!("{reason}{}", tied_hint(record))))
-        }
-        Some(name) => {
-            let reason = "the adapter has it, but the model does not read it";
-            Err(Error::tensor(name, format!("{reason}{}", tied_hint(record))))
-        }
-    }
+    let Some(name) = saved.chain(options.frozen.keys()).find(|name| !is_read(name)) else {
+        return Ok(());
+    };
+    let reason = match is_lora(name) {
+        true => "the model has no such layer",
+        false => "the model does not read it",
+    };
+    let tied = record.tied();
+    let hint = tied.first().map_or_else(String::new, |(path, kinds)| {
+        format!(
+            "; layers of the kinds {kinds:?} share the weight of {path:?}: a head that is tied to the embeddings has \
+             no tensor of its own"
+        )
+    });
+    Err(Error::tensor(name, format!("the adapter has it, but {reason}{hint}")))
 }
 
-/// An error for a tensor that the adapter changes and that the model on [`merged`](super::Adapter::merged) has not
-/// read.
-pub(super) fn check_merged(changed: &[String], record: &Record) -> Result<()> {
+/// An error for a tensor that the adapter changes and that the model on [`merged`](Adapter::merged) has not read.
+fn check_merged(changed: &[String], record: &Record) -> Result<()> {
     match changed.iter().find(|name| !record.has(name)) {
         None => Ok(()),
         Some(name) => {
@@ -81,16 +121,5 @@ pub(super) fn check_merged(changed: &[String], record: &Record) -> Result<()> {
                           the embeddings has no tensor of its own (`tie_word_embeddings`)";
             Err(Error::tensor(name, reason))
         }
-    }
-}
-
-/// What may be the reason: the model computes with the weight of another layer.
-fn tied_hint(record: &Record) -> String {
-    match record.tied().first() {
-        None => String::new(),
-        Some((path, kinds)) => format!(
-            "; layers of the kinds {kinds:?} share the weight of {path:?}: a head that is tied to the embeddings has \
-             no tensor of its own"
-        ),
     }
 }

@@ -3,7 +3,7 @@
 use super::options::Options;
 use super::record::Record;
 use super::state::{self, State};
-use crate::base::{seeded, var_builder};
+use crate::base::var_builder;
 use crate::layers::binding::active::LayerId;
 use crate::layers::binding::TargetModule;
 use crate::layers::{adapt, LayerKind, LoraConfig, Mode, SharedWeight, Weight, WeightTensors};
@@ -89,7 +89,7 @@ impl Module {
             Ok((shared, layer)) => (Some(shared), Ok(layer)),
             Err(reason) => (None, Err(reason)),
         };
-        state::lock(&adapter.state).adapted.insert(self.path.clone(), layer);
+        state::lock(&adapter.state).adapted.0.insert(self.path.clone(), layer);
         shared
     }
 }
@@ -112,12 +112,8 @@ pub(super) fn adapted(
         vars,
         Trainable::from(&options.config),
     );
-    let vb = match options.seed {
-        Some(seed) => seeded(vb, seed),
-        None => vb,
-    };
     let cfg = layer.over(options.config.lora);
-    let tensors = adapt(weight, declared, &cfg, &vb.set_prefix(path));
+    let tensors = adapt(weight, declared, &cfg, &options.seeded(vb).set_prefix(path));
     let tensors = tensors.map_err(|error| error.to_string())?;
     let tensors = match &options.dropout {
         Some(stream) => tensors.with_dropout_stream(stream),

@@ -3,7 +3,7 @@
 use super::record::Record;
 use super::state::MergedModel;
 use super::Adapter;
-use crate::base::dense::Dense;
+use crate::base::quantized::Dense;
 use crate::base::source::{from_source, Source, Wanted};
 use crate::merge::{with_orientations, Plan};
 use crate::utils::names::is_adapter;

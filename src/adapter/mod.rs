@@ -25,7 +25,6 @@ use crate::utils::{
 use crate::{Error, Result};
 use candle_core::Var;
 use candle_nn::{VarBuilder, VarMap};
-use check::{check, check_merged};
 use layer::Adapting;
 use options::Options;
 use record::Record;
@@ -188,42 +187,7 @@ impl Adapter {
     pub fn var_builder<'a>(&self, base: VarBuilder<'a>) -> VarBuilder<'a> {
         self.state().options = Some(self.options.clone());
         let Self { options, vars, record, state } = self.clone();
-        var_builder::of_adapter(base, Adapting { options, vars, state }, record)
-    }
-
-    /// An error unless every target is an adapted layer, the model reads all that the adapter has, and there is
-    /// something to train. Call it after the model is built.
-    ///
-    /// # Errors
-    /// If no model was built on `var_builder`, or the options were changed after it; if nothing is selected to be
-    /// trained, as with `r = 0`, the default; if a target matches no layer; if the model reads a
-    /// target's weight without building a layer of [`nn`](crate::nn) around it, for instance transposed; if a
-    /// layer could not be adapted; and if the adapter has factors for a layer that the model lacks, or another tensor,
-    /// such as a head, that it does not read. The error has the names.
-    ///
-    /// For a model on [`merged`](Self::merged): if it has not read a tensor that the adapter changes.
-    pub fn check(&self) -> Result<()> {
-        self.check_models()?;
-        self.named_vars().map(drop)
-    }
-
-    fn check_models(&self) -> Result<()> {
-        let state = self.state();
-        let merged = state.merged.as_ref().filter(|merged| !merged.record.is_empty());
-        if let Some(merged) = merged {
-            check_merged(&merged.changed, &merged.record)?;
-        }
-        match &state.options {
-            None if merged.is_some() => Ok(()),
-            None => Err(Error::Invalid(
-                "no model was built on the adapter's `var_builder` yet".to_owned(),
-            )),
-            Some(built) if !Arc::ptr_eq(built, &self.options) => Err(Error::Invalid(
-                "the options of the adapter were changed after `var_builder`: set them before"
-                    .to_owned(),
-            )),
-            Some(_) => check(&self.options, &self.vars, &state.adapted, &self.record),
-        }
+        var_builder::recorded(base, record, Some(Adapting { options, vars, state }))
     }
 
     /// How many masks dropout has drawn from the [`seed`](Self::seed), 0 without one: with the variables and the

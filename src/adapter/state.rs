@@ -42,17 +42,9 @@ impl State {
 
 /// The layers that an adapter was to adapt, by path: their options with their kinds, or why they could not be adapted.
 #[derive(Debug, Default, Clone)]
-pub(super) struct Adapted(BTreeMap<String, Result<LayerConfig, String>>);
+pub(super) struct Adapted(pub BTreeMap<String, Result<LayerConfig, String>>);
 
 impl Adapted {
-    pub fn insert(&mut self, path: String, layer: Result<LayerConfig, String>) {
-        self.0.insert(path, layer);
-    }
-
-    pub fn extend(&mut self, other: Self) {
-        self.0.extend(other.0);
-    }
-
     pub fn contains(&self, path: &str) -> bool {
         self.0.get(path).is_some_and(Result::is_ok)
     }

@@ -4,7 +4,6 @@
 //! Matrices that stay quantised come as placeholders; [`binding`](crate::layers::binding) has how they reach a layer.
 
 pub(crate) mod cache;
-pub(crate) mod dense;
 mod half_var_builder;
 pub(crate) mod quantized;
 mod safetensors_var_builder;

@@ -32,8 +32,7 @@ impl Attached {
             return Err(Error::Invalid(reason.to_owned()));
         }
         let (options, held) = (&adapter.options, variables(&adapter.vars));
-        let (vars, mut layers_of, mut updates) =
-            (VarMap::new(), Adapted::default(), Updates::new());
+        let (vars, mut fitted, mut updates) = (VarMap::new(), Adapted::default(), Updates::new());
         vars.data().lock().unwrap_or_else(PoisonError::into_inner).extend(held.clone());
         for (path, kind, layer) in layers {
             if !(options.selects(&path) && options.adapts(&kind)) {
@@ -47,9 +46,9 @@ impl Attached {
                 }
                 Err(reason) => Err(reason),
             };
-            layers_of.insert(path, layer);
+            fitted.0.insert(path, layer);
         }
-        check(options, &vars, &layers_of, record)?;
+        check(options, &vars, &fitted, record)?;
         if updates.is_empty() {
             let reason =
                 "it adapts no layer: it needs targets, and a model on `Adapters::var_builder`";
@@ -59,7 +58,7 @@ impl Attached {
         if let Some(name) = created.filter(|_| options.loaded) {
             return Err(Error::tensor(name, "the adapter does not have it"));
         }
-        Ok(Self { vars, adapted: layers_of, updates })
+        Ok(Self { vars, adapted: fitted, updates })
     }
 
     /// Gives the adapter its variables and layers, and returns the updates.
@@ -68,7 +67,7 @@ impl Attached {
         adapter.vars.data().lock().unwrap_or_else(PoisonError::into_inner).extend(vars);
         let mut state = adapter.state();
         state.options = Some(adapter.options.clone());
-        state.adapted.extend(self.adapted);
+        state.adapted.0.extend(self.adapted.0);
         Arc::new(self.updates)
     }
 }

@@ -81,7 +81,7 @@ impl Adapters {
     /// A `VarBuilder` for the model, to be built before adapters are added: frozen tensors from `base`, which may be
     /// quantised. Every layer of [`nn`](crate::nn) that takes its weight from it is a place for adapters.
     pub fn var_builder<'a>(&self, base: VarBuilder<'a>) -> VarBuilder<'a> {
-        var_builder::of_set(base, self.record.clone())
+        var_builder::recorded(base, self.record.clone(), None)
     }
 
     /// Adds an adapter, whose variables it shares.

@@ -95,7 +95,7 @@ impl Added {
             false => Ok(()),
             true => Err(Error::unsupported(
                 format!("the adapter {name:?} with use_dora in a weighted sum or by rows"),
-                "its magnitudes scale the base's output too: choose it alone by `with`, at the strength 1",
+                "its magnitudes scale the base's output too: choose it alone by `with`, at the weight 1",
             )),
         }
     }
