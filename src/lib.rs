@@ -13,6 +13,7 @@
 #![deny(missing_docs)]
 
 pub mod adapter;
+pub mod base;
 #[cfg(doc)]
 pub mod docs;
 mod error;
@@ -32,6 +33,8 @@ mod weights;
 
 #[doc(no_inline)]
 pub use adapter::{Adapter, Adapters, LoraWeights};
+#[doc(no_inline)]
+pub use base::{safetensors_var_builder, var_builder};
 #[doc(hidden)] // for lora_module!
 pub use candle_core;
 pub use error::{Error, Result};
@@ -44,5 +47,5 @@ pub use layers::{
 #[doc(no_inline)]
 pub use utils::{
     load_checkpoint, load_state_dict, lora_state_dict, mark_only_lora_as_trainable, missing_grads,
-    read_state_dict, safetensors_var_builder, save_state_dict, var_builder, Bias, Strict,
+    read_state_dict, save_state_dict, Bias, Strict,
 };

@@ -1,7 +1,7 @@
 //! Activation checkpointing.
 
 use super::Adapter;
-use crate::layers::Choices;
+use crate::layers::binding::active::Activations;
 use crate::ops::{self, SegmentVars};
 use candle_core::{bail, Result, Tensor};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,10 +52,10 @@ impl Adapter {
         };
         let named = self.named_vars()?;
         // The backward comes after the closure of `Adapters::with`.
-        let choices = Choices::current();
-        let mut foreign = choices.variables();
+        let active = Activations::current();
+        let mut foreign = active.variables();
         foreign.retain(|(_, tensor)| named.values().all(|own| own.id() != tensor.id()));
-        let segment = move |x: &Tensor| choices.clone().run(|| segment(x));
+        let segment = move |x: &Tensor| active.clone().run(|| segment(x));
         let (inside, outside) = named.into_iter().partition(|(name, _)| within(name));
         let vars = SegmentVars { module: module.to_owned(), inside, outside, foreign };
         let Some(masks) = self.options.dropout.clone() else {

@@ -1,7 +1,8 @@
 //! The base of a model with an adapter.
 
-use super::{built, Adapter};
-use crate::layers::{choose, Choice, Part};
+use super::Adapter;
+use crate::layers::binding::active::{activate, Active};
+use crate::layers::Part;
 use crate::utils::variables;
 use crate::Error;
 
@@ -37,7 +38,6 @@ impl Adapter {
                           build one on the base";
             return Err(Error::tensor(name, reason).into());
         }
-        let owner = built::lock(&self.built).owner();
-        choose(owner, Choice::Sum(vec![]), f)
+        activate(self.record.scope, Active::Sum(vec![]), f)
     }
 }

@@ -1,14 +1,18 @@
 //! A `VarBuilder` over a base with an adapter merged into it, for any candle model.
 
+use super::record::Record;
+use super::state::MergedModel;
 use super::Adapter;
+use crate::base::quantized::Dense;
+use crate::base::source::{from_source, Source, Wanted};
 use crate::files::StateDict;
-use crate::layers::{dequantized, Part};
+use crate::layers::Part;
 use crate::merge::Plan;
 use crate::weights::LoraWeights;
 use crate::Result;
-use candle_core::{bail, DType, Device, Shape, Tensor};
-use candle_nn::var_builder::{SimpleBackend, VarBuilder};
-use candle_nn::Init;
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+use std::sync::Arc;
 
 impl Adapter {
     /// A `VarBuilder` that gives `W + ΔW` for the weights of the adapted layers, and the adapter's biases and
@@ -21,6 +25,7 @@ impl Adapter {
     ///
     /// A head that is tied to an adapted embedding computes with the merged table here, and with the base's table
     /// in a model on [`var_builder`](Self::var_builder): adapt tied tables only if the model unties the head.
+    /// [`check`](Self::check) tells whether the model has read all that the adapter changes.
     ///
     /// # Errors
     /// If the base lacks the weight of an adapted layer, or one of its factors is missing. A weight that does
@@ -33,74 +38,32 @@ impl Adapter {
         let dims = |name: &str| Some(base.get_unchecked(name).ok()?.dims().to_vec());
         let weights = LoraWeights::new(self.config(), adapter.clone())?;
         let plan = Plan::new(&weights, exists, dims)?;
-        Ok(VarBuilder::from_backend(Box::new(Merged { base, adapter, plan }), dtype, device))
+        let record = Arc::<Record>::default();
+        let changed = plan.changed().map(str::to_owned).collect();
+        self.state().merged = Some(MergedModel { record: record.clone(), changed });
+        Ok(from_source(Merged { base: Dense(base), adapter, plan, record }, dtype, &device))
     }
 }
 
 struct Merged<'a> {
-    base: VarBuilder<'a>,
+    base: Dense<VarBuilder<'a>>,
     adapter: StateDict,
     plan: Plan,
+    record: Arc<Record>,
 }
 
-impl Merged<'_> {
-    /// The adapter's own tensor of this name, if it has one.
-    fn own(
-        &self,
-        name: &str,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Option<Tensor>> {
-        let own = self.adapter.get(name).map(|own| own.to_device(device)?.to_dtype(dtype));
-        own.transpose()
-    }
-
-    /// `tensor` with the adapter's changes.
-    fn merge(&self, name: &str, tensor: Tensor) -> candle_core::Result<Tensor> {
-        Ok(self.plan.apply(name, &tensor)?.unwrap_or(tensor))
-    }
-}
-
-impl SimpleBackend for Merged<'_> {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        hint: Init,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        let weight = match self.own(name, dtype, device)? {
-            Some(own) if own.shape() != &shape => {
-                bail!("the adapter has {name:?} as {:?}, expected {shape:?}", own.shape())
-            }
-            Some(own) => own,
-            None => {
-                let base = self.base.clone().set_device(device.clone());
-                dequantized(base.get_with_hints_dtype(shape, name, hint, dtype)?)?
-            }
+impl Source for Merged<'_> {
+    fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        let tensor = match self.adapter.get(name) {
+            Some(own) => wanted.convert(name, own)?,
+            None => self.base.tensor(name, wanted)?,
         };
-        self.merge(name, weight)
+        let merged = self.plan.apply(name, &tensor)?.unwrap_or(tensor);
+        self.record.read(name, &merged);
+        Ok(merged)
     }
 
-    fn get_unchecked(
-        &self,
-        name: &str,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        let weight = match self.own(name, dtype, device)? {
-            Some(own) => own,
-            None => {
-                let base = self.base.clone().set_device(device.clone());
-                dequantized(base.get_unchecked_dtype(name, dtype)?)?
-            }
-        };
-        self.merge(name, weight)
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        !Part::parse(name).1.is_adapter()
-            && (self.adapter.contains_key(name) || self.base.contains_tensor(name))
+    fn has(&self, name: &str) -> bool {
+        !Part::parse(name).1.is_adapter() && (self.adapter.contains_key(name) || self.base.has(name))
     }
 }

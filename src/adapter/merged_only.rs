@@ -4,11 +4,11 @@
 use crate::layers::{LayerKind, Part};
 use crate::utils::variables;
 use crate::weights::AdapterConfig;
-use candle_core::{bail, Result};
+use crate::{Error, Result};
 use candle_nn::VarMap;
 use std::collections::BTreeSet;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct MergedOnly(BTreeSet<String>);
 
 impl MergedOnly {
@@ -32,12 +32,11 @@ impl MergedOnly {
 
     /// An error for such a tensor.
     pub fn refuse(&self, name: &str) -> Result<()> {
-        if self.0.contains(name) {
-            bail!(
-                "{name:?}: the adapter changes it by lora_bias, trainable_token_indices or target_parameters, which \
-                 are merged alone: build the model on `Adapter::merged`, or merge by `merge_files`"
-            )
+        if !self.0.contains(name) {
+            return Ok(());
         }
-        Ok(())
+        let reason = "the adapter changes it by lora_bias, trainable_token_indices or target_parameters, which are \
+                      merged alone: build the model on `Adapter::merged`, or merge by `merge_files`";
+        Err(Error::tensor(name, reason))
     }
 }

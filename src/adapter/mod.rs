@@ -1,14 +1,16 @@
 //! An adapter as one value: its options, targets, variables and mode.
 
 mod adapters;
-mod built;
+mod check;
 mod checkpoint;
 mod disabled;
 mod files;
+mod layer;
 mod merged;
 mod merged_only;
 mod options;
-mod target;
+mod record;
+mod state;
 mod targets;
 mod transformer_layers;
 mod var_builder;
@@ -19,17 +21,19 @@ use crate::utils::{
     is_initial, lora_state_dict, summary, variables, StateDict, Summary, Trainable,
 };
 use crate::{Error, Result};
-use built::Built;
 use candle_core::backprop::GradStore;
 use candle_core::Var;
 use candle_nn::{VarBuilder, VarMap};
+use layer::Adapting;
 use options::Options;
+use record::Record;
+use state::State;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use crate::weights::{AdapterConfig, LayerConfig, LayerWeights, LoraWeights};
-pub use adapters::{Adapters, Strengths};
+pub use adapters::{Adapters, WeightedAdapters};
 pub use targets::Targets;
 
 /// A LoRA adapter for a model on [`lora::nn`](crate::nn), whose layers it finds by name.
@@ -84,7 +88,8 @@ pub use targets::Targets;
 pub struct Adapter {
     options: Arc<Options>,
     vars: VarMap,
-    built: Arc<Mutex<Built>>,
+    record: Arc<Record>,
+    state: Arc<Mutex<State>>,
 }
 
 impl fmt::Debug for Adapter {
@@ -102,7 +107,12 @@ impl Adapter {
     /// with ranks, alphas and kinds of single layers.
     pub fn new(config: impl Into<AdapterConfig>) -> Self {
         let options = Options::new(config.into());
-        Self { options: Arc::new(options), vars: VarMap::new(), built: Default::default() }
+        let (record, state) = Default::default();
+        Self { options: Arc::new(options), vars: VarMap::new(), record, state }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        state::lock(&self.state)
     }
 
     fn with(mut self, set: impl FnOnce(&mut Options)) -> Self {
@@ -176,22 +186,9 @@ impl Adapter {
     /// A `VarBuilder` for the model: frozen tensors from `base`, adapters for the targets, and the trainable
     /// parameters as variables of this adapter.
     pub fn var_builder<'a>(&self, base: VarBuilder<'a>) -> VarBuilder<'a> {
-        let Self { options, vars, built } = self.clone();
-        var_builder::targeted(base, options, vars, built)
-    }
-
-    /// An error unless every target is an adapted layer, and there is something to train. Call it after the model
-    /// is built.
-    ///
-    /// # Errors
-    /// If no model was built on `var_builder`, or the options were changed after it; if nothing is selected to be
-    /// trained, as with `r = 0`, the default; if a target matches no layer; if the model reads a
-    /// target's weight without building a layer of [`nn`](crate::nn) around it, for instance transposed; if a
-    /// layer could not be adapted; and if the adapter has factors for a layer that the model lacks. The error
-    /// has the names.
-    pub fn check(&self) -> Result<()> {
-        built::lock(&self.built).check(&self.options, &self.vars)?;
-        self.named_vars().map(drop)
+        self.state().options = Some(self.options.clone());
+        let Self { options, vars, record, state } = self.clone();
+        var_builder::recorded(base, record, Some(Adapting { options, vars, state }))
     }
 
     /// How many masks dropout has drawn from the [`seed`](Self::seed), 0 without one: with the variables and the
@@ -218,7 +215,7 @@ impl Adapter {
 
     /// The paths of the adapted layers, sorted.
     pub fn adapted(&self) -> Vec<String> {
-        built::lock(&self.built).layers().map(|(path, _)| path.to_owned()).collect()
+        self.state().adapted.layers().map(|(path, _)| path.to_owned()).collect()
     }
 
     /// The variables to train, sorted by name, for an optimizer.
@@ -242,7 +239,7 @@ impl Adapter {
             }
             // Why there are none, where that is known.
             error @ Error::Empty { .. } => {
-                built::lock(&self.built).check(&self.options, &self.vars).err().unwrap_or(error)
+                self.check_models().err().unwrap_or(error)
             }
             error => error,
         })
@@ -298,22 +295,22 @@ impl Adapter {
     }
 
     fn set_mode(&self, mode: Mode) -> Result<()> {
-        let layers = built::lock(&self.built).alive();
+        let layers = self.record.layers();
         // All or nothing, and without the lock: merging waits for other threads.
         let states: Vec<_> = layers
             .iter()
-            .map(|(path, layer)| layer.prepare(mode).map_err(|e| e.context(path.clone())))
+            .map(|(path, _, layer)| layer.prepare(mode).map_err(|e| e.context(path.clone())))
             .collect::<candle_core::Result<_>>()?;
-        built::lock(&self.built).set_mode(mode);
-        layers.iter().zip(states).for_each(|((_, layer), state)| layer.set(state));
+        self.state().mode = Some(mode);
+        layers.iter().zip(states).for_each(|((.., layer), state)| layer.set(state));
         Ok(())
     }
 
     /// The options, with the kinds, ranks and alphas of the adapted layers.
     pub fn config(&self) -> AdapterConfig {
         let mut config = self.options.config.clone();
-        let built = built::lock(&self.built);
-        let mut layers = built.layers().peekable();
+        let state = self.state();
+        let mut layers = state.adapted.layers().peekable();
         if layers.peek().is_some() {
             config.layers = layers.map(|(path, layer)| (path.to_owned(), layer.clone())).collect();
         }
@@ -336,7 +333,10 @@ impl Adapter {
     /// If nothing is trainable.
     pub fn summary(&self) -> Result<Summary> {
         let (summary, trained) = (summary(&self.vars, &self.options.config)?, self.named_vars()?);
-        let total = built::lock(&self.built).parameters(&trained);
+        // Those that the model has read, and factors, which the layers have read.
+        let beside = trained.iter().filter(|(name, _)| !self.record.has(name));
+        let beside: usize = beside.map(|(_, var)| var.elem_count()).sum();
+        let total = self.record.values() + beside;
         Ok(if total > summary.trainable() { summary.with_total(total) } else { summary })
     }
 }

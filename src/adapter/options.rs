@@ -2,13 +2,14 @@
 
 use super::targets::Targets;
 use super::transformer_layers::TransformerLayers;
+use crate::base::seeded;
 use crate::files::StateDict;
 use crate::formats::peft::Patterns;
-use crate::layers::is_within;
-use crate::layers::LayerKind;
+use crate::layers::{is_within, LayerKind};
 use crate::ops::DropoutStream;
 use crate::weights::{AdapterConfig, LayerConfig};
 use crate::Result;
+use candle_nn::VarBuilder;
 use std::sync::Arc;
 
 #[derive(Debug, Clone)]
@@ -20,7 +21,7 @@ pub(super) struct Options {
     /// Ranks and alphas by PEFT's patterns; those of `config` come first.
     pub patterns: Patterns,
     pub seed: Option<u64>,
-    /// Of the seed.
+    /// The masks that are drawn from the seed.
     pub dropout: Option<Arc<DropoutStream>>,
     /// Whether its variables come from a file.
     pub loaded: bool,
@@ -29,7 +30,7 @@ pub(super) struct Options {
 }
 
 impl Options {
-    /// Of an adapter without targets.
+    /// The options of an adapter without targets.
     pub fn new(config: AdapterConfig) -> Self {
         Self {
             config,
@@ -65,6 +66,14 @@ impl Options {
         let r = layer.r.map_or_else(|| self.patterns.rank(path), |r| Ok(Some(r)))?;
         let alpha = layer.lora_alpha.map_or_else(|| self.patterns.alpha(path), |a| Ok(Some(a)))?;
         Ok(LayerConfig { r, lora_alpha: alpha, ..layer })
+    }
+
+    /// `vb` with the adapter's seed, if it has one.
+    pub fn seeded<'a>(&self, vb: VarBuilder<'a>) -> VarBuilder<'a> {
+        match self.seed {
+            Some(seed) => seeded(vb, seed),
+            None => vb,
+        }
     }
 
     /// An error for an expression that is invalid, or has no effect.

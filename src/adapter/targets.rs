@@ -18,7 +18,7 @@ pub struct Targets(Rule);
 
 #[derive(Debug, Clone)]
 enum Rule {
-    Names(Vec<String>),
+    Names(BTreeSet<String>),
     /// Whole paths, of an adapter that was loaded.
     Paths(BTreeSet<String>),
     Regex(String, Result<Regex, String>),
@@ -45,7 +45,7 @@ impl Targets {
     }
 
     pub(super) fn none() -> Self {
-        Self(Rule::Names(vec![]))
+        Self(Rule::Names(BTreeSet::new()))
     }
 
     pub(super) fn paths<'a>(paths: impl Iterator<Item = &'a String>) -> Self {
@@ -73,7 +73,7 @@ impl Targets {
     /// Whether a layer's path is selected; an invalid regular expression selects nothing.
     pub(super) fn matches(&self, path: &str) -> bool {
         match &self.0 {
-            Rule::Names(names) => names.iter().any(|name| ends_in(path, name)),
+            Rule::Names(names) => ends(path).any(|end| names.contains(end)),
             Rule::Paths(paths) => paths.contains(path),
             Rule::Regex(_, regex) => {
                 regex.as_ref().is_ok_and(|regex| regex.is_match(path).unwrap_or(false))
@@ -84,7 +84,7 @@ impl Targets {
 
     /// Whether a name of the list is this whole path.
     pub(super) fn names(&self, path: &str) -> bool {
-        matches!(&self.0, Rule::Names(names) if names.iter().any(|name| name == path))
+        matches!(&self.0, Rule::Names(names) if names.contains(path))
     }
 
     /// An error for what selects none of the adapted layers.
@@ -92,8 +92,8 @@ impl Targets {
         let adapted: Vec<_> = adapted.collect();
         let unmatched: Vec<_> = match &self.0 {
             Rule::Names(names) => {
-                let unmatched = |name: &&String| !adapted.iter().any(|path| ends_in(path, name));
-                names.iter().filter(unmatched).map(String::as_str).collect()
+                let matched: BTreeSet<&str> = adapted.iter().flat_map(|path| ends(path)).collect();
+                names.iter().map(String::as_str).filter(|name| !matched.contains(name)).collect()
             }
             Rule::Regex(text, Ok(_)) if adapted.is_empty() => vec![text.as_str()],
             Rule::AllLinear if adapted.is_empty() => vec!["all-linear"],
@@ -109,6 +109,12 @@ impl Targets {
             Err(format!("the targets {unmatched:?} match no layer of the model{how}"))
         }
     }
+}
+
+/// What a path ends in, by whole components: itself, what comes after each dot, and the empty path.
+fn ends(path: &str) -> impl Iterator<Item = &str> {
+    let after_dots = path.match_indices('.').map(|(i, _)| &path[i + 1..]);
+    [path].into_iter().chain(after_dots).chain([""])
 }
 
 impl From<Modules> for Targets {

@@ -1,95 +1,72 @@
-//! The `VarBuilder` by which layers learn that they are targets.
+//! The `VarBuilder` of an adapter, or of a set of adapters: it records what a model reads, and binds its modules to
+//! the weights that it gives.
 
-use super::built::{self, Built};
+use super::layer::{Adapting, Module};
 use super::merged_only::MergedOnly;
-use super::options::Options;
-use super::target::Target;
-use crate::layers::claims::Claims;
+use super::record::Record;
+use crate::base::source::{from_source, Source, Wanted};
+use crate::base::{var_builder, var_builder_with};
+use crate::layers::binding::TargetWeights;
 use crate::layers::Part;
-use crate::utils::{seeded, var_builder_with};
-use candle_core::{bail, DType, Device, Result, Shape, Tensor};
-use candle_nn::var_builder::{SimpleBackend, VarBuilder};
-use candle_nn::{Init, VarMap};
-use std::sync::{Arc, Mutex};
+use crate::weights::Bias;
+use crate::Result;
+use candle_core::Tensor;
+use candle_nn::{VarBuilder, VarMap};
+use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
 
-/// `base` with adapters for the layers that `options` selects. Trainable parameters become variables of
-/// `vars`; what the model builds is reported to `built`.
-pub(super) fn targeted<'a>(
+/// `base` for a model whose layers the adapter adapts or, without one, the adapters of a set. Trainable parameters
+/// become variables of the adapter.
+pub(super) fn recorded<'a>(
     base: VarBuilder<'a>,
-    options: Arc<Options>,
-    vars: VarMap,
-    built: Arc<Mutex<Built>>,
+    record: Arc<Record>,
+    adapter: Option<Adapting>,
 ) -> VarBuilder<'a> {
     let (dtype, device) = (base.dtype(), base.device().clone());
-    built::lock(&built).options(&options);
-    let adapted = {
-        let options = options.clone();
-        move |path: &str| options.selects(path)
+    let (base, merged_only) = match &adapter {
+        None => (var_builder(base, &VarMap::new(), Bias::None), MergedOnly::default()),
+        Some(Adapting { options, vars, .. }) => {
+            let selects = {
+                let options = options.clone();
+                move |path: &str| options.selects(path)
+            };
+            let vb = var_builder_with(base, vars, &options.config, selects);
+            (options.seeded(vb), MergedOnly::new(&options.config, vars))
+        }
     };
-    let vb = var_builder_with(base, &vars, &options.config, adapted);
-    let vb = match options.seed {
-        Some(seed) => seeded(vb, seed),
-        None => vb,
-    };
-    let merged_only = MergedOnly::new(&options.config, &vars);
-    let claims = Claims::default();
-    let backend = Targeted { vb, options, vars, built, merged_only, claims };
-    VarBuilder::from_backend(Box::new(backend), dtype, device)
+    let weights = TargetWeights::default();
+    from_source(Recorded { base, merged_only, record, adapter, weights }, dtype, &device)
 }
 
-struct Targeted<'a> {
-    vb: VarBuilder<'a>,
-    options: Arc<Options>,
-    vars: VarMap,
-    built: Arc<Mutex<Built>>,
+struct Recorded<'a> {
+    base: VarBuilder<'a>,
     merged_only: MergedOnly,
-    claims: Claims,
+    record: Arc<Record>,
+    adapter: Option<Adapting>,
+    weights: TargetWeights,
 }
 
-impl Targeted<'_> {
-    /// Reports the tensor, and registers a claim if this is a target's weight.
-    fn register(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
-        built::lock(&self.built).read(name, tensor.elem_count());
-        let (path, Part::Base("weight")) = Part::parse(name) else { return Ok(tensor) };
-        if !self.options.selects(path) {
+impl Source for Recorded<'_> {
+    fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        self.merged_only.refuse(name)?;
+        // A loaded adapter may have a table in place of the base's.
+        let own = self.adapter.as_ref().and_then(|adapter| adapter.options.frozen.get(name));
+        let tensor = match own {
+            Some(own) => wanted.convert(name, own)?,
+            None => self.base.tensor(name, wanted)?,
+        };
+        self.record.read(name, &tensor);
+        let (path, part) = Part::parse(name);
+        // A variable is of a module that is trained as a whole: it stays itself, for optimizers to find.
+        if part != Part::Base("weight") || tensor.rank() < 2 || tensor.is_variable() {
             return Ok(tensor);
         }
-        built::lock(&self.built).weight_read(path, tensor.rank());
-        let claim = Target {
-            path: path.to_owned(),
-            options: self.options.clone(),
-            vars: self.vars.clone(),
-            built: self.built.clone(),
-        };
-        self.claims.register(&tensor, Arc::new(claim))
-    }
-}
-
-impl SimpleBackend for Targeted<'_> {
-    fn get(&self, s: Shape, name: &str, h: Init, dtype: DType, dev: &Device) -> Result<Tensor> {
-        self.merged_only.refuse(name)?;
-        let tensor = match self.options.frozen.get(name) {
-            Some(own) if own.shape() != &s => {
-                bail!("the adapter has {name:?} as {:?}, expected {s:?}", own.shape())
-            }
-            Some(own) => own.to_device(dev)?.to_dtype(dtype)?,
-            None => {
-                self.vb.clone().set_device(dev.clone()).get_with_hints_dtype(s, name, h, dtype)?
-            }
-        };
-        self.register(name, tensor)
+        let (path, record, adapter) = (path.to_owned(), self.record.clone(), self.adapter.clone());
+        let module = Module { path, record, adapter, is_built: AtomicBool::new(false) };
+        Ok(self.weights.bind(&tensor, Arc::new(module))?)
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> Result<Tensor> {
-        self.merged_only.refuse(name)?;
-        let tensor = match self.options.frozen.get(name) {
-            Some(own) => own.to_device(dev)?.to_dtype(dtype)?,
-            None => self.vb.clone().set_device(dev.clone()).get_unchecked_dtype(name, dtype)?,
-        };
-        self.register(name, tensor)
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.vb.contains_tensor(name)
+    fn has(&self, name: &str) -> bool {
+        self.base.has(name)
     }
 }

@@ -101,7 +101,7 @@ impl SafetensorsFile {
         Ok((from as u64, to as u64))
     }
 
-    fn info(&self, name: &str) -> Result<&TensorInfo> {
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.header.info(name).ok_or_else(|| Error::tensor(name, "it is missing"))
     }
 }

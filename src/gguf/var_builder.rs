@@ -1,11 +1,13 @@
 //! A `VarBuilder` over quantised tensors in memory.
 
-use crate::layers::placeholder;
-use crate::Error;
-use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{bail, DType, Device, Shape, Tensor};
-use candle_nn::var_builder::{SimpleBackend, VarBuilder};
-use candle_nn::Init;
+use crate::base::cache::Cache;
+use crate::base::quantized::stays_quantized;
+use crate::base::source::{from_source, Source, Wanted};
+use crate::layers::binding::{placeholder, Placeholder};
+use crate::{Error, Result};
+use candle_core::quantized::QTensor;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -32,55 +34,33 @@ pub fn var_builder(
     dtype: DType,
     device: &Device,
 ) -> VarBuilder<'static> {
-    VarBuilder::from_backend(Box::new(Memory(tensors)), dtype, device.clone())
+    from_source(Memory { tensors, matrices: Cache::default() }, dtype, device)
 }
 
-/// Whether a model gets a placeholder for this tensor. On devices candle decodes F16 and BF16 on the host.
-pub(super) fn stays_quantized(dtype: GgmlDType, dims: &[usize], device: &Device) -> bool {
-    let blocks = match dtype {
-        GgmlDType::F32 => false,
-        GgmlDType::F16 | GgmlDType::BF16 => device.is_cpu(),
-        _ => true,
-    };
-    dims.len() == 2 && blocks
+struct Memory {
+    tensors: HashMap<String, Arc<QTensor>>,
+    matrices: Cache<(String, DType), Placeholder>,
 }
 
-struct Memory(HashMap<String, Arc<QTensor>>);
-
-impl SimpleBackend for Memory {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        _: Init,
-        dtype: DType,
-        dev: &Device,
-    ) -> candle_core::Result<Tensor> {
-        if let Some(own) = self.0.get(name).map(|own| own.shape()).filter(|own| **own != shape) {
-            return Err(wrong_shape(name, own.dims(), &shape).into());
+impl Source for Memory {
+    fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        let stored = self.tensors.get(name);
+        let stored = stored.ok_or_else(|| Error::tensor(name, "there is no such tensor"))?;
+        let dims = stored.shape().dims();
+        wanted.check(name, dims)?;
+        if !stays_quantized(stored.dtype(), dims, wanted) {
+            return Ok(stored.dequantize(wanted.device)?.to_dtype(wanted.dtype)?);
         }
-        self.get_unchecked(name, dtype, dev)
+        let (at, device) = (stored.device().location(), wanted.device.location());
+        if at != device {
+            return Err(Error::tensor(name, format!("it is on {at:?}, the model on {device:?}")));
+        }
+        let key = (name.to_owned(), wanted.dtype);
+        let matrix = self.matrices.get(key, || Ok(placeholder(stored.clone(), wanted.dtype)?))?;
+        Ok(matrix.tensor().clone())
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        let Some(own) = self.0.get(name) else {
-            return Err(Error::tensor(name, "there is no such tensor").into());
-        };
-        if !stays_quantized(own.dtype(), own.shape().dims(), dev) {
-            return own.dequantize(dev)?.to_dtype(dtype);
-        }
-        let (at, wanted) = (own.device().location(), dev.location());
-        if at != wanted {
-            bail!("tensor {name:?}: it is on {at:?}, the model on {wanted:?}")
-        }
-        placeholder(own, dtype)
+    fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
     }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.0.contains_key(name)
-    }
-}
-
-pub(super) fn wrong_shape(name: &str, own: &[usize], wanted: &Shape) -> Error {
-    Error::tensor(name, format!("its shape is {own:?}, the model expects {:?}", wanted.dims()))
 }

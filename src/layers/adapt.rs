@@ -6,7 +6,7 @@ use super::embedding;
 use super::kind::{LayerKind, Total};
 use super::linear;
 use super::merged_linear;
-use super::weight::Weight;
+use super::weight::WeightTensors;
 use candle_core::{bail, Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -16,7 +16,7 @@ pub(crate) fn adapt(
     kind: &LayerKind,
     cfg: &LoraConfig,
     vb: &VarBuilder,
-) -> Result<Weight> {
+) -> Result<WeightTensors> {
     if let Some((n, groups)) = kind.spatial() {
         return conv::adapt(base, n, groups, cfg, vb);
     }

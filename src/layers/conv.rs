@@ -2,12 +2,11 @@
 //! `B` (out/g·k^⌊n/2⌋, r·k).
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
-use super::base::expect_dense;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
-use super::weight::{Effective, MergedCopy, Placement, Weight};
-use crate::ops::{self, checked_product, Geometry};
+use super::weight::{Effective, MergedCopy, Placement, Weight, WeightTensors};
+use crate::ops::{self, checked_product, Geometry, Matrix};
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
 
@@ -147,8 +146,8 @@ impl Conv3d {
     /// If a merged value is not finite.
     pub fn into_merged(self) -> Result<Self> {
         let MergedCopy { weight, bias } = self.weight.merged_copy()?;
-        let weight = Weight::new(weight, None, Placement::Reshaped, &LoraConfig::default())?;
-        Ok(Self { weight: weight.with_bias(bias), kind: self.kind })
+        let weight = Weight::plain(weight, bias, Placement::Reshaped);
+        Ok(Self { weight, kind: self.kind })
     }
 }
 
@@ -184,7 +183,8 @@ fn wrap<C: ConvConfig>(
     vb: VarBuilder,
 ) -> Result<Adapted<C>> {
     let weight = adapt_kernel(weight, kind, &cfg, &vb)?;
-    Ok(Adapted { kind, weight: weight.with_bias(wrapped_bias(bias, &at_prefix(&vb, "bias"))?) })
+    let bias = wrapped_bias(bias, &at_prefix(&vb, "bias"))?;
+    Ok(Adapted { kind, weight: weight.with_bias(bias).into() })
 }
 
 /// The kernel of a convolution of this kind with its update.
@@ -193,7 +193,7 @@ fn adapt_kernel<C: ConvConfig>(
     kind: C,
     cfg: &LoraConfig,
     vb: &VarBuilder,
-) -> Result<Weight> {
+) -> Result<WeightTensors> {
     let (_, stride, dilation, groups) = kind.options();
     if stride == 0 || dilation == 0 {
         bail!("conv{}d: the weight {:?} does not fit the options {kind:?}", C::N, base.dims())
@@ -208,7 +208,7 @@ pub(super) fn adapt(
     groups: usize,
     cfg: &LoraConfig,
     vb: &VarBuilder,
-) -> Result<Weight> {
+) -> Result<WeightTensors> {
     cfg.validate(base.dtype())?;
     refuse_options(
         "a convolution",
@@ -231,7 +231,7 @@ pub(super) fn adapt(
     let placed = (base, Placement::Reshaped);
     let update = || low_rank((ranks, columns), rows, FactorInit::RandomA, cfg, placed, vb);
     let update = (cfg.r > 0).then(update).transpose()?;
-    Weight::new(base.clone(), update, Placement::Reshaped, cfg)
+    WeightTensors::new(base.clone(), update, Placement::Reshaped, cfg)
 }
 
 /// `vb` at the prefix of a convolution's tensor: the layer's own, or loralib's second one, as in
@@ -248,7 +248,9 @@ impl<C: ConvConfig> Module for Adapted<C> {
     /// (batch, in, spatial..) to (batch, out, spatial..).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Effective { weight, bias, update } = self.weight.effective()?;
-        let weight = expect_dense(weight)?;
+        let Matrix::Dense(weight) = weight else {
+            bail!("a convolution's kernel cannot be quantised")
+        };
         let y = update.apply(x, |x, update| ops::conv(x, &weight, update, self.geometry()))?;
         match bias {
             None => Ok(y),
@@ -277,7 +279,7 @@ fn build<C: ConvConfig>(
     let weight = at_prefix(&vb, "weight").get_with_hints(shape, "weight", init)?;
     let weight = adapt_kernel(&weight, kind, &cfg, &vb)?;
     let bias = bias.then(|| at_prefix(&vb, "bias").get_with_hints(out_channels, "bias", init));
-    Ok(Adapted { kind, weight: weight.with_bias(bias.transpose()?) })
+    Ok(Adapted { kind, weight: weight.with_bias(bias.transpose()?).into() })
 }
 
 macro_rules! constructors {

@@ -1,12 +1,12 @@
 //! The embedding.
 
 use super::adapted::{sealed::Sealed, Adapted, Kind};
-use super::base::placeholder;
+use super::batch_update::BatchUpdate;
+use super::binding::placeholder;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{low_rank, FactorInit};
 use super::kind::LayerKind;
-use super::update::Update;
-use super::weight::{Effective, Placement, Weight};
+use super::weight::{Effective, Placement, WeightTensors};
 use crate::ops;
 use candle_core::quantized::QTensor;
 use candle_core::{bail, Module, Result, Tensor};
@@ -53,7 +53,7 @@ impl Embedding {
     /// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`), or `vb` has
     /// tensors of other shapes.
     pub fn new(base: candle_nn::Embedding, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
-        Ok(Self { kind: EmbeddingKind, weight: adapt(base.embeddings(), &cfg, &vb)? })
+        Ok(Self { kind: EmbeddingKind, weight: adapt(base.embeddings(), &cfg, &vb)?.into() })
     }
 
     /// Wraps a quantised table (num, dim), which stays quantised: only the rows of the ids are decoded, to
@@ -63,8 +63,8 @@ impl Embedding {
     /// If the table is not a matrix, or as [`Embedding::new`].
     pub fn quantized(table: Arc<QTensor>, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let (_, dim) = table.shape().dims2()?;
-        let base = placeholder(&table, vb.dtype())?;
-        Self::new(candle_nn::Embedding::new(base, dim), cfg, vb)
+        let base = placeholder(table, vb.dtype())?;
+        Self::new(candle_nn::Embedding::new(base.tensor().clone(), dim), cfg, vb)
     }
 
     /// The candle_nn layer with the merged table.
@@ -79,7 +79,7 @@ impl Embedding {
 }
 
 /// The table with its update from `vb`.
-pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
+pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<WeightTensors> {
     cfg.validate(base.dtype())?;
     refuse_options(
         "an embedding",
@@ -89,14 +89,14 @@ pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<
     let placed = (base, Placement::Transposed);
     let update = || low_rank((cfg.r, num), dim, FactorInit::NormalB, cfg, placed, vb);
     let update = (cfg.r > 0).then(update).transpose()?;
-    Weight::new(base.clone(), update, Placement::Transposed, cfg)
+    WeightTensors::new(base.clone(), update, Placement::Transposed, cfg)
 }
 
 impl Module for Embedding {
     /// Ids (..) to rows (.., dim).
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         let Effective { weight, update, .. } = self.weight.effective()?;
-        if matches!((&update, ids.rank()), (Update::Rows(_), 1)) {
+        if matches!((&update, ids.rank()), (BatchUpdate::Rows(_), 1)) {
             bail!(
                 "the ids are {:?}, expected (rows, ..): with an adapter for each row they do not tell whether they \
                  are of the rows or, as positions are, of all rows: unsqueeze them",

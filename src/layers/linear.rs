@@ -1,12 +1,12 @@
 //! The linear layer.
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
-use super::base::placeholder;
+use super::batch_update::BatchUpdate;
+use super::binding::placeholder;
 use super::config::LoraConfig;
 use super::init::{low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
-use super::update::Update;
-use super::weight::{Effective, MergedCopy, Placement, Weight};
+use super::weight::{Effective, MergedCopy, Placement, Weight, WeightTensors};
 use crate::ops;
 use candle_core::quantized::QTensor;
 use candle_core::{bail, Module, Result, Tensor};
@@ -48,7 +48,7 @@ impl Linear {
     pub fn new(base: candle_nn::Linear, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let weight = adapt(base.weight(), &cfg, &vb)?;
         let weight = weight.with_bias(wrapped_bias(base.bias(), &vb)?);
-        Ok(Self { kind: LinearKind::new(&cfg), weight })
+        Ok(Self { kind: LinearKind::new(&cfg), weight: weight.into() })
     }
 
     /// Wraps a quantised weight (out, in), which stays quantised: it is decoded in parts, forward and backward,
@@ -80,8 +80,8 @@ impl Linear {
         cfg: LoraConfig,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let base = placeholder(&weight, vb.dtype())?;
-        Self::new(candle_nn::Linear::new(base, bias), cfg, vb)
+        let base = placeholder(weight, vb.dtype())?;
+        Self::new(candle_nn::Linear::new(base.tensor().clone(), bias), cfg, vb)
     }
 
     /// out
@@ -140,8 +140,8 @@ impl LinearKind {
         let Effective { weight, bias, update } = weight.effective()?;
         let w = if self.fan_in_fan_out { weight } else { weight.t()? };
         match &update {
-            Update::Whole(update) => ops::linear(x, &w, bias.as_ref(), update.as_ref()),
-            Update::Rows(groups) => ops::linear_rows(x, &w, bias.as_ref(), groups),
+            BatchUpdate::Whole(update) => ops::linear(x, &w, bias.as_ref(), update.as_ref()),
+            BatchUpdate::Rows(groups) => ops::linear_rows(x, &w, bias.as_ref(), groups),
         }
     }
 
@@ -165,14 +165,14 @@ impl LinearKind {
 }
 
 /// The weight with its update from `vb`.
-pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<Weight> {
+pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<WeightTensors> {
     cfg.validate(base.dtype())?;
     let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;
     let placed = (base, kind.placement());
     let update = || low_rank((cfg.r, in_dim), out_dim, FactorInit::RandomA, cfg, placed, vb);
     let update = (cfg.r > 0).then(update).transpose()?;
-    Weight::new(base.clone(), update, kind.placement(), cfg)
+    WeightTensors::new(base.clone(), update, kind.placement(), cfg)
 }
 
 impl Module for Linear {
@@ -218,5 +218,5 @@ pub fn linear_b(
     // The adapter before the bias: `Bias::LoraOnly` trains a bias that has a `lora_A` beside it.
     let weight = adapt(&kind.get_weight(in_dim, out_dim, &vb)?, &cfg, &vb)?;
     let bias = bias.then(|| vb.get_with_hints(out_dim, "bias", uniform(in_dim))).transpose()?;
-    Ok(Linear { kind, weight: weight.with_bias(bias) })
+    Ok(Linear { kind, weight: weight.with_bias(bias).into() })
 }

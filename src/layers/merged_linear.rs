@@ -1,12 +1,12 @@
 //! The linear layer of several fused projections.
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
-use super::base::placeholder;
+use super::binding::placeholder;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{split_low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
 use super::linear::LinearKind;
-use super::weight::Weight;
+use super::weight::WeightTensors;
 use crate::ops::{checked_product, Split};
 use candle_core::quantized::QTensor;
 use candle_core::{bail, Module, Result, Tensor};
@@ -90,7 +90,7 @@ impl MergedLinear {
         let weight = adapt(base.weight(), splits, &cfg, &vb)?;
         let weight = weight.with_bias(wrapped_bias(base.bias(), &vb)?);
         let (linear, splits) = (LinearKind::new(&cfg), splits.to_vec());
-        Ok(Self { kind: MergedLinearKind { linear, splits }, weight })
+        Ok(Self { kind: MergedLinearKind { linear, splits }, weight: weight.into() })
     }
 
     /// [`MergedLinear::with_splits`] over a quantised weight (out, in), as
@@ -105,8 +105,8 @@ impl MergedLinear {
         cfg: LoraConfig,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let base = placeholder(&weight, vb.dtype())?;
-        Self::with_splits(candle_nn::Linear::new(base, bias), splits, cfg, vb)
+        let base = placeholder(weight, vb.dtype())?;
+        Self::with_splits(candle_nn::Linear::new(base.tensor().clone(), bias), splits, cfg, vb)
     }
 
     /// The splits of the outputs, each (outputs, enabled).
@@ -140,7 +140,7 @@ pub(super) fn adapt(
     splits: &[(usize, bool)],
     cfg: &LoraConfig,
     vb: &VarBuilder,
-) -> Result<Weight> {
+) -> Result<WeightTensors> {
     cfg.validate(base.dtype())?;
     refuse_options(
         "a merged linear layer",
@@ -168,7 +168,7 @@ pub(super) fn adapt(
         split_low_rank(a, b, enabled_splits, FactorInit::RandomA, cfg, base.dtype(), vb)
     };
     let update = (cfg.r > 0 && b_rows > 0).then(update).transpose()?;
-    Weight::new(base.clone(), update, kind.placement(), cfg)
+    WeightTensors::new(base.clone(), update, kind.placement(), cfg)
 }
 
 impl Module for MergedLinear {
@@ -221,5 +221,5 @@ fn build(
     let weight = adapt(&linear.get_weight(in_dim, out_dim, &vb)?, &splits, &cfg, &vb)?;
     let bias = bias.then(|| vb.get_with_hints(out_dim, "bias", uniform(in_dim))).transpose()?;
     let kind = MergedLinearKind { linear, splits };
-    Ok(MergedLinear { kind, weight: weight.with_bias(bias) })
+    Ok(MergedLinear { kind, weight: weight.with_bias(bias).into() })
 }

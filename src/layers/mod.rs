@@ -2,9 +2,8 @@
 
 mod adapt;
 mod adapted;
-mod base;
-mod choice;
-pub(crate) mod claims;
+mod batch_update;
+pub(crate) mod binding;
 mod config;
 mod conv;
 mod embedding;
@@ -16,13 +15,10 @@ mod linear;
 mod merged_linear;
 mod mode;
 mod names;
-mod update;
 mod weight;
 
 pub(crate) use adapt::adapt;
 pub use adapted::{Adapted, Kind};
-pub(crate) use base::{dequantized, on_device, placeholder};
-pub(crate) use choice::{choose, Choice, Choices, Chosen, Owner, Place};
 pub(crate) use config::same_scaling;
 pub use config::LoraConfig;
 pub use conv::{
@@ -40,4 +36,4 @@ pub use merged_linear::{merged_linear, merged_linear_no_bias, MergedLinear, Merg
 pub use mode::{without_mode, WithoutMode};
 pub use mode::{LoraModule, Mode};
 pub(crate) use names::{ends_in, is_within, without_conv, Part};
-pub(crate) use weight::{Placement, SharedWeight, Weight};
+pub(crate) use weight::{Placement, SharedWeight, Weight, WeightTensors};

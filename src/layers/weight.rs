@@ -1,13 +1,13 @@
 //! The unit of adaptation: a frozen weight and its bias, the update, the mode, and the merged copy.
 
-use super::base::Base;
-use super::choice::{chosen, Place};
+use super::batch_update::BatchUpdate;
+use super::binding::active::{active_update, LayerId};
+use super::binding::Base;
 use super::config::LoraConfig;
 use super::mode::Mode;
-use super::update::Update;
 use crate::ops::{self, DropoutStream, LowRank, Matrix};
 use candle_core::{bail, Result, Tensor};
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// How `B·A` is stored in the weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,20 +33,21 @@ impl Placement {
 /// A weight with a mode of its own, or with one that all layers of an adapter share.
 #[derive(Debug, Clone)]
 pub(crate) enum Weight {
-    Own(Tensors, State),
+    Own(WeightTensors, State),
     Shared(Arc<SharedWeight>),
 }
 
 /// A weight whose mode an adapter sets. Clones of a layer share it.
 #[derive(Debug)]
 pub(crate) struct SharedWeight {
-    tensors: Tensors,
+    tensors: WeightTensors,
     state: RwLock<State>,
-    place: Place,
+    layer: LayerId,
 }
 
+/// What a weight is made of. A layer gets it as a [`Weight`], when it is complete.
 #[derive(Debug, Clone)]
-pub(crate) struct Tensors {
+pub(crate) struct WeightTensors {
     base: Base,
     bias: Option<Tensor>,
     update: Option<LowRank>,
@@ -60,7 +61,7 @@ pub(crate) enum State {
     /// In evaluation, with the merged weight.
     Merged(MergedCopy),
     /// In evaluation, with the update beside the weight: the present values, or those of a snapshot.
-    Beside {
+    Unmerged {
         snapshot: Option<Arc<Snapshot>>,
     },
 }
@@ -84,66 +85,24 @@ pub(crate) struct Effective {
     pub weight: Matrix,
     pub bias: Option<Tensor>,
     /// The update that `weight` does not contain.
-    pub update: Update,
+    pub update: BatchUpdate,
+}
+
+impl From<WeightTensors> for Weight {
+    /// A weight with a mode of its own, in training.
+    fn from(tensors: WeightTensors) -> Self {
+        Self::Own(tensors, State::Train)
+    }
 }
 
 impl Weight {
-    pub fn new(
-        base: Tensor,
-        update: Option<LowRank>,
-        placement: Placement,
-        cfg: &LoraConfig,
-    ) -> Result<Self> {
-        // An adapted base is frozen, even if the caller holds it as a variable.
-        let base = match &update {
-            Some(update) if !update.a().device().same_device(base.device()) => bail!(
-                "the base weight is on {:?} and its adapter on {:?}",
-                base.device().location(),
-                update.a().device().location()
-            ),
-            Some(_) => Base::new(base).detach(),
-            None => Base::new(base),
-        };
-        let merge_weights = cfg.merge_weights;
-        let tensors = Tensors { base, bias: None, update, placement, merge_weights };
-        Ok(Self::Own(tensors, State::Train))
-    }
-
     /// A weight without an update.
     pub fn plain(base: Tensor, bias: Option<Tensor>, placement: Placement) -> Self {
         let base = Base::new(base);
-        let tensors = Tensors { base, bias, update: None, placement, merge_weights: true };
-        Self::Own(tensors, State::Train)
+        WeightTensors { base, bias, update: None, placement, merge_weights: true }.into()
     }
 
-    pub fn with_bias(self, bias: Option<Tensor>) -> Self {
-        let Self::Own(tensors, state) = self else { return self };
-        Self::Own(Tensors { bias, ..tensors }, state)
-    }
-
-    /// Draws the masks of the update's dropout from a stream.
-    pub fn with_dropout_stream(self, stream: &Arc<DropoutStream>) -> Self {
-        let Self::Own(tensors, state) = self else { return self };
-        let update = tensors.update.map(|update| update.with_dropout_stream(stream.clone()));
-        Self::Own(Tensors { update, ..tensors }, state)
-    }
-
-    /// Shares the mode with all clones, in training or evaluation from the start, as the layer at `place`.
-    pub fn shared(self, mode: Mode, place: Place) -> Result<Self> {
-        let Self::Own(tensors, _) = self else { return Ok(self) };
-        let state = RwLock::new(tensors.state(mode)?);
-        Ok(Self::Shared(Arc::new(SharedWeight { tensors, state, place })))
-    }
-
-    /// The handle by which an adapter sets the mode.
-    pub fn handle(&self) -> Option<Weak<SharedWeight>> {
-        match self {
-            Self::Own(..) => None,
-            Self::Shared(shared) => Some(Arc::downgrade(shared)),
-        }
-    }
-
-    fn tensors(&self) -> &Tensors {
+    fn tensors(&self) -> &WeightTensors {
         match self {
             Self::Own(tensors, _) => tensors,
             Self::Shared(shared) => &shared.tensors,
@@ -172,7 +131,7 @@ impl Weight {
     pub fn mode(&self) -> Mode {
         self.with_state(|state| match state {
             State::Train => Mode::Train,
-            State::Merged(_) | State::Beside { .. } => Mode::Eval,
+            State::Merged(_) | State::Unmerged { .. } => Mode::Eval,
         })
     }
 
@@ -180,47 +139,48 @@ impl Weight {
         self.with_state(|state| matches!(state, State::Merged(_)))
     }
 
-    /// With the update that this thread has chosen or else its own. In evaluation all tensors are detached, so that
+    /// With the update of the adapters that are active on this thread, or else its own. In evaluation all tensors are detached, so that
     /// no graph is recorded.
     pub fn effective(&self) -> Result<Effective> {
-        let Tensors { base, bias, update, .. } = self.tensors();
-        let chosen = match self {
+        let WeightTensors { base, bias, update, .. } = self.tensors();
+        let active = match self {
             Self::Own(..) => None,
-            Self::Shared(shared) => chosen(&shared.place)?,
+            Self::Shared(shared) => active_update(&shared.layer)?,
         };
         self.with_state(|state| {
-            Ok(match (state, chosen) {
-                (State::Train, chosen) => Effective {
+            Ok(match (state, active) {
+                (State::Train, active) => Effective {
                     weight: base.matrix()?,
                     bias: bias.clone(),
-                    update: chosen.unwrap_or_else(|| Update::Whole(update.clone())),
+                    update: active.unwrap_or_else(|| BatchUpdate::Whole(update.clone())),
                 },
                 (State::Merged(copy), None) => Effective {
                     weight: Matrix::Dense(copy.weight.clone()),
                     bias: copy.bias.clone(),
-                    update: Update::Whole(None),
+                    update: BatchUpdate::Whole(None),
                 },
-                (State::Beside { snapshot: Some(snapshot) }, None) => Effective {
+                (State::Unmerged { snapshot: Some(snapshot) }, None) => Effective {
                     weight: base.matrix()?.for_evaluation(),
                     bias: snapshot.bias.clone(),
-                    update: Update::Whole(Some(snapshot.update.clone())),
+                    update: BatchUpdate::Whole(Some(snapshot.update.clone())),
                 },
-                (State::Merged(_) | State::Beside { .. }, chosen) => Effective {
+                (State::Merged(_) | State::Unmerged { .. }, active) => Effective {
                     weight: base.matrix()?.for_evaluation(),
                     bias: bias.as_ref().map(Tensor::detach),
-                    update: chosen
-                        .unwrap_or_else(|| Update::Whole(update.as_ref().map(LowRank::detached))),
+                    update: active.unwrap_or_else(|| {
+                        BatchUpdate::Whole(update.as_ref().map(LowRank::detached))
+                    }),
                 },
             })
         })
     }
 
-    /// See [`Tensors::merged_copy`].
+    /// See [`WeightTensors::merged_copy`].
     pub fn merged_copy(&self) -> Result<MergedCopy> {
         self.tensors().merged_copy()
     }
 
-    /// See [`Tensors::merged`].
+    /// See [`WeightTensors::merged`].
     pub fn merged(&self) -> Result<Tensor> {
         self.tensors().merged()
     }
@@ -249,7 +209,46 @@ impl SharedWeight {
     }
 }
 
-impl Tensors {
+impl WeightTensors {
+    pub fn new(
+        base: Tensor,
+        update: Option<LowRank>,
+        placement: Placement,
+        cfg: &LoraConfig,
+    ) -> Result<Self> {
+        // An adapted base is frozen, even if the caller holds it as a variable.
+        let base = match &update {
+            Some(update) if !update.a().device().same_device(base.device()) => bail!(
+                "the base weight is on {:?} and its adapter on {:?}",
+                base.device().location(),
+                update.a().device().location()
+            ),
+            Some(_) => Base::new(base).detach(),
+            None => Base::new(base),
+        };
+        Ok(Self { base, bias: None, update, placement, merge_weights: cfg.merge_weights })
+    }
+
+    pub fn with_bias(self, bias: Option<Tensor>) -> Self {
+        Self { bias, ..self }
+    }
+
+    /// Draws the masks of the update's dropout from a stream.
+    pub fn with_dropout_stream(self, stream: &Arc<DropoutStream>) -> Self {
+        let update = self.update.map(|update| update.with_dropout_stream(stream.clone()));
+        Self { update, ..self }
+    }
+
+    /// The weight of a layer whose clones share its mode, in training or evaluation from the start.
+    pub fn shared(self, mode: Mode, layer: LayerId) -> Result<Arc<SharedWeight>> {
+        let state = RwLock::new(self.state(mode)?);
+        Ok(Arc::new(SharedWeight { tensors: self, state, layer }))
+    }
+
+    pub fn into_update(self) -> Option<LowRank> {
+        self.update
+    }
+
     /// Merges for [`Mode::Eval`], unless `merge_weights` is off or the base is quantised: a merged copy would
     /// be several times its size.
     fn state(&self, mode: Mode) -> Result<State> {
@@ -257,7 +256,7 @@ impl Tensors {
         Ok(match mode {
             Mode::Train => State::Train,
             Mode::Eval if merges => State::Merged(self.merged_copy()?),
-            Mode::Eval => State::Beside { snapshot: self.snapshot()? },
+            Mode::Eval => State::Unmerged { snapshot: self.snapshot()? },
         })
     }
 
@@ -283,7 +282,7 @@ impl Tensors {
     }
 
     /// The merged weight in W's layout, without a graph. The base is never written.
-    fn merged(&self) -> Result<Tensor> {
+    pub fn merged(&self) -> Result<Tensor> {
         let base = self.base.dense()?;
         let Some(update) = &self.update else {
             return Ok(if base.is_variable() { base.copy()?.detach() } else { base.detach() });

@@ -28,9 +28,8 @@ impl Plan {
         let find = |path: &str, last: &str| {
             let names =
                 [Part::Base(last).at(path), format!("{}.{last}", Part::Base("conv").at(path))];
-            let [first, _] = &names;
-            let missing = missing(first);
-            names.into_iter().find(|name| exists(name)).ok_or(missing)
+            let found = names.into_iter().find(|name| exists(name));
+            found.ok_or_else(|| missing(&Part::Base(last).at(path)))
         };
         let mut changes = BTreeMap::<String, Vec<Change>>::new();
         for (name, tensor) in &weights.others {
@@ -81,6 +80,11 @@ impl Plan {
         let apply = |tensor: Tensor, change: &Change| change.apply(&tensor, &self.options);
         let changed = changes.iter().try_fold(base.clone(), apply);
         changed.map(Some).map_err(|e| Error::tensor(name, e))
+    }
+
+    /// The tensors of the base that change.
+    pub fn changed(&self) -> impl Iterator<Item = &str> {
+        self.changes.keys().map(String::as_str)
     }
 
     pub fn changes(&self, name: &str) -> bool {

@@ -1,6 +1,7 @@
 //! [`candle_nn::conv`], adapted by name.
 
-use crate::layers::{self, claims, ConvConfig, Placement, Weight};
+use crate::layers::binding::target_of;
+use crate::layers::{self, ConvConfig, Placement, Weight};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{BatchNorm, VarBuilder};
 use std::ops::Deref;
@@ -8,8 +9,8 @@ use std::ops::Deref;
 pub use candle_nn::conv::*;
 
 fn weight<C: ConvConfig>(weight: Tensor, bias: Option<Tensor>, config: C) -> Weight {
-    let adapted = claims::take(&weight)
-        .and_then(|claim| claim.adapt(&weight, bias.as_ref(), config.layer_kind()));
+    let adapted = target_of(&weight)
+        .and_then(|module| module.adapt(&weight, bias.as_ref(), config.layer_kind()));
     adapted.unwrap_or_else(|| Weight::plain(weight, bias, Placement::Reshaped))
 }
 

@@ -1,6 +1,7 @@
 //! [`mod@candle_nn::embedding`], adapted by name.
 
-use crate::layers::{self, claims, EmbeddingKind, LayerKind, Placement, Weight};
+use crate::layers::binding::target_of;
+use crate::layers::{self, EmbeddingKind, LayerKind, Placement, Weight};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Deref;
@@ -17,8 +18,8 @@ impl Embedding {
     /// A layer with `embeddings` (num, dim). An adaptation that fails is reported by
     /// [`Adapter::check`](crate::Adapter::check).
     pub fn new(embeddings: Tensor, hidden_size: usize) -> Self {
-        let adapted = claims::take(&embeddings)
-            .and_then(|claim| claim.adapt(&embeddings, None, LayerKind::Embedding));
+        let adapted = target_of(&embeddings)
+            .and_then(|module| module.adapt(&embeddings, None, LayerKind::Embedding));
         let weight =
             adapted.unwrap_or_else(|| Weight::plain(embeddings, None, Placement::Transposed));
         Self { layer: layers::Embedding::from_parts(EmbeddingKind, weight), hidden_size }

@@ -1,6 +1,7 @@
 //! [`mod@candle_nn::linear`], adapted by name.
 
-use crate::layers::{self, claims, LayerKind, Placement, Weight};
+use crate::layers::binding::target_of;
+use crate::layers::{self, LayerKind, Placement, Weight};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;
 use std::ops::Deref;
@@ -15,8 +16,8 @@ impl Linear {
     /// A layer with `weight` (out, in) and `bias` (out). An adaptation that fails is reported by
     /// [`Adapter::check`](crate::Adapter::check).
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        let adapted = claims::take(&weight)
-            .and_then(|claim| claim.adapt(&weight, bias.as_ref(), LayerKind::Linear));
+        let adapted = target_of(&weight)
+            .and_then(|module| module.adapt(&weight, bias.as_ref(), LayerKind::Linear));
         let weight = adapted.unwrap_or_else(|| Weight::plain(weight, bias, Placement::AsIs));
         Self(layers::Linear::from_parts(layers::LinearKind::default(), weight))
     }

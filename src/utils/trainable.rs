@@ -160,6 +160,11 @@ pub(crate) fn is_initial(name: &str) -> bool {
     Part::parse(name).1.is_initial()
 }
 
+/// A variable of a map.
+pub(crate) fn variable(vars: &VarMap, name: &str) -> Option<Var> {
+    vars.data().lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+}
+
 /// All variables of a map, by name.
 pub(crate) fn variables(vars: &VarMap) -> BTreeMap<String, Var> {
     let data = vars.data().lock().unwrap_or_else(PoisonError::into_inner);

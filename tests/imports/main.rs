@@ -8,8 +8,9 @@ use source::{expand, regex, resolve, source, Files, Module};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The folders, each above those that it may import from. `error.rs` is below all.
-const ORDER: [&str; 10] =
-    ["train", "adapter", "gguf", "merge", "formats", "peft", "utils", "nn", "layers", "ops"];
+const ORDER: [&str; 11] = [
+    "train", "adapter", "gguf", "merge", "formats", "peft", "base", "utils", "nn", "layers", "ops",
+];
 
 /// The files that each file imports.
 type Graph = BTreeMap<String, BTreeSet<String>>;

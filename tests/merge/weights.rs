@@ -70,7 +70,7 @@ fn errors_name_the_tensor() {
     assert!(refused(&with("head.weight", zeros(&[2])), plain()).contains("head.weight"));
     let pefts = "base_model.model.a.lora_A.weight";
     assert!(refused(&with(pefts, zeros(&[2, 4])), plain()).contains("`formats::peft::load`"));
-    assert!(refused(&with("x.lora_A", zeros(&[2, 4])), plain()).contains("x.lora_B"));
+    assert!(refused(&with("x.lora_A", zeros(&[2, 4])), plain()).contains("x.lora_A"));
     let compiled = refused(&with("_orig_mod.head.weight", zeros(&[2])), plain());
     assert!(compiled.contains("\"_orig_mod.head.weight\"") && compiled.contains("torch.compile"));
     assert!(refused(&with("a.bias", zeros(&[2])), plain()).contains("a.bias"));

@@ -1,27 +1,23 @@
 //! Several adapters over one base.
 
-mod choose;
-mod fitted;
-mod places;
-mod strengths;
+mod attach;
 mod sum;
 #[cfg(test)]
 mod tests;
+mod weights;
+mod with;
 
-use super::Adapter;
-use crate::layers::Owner;
-use crate::ops::LowRank;
-use crate::utils::var_builder;
-use crate::weights::Bias;
+use super::record::Record;
+use super::{var_builder, Adapter};
+use crate::layers::binding::active::Updates;
 use crate::{Error, Result};
-use candle_nn::{VarBuilder, VarMap};
-use fitted::Fitted;
-use places::Places;
+use attach::Attached;
+use candle_nn::VarBuilder;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-pub use strengths::Strengths;
+pub use weights::WeightedAdapters;
 
 /// Named adapters over one base: a model on [`lora::nn`](crate::nn) is built once, and each forward chooses
 /// its adapters.
@@ -60,15 +56,14 @@ pub use strengths::Strengths;
 /// ```
 #[derive(Clone, Default)]
 pub struct Adapters {
-    owner: Owner,
-    places: Arc<Places>,
+    record: Arc<Record>,
     added: Arc<RwLock<BTreeMap<String, Added>>>,
 }
 
 #[derive(Clone)]
 struct Added {
     adapter: Adapter,
-    updates: Arc<BTreeMap<String, LowRank>>,
+    updates: Arc<Updates>,
 }
 
 impl fmt::Debug for Adapters {
@@ -86,8 +81,7 @@ impl Adapters {
     /// A `VarBuilder` for the model, to be built before adapters are added: frozen tensors from `base`, which may be
     /// quantised. Every layer of [`nn`](crate::nn) that takes its weight from it is a place for adapters.
     pub fn var_builder<'a>(&self, base: VarBuilder<'a>) -> VarBuilder<'a> {
-        let frozen = var_builder(base, &VarMap::new(), Bias::None);
-        places::var_builder(frozen, self.owner, self.places.clone())
+        var_builder::recorded(base, self.record.clone(), None)
     }
 
     /// Adds an adapter, whose variables it shares.
@@ -103,14 +97,14 @@ impl Adapters {
     pub fn add(&self, name: impl Into<String>, adapter: &Adapter) -> Result<()> {
         let name = name.into();
         let of_adapter = |e: Error| Error::Invalid(format!("adapter {name:?}: {e}"));
-        let fitted = Fitted::new(adapter, &self.places.layers()).map_err(of_adapter)?;
+        let attached = Attached::new(adapter, &self.record).map_err(of_adapter)?;
         match self.added.write().unwrap_or_else(PoisonError::into_inner).entry(name) {
             Entry::Occupied(taken) => Err(Error::Invalid(format!(
                 "there is an adapter {:?} already: remove it first",
                 taken.key()
             ))),
             Entry::Vacant(free) => {
-                free.insert(Added { adapter: adapter.clone(), updates: fitted.report(adapter) });
+                free.insert(Added { adapter: adapter.clone(), updates: attached.give_to(adapter) });
                 Ok(())
             }
         }
@@ -141,20 +135,23 @@ impl Adapters {
     }
 
     /// The adapters of a sum, which has at least one.
-    fn named<'a>(&self, Strengths(adapters): &'a Strengths) -> Result<Vec<(&'a str, Added, f64)>> {
+    fn named<'a>(
+        &self,
+        WeightedAdapters(adapters): &'a WeightedAdapters,
+    ) -> Result<Vec<(&'a str, Added, f64)>> {
         if adapters.is_empty() {
             let reason = "no adapter is chosen: to compute with the base, use `with_none`";
             return Err(Error::Invalid(reason.to_owned()));
         }
-        let named = adapters.iter().enumerate().map(|(i, (name, strength))| {
-            if !strength.is_finite() {
-                let reason = format!("the strength of the adapter {name:?} is {strength}");
+        let named = adapters.iter().enumerate().map(|(i, (name, weight))| {
+            if !weight.is_finite() {
+                let reason = format!("the weight of the adapter {name:?} is {weight}");
                 return Err(Error::Invalid(reason));
             }
             if adapters[..i].iter().any(|(other, _)| other == name) {
                 return Err(Error::Invalid(format!("the adapter {name:?} is chosen twice")));
             }
-            Ok((name.as_str(), self.one(name)?, *strength))
+            Ok((name.as_str(), self.one(name)?, *weight))
         });
         named.collect()
     }

@@ -1,6 +1,6 @@
 //! The weighted sum of adapters as one adapter.
 
-use super::{Adapters, Strengths};
+use super::{WeightedAdapters, Adapters};
 use crate::adapter::Adapter;
 use crate::files::StateDict;
 use crate::layers::{LayerKind, Part, Total};
@@ -27,7 +27,7 @@ impl Adapters {
     /// # Errors
     /// If there is no adapter of a name, or none is named, or one twice; if a strength is not finite; and if an
     /// adapter has `use_dora`.
-    pub fn sum(&self, adapters: impl Into<Strengths>) -> Result<Adapter> {
+    pub fn sum(&self, adapters: impl Into<WeightedAdapters>) -> Result<Adapter> {
         let mut layers = BTreeMap::<String, Layer>::new();
         for (name, added, strength) in self.named(&adapters.into())? {
             added.refuse_dora(name)?;

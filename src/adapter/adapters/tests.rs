@@ -20,12 +20,12 @@ fn a_removed_adapter_is_freed_with_the_last_forward() -> Result<()> {
     let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).targets(["fc"]);
     adapters.add("a", &adapter)?;
     let updates = Arc::downgrade(&adapters.added()["a"].updates);
-    let built = Arc::downgrade(&adapter.built);
+    let state = Arc::downgrade(&adapter.state);
     drop(adapter);
     let x = Tensor::ones((1, 4), DType::F32, &Device::Cpu)?;
     let y = adapters.with("a", || -> Result<Tensor> {
         drop(adapters.remove("a")?);
-        assert!(built.upgrade().is_none() && updates.upgrade().is_some());
+        assert!(state.upgrade().is_none() && updates.upgrade().is_some());
         Ok(model.forward(&x)?)
     })?;
     assert!(updates.upgrade().is_none());
@@ -37,10 +37,10 @@ fn a_removed_adapter_is_freed_with_the_last_forward() -> Result<()> {
 fn the_layers_are_the_models() -> Result<()> {
     let adapters = Adapters::new();
     let (first, second) = (model(&adapters)?, model(&adapters)?);
-    assert_eq!(adapters.places.layers().len(), 2);
+    assert_eq!(adapters.record.layers().len(), 2);
     drop(first);
-    assert_eq!(adapters.places.layers().len(), 1);
+    assert_eq!(adapters.record.layers().len(), 1);
     drop(second);
-    assert!(adapters.places.layers().is_empty());
+    assert!(adapters.record.layers().is_empty());
     Ok(())
 }

@@ -4,7 +4,7 @@ use super::{cfg, Served};
 use crate::adapter::{ids, vb, Model};
 use crate::common::{bits, difference};
 use candle_core::{Device, Tensor};
-use loralib::adapter::Strengths;
+use loralib::adapter::WeightedAdapters;
 use loralib::{Adapter, Adapters, LoraConfig, Result};
 use std::collections::HashMap;
 
@@ -69,7 +69,7 @@ fn a_weighted_sum_adds_the_updates() -> Result<()> {
         let expected = Model::new(vb(&summed(&served, strengths)?))?.forward(&ids())?;
         assert!(difference(&y, &expected)? < 1e-5, "{strengths:?}");
         let names: Vec<_> = strengths.iter().map(|(name, by)| (name.to_string(), *by)).collect();
-        for owned in [Strengths::from(&names), Strengths::from(names)] {
+        for owned in [WeightedAdapters::from(&names), WeightedAdapters::from(names)] {
             let again = served.adapters.with(owned, || served.forward())?;
             assert_eq!(bits(&again)?, bits(&y)?);
         }

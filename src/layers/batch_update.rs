@@ -4,14 +4,14 @@ use crate::ops::LowRank;
 use candle_core::{bail, Result, Tensor};
 
 #[derive(Debug, Clone)]
-pub(crate) enum Update {
+pub(crate) enum BatchUpdate {
     /// Of all rows, or none.
     Whole(Option<LowRank>),
     /// Of consecutive rows along the input's first dimension, in order: their number and their update.
     Rows(Vec<(usize, Option<LowRank>)>),
 }
 
-impl Update {
+impl BatchUpdate {
     /// `f` of the input, or of all groups of its rows, one after another.
     pub fn apply(
         &self,

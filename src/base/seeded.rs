@@ -1,8 +1,10 @@
 //! Seeded initialisation, because candle's random numbers on the CPU take no seed.
 
-use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+use super::source::{from_source, Source, Wanted};
+use crate::Result;
+use candle_core::{Device, Shape, Tensor, Var};
 use candle_nn::init::{Init, NormalOrUniform, ZERO};
-use candle_nn::var_builder::{SimpleBackend, VarBuilder};
+use candle_nn::VarBuilder;
 use fnv::FnvHasher;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -34,8 +36,7 @@ use std::hash::Hasher;
 /// ```
 pub fn seeded(vb: VarBuilder<'_>, seed: u64) -> VarBuilder<'_> {
     let (dtype, device, prefix) = (vb.dtype(), vb.device().clone(), vb.prefix());
-    let seeded = Seeded { vb: vb.root(), seed };
-    let vb = VarBuilder::from_backend(Box::new(seeded), dtype, device);
+    let vb = from_source(Seeded { vb: vb.root(), seed }, dtype, &device);
     if prefix.is_empty() {
         vb
     } else {
@@ -56,22 +57,18 @@ struct Seeded<'a> {
     seed: u64,
 }
 
-impl SimpleBackend for Seeded<'_> {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        init: Init,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
-        let vb = self.vb.clone().set_device(device.clone());
-        let distribution = Distribution::new(init, &shape).filter(|_| dtype.is_float());
-        let Some(distribution) = distribution.filter(|_| !vb.contains_tensor(name)) else {
-            return vb.get_with_hints_dtype(shape, name, init, dtype);
+impl Source for Seeded<'_> {
+    fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        let Wanted { init, dtype, device, .. } = *wanted;
+        let is_new = dtype.is_float() && !self.vb.has(name);
+        let shape = wanted.shape.filter(|_| is_new);
+        let Some((shape, distribution)) =
+            shape.and_then(|shape| Some((shape, Distribution::new(init, shape)?)))
+        else {
+            return self.vb.tensor(name, wanted);
         };
         // ZERO instead of `init`, which candle would draw in vain.
-        let tensor = vb.get_with_hints_dtype(shape.clone(), name, ZERO, dtype)?;
+        let tensor = self.vb.tensor(name, &Wanted { init: ZERO, ..*wanted })?;
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
         rng.set_stream(stream(name));
         let values: Vec<f64> =
@@ -85,12 +82,8 @@ impl SimpleBackend for Seeded<'_> {
         Ok(tensor)
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        self.vb.clone().set_device(device.clone()).get_unchecked_dtype(name, dtype)
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        self.vb.contains_tensor(name)
+    fn has(&self, name: &str) -> bool {
+        self.vb.has(name)
     }
 }
 

@@ -1,56 +1,56 @@
-//! An adapter's updates for the layers of a model.
+//! An adapter's updates for the layers of a set's model.
 
-use super::places::Layer;
-use crate::adapter::built::{self, Built};
+use crate::adapter::check::check;
+use crate::adapter::layer::adapted;
 use crate::adapter::merged_only::MergedOnly;
-use crate::adapter::target::Target;
+use crate::adapter::record::Record;
+use crate::adapter::state::Adapted;
 use crate::adapter::Adapter;
-use crate::layers::{dequantized, Part, SharedWeight, Weight};
-use crate::ops::LowRank;
+use crate::layers::binding::active::Updates;
+use crate::layers::binding::dequantized;
+use crate::layers::Part;
 use crate::utils::variables;
-use crate::weights::{Bias, LayerConfig};
+use crate::weights::Bias;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarMap;
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 /// What an adapter gets from a model, before it knows of it.
-pub(super) struct Fitted {
+pub(super) struct Attached {
     vars: VarMap,
-    layers: Vec<(String, LayerConfig, Weight)>,
+    adapted: Adapted,
+    updates: Updates,
 }
 
-impl Fitted {
-    pub fn new(adapter: &Adapter, layers: &[Layer<Arc<SharedWeight>>]) -> Result<Self> {
+impl Attached {
+    /// The updates for the layers of the models that the record has, as on the adapter's own `var_builder`.
+    pub fn new(adapter: &Adapter, record: &Record) -> Result<Self> {
         refuse_others(adapter)?;
+        let layers = record.layers();
         if layers.is_empty() {
             let reason = "no layer of `lora::nn` was built on `Adapters::var_builder`, or the model was dropped";
             return Err(Error::Invalid(reason.to_owned()));
         }
         let (options, held) = (&adapter.options, variables(&adapter.vars));
-        let (vars, built) = (VarMap::new(), Arc::<Mutex<Built>>::default());
+        let (vars, mut fitted, mut updates) = (VarMap::new(), Adapted::default(), Updates::new());
         vars.data().lock().unwrap_or_else(PoisonError::into_inner).extend(held.clone());
-        built::lock(&built).options(options);
-        let mut fitted = vec![];
-        for (path, kind, base) in layers {
-            built::lock(&built).read(&Part::Base("weight").at(path), base.tensor().elem_count());
-            if !(options.selects(path) && options.adapts(kind)) {
+        for (path, kind, layer) in layers {
+            if !(options.selects(&path) && options.adapts(&kind)) {
                 continue;
             }
-            let (path, options) = (path.clone(), options.clone());
-            let target = Target { path, options, vars: vars.clone(), built: built.clone() };
-            match target.adapted(base.tensor(), kind.clone()) {
-                Ok((weight, layer)) => {
-                    same_table(adapter, &target.path, base.tensor())?;
-                    built::lock(&built).adapted(&target.path, layer.clone(), &weight);
-                    fitted.push((target.path, layer, weight));
+            let layer = match adapted(options, &vars, &path, layer.tensor(), &kind) {
+                Ok((tensors, config)) => {
+                    same_table(adapter, &path, layer.tensor())?;
+                    updates.extend(tensors.into_update().map(|update| (path.clone(), update)));
+                    Ok(config)
                 }
-                Err(reason) => built::lock(&built).failed(&target.path, reason),
-            }
+                Err(reason) => Err(reason),
+            };
+            fitted.0.insert(path, layer);
         }
-        built::lock(&built).check(options, &vars)?;
-        if fitted.iter().all(|(.., weight)| weight.update().is_none()) {
+        check(options, &vars, &fitted, record)?;
+        if updates.is_empty() {
             let reason =
                 "it adapts no layer: it needs targets, and a model on `Adapters::var_builder`";
             return Err(Error::Invalid(reason.to_owned()));
@@ -59,20 +59,17 @@ impl Fitted {
         if let Some(name) = created.filter(|_| options.loaded) {
             return Err(Error::tensor(name, "the adapter does not have it"));
         }
-        Ok(Self { vars, layers: fitted })
+        Ok(Self { vars, adapted: fitted, updates })
     }
 
-    /// Gives the adapter what it has got, and returns the updates by path.
-    pub fn report(self, adapter: &Adapter) -> Arc<BTreeMap<String, LowRank>> {
+    /// Gives the adapter its variables and layers, and returns the updates.
+    pub fn give_to(self, adapter: &Adapter) -> Arc<Updates> {
         let vars = variables(&self.vars);
         adapter.vars.data().lock().unwrap_or_else(PoisonError::into_inner).extend(vars);
-        let mut built = built::lock(&adapter.built);
-        built.options(&adapter.options);
-        let updates = self.layers.into_iter().filter_map(|(path, layer, weight)| {
-            built.adapted(&path, layer, &weight);
-            Some((path, weight.update()?.clone()))
-        });
-        Arc::new(updates.collect())
+        let mut state = adapter.state();
+        state.options = Some(adapter.options.clone());
+        state.adapted.0.extend(self.adapted.0);
+        Arc::new(self.updates)
     }
 }
 
@@ -81,8 +78,7 @@ fn refuse_others(adapter: &Adapter) -> Result<()> {
     let config = &adapter.options.config;
     MergedOnly::new(config, &adapter.vars).refuse_any()?;
     let vars = variables(&adapter.vars);
-    let other =
-        vars.keys().find(|name| !Part::parse(name).1.is_lora()).or(config.modules_to_save.first());
+    let other = vars.keys().find(|name| !Part::parse(name).1.is_lora()).or(config.modules_to_save.first());
     let what = match other {
         Some(name) => format!("{name:?} beside factors"),
         None if config.bias != Bias::None => "a bias beside factors".to_owned(),

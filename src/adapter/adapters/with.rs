@@ -1,8 +1,8 @@
 //! The adapters of a forward, chosen for the time of a closure.
 
-use super::{Adapters, Added, Strengths};
-use crate::adapter::built;
-use crate::layers::{choose, Choice, Chosen, Mode};
+use super::{WeightedAdapters, Adapters, Added};
+use crate::layers::binding::active::{activate, Active, ActiveAdapter};
+use crate::layers::Mode;
 use crate::ops::LowRank;
 use crate::{Error, Result};
 
@@ -11,14 +11,14 @@ impl Adapters {
     /// `[("sql", 0.7), ("chat", 0.3)]`: `W + 0.7·ΔW₁ + 0.3·ΔW₂`. A choice within `f` replaces it.
     ///
     /// # Errors
-    /// Those of `f`; if there is no adapter of a name, or none is named, or one twice; if a strength is not
+    /// Those of `f`; if there is no adapter of a name, or none is named, or one twice; if a weight is not
     /// finite; and if an adapter of a sum trains with dropout, or has `use_dora`, which a sum does not have.
     pub fn with<T, E: From<Error>>(
         &self,
-        adapters: impl Into<Strengths>,
+        adapters: impl Into<WeightedAdapters>,
         f: impl FnOnce() -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        choose(self.owner, self.weighted(&adapters.into())?, f)
+        activate(self.record.scope, self.weighted(&adapters.into())?, f)
     }
 
     /// Runs `f`, in which the model computes with its base, as it does without a choice.
@@ -29,7 +29,7 @@ impl Adapters {
         &self,
         f: impl FnOnce() -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        choose(self.owner, Choice::Sum(vec![]), f)
+        activate(self.record.scope, Active::Sum(vec![]), f)
     }
 
     /// Runs `f`, in which each row of a batch has its own adapter or, with `None`, the base: the inputs of the
@@ -44,47 +44,47 @@ impl Adapters {
         rows: &[Option<&str>],
         f: impl FnOnce() -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
-        choose(self.owner, self.rows(rows)?, f)
+        activate(self.record.scope, self.rows(rows)?, f)
     }
 
-    fn weighted(&self, strengths: &Strengths) -> Result<Choice> {
-        let adapters = self.named(strengths)?;
+    fn weighted(&self, weights: &WeightedAdapters) -> Result<Active> {
+        let adapters = self.named(weights)?;
         let alone = matches!(adapters[..], [(.., 1.)]);
-        let chosen = adapters.into_iter().map(|(name, added, strength)| {
+        let active = adapters.into_iter().map(|(name, added, weight)| {
             if !alone {
                 added.refuse_dora(name)?;
             }
-            let chosen = added.chosen(strength);
+            let active = added.active(weight);
             let dropped = |update: &LowRank| update.dropout().p > 0.;
-            if !alone && chosen.mode == Mode::Train && chosen.updates.values().any(dropped) {
+            if !alone && active.mode == Mode::Train && active.updates.values().any(dropped) {
                 let reason = "has no dropout: set `lora_dropout` to 0, or call `eval()`";
                 return Err(Error::Invalid(format!(
                     "the adapter {name:?} trains with dropout, but a weighted sum {reason}"
                 )));
             }
-            Ok(chosen)
+            Ok(active)
         });
-        Ok(Choice::Sum(chosen.collect::<Result<_>>()?))
+        Ok(Active::Sum(active.collect::<Result<_>>()?))
     }
 
-    fn rows(&self, rows: &[Option<&str>]) -> Result<Choice> {
+    fn rows(&self, rows: &[Option<&str>]) -> Result<Active> {
         if rows.is_empty() {
             return Err(Error::Invalid("the batch has no rows".to_owned()));
         }
-        let of = |group: &[Option<&str>]| {
+        let active = |group: &[Option<&str>]| {
             let Some(name) = group[0] else { return Ok((group.len(), None)) };
             let added = self.one(name)?;
             added.refuse_dora(name)?;
-            let chosen = added.chosen(1.);
-            if chosen.mode == Mode::Train {
+            let adapter = added.active(1.);
+            if adapter.mode == Mode::Train {
                 let reason = "call `eval()`, or choose it for a whole batch by `with`";
                 return Err(Error::Invalid(format!(
                     "the adapter {name:?} trains, but rows have no gradient: {reason}"
                 )));
             }
-            Ok((group.len(), Some(chosen)))
+            Ok((group.len(), Some(adapter)))
         };
-        Ok(Choice::Rows(rows.chunk_by(|a, b| a == b).map(of).collect::<Result<_>>()?))
+        Ok(Active::Rows(rows.chunk_by(|a, b| a == b).map(active).collect::<Result<_>>()?))
     }
 }
 
@@ -95,13 +95,13 @@ impl Added {
             false => Ok(()),
             true => Err(Error::unsupported(
                 format!("the adapter {name:?} with use_dora in a weighted sum or by rows"),
-                "its magnitudes scale the base's output too: choose it alone by `with`, at the strength 1",
+                "its magnitudes scale the base's output too: choose it alone by `with`, at the weight 1",
             )),
         }
     }
 
-    fn chosen(&self, strength: f64) -> Chosen {
-        let mode = built::lock(&self.adapter.built).mode_among_others(self.adapter.options.loaded);
-        Chosen { updates: self.updates.clone(), strength, mode }
+    fn active(&self, weight: f64) -> ActiveAdapter {
+        let mode = self.adapter.state().mode_among_others(self.adapter.options.loaded);
+        ActiveAdapter { updates: self.updates.clone(), weight, mode }
     }
 }

@@ -1,15 +1,16 @@
 //! A `VarBuilder` that reads the tensors of safetensors files one at a time.
 
+use super::source::{from_source, Source, Wanted};
 use crate::files::check_finite;
 use crate::files::safetensors_file::SafetensorsFile;
 use crate::files::shards::Shards;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::var_builder::{SimpleBackend, VarBuilder};
-use candle_nn::Init;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use safetensors::tensor::TensorInfo;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A `VarBuilder` over a safetensors file, all shards of an index (`model.safetensors.index.json`), or a
 /// folder with either.
@@ -35,12 +36,11 @@ pub fn safetensors_var_builder(
     dtype: DType,
     device: &Device,
 ) -> Result<VarBuilder<'static>> {
-    let disk = Disk::open(path.as_ref())?;
-    Ok(VarBuilder::from_backend(Box::new(disk), dtype, device.clone()))
+    Ok(from_source(Safetensors::open(path.as_ref())?, dtype, device))
 }
 
 /// The tensors of files.
-pub(super) struct Disk {
+pub(super) struct Safetensors {
     /// What was opened, for messages.
     path: PathBuf,
     shards: Vec<Shard>,
@@ -53,7 +53,13 @@ struct Shard {
     file: Mutex<SafetensorsFile>,
 }
 
-impl Disk {
+impl Shard {
+    fn file(&self) -> MutexGuard<'_, SafetensorsFile> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Safetensors {
     pub fn open(path: &Path) -> Result<Self> {
         let (mut shards, mut shard_of) = (vec![], HashMap::new());
         for path in Shards::find(path)?.paths() {
@@ -68,41 +74,36 @@ impl Disk {
         Ok(Self { path: path.to_owned(), shards, shard_of })
     }
 
+    fn shard(&self, name: &str) -> Result<&Shard> {
+        let shard = self.shard_of.get(name).and_then(|&shard| self.shards.get(shard));
+        shard.ok_or_else(|| Error::tensor(name, "it is missing").at(&self.path))
+    }
+
+    /// A tensor's dtype and shape, which is the expected one.
+    pub fn info(&self, name: &str, wanted: &Wanted) -> Result<TensorInfo> {
+        let shard = self.shard(name)?;
+        let info = shard.file().info(name).cloned();
+        let checked = info.and_then(|info| wanted.check(name, &info.shape).map(|()| info));
+        checked.map_err(|e| e.at(&shard.path))
+    }
+
     /// A tensor in its own dtype, on the CPU.
-    pub fn read(&self, name: &str, wanted: Option<&Shape>) -> Result<Tensor> {
-        let Some(shard) = self.shard_of.get(name).and_then(|&shard| self.shards.get(shard)) else {
-            return Err(Error::tensor(name, "it is missing").at(&self.path));
-        };
-        let read = || {
-            let tensor = shard.file.lock().unwrap_or_else(PoisonError::into_inner).read(name)?;
-            if let Some(wanted) = wanted.filter(|wanted| *wanted != tensor.shape()) {
-                let reason = format!("its shape is {:?}, expected {wanted:?}", tensor.shape());
-                return Err(Error::tensor(name, reason));
-            }
-            check_finite(name, &tensor)?;
-            Ok(tensor)
-        };
-        read().map_err(|e| e.at(&shard.path))
+    pub fn read(&self, name: &str) -> Result<Tensor> {
+        let shard = self.shard(name)?;
+        let tensor = shard.file().read(name);
+        // A parallel loop: the lock of the file is free again.
+        let checked = tensor.and_then(|tensor| check_finite(name, &tensor).map(|()| tensor));
+        checked.map_err(|e| e.at(&shard.path))
     }
 }
 
-impl SimpleBackend for Disk {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        _: Init,
-        dtype: DType,
-        dev: &Device,
-    ) -> candle_core::Result<Tensor> {
-        self.read(name, Some(&shape))?.to_device(dev)?.to_dtype(dtype)
+impl Source for Safetensors {
+    fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        self.info(name, wanted)?;
+        wanted.convert(name, &self.read(name)?)
     }
 
-    fn get_unchecked(&self, name: &str, dtype: DType, dev: &Device) -> candle_core::Result<Tensor> {
-        self.read(name, None)?.to_device(dev)?.to_dtype(dtype)
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
+    fn has(&self, name: &str) -> bool {
         self.shard_of.contains_key(name)
     }
 }

@@ -1,0 +1,127 @@
+//! Whether an adapter and a model fit: every target is an adapted layer, and the model reads all that the adapter has.
+
+use super::options::Options;
+use super::record::Record;
+use super::state::Adapted;
+use super::Adapter;
+use crate::layers::Part;
+use crate::utils::{variables, Trainable};
+use crate::weights::Bias;
+use crate::{Error, Result};
+use candle_nn::VarMap;
+use std::sync::Arc;
+
+impl Adapter {
+    /// An error unless every target is an adapted layer, the model reads all that the adapter has, and there is
+    /// something to train. Call it after the model is built.
+    ///
+    /// # Errors
+    /// If no model was built on `var_builder`, or the options were changed after it; if nothing is selected to be
+    /// trained, as with `r = 0`, the default; if a target matches no layer; if the model reads a
+    /// target's weight without building a layer of [`nn`](crate::nn) around it, for instance transposed; if a
+    /// layer could not be adapted; and if the adapter has factors for a layer that the model lacks, or another tensor,
+    /// such as a head, that it does not read. The error has the names.
+    ///
+    /// For a model on [`merged`](Self::merged): if it has not read a tensor that the adapter changes.
+    pub fn check(&self) -> Result<()> {
+        self.check_models()?;
+        self.named_vars().map(drop)
+    }
+
+    pub(super) fn check_models(&self) -> Result<()> {
+        let invalid = |reason: &str| Err(Error::Invalid(reason.to_owned()));
+        let state = self.state();
+        let merged = state.merged.as_ref().filter(|merged| !merged.record.is_empty());
+        if let Some(merged) = merged {
+            check_merged(&merged.changed, &merged.record)?;
+        }
+        match &state.options {
+            None if merged.is_some() => Ok(()),
+            None => invalid("no model was built on the adapter's `var_builder` yet"),
+            Some(built) if !Arc::ptr_eq(built, &self.options) => invalid(
+                "the options of the adapter were changed after `var_builder`: set them before",
+            ),
+            Some(_) => check(&self.options, &self.vars, &state.adapted, &self.record),
+        }
+    }
+}
+
+/// An error unless the adapter with these options and variables fits the models of the record, whose layers it has
+/// `adapted`.
+pub(super) fn check(
+    options: &Options,
+    vars: &VarMap,
+    adapted: &Adapted,
+    record: &Record,
+) -> Result<()> {
+    if let Some((path, reason)) = adapted.failures().next() {
+        return Err(Error::tensor(Part::Base("weight").at(path), reason));
+    }
+    let all_linear = options.targets.is_all_linear();
+    if all_linear && options.config.bias == Bias::LoraOnly {
+        let reason =
+            "which biases belong to adapted layers is not known in advance: name the targets";
+        return Err(Error::unsupported("`Bias::LoraOnly` with all linear layers", reason));
+    }
+    let mut without_layer = record.without_layer();
+    without_layer.retain(|(path, _)| options.selects(path));
+    // A weight without a layer is reported below, with another reason.
+    let unclaimed = without_layer.iter().filter(|_| !all_linear).map(|(path, _)| path.as_str());
+    options.valid().map_err(Error::Invalid)?;
+    let hinted = |reason: String| {
+        let (hint, names) = (options.layers.hint(), record.names());
+        Error::Invalid(format!("{reason}{hint}; its layers are named {names}"))
+    };
+    let known = adapted.layers().map(|(path, _)| path).chain(unclaimed);
+    options.targets.check(known).map_err(hinted)?;
+    // All-linear also reads the weights of norms and other layers.
+    if let Some((path, _)) = without_layer.iter().find(|(_, rank)| !all_linear || *rank == 2) {
+        let reason = match adapted.layers().next() {
+            None => "no layer of `lora::nn` was built around it: does the model's file have `use loralib::nn as \
+                     candle_nn;` at its top?",
+            Some(_) => "it is a target, but the model builds no layer of `lora::nn` around it: it may use the \
+                        tensor itself, transpose, cast or split it; `exclude` it",
+        };
+        return Err(Error::tensor(Part::Base("weight").at(path), reason));
+    }
+    unread(options, vars, adapted, record)
+}
+
+/// An error for a tensor of the adapter that no model has read.
+fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) -> Result<()> {
+    let (vars, trainable) = (variables(vars), Trainable::from(&options.config));
+    let saved = vars.keys().filter(|name| trainable.selects(name, |n| vars.contains_key(n)));
+    let is_read = |name: &str| {
+        // The factors are read by the layer, and the table under them is the base's.
+        let (path, part) = Part::parse(name);
+        let of_layer = part.is_lora() || options.frozen.contains_key(name);
+        record.has(name) || (of_layer && adapted.contains(path))
+    };
+    let Some(name) = saved.chain(options.frozen.keys()).find(|name| !is_read(name)) else {
+        return Ok(());
+    };
+    let reason = match Part::parse(name).1.is_lora() {
+        true => "the model has no such layer",
+        false => "the model does not read it",
+    };
+    let tied = record.tied();
+    let hint = tied.first().map_or_else(String::new, |(path, kinds)| {
+        format!(
+            "; layers of the kinds {kinds:?} share the weight of {path:?}: a head that is tied to the embeddings has \
+             no tensor of its own"
+        )
+    });
+    Err(Error::tensor(name, format!("the adapter has it, but {reason}{hint}")))
+}
+
+/// An error for a tensor that the adapter changes and that the model on [`merged`](Adapter::merged) has not read.
+fn check_merged(changed: &[String], record: &Record) -> Result<()> {
+    match changed.iter().find(|name| !record.has(name)) {
+        None => Ok(()),
+        Some(name) => {
+            let reason = "the adapter changes it, but the model on `merged` has not read it: a head that is tied to \
+                          the embeddings has no tensor of its own (`tie_word_embeddings`)";
+            Err(Error::tensor(name, reason))
+        }
+    }
+}

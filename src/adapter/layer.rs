@@ -1,0 +1,131 @@
+//! A layer of a model, which an adapter adapts, or which several adapters of a set can.
+
+use super::options::Options;
+use super::record::Record;
+use super::state::{self, State};
+use crate::base::var_builder;
+use crate::layers::binding::active::LayerId;
+use crate::layers::binding::TargetModule;
+use crate::layers::{adapt, LayerKind, LoraConfig, Mode, SharedWeight, Weight, WeightTensors};
+use crate::utils::Trainable;
+use crate::weights::LayerConfig;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::{VarBuilder, VarMap};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+/// An adapter, for the layers that it adapts.
+#[derive(Clone)]
+pub(super) struct Adapting {
+    pub options: Arc<Options>,
+    /// The factors become variables of it.
+    pub vars: VarMap,
+    pub state: Arc<Mutex<State>>,
+}
+
+/// A module whose weight a model has read.
+pub(super) struct Module {
+    pub path: String,
+    pub record: Arc<Record>,
+    /// The adapter, or `None` in a set of adapters.
+    pub adapter: Option<Adapting>,
+    /// Whether it has its layer. Others around the same tensor, such as a tied head, have no adapter, as in PEFT.
+    pub is_built: AtomicBool,
+}
+
+impl TargetModule for Module {
+    fn adapt(&self, weight: &Tensor, bias: Option<&Tensor>, kind: LayerKind) -> Option<Weight> {
+        let is_first = !self.is_built.swap(true, Ordering::Relaxed);
+        self.record.built(&self.path, &kind, is_first);
+        if !is_first {
+            return None;
+        }
+        let layer = match &self.adapter {
+            None => self.without_update(weight, bias, &kind),
+            Some(adapter) => self.adapted(adapter, weight, bias, &kind),
+        }?;
+        self.record.follows(&self.path, kind, &layer);
+        Some(Weight::Shared(layer))
+    }
+}
+
+impl Module {
+    fn id(&self) -> LayerId {
+        LayerId { scope: self.record.scope, path: self.path.clone() }
+    }
+
+    /// A layer of a set, whose adapters are chosen at each forward. One that cannot have any stays a plain layer.
+    fn without_update(
+        &self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        kind: &LayerKind,
+    ) -> Option<Arc<SharedWeight>> {
+        let vb = no_tensors(weight.dtype(), weight.device());
+        let base = adapt(weight, kind, &LoraConfig::default(), &vb).ok()?;
+        base.with_bias(bias.cloned()).shared(Mode::Train, self.id()).ok()
+    }
+
+    fn adapted(
+        &self,
+        adapter: &Adapting,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        kind: &LayerKind,
+    ) -> Option<Arc<SharedWeight>> {
+        let options = &adapter.options;
+        if !(options.selects(&self.path) && options.adapts(kind)) {
+            return None;
+        }
+        // Without the adapter's lock: merging waits for other threads.
+        let mode = state::lock(&adapter.state).mode();
+        let built = adapted(options, &adapter.vars, &self.path, weight, kind).and_then(
+            |(tensors, layer)| {
+                let shared = tensors.with_bias(bias.cloned()).shared(mode, self.id());
+                Ok((shared.map_err(|error| error.to_string())?, layer))
+            },
+        );
+        let (shared, layer) = match built {
+            Ok((shared, layer)) => (Some(shared), Ok(layer)),
+            Err(reason) => (None, Err(reason)),
+        };
+        state::lock(&adapter.state).adapted.0.insert(self.path.clone(), layer);
+        shared
+    }
+}
+
+/// The weight of a layer of this kind with its update, whose factors are variables of `vars`, and the layer's options.
+pub(super) fn adapted(
+    options: &Options,
+    vars: &VarMap,
+    path: &str,
+    weight: &Tensor,
+    kind: &LayerKind,
+) -> Result<(WeightTensors, LayerConfig), String> {
+    let layer = options.layer(path).map_err(|error| error.to_string())?;
+    let declared = layer.kind.as_ref().unwrap_or(kind);
+    if declared != kind && !(*kind == LayerKind::Linear && declared.is_linear()) {
+        return Err(format!("its layer is a {kind:?}, declared as a {declared:?}"));
+    }
+    let vb = var_builder(
+        no_tensors(weight.dtype(), weight.device()),
+        vars,
+        Trainable::from(&options.config),
+    );
+    let cfg = layer.over(options.config.lora);
+    if declared.is_linear() && cfg.fan_in_fan_out {
+        return Err("fan_in_fan_out is set, but candle_nn's weights are (out, in)".to_owned());
+    }
+    let tensors = adapt(weight, declared, &cfg, &options.seeded(vb).set_prefix(path));
+    let tensors = tensors.map_err(|error| error.to_string())?;
+    let tensors = match &options.dropout {
+        Some(stream) => tensors.with_dropout_stream(stream),
+        None => tensors,
+    };
+    Ok((tensors, LayerConfig { kind: Some(declared.clone()), ..layer }))
+}
+
+fn no_tensors(dtype: DType, device: &Device) -> VarBuilder<'static> {
+    VarBuilder::from_tensors(HashMap::new(), dtype, device)
+}

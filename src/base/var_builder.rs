@@ -1,0 +1,112 @@
+//! A `VarBuilder` over a frozen base and a trainable adapter.
+
+use super::source::{from_source, Source, Wanted};
+use crate::layers::binding::{dequantized, on_device};
+use crate::layers::Part;
+use crate::utils::{variable, Trainable};
+use crate::{Error, Result};
+use candle_core::{Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use std::sync::PoisonError;
+
+/// A `VarBuilder` that takes frozen tensors from `base` and creates the trainable ones as variables of
+/// `adapter`: the factors with their initialisation, the selected biases and modules with the base's
+/// values; with [`Trainable::all_parameters`] the whole base.
+///
+/// Variables that `adapter` already has are used as they are. dtype and device are the base's. Give
+/// `mark_only_lora_as_trainable` and `lora_state_dict` the same selection.
+///
+/// # Errors
+/// Asking for a tensor that `base` lacks is an error, never a random value. Only the factors and the
+/// modules of the selection may be new.
+pub fn var_builder<'a>(
+    base: VarBuilder<'a>,
+    adapter: &VarMap,
+    trainable: impl Into<Trainable>,
+) -> VarBuilder<'a> {
+    var_builder_with(base, adapter, trainable, |_| false)
+}
+
+/// [`var_builder`] in which the layers whose path is `adapted` count as such before their factors exist,
+/// so that [`Bias::LoraOnly`](crate::Bias::LoraOnly) trains their biases.
+pub(crate) fn var_builder_with<'a>(
+    base: VarBuilder<'a>,
+    adapter: &VarMap,
+    trainable: impl Into<Trainable>,
+    adapted: impl Fn(&str) -> bool + Send + Sync + 'static,
+) -> VarBuilder<'a> {
+    let (dtype, device) = (base.dtype(), base.device().clone());
+    let (adapter, trainable) = (adapter.clone(), trainable.into());
+    from_source(WithVariables { base, adapter, trainable, adapted }, dtype, &device)
+}
+
+/// `base` with variables of `adapter` for what is trained.
+struct WithVariables<'a, F> {
+    base: VarBuilder<'a>,
+    adapter: VarMap,
+    trainable: Trainable,
+    /// Whether the layer of a path is adapted.
+    adapted: F,
+}
+
+impl<F: Fn(&str) -> bool> WithVariables<'_, F> {
+    fn trains(&self, name: &str) -> bool {
+        let exists = |name: &str| {
+            let (path, part) = Part::parse(name);
+            variable(&self.adapter, name).is_some() || (part.is_lora() && (self.adapted)(path))
+        };
+        self.trainable.selects(name, exists)
+    }
+
+    /// The base's value, which may be a placeholder of a quantised one.
+    fn frozen(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        if !self.base.has(name) {
+            let expected = wanted.shape.map(|shape| format!(" (expected {shape:?})"));
+            return Err(Error::Invalid(format!(
+                "the base has no tensor {name:?}{}",
+                expected.unwrap_or_default()
+            )));
+        }
+        // On the base's own device.
+        let tensor = self.base.tensor(name, &Wanted { device: self.base.device(), ..*wanted })?;
+        // A copy of a variable: training or loading the base's VarMap must not change it.
+        Ok(if tensor.is_variable() { tensor.copy()?.detach() } else { tensor })
+    }
+
+    /// A new variable with the base's value or, if the base lacks a tensor that may be new, with its initialisation.
+    fn create(&self, name: &str, wanted: &Wanted) -> Result<Var> {
+        let may_be_new = Part::parse(name).1.is_lora() || self.trainable.in_module(name);
+        let var = match wanted.shape.filter(|_| may_be_new && !self.base.has(name)) {
+            Some(shape) => wanted.init.var(shape.clone(), wanted.dtype, wanted.device)?,
+            None => {
+                let tensor = dequantized(self.frozen(name, wanted)?)?;
+                Var::from_tensor(&tensor.to_device(wanted.device)?)?
+            }
+        };
+        let mut data = self.adapter.data().lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(data.entry(name.to_owned()).or_insert(var).clone())
+    }
+}
+
+impl<F: Fn(&str) -> bool + Send + Sync> Source for WithVariables<'_, F> {
+    fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
+        if !self.trains(name) {
+            return Ok(on_device(self.frozen(name, wanted)?, wanted.device)?);
+        }
+        let var = match variable(&self.adapter, name) {
+            Some(var) => var,
+            None => self.create(name, wanted)?,
+        };
+        wanted.check(name, var.dims())?;
+        if wanted.shape.is_some() && var.dtype() != wanted.dtype {
+            let reason =
+                format!("the adapter has it in {:?}, expected {:?}", var.dtype(), wanted.dtype);
+            return Err(Error::tensor(name, reason));
+        }
+        Ok(var.as_tensor().clone())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        variable(&self.adapter, name).is_some() || self.base.has(name)
+    }
+}
