@@ -128,16 +128,19 @@ impl Adapter {
     /// [`peft::load`], or an initialisation that is not one of [`InitLoraWeights`](crate::layers::InitLoraWeights);
     /// if it names no targets; and if a regular expression is invalid. The error names the file and the option.
     pub fn from_peft_config(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let (config, selection) = peft::new_adapter(path)?;
-        let adapter = Self::new(config.options)
-            .targets(selection.targets)
-            .exclude(Targets::excluded(selection.exclude))
-            .layers(selection.layers)
-            .layers_pattern(selection.layers_pattern)
-            .with(|options| options.patterns = config.patterns);
-        adapter.options.valid().map_err(|reason| Error::Invalid(reason).at(path))?;
-        Ok(adapter)
+        let file = peft::config_file(path.as_ref());
+        let read = || {
+            let (config, selection) = peft::new_adapter(&file)?;
+            let adapter = Self::new(config.options)
+                .targets(selection.targets)
+                .exclude(Targets::excluded(selection.exclude))
+                .layers(selection.layers)
+                .layers_pattern(selection.layers_pattern)
+                .with(|options| options.patterns = config.patterns);
+            adapter.options.valid().map_err(Error::Invalid)?;
+            Ok(adapter)
+        };
+        read().map_err(|e: Error| e.at(&file))
     }
 
     /// Sets the variables to those of a file or folder, all of them or, on an error, none: to go on with a saved run.

@@ -64,6 +64,7 @@ impl Source for Merged<'_> {
     }
 
     fn has(&self, name: &str) -> bool {
-        !Part::parse(name).1.is_adapter() && (self.adapter.contains_key(name) || self.base.has(name))
+        !Part::parse(name).1.is_adapter()
+            && (self.adapter.contains_key(name) || self.base.has(name))
     }
 }

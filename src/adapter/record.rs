@@ -105,7 +105,8 @@ impl Record {
     /// The last components of the modules' paths.
     pub fn names(&self) -> String {
         let read = self.lock();
-        let names: BTreeSet<&str> = read.modules.keys().map(|path| path.rsplit('.').next().unwrap_or(path)).collect();
+        let names: BTreeSet<&str> =
+            read.modules.keys().map(|path| path.rsplit('.').next().unwrap_or(path)).collect();
         names.into_iter().collect::<Vec<_>>().join(", ")
     }
 

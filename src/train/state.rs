@@ -249,14 +249,13 @@ mod tests {
             fs::write(&path, &good[..length])?;
             assert!(run.opt.load::<u32>(&path).is_err(), "{length} bytes");
         }
-        crate::save_state_dict(
-            &StateDict::from([(
-                "x.lora_A".to_owned(),
-                Tensor::zeros((1, 2), DType::F32, &Device::Cpu)?,
-            )]),
-            crate::LoraConfig { r: 1, ..Default::default() },
-            &path,
-        )?;
+        let factor = |dims: (usize, usize)| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+        let adapter = StateDict::from([
+            ("x.lora_A".to_owned(), factor((1, 2))?),
+            ("x.lora_B".to_owned(), factor((3, 1))?),
+        ]);
+        let cfg = crate::LoraConfig { r: 1, ..Default::default() };
+        crate::save_state_dict(&adapter, cfg, &path)?;
         assert!(run.opt.load::<u32>(&path).unwrap_err().to_string().contains("loralib.training"));
         assert_eq!((run.bits()?, run.opt.steps()), (before, 5));
         Ok(())

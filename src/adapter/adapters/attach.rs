@@ -78,7 +78,8 @@ fn refuse_others(adapter: &Adapter) -> Result<()> {
     let config = &adapter.options.config;
     MergedOnly::new(config, &adapter.vars).refuse_any()?;
     let vars = variables(&adapter.vars);
-    let other = vars.keys().find(|name| !Part::parse(name).1.is_lora()).or(config.modules_to_save.first());
+    let other =
+        vars.keys().find(|name| !Part::parse(name).1.is_lora()).or(config.modules_to_save.first());
     let what = match other {
         Some(name) => format!("{name:?} beside factors"),
         None if config.bias != Bias::None => "a bias beside factors".to_owned(),

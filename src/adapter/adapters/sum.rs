@@ -1,6 +1,6 @@
 //! The weighted sum of adapters as one adapter.
 
-use super::{WeightedAdapters, Adapters};
+use super::{Adapters, WeightedAdapters};
 use crate::adapter::Adapter;
 use crate::files::StateDict;
 use crate::layers::{LayerKind, Part, Total};

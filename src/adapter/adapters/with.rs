@@ -1,6 +1,6 @@
 //! The adapters of a forward, chosen for the time of a closure.
 
-use super::{WeightedAdapters, Adapters, Added};
+use super::{Adapters, Added, WeightedAdapters};
 use crate::layers::binding::active::{activate, Active, ActiveAdapter};
 use crate::layers::Mode;
 use crate::ops::LowRank;

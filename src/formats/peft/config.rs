@@ -129,12 +129,14 @@ impl Fields {
             let value = self.value(key).unwrap_or_default();
             return Err(malformed(format!("{key} = {value}, expected an object")));
         };
-        let entry = |(pattern, text): (String, Box<RawValue>)| {
-            match serde_json::from_str(text.get()).ok().filter(&valid) {
+        let entry =
+            |(pattern, text): (String, Box<RawValue>)| match serde_json::from_str(text.get())
+                .ok()
+                .filter(&valid)
+            {
                 Some(value) => Ok((pattern, value)),
                 None => Err(malformed(format!("{key}: the value of {pattern:?} is {text}"))),
-            }
-        };
+            };
         texts.unwrap_or_default().into_iter().map(entry).collect()
     }
 

@@ -52,7 +52,7 @@ mod tokens;
 
 use crate::{Error, Result};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub(crate) use config::{Fields, Modules, PeftConfig, Selection};
 pub(crate) use keys::adapter_name;
@@ -70,11 +70,18 @@ pub(crate) fn has_tensors(dir: &Path) -> bool {
     [SAFETENSORS, BIN].iter().any(|file| dir.join(file).exists())
 }
 
-/// The options of a new adapter by a configuration's file or its folder.
-pub(crate) fn new_adapter(path: &Path) -> Result<(PeftConfig, Selection)> {
-    let file = if path.is_dir() { path.join(CONFIG) } else { path.to_owned() };
-    let read = || PeftConfig::parse(&fs::read(&file)?)?.fresh();
-    read().map_err(|e: Error| e.at(&file))
+/// The configuration's file, given it or its folder.
+pub(crate) fn config_file(path: &Path) -> PathBuf {
+    if path.is_dir() {
+        path.join(CONFIG)
+    } else {
+        path.to_owned()
+    }
+}
+
+/// The options of a new adapter by a configuration's file.
+pub(crate) fn new_adapter(file: &Path) -> Result<(PeftConfig, Selection)> {
+    PeftConfig::parse(&fs::read(file)?)?.fresh()
 }
 
 pub(crate) fn malformed(reason: impl ToString) -> Error {
