@@ -66,13 +66,13 @@ pub(super) fn check(
     let mut without_layer = record.without_layer();
     without_layer.retain(|(path, _)| options.selects(path));
     // A weight without a layer is reported below, with another reason.
-    let unclaimed = without_layer.iter().filter(|_| !all_linear).map(|(path, _)| path.as_str());
+    let read = without_layer.iter().filter(|_| !all_linear).map(|(path, _)| path.as_str());
     options.valid().map_err(Error::Invalid)?;
     let hinted = |reason: String| {
         let (hint, names) = (options.layers.hint(), record.names());
         Error::Invalid(format!("{reason}{hint}; its layers are named {names}"))
     };
-    let known = adapted.layers().map(|(path, _)| path).chain(unclaimed);
+    let known = adapted.layers().map(|(path, _)| path).chain(read);
     options.targets.check(known).map_err(hinted)?;
     // All-linear also reads the weights of norms and other layers.
     if let Some((path, _)) = without_layer.iter().find(|(_, rank)| !all_linear || *rank == 2) {

@@ -5,12 +5,12 @@ mod check;
 mod checkpoint;
 mod disabled;
 mod files;
-mod layer;
 mod merged;
 mod merged_only;
 mod options;
 mod record;
 mod state;
+mod target;
 mod targets;
 mod transformer_layers;
 mod var_builder;
@@ -24,13 +24,13 @@ use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
 use candle_nn::{VarBuilder, VarMap};
-use layer::Adapting;
 use options::Options;
 use record::Record;
 use state::State;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
+use target::AdapterParts;
 
 pub use crate::weights::{AdapterConfig, LayerConfig, LayerWeights, LoraWeights};
 pub use adapters::{Adapters, WeightedAdapters};
@@ -188,7 +188,7 @@ impl Adapter {
     pub fn var_builder<'a>(&self, base: VarBuilder<'a>) -> VarBuilder<'a> {
         self.state().options = Some(self.options.clone());
         let Self { options, vars, record, state } = self.clone();
-        var_builder::recorded(base, record, Some(Adapting { options, vars, state }))
+        var_builder::recorded(base, record, Some(AdapterParts { options, vars, state }))
     }
 
     /// How many masks dropout has drawn from the [`seed`](Self::seed), 0 without one: with the variables and the

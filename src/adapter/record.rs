@@ -17,18 +17,18 @@ pub(super) struct Record {
 struct Read {
     tensors: BTreeMap<String, Shape>,
     /// By the paths of the weights.
-    modules: BTreeMap<String, Module>,
+    modules: BTreeMap<String, ModuleRecord>,
 }
 
 /// A module whose weight was read.
 #[derive(Debug, Default)]
-struct Module {
+struct ModuleRecord {
     /// Whether no layer was built around the weight since it was read.
     awaits_layer: bool,
     /// The kinds of the layers that were built around it, each once.
     kinds: Vec<LayerKind>,
-    /// Whether several were built around the same tensor, as a tied head around an embedding's table.
-    is_tied: bool,
+    /// Whether two were built around the same tensor.
+    is_shared: bool,
     /// The layers that follow the adapter or the set. The model owns them.
     layers: Vec<(LayerKind, Weak<SharedWeight>)>,
 }
@@ -52,7 +52,7 @@ impl Record {
         let mut read = self.lock();
         let module = read.modules.entry(path.to_owned()).or_default();
         module.awaits_layer = false;
-        module.is_tied |= !is_first;
+        module.is_shared |= !is_first;
         if !module.kinds.contains(kind) {
             module.kinds.push(kind.clone());
         }
@@ -95,10 +95,12 @@ impl Record {
         with_rank.collect()
     }
 
-    /// The modules around whose weights several layers were built, with these layers' kinds.
+    /// The modules around whose weights several layers were built, as a tied head around an embedding's table, with
+    /// these layers' kinds.
     pub fn tied(&self) -> Vec<(String, Vec<LayerKind>)> {
         let read = self.lock();
-        let tied = read.modules.iter().filter(|(_, module)| module.is_tied);
+        let tied = |module: &ModuleRecord| module.is_shared || module.kinds.len() > 1;
+        let tied = read.modules.iter().filter(|(_, module)| tied(module));
         tied.map(|(path, module)| (path.clone(), module.kinds.clone())).collect()
     }
 

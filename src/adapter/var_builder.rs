@@ -1,9 +1,9 @@
 //! The `VarBuilder` of an adapter, or of a set of adapters: it records what a model reads, and binds its modules to
 //! the weights that it gives.
 
-use super::layer::{Adapting, Module};
 use super::merged_only::MergedOnly;
 use super::record::Record;
+use super::target::{AdapterParts, Target};
 use crate::base::source::{from_source, Source, Wanted};
 use crate::base::{var_builder, var_builder_with};
 use crate::layers::binding::TargetWeights;
@@ -20,12 +20,12 @@ use std::sync::Arc;
 pub(super) fn recorded<'a>(
     base: VarBuilder<'a>,
     record: Arc<Record>,
-    adapter: Option<Adapting>,
+    adapter: Option<AdapterParts>,
 ) -> VarBuilder<'a> {
     let (dtype, device) = (base.dtype(), base.device().clone());
     let (base, merged_only) = match &adapter {
         None => (var_builder(base, &VarMap::new(), Bias::None), MergedOnly::default()),
-        Some(Adapting { options, vars, .. }) => {
+        Some(AdapterParts { options, vars, .. }) => {
             let selects = {
                 let options = options.clone();
                 move |path: &str| options.selects(path)
@@ -42,7 +42,7 @@ struct Recorded<'a> {
     base: VarBuilder<'a>,
     merged_only: MergedOnly,
     record: Arc<Record>,
-    adapter: Option<Adapting>,
+    adapter: Option<AdapterParts>,
     weights: TargetWeights,
 }
 
@@ -62,7 +62,7 @@ impl Source for Recorded<'_> {
             return Ok(tensor);
         }
         let (path, record, adapter) = (path.to_owned(), self.record.clone(), self.adapter.clone());
-        let module = Module { path, record, adapter, is_built: AtomicBool::new(false) };
+        let module = Target { path, record, adapter, is_built: AtomicBool::new(false) };
         Ok(self.weights.bind(&tensor, Arc::new(module))?)
     }
 

@@ -1,10 +1,10 @@
 //! An adapter's updates for the layers of a set's model.
 
 use crate::adapter::check::check;
-use crate::adapter::layer::adapted;
 use crate::adapter::merged_only::MergedOnly;
 use crate::adapter::record::Record;
 use crate::adapter::state::Adapted;
+use crate::adapter::target::adapted;
 use crate::adapter::Adapter;
 use crate::layers::binding::active::Updates;
 use crate::layers::binding::dequantized;

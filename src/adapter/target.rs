@@ -1,4 +1,4 @@
-//! A layer of a model, which an adapter adapts, or which several adapters of a set can.
+//! A layer of a model, which an adapter adapts, or to which the adapters of a set can be added.
 
 use super::options::Options;
 use super::record::Record;
@@ -15,26 +15,26 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// An adapter, for the layers that it adapts.
+/// What the layers that an adapter adapts need of it.
 #[derive(Clone)]
-pub(super) struct Adapting {
+pub(super) struct AdapterParts {
     pub options: Arc<Options>,
-    /// The factors become variables of it.
+    /// The factors are variables of it.
     pub vars: VarMap,
     pub state: Arc<Mutex<State>>,
 }
 
 /// A module whose weight a model has read.
-pub(super) struct Module {
+pub(super) struct Target {
     pub path: String,
     pub record: Arc<Record>,
     /// The adapter, or `None` in a set of adapters.
-    pub adapter: Option<Adapting>,
+    pub adapter: Option<AdapterParts>,
     /// Whether it has its layer. Others around the same tensor, such as a tied head, have no adapter, as in PEFT.
     pub is_built: AtomicBool,
 }
 
-impl TargetModule for Module {
+impl TargetModule for Target {
     fn adapt(&self, weight: &Tensor, bias: Option<&Tensor>, kind: LayerKind) -> Option<Weight> {
         let is_first = !self.is_built.swap(true, Ordering::Relaxed);
         self.record.built(&self.path, &kind, is_first);
@@ -50,7 +50,7 @@ impl TargetModule for Module {
     }
 }
 
-impl Module {
+impl Target {
     fn id(&self) -> LayerId {
         LayerId { scope: self.record.scope, path: self.path.clone() }
     }
@@ -69,7 +69,7 @@ impl Module {
 
     fn adapted(
         &self,
-        adapter: &Adapting,
+        adapter: &AdapterParts,
         weight: &Tensor,
         bias: Option<&Tensor>,
         kind: &LayerKind,
