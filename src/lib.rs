@@ -13,6 +13,7 @@
 #![deny(missing_docs)]
 
 pub mod adapter;
+pub mod adapters;
 pub mod base;
 #[cfg(doc)]
 pub mod docs;
@@ -32,7 +33,9 @@ pub mod utils;
 mod weights;
 
 #[doc(no_inline)]
-pub use adapter::{Adapter, Adapters, LoraWeights};
+pub use adapter::{Adapter, LoraWeights};
+#[doc(no_inline)]
+pub use adapters::Adapters;
 #[doc(no_inline)]
 pub use base::{safetensors_var_builder, var_builder};
 #[doc(hidden)] // for lora_module!

@@ -28,7 +28,7 @@ impl Adapter {
         self.named_vars().map(drop)
     }
 
-    pub(super) fn check_models(&self) -> Result<()> {
+    pub(crate) fn check_models(&self) -> Result<()> {
         let invalid = |reason: &str| Err(Error::Invalid(reason.to_owned()));
         let state = self.state();
         let merged = state.merged.as_ref().filter(|merged| !merged.record.is_empty());
@@ -48,7 +48,7 @@ impl Adapter {
 
 /// An error unless the adapter with these options and variables fits the models of the record, whose layers it has
 /// `adapted`.
-pub(super) fn check(
+pub(crate) fn check(
     options: &Options,
     vars: &VarMap,
     adapted: &Adapted,

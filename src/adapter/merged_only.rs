@@ -9,7 +9,7 @@ use candle_nn::VarMap;
 use std::collections::BTreeSet;
 
 #[derive(Debug, Default)]
-pub(super) struct MergedOnly(BTreeSet<String>);
+pub(crate) struct MergedOnly(BTreeSet<String>);
 
 impl MergedOnly {
     pub fn new(config: &AdapterConfig, vars: &VarMap) -> Self {

@@ -1,19 +1,18 @@
 //! An adapter as one value: its options, targets, variables and mode.
 
-mod adapters;
-mod check;
+pub(crate) mod check;
 mod checkpoint;
 mod disabled;
 mod files;
 mod merged;
-mod merged_only;
+pub(crate) mod merged_only;
 mod options;
-mod record;
-mod state;
-mod target;
+pub(crate) mod record;
+pub(crate) mod state;
+pub(crate) mod target;
 mod targets;
 mod transformer_layers;
-mod var_builder;
+pub(crate) mod var_builder;
 
 use crate::layers::{LayerKind, Mode};
 use crate::ops::DropoutStream;
@@ -33,7 +32,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use target::AdapterParts;
 
 pub use crate::weights::{AdapterConfig, LayerConfig, LayerWeights, LoraWeights};
-pub use adapters::{Adapters, WeightedAdapters};
 pub use targets::Targets;
 
 /// A LoRA adapter for a model on [`lora::nn`](crate::nn), whose layers it finds by name.
@@ -86,10 +84,10 @@ pub use targets::Targets;
 /// ```
 #[derive(Clone)]
 pub struct Adapter {
-    options: Arc<Options>,
-    vars: VarMap,
-    record: Arc<Record>,
-    state: Arc<Mutex<State>>,
+    pub(crate) options: Arc<Options>,
+    pub(crate) vars: VarMap,
+    pub(crate) record: Arc<Record>,
+    pub(crate) state: Arc<Mutex<State>>,
 }
 
 impl fmt::Debug for Adapter {
@@ -111,7 +109,7 @@ impl Adapter {
         Self { options: Arc::new(options), vars: VarMap::new(), record, state }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         state::lock(&self.state)
     }
 

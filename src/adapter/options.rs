@@ -13,7 +13,7 @@ use candle_nn::VarBuilder;
 use std::sync::Arc;
 
 #[derive(Debug, Clone)]
-pub(super) struct Options {
+pub(crate) struct Options {
     pub config: AdapterConfig,
     pub targets: Targets,
     pub exclude: Targets,

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// The record of all models on the `VarBuilder`s of an adapter or a set of adapters.
 #[derive(Debug, Default)]
-pub(super) struct Record {
+pub(crate) struct Record {
     pub scope: Scope,
     read: Mutex<Read>,
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 #[derive(Debug, Default)]
-pub(super) struct State {
+pub(crate) struct State {
     /// The mode that was set.
     pub mode: Option<Mode>,
     /// The options of the last model.
@@ -17,13 +17,13 @@ pub(super) struct State {
     pub merged: Option<MergedModel>,
 }
 
-pub(super) fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+pub(crate) fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The model on [`merged`](super::Adapter::merged).
 #[derive(Debug)]
-pub(super) struct MergedModel {
+pub(crate) struct MergedModel {
     pub record: Arc<Record>,
     /// The tensors of the base that the adapter changes.
     pub changed: Vec<String>,
@@ -42,7 +42,7 @@ impl State {
 
 /// The layers that an adapter was to adapt, by path: their options with their kinds, or why they could not be adapted.
 #[derive(Debug, Default, Clone)]
-pub(super) struct Adapted(pub BTreeMap<String, Result<LayerConfig, String>>);
+pub(crate) struct Adapted(pub BTreeMap<String, Result<LayerConfig, String>>);
 
 impl Adapted {
     pub fn contains(&self, path: &str) -> bool {

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 
 /// What the layers that an adapter adapts need of it.
 #[derive(Clone)]
-pub(super) struct AdapterParts {
+pub(crate) struct AdapterParts {
     pub options: Arc<Options>,
     /// The factors are variables of it.
     pub vars: VarMap,
@@ -25,7 +25,7 @@ pub(super) struct AdapterParts {
 }
 
 /// A module whose weight a model has read.
-pub(super) struct Target {
+pub(crate) struct Target {
     pub path: String,
     pub record: Arc<Record>,
     /// The adapter, or `None` in a set of adapters.
@@ -96,7 +96,7 @@ impl Target {
 }
 
 /// The weight of a layer of this kind with its update, whose factors are variables of `vars`, and the layer's options.
-pub(super) fn adapted(
+pub(crate) fn adapted(
     options: &Options,
     vars: &VarMap,
     path: &str,

@@ -32,7 +32,7 @@ impl Targets {
     }
 
     /// PEFT's `exclude_modules`, in which "all-linear" is no shorthand.
-    pub(super) fn excluded(modules: Modules) -> Self {
+    pub(crate) fn excluded(modules: Modules) -> Self {
         match modules {
             Modules::Names(names) => names.into(),
             Modules::Expression(text) => Self::expression(&text),
@@ -44,16 +44,16 @@ impl Targets {
         Self(Rule::Regex(text.to_owned(), full_match("", text)))
     }
 
-    pub(super) fn none() -> Self {
+    pub(crate) fn none() -> Self {
         Self(Rule::Names(BTreeSet::new()))
     }
 
-    pub(super) fn paths<'a>(paths: impl Iterator<Item = &'a String>) -> Self {
+    pub(crate) fn paths<'a>(paths: impl Iterator<Item = &'a String>) -> Self {
         Self(Rule::Paths(paths.cloned().collect()))
     }
 
     /// An error for an invalid regular expression.
-    pub(super) fn valid(&self) -> Result<(), String> {
+    pub(crate) fn valid(&self) -> Result<(), String> {
         match &self.0 {
             Rule::Regex(text, Err(error)) => {
                 Err(format!("the target {text:?} is not a regular expression: {error}"))
@@ -62,16 +62,16 @@ impl Targets {
         }
     }
 
-    pub(super) fn is_none(&self) -> bool {
+    pub(crate) fn is_none(&self) -> bool {
         matches!(&self.0, Rule::Names(names) if names.is_empty())
     }
 
-    pub(super) fn is_all_linear(&self) -> bool {
+    pub(crate) fn is_all_linear(&self) -> bool {
         matches!(self.0, Rule::AllLinear)
     }
 
     /// Whether a layer's path is selected; an invalid regular expression selects nothing.
-    pub(super) fn matches(&self, path: &str) -> bool {
+    pub(crate) fn matches(&self, path: &str) -> bool {
         match &self.0 {
             Rule::Names(names) => ends(path).any(|end| names.contains(end)),
             Rule::Paths(paths) => paths.contains(path),
@@ -83,12 +83,12 @@ impl Targets {
     }
 
     /// Whether a name of the list is this whole path.
-    pub(super) fn names(&self, path: &str) -> bool {
+    pub(crate) fn names(&self, path: &str) -> bool {
         matches!(&self.0, Rule::Names(names) if names.contains(path))
     }
 
     /// An error for what selects none of the adapted layers.
-    pub(super) fn check<'a>(&self, adapted: impl Iterator<Item = &'a str>) -> Result<(), String> {
+    pub(crate) fn check<'a>(&self, adapted: impl Iterator<Item = &'a str>) -> Result<(), String> {
         let adapted: Vec<_> = adapted.collect();
         let unmatched: Vec<_> = match &self.0 {
             Rule::Names(names) => {

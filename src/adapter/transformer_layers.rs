@@ -5,7 +5,7 @@ use fancy_regex::Regex;
 
 /// Indices of transformer layers, and where in a path the index is.
 #[derive(Debug, Clone, Default)]
-pub(super) struct TransformerLayers {
+pub(crate) struct TransformerLayers {
     /// Empty for all layers.
     pub indices: Vec<usize>,
     patterns: Vec<(String, Result<Regex, String>)>,

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 /// `base` for a model whose layers the adapter adapts or, without one, the adapters of a set. Trainable parameters
 /// become variables of the adapter.
-pub(super) fn recorded<'a>(
+pub(crate) fn recorded<'a>(
     base: VarBuilder<'a>,
     record: Arc<Record>,
     adapter: Option<AdapterParts>,

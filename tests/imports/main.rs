@@ -8,8 +8,9 @@ use source::{expand, regex, resolve, source, Files, Module};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The folders, each above those that it may import from. `error.rs` is below all.
-const ORDER: [&str; 11] = [
-    "train", "adapter", "gguf", "merge", "formats", "peft", "base", "utils", "nn", "layers", "ops",
+const ORDER: [&str; 14] = [
+    "train", "adapters", "adapter", "gguf", "merge", "formats", "base", "utils", "weights",
+    "files", "nn", "layers", "ops", "regex.rs",
 ];
 
 /// The files that each file imports.
@@ -85,11 +86,8 @@ fn imports_lead_to_the_defining_and_the_reexporting_file() {
         Vec::from_iter(resolve(&files, &parts(from), &parts(path)))
     };
     assert_eq!(resolved("ops::linear", "crate::Error"), ["error.rs"]);
-    assert_eq!(
-        resolved("merge", "crate::utils::StateDict"),
-        ["utils/mod.rs", "utils/state_dict.rs"]
-    );
-    assert_eq!(resolved("merge", "crate::StateDict"), ["utils/state_dict.rs"]);
+    assert_eq!(resolved("merge", "crate::utils::StateDict"), ["files/mod.rs", "utils/mod.rs"]);
+    assert_eq!(resolved("merge", "crate::LoraWeights"), ["weights/mod.rs"]);
     assert_eq!(resolved("layers::linear", "crate::ops::LowRank"), ["ops/lora.rs", "ops/mod.rs"]);
     assert_eq!(resolved("layers::linear", "ops::linear"), ["ops/linear/mod.rs"]);
     assert_eq!(resolved("ops::merge", "crate::ops::LowRank"), ["ops/lora.rs"]);

@@ -4,7 +4,7 @@ use super::{cfg, Served};
 use crate::adapter::{ids, vb, Model};
 use crate::common::{bits, difference};
 use candle_core::{Device, Tensor};
-use loralib::adapter::WeightedAdapters;
+use loralib::adapters::WeightedAdapters;
 use loralib::{Adapter, Adapters, LoraConfig, Result};
 use std::collections::HashMap;
 

@@ -7,8 +7,8 @@ mod tests;
 mod weights;
 mod with;
 
-use super::record::Record;
-use super::{var_builder, Adapter};
+use crate::adapter::record::Record;
+use crate::adapter::{var_builder, Adapter};
 use crate::layers::binding::active::Updates;
 use crate::{Error, Result};
 use attach::Attached;
