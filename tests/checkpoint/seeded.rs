@@ -14,7 +14,7 @@ fn map() -> VarBuilder<'static> {
 }
 
 fn start(seed: u64, name: &str, init: Init) -> Result<Tensor> {
-    lora::utils::seeded(map(), seed).get_with_hints((300, 200), name, init)
+    lora::base::seeded(map(), seed).get_with_hints((300, 200), name, init)
 }
 
 const UNIFORM: Init = Init::Uniform { lo: -1., up: 3. };
@@ -23,13 +23,13 @@ const UNIFORM: Init = Init::Uniform { lo: -1., up: 3. };
 fn seed_and_name_determine_the_values() -> Result<()> {
     let vars = VarMap::new();
     let trainable = Bias::None.and("classifier");
-    Model::new(lora::utils::seeded(lora::var_builder(base(false)?, &vars, trainable.clone()), 7))?;
+    Model::new(lora::base::seeded(lora::var_builder(base(false)?, &vars, trainable.clone()), 7))?;
     let again = VarMap::new();
-    Model::new(lora::utils::seeded(lora::var_builder(base(false)?, &again, trainable), 7))?;
+    Model::new(lora::base::seeded(lora::var_builder(base(false)?, &again, trainable), 7))?;
     assert_eq!(snapshot(&vars), snapshot(&again));
 
     let all = VarMap::new();
-    let vb = lora::utils::seeded(VarBuilder::from_varmap(&all, DType::F32, &CPU), 7);
+    let vb = lora::base::seeded(VarBuilder::from_varmap(&all, DType::F32, &CPU), 7);
     lora::linear(4, 4, crate::common::CFG, vb.pp("another"))?;
     Model::new(vb)?;
     let (all, vars) = (all.data().lock().unwrap(), vars.data().lock().unwrap());
@@ -41,7 +41,7 @@ fn seed_and_name_determine_the_values() -> Result<()> {
 
     assert_eq!(bits(&start(1, "a", UNIFORM)?)?, bits(&start(1, "a", UNIFORM)?)?);
     assert_ne!(bits(&start(1, "a", UNIFORM)?)?, bits(&start(2, "a", UNIFORM)?)?);
-    let below = lora::utils::seeded(map().pp("x"), 1).get_with_hints((300, 200), "a", UNIFORM)?;
+    let below = lora::base::seeded(map().pp("x"), 1).get_with_hints((300, 200), "a", UNIFORM)?;
     assert_eq!(bits(&below)?, bits(&start(1, "x.a", UNIFORM)?)?);
     Ok(())
 }
@@ -93,7 +93,7 @@ fn seeded_values_never_change() -> Result<()> {
 fn existing_tensors_keep_their_values() -> Result<()> {
     let vars = VarMap::new();
     let vb = |seed| -> Result<_> {
-        Ok(lora::utils::seeded(
+        Ok(lora::base::seeded(
             lora::var_builder(base(true)?, &vars, Bias::All.and("classifier")),
             seed,
         ))
@@ -127,7 +127,7 @@ fn existing_tensors_keep_their_values() -> Result<()> {
 #[test]
 fn half_precision_values_are_rounded() -> Result<()> {
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::BF16, &CPU);
-    let half = lora::utils::seeded(vb, 1).get_with_hints((300, 200), "a", UNIFORM)?;
+    let half = lora::base::seeded(vb, 1).get_with_hints((300, 200), "a", UNIFORM)?;
     assert_eq!(half.dtype(), DType::BF16);
     let apart = (half.to_dtype(DType::F32)? - start(1, "a", UNIFORM)?)?.abs()?;
     let apart = apart.flatten_all()?.max(0)?.to_scalar::<f32>()?;
@@ -155,10 +155,10 @@ impl SimpleBackend for Plain {
 #[test]
 fn backends_without_variables_get_the_same_values() -> Result<()> {
     let plain = VarBuilder::from_backend(Box::new(Plain), DType::F32, CPU);
-    let plain = lora::utils::seeded(plain, 1).get_with_hints((300, 200), "a", UNIFORM)?;
+    let plain = lora::base::seeded(plain, 1).get_with_hints((300, 200), "a", UNIFORM)?;
     assert_eq!(bits(&plain)?, bits(&start(1, "a", UNIFORM)?)?);
     // candle has no random integers.
-    assert!(lora::utils::seeded(map(), 1)
+    assert!(lora::base::seeded(map(), 1)
         .get_with_hints_dtype(4, "a", UNIFORM, DType::U32)
         .is_err());
     Ok(())

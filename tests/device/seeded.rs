@@ -11,7 +11,7 @@ fn seeded_values_are_the_same_on_every_device() -> Result<()> {
         for init in [Init::Uniform { lo: -1., up: 3. }, Init::Randn { mean: 0., stdev: 1. }] {
             let start = |device: &Device| {
                 let vb = VarBuilder::from_varmap(&VarMap::new(), dtype, device);
-                lora::utils::seeded(vb, 1).get_with_hints((64, 33), "a", init)
+                lora::base::seeded(vb, 1).get_with_hints((64, 33), "a", init)
             };
             let tensor = start(&device())?;
             assert!(tensor.device().same_device(&device()) && tensor.dtype() == dtype);

@@ -3,8 +3,9 @@
 use crate::adapter::CFG;
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::VarBuilder;
+use loralib::base::half_var_builder;
 use loralib::nn::{linear_no_bias, Linear};
-use loralib::{half_var_builder, Adapter, Adapters, LoraConfig, Result};
+use loralib::{Adapter, Adapters, LoraConfig, Result};
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::path::Path;
@@ -82,7 +83,7 @@ fn time_to_build() -> Result<()> {
         let built = start.elapsed();
         adapter.check()?;
         let checked = start.elapsed() - built;
-        let loaded = Adapter::from_tensors(adapter.config(), adapter.state_dict()?)?;
+        let loaded = Adapter::from_weights(&adapter.weights()?)?;
         let start = Instant::now();
         let _served = many(targets, &loaded.var_builder(zeros()))?;
         let built_loaded = start.elapsed();

@@ -44,7 +44,7 @@ impl Model {
 fn base(dtype: DType) -> Result<VarBuilder<'static>> {
     let pretrained = VarMap::new();
     let vb = VarBuilder::from_varmap(&pretrained, DType::F32, &Device::Cpu);
-    Model::new(loralib::utils::seeded(vb, 1))?;
+    Model::new(loralib::base::seeded(vb, 1))?;
     let tensors = pretrained.data().lock().unwrap();
     let tensors = tensors.iter().map(|(n, v)| Ok((n.clone(), v.detach().to_dtype(dtype)?)));
     Ok(VarBuilder::from_tensors(tensors.collect::<Result<_>>()?, dtype, &Device::Cpu))

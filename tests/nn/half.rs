@@ -3,7 +3,7 @@
 use crate::adapter::{base, ids, randomize, Model};
 use crate::common::{bits, difference};
 use candle_core::{DType, Device, Tensor};
-use loralib::utils::half_var_builder;
+use loralib::base::half_var_builder;
 use loralib::{safetensors_var_builder, Adapter, LoraConfig, Result};
 use std::collections::HashMap;
 use std::path::Path;

@@ -3,9 +3,11 @@
 use crate::adapter::{base, vb, Model, CFG};
 use crate::common::randn;
 use candle_core::{DType, Device, Tensor};
+use loralib::adapter::AdapterConfig;
 use loralib::layers::LayerKind;
 use loralib::nn::{embedding, linear, Embedding, Linear, VarBuilder};
-use loralib::{Adapter, AdapterConfig, Bias, Result, StateDict};
+use loralib::utils::StateDict;
+use loralib::{Adapter, Bias, LoraWeights, Result};
 
 fn says(result: Result<()>, parts: &[&str]) {
     let error = result.expect_err("an error").to_string();
@@ -21,7 +23,7 @@ fn adapter(config: AdapterConfig, others: &[(&str, &[usize])]) -> Result<Adapter
         .iter()
         .chain(others)
         .map(|(name, shape)| Ok(((*name).to_owned(), randn(*shape, DType::F32, &Device::Cpu)?)));
-    Adapter::from_tensors(config, all.collect::<Result<StateDict>>()?)
+    Adapter::from_weights(&LoraWeights::new(config, all.collect::<Result<StateDict>>()?)?)
 }
 
 fn with_head() -> Result<Adapter> {
