@@ -5,7 +5,7 @@ use super::record::Record;
 use super::state::{self, State};
 use crate::base::var_builder;
 use crate::layers::binding::active::LayerId;
-use crate::layers::binding::TargetModule;
+use crate::layers::binding::target::TargetModule;
 use crate::layers::{adapt, LayerKind, LoraConfig, Mode, SharedWeight, Weight, WeightTensors};
 use crate::utils::Trainable;
 use crate::weights::LayerConfig;

@@ -6,7 +6,7 @@ use super::record::Record;
 use super::target::{AdapterParts, Target};
 use crate::base::source::{from_source, Source, Wanted};
 use crate::base::{var_builder, var_builder_with};
-use crate::layers::binding::TargetWeights;
+use crate::layers::binding::target::TargetWeights;
 use crate::layers::Part;
 use crate::weights::Bias;
 use crate::Result;

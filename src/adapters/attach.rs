@@ -7,7 +7,7 @@ use crate::adapter::state::Adapted;
 use crate::adapter::target::adapted;
 use crate::adapter::Adapter;
 use crate::layers::binding::active::Updates;
-use crate::layers::binding::dequantized;
+use crate::layers::binding::placeholder::dequantized;
 use crate::layers::Part;
 use crate::utils::variables;
 use crate::weights::Bias;

@@ -4,7 +4,7 @@ use super::cache::Cache;
 use super::quantized::stays_quantized;
 use super::safetensors_var_builder::Safetensors;
 use super::source::{from_source, Source, Wanted};
-use crate::layers::binding::{placeholder, Placeholder};
+use crate::layers::binding::placeholder::{placeholder, Placeholder};
 use crate::Result;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Tensor};

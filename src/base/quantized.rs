@@ -1,7 +1,7 @@
 //! Which matrices of a base stay as they are stored, in blocks, and a base of which none does.
 
 use super::source::{Source, Wanted};
-use crate::layers::binding::dequantized;
+use crate::layers::binding::placeholder::dequantized;
 use crate::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Tensor};

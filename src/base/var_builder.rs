@@ -1,7 +1,7 @@
 //! A `VarBuilder` over a frozen base and a trainable adapter.
 
 use super::source::{from_source, Source, Wanted};
-use crate::layers::binding::{dequantized, on_device};
+use crate::layers::binding::placeholder::{dequantized, on_device};
 use crate::layers::Part;
 use crate::utils::{variable, Trainable};
 use crate::{Error, Result};

@@ -1,6 +1,6 @@
 //! safetensors files in memory.
 
-use super::{check_finite, StateDict};
+use super::state_dict::{check_finite, StateDict};
 use crate::ops::checked_elem_count;
 use crate::{Error, Result};
 use ::safetensors::tensor::{Metadata as HeaderMetadata, SafeTensors, TensorInfo};

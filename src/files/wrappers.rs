@@ -1,6 +1,6 @@
 //! Names of modules that torch wraps around a model, and that are part of the names in its state dict.
 
-use super::StateDict;
+use super::state_dict::StateDict;
 use crate::{Error, Result};
 
 /// The tensors without the names that `torch.compile` and `torch.nn.DataParallel` add: each component

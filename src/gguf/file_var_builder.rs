@@ -6,7 +6,7 @@ use super::names::Names;
 use crate::base::cache::Cache;
 use crate::base::quantized::{stays_quantized, Dense};
 use crate::base::source::{from_source, Source, Wanted};
-use crate::layers::binding::{placeholder, Placeholder};
+use crate::layers::binding::placeholder::{placeholder, Placeholder};
 use crate::{Error, Result};
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 use candle_nn::VarBuilder;

@@ -3,7 +3,7 @@
 use crate::base::cache::Cache;
 use crate::base::quantized::stays_quantized;
 use crate::base::source::{from_source, Source, Wanted};
-use crate::layers::binding::{placeholder, Placeholder};
+use crate::layers::binding::placeholder::{placeholder, Placeholder};
 use crate::{Error, Result};
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};

@@ -2,7 +2,7 @@
 
 use super::adapted::{sealed::Sealed, Adapted, Kind};
 use super::batch_update::BatchUpdate;
-use super::binding::placeholder;
+use super::binding::placeholder::placeholder;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{low_rank, FactorInit};
 use super::kind::LayerKind;

@@ -1,6 +1,6 @@
 //! Initialisation: the factors of a new adapter, and torch's initial weights.
 
-use super::binding::dequantized;
+use super::binding::placeholder::dequantized;
 use super::config::LoraConfig;
 use super::init_lora_weights::InitLoraWeights;
 use super::initial::{self, set, Initial};

@@ -1,6 +1,6 @@
 //! Initial factors that are a part of the base weight, which is subtracted again.
 
-use super::binding::dequantized;
+use super::binding::placeholder::dequantized;
 use super::config::LoraConfig;
 use super::init_lora_weights::InitLoraWeights;
 use super::names::Part;

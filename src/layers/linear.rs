@@ -2,7 +2,7 @@
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
 use super::batch_update::BatchUpdate;
-use super::binding::placeholder;
+use super::binding::placeholder::placeholder;
 use super::config::LoraConfig;
 use super::init::{low_rank, uniform, FactorInit};
 use super::kind::LayerKind;

@@ -1,7 +1,7 @@
 //! The linear layer of several fused projections.
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
-use super::binding::placeholder;
+use super::binding::placeholder::placeholder;
 use super::config::{refuse_options, LoraConfig};
 use super::init::{split_low_rank, uniform, FactorInit};
 use super::kind::LayerKind;

@@ -2,7 +2,7 @@
 
 use super::batch_update::BatchUpdate;
 use super::binding::active::{active_update, LayerId};
-use super::binding::Base;
+use super::binding::placeholder::Base;
 use super::config::LoraConfig;
 use super::mode::Mode;
 use crate::ops::{self, DropoutStream, LowRank, Matrix};

@@ -1,6 +1,6 @@
 //! [`candle_nn::conv`], adapted by name.
 
-use crate::layers::binding::target_of;
+use crate::layers::binding::target::target_of;
 use crate::layers::{self, ConvConfig, Placement, Weight};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::{BatchNorm, VarBuilder};

@@ -1,6 +1,6 @@
 //! [`mod@candle_nn::embedding`], adapted by name.
 
-use crate::layers::binding::target_of;
+use crate::layers::binding::target::target_of;
 use crate::layers::{self, EmbeddingKind, LayerKind, Placement, Weight};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;

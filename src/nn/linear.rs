@@ -1,6 +1,6 @@
 //! [`mod@candle_nn::linear`], adapted by name.
 
-use crate::layers::binding::target_of;
+use crate::layers::binding::target::target_of;
 use crate::layers::{self, LayerKind, Placement, Weight};
 use candle_core::{Module, Result, Tensor};
 use candle_nn::VarBuilder;

@@ -1,6 +1,6 @@
 //! Adapters of a pipeline: the names of each model's layers begin with its component.
 
-use super::LoraWeights;
+use super::lora_weights::LoraWeights;
 use crate::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 

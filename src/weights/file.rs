@@ -1,7 +1,9 @@
 //! This crate's files: safetensors with the configuration in the header's metadata.
 
+use super::config::AdapterConfig;
+use super::foreign::refuse_other_names;
+use super::lora_weights::LoraWeights;
 use super::metadata::{from_json, to_json};
-use super::{refuse_other_names, AdapterConfig, LoraWeights};
 use crate::files::{atomic_file, read_shards, serialize, Metadata};
 use crate::{Error, Result};
 use candle_core::{DType, Device};

@@ -1,7 +1,8 @@
 //! The weighted sum of adapters.
 
-use super::layer::Factors;
-use super::{AdapterConfig, LayerWeights, LoraWeights};
+use super::config::AdapterConfig;
+use super::layer::{Factors, LayerWeights};
+use super::lora_weights::LoraWeights;
 use crate::layers::Part;
 use crate::{Error, Result};
 use candle_core::{bail, DType, Tensor};

@@ -86,8 +86,12 @@ fn imports_lead_to_the_defining_and_the_reexporting_file() {
         Vec::from_iter(resolve(&files, &parts(from), &parts(path)))
     };
     assert_eq!(resolved("ops::linear", "crate::Error"), ["error.rs"]);
-    assert_eq!(resolved("merge", "crate::utils::StateDict"), ["files/mod.rs", "utils/mod.rs"]);
-    assert_eq!(resolved("merge", "crate::LoraWeights"), ["weights/mod.rs"]);
+    assert_eq!(
+        resolved("merge", "crate::utils::StateDict"),
+        ["files/mod.rs", "files/state_dict.rs", "utils/mod.rs"]
+    );
+    let weights = ["adapter/mod.rs", "weights/lora_weights.rs", "weights/mod.rs"];
+    assert_eq!(resolved("merge", "crate::LoraWeights"), weights);
     assert_eq!(resolved("layers::linear", "crate::ops::LowRank"), ["ops/lora.rs", "ops/mod.rs"]);
     assert_eq!(resolved("layers::linear", "ops::linear"), ["ops/linear/mod.rs"]);
     assert_eq!(resolved("ops::merge", "crate::ops::LowRank"), ["ops/lora.rs"]);

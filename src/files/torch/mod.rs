@@ -6,7 +6,7 @@ mod object;
 mod pickle;
 mod tensor;
 
-use super::{check_finite, StateDict};
+use super::state_dict::{check_finite, StateDict};
 use crate::{Error, Result};
 use archive::{malformed, Archive};
 use candle_core::Device;

@@ -1,6 +1,6 @@
 //! Reads `adapter_config.json`. An unknown key with a value is an error, because it might change the update.
 
-use super::malformed;
+use super::folder::malformed;
 use super::patterns::Patterns;
 use super::tokens::TokenIndices;
 use crate::files::without_byte_order_mark;
@@ -12,6 +12,8 @@ use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::Value;
+use std::fs;
+use std::path::Path;
 
 /// Keys that do not change the update, or are read apart: how the adapter was made and trained, and which modules have one,
 /// which the tensors tell too.
@@ -265,6 +267,11 @@ impl PeftConfig {
         };
         Ok((self, selection))
     }
+}
+
+/// The options of a new adapter by a configuration's file.
+pub(crate) fn new_adapter(file: &Path) -> Result<(PeftConfig, Selection)> {
+    PeftConfig::parse(&fs::read(file)?)?.fresh()
 }
 
 /// Why an initialisation like PiSSA is not read. PEFT converts all but LoftQ.

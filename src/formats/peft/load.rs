@@ -1,11 +1,11 @@
 //! Reads a folder in PEFT's format.
 
 use super::config::PeftConfig;
+use super::folder::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
 use super::pairs::{group, Grouped, Pair};
 use super::parameters::rename;
 use super::tokens::token_rows;
-use super::{BIN, CONFIG, SAFETENSORS};
 use crate::files::{read, StateDict};
 use crate::formats::shapes::{experts_from_peft, from_peft, from_peft_02, kind};
 use crate::layers::LayerKind;

@@ -41,6 +41,7 @@
 //! ```
 
 mod config;
+mod folder;
 mod keys;
 mod load;
 mod pairs;
@@ -50,40 +51,10 @@ mod save;
 mod save_config;
 mod tokens;
 
-use crate::{Error, Result};
-use std::fs;
-use std::path::{Path, PathBuf};
-
-pub(crate) use config::{Fields, Modules, PeftConfig, Selection};
+pub(crate) use config::{new_adapter, Fields, Modules, PeftConfig};
+pub(crate) use folder::{config_file, has_tensors, malformed};
 pub(crate) use keys::adapter_name;
 pub use load::load;
 pub(crate) use patterns::Patterns;
 pub use save::{save, save_plain};
 pub(crate) use save_config::{config_json, shortest};
-
-const CONFIG: &str = "adapter_config.json";
-const SAFETENSORS: &str = "adapter_model.safetensors";
-const BIN: &str = "adapter_model.bin";
-
-/// Whether a folder has the tensors of an adapter in PEFT's format.
-pub(crate) fn has_tensors(dir: &Path) -> bool {
-    [SAFETENSORS, BIN].iter().any(|file| dir.join(file).exists())
-}
-
-/// The configuration's file, given it or its folder.
-pub(crate) fn config_file(path: &Path) -> PathBuf {
-    if path.is_dir() {
-        path.join(CONFIG)
-    } else {
-        path.to_owned()
-    }
-}
-
-/// The options of a new adapter by a configuration's file.
-pub(crate) fn new_adapter(file: &Path) -> Result<(PeftConfig, Selection)> {
-    PeftConfig::parse(&fs::read(file)?)?.fresh()
-}
-
-pub(crate) fn malformed(reason: impl ToString) -> Error {
-    Error::Format { format: "PEFT adapter", reason: reason.to_string() }
-}

@@ -1,7 +1,7 @@
 //! The tensors of a PEFT file, grouped by layer.
 
+use super::folder::malformed;
 use super::keys::{self, Key};
-use super::malformed;
 use crate::files::StateDict;
 use crate::layers::Part;
 use crate::weights::AdapterConfig;

@@ -1,7 +1,7 @@
 //! `rank_pattern` and `alpha_pattern`: the ranks and alphas of single layers by Python regular expressions, which match
 //! the end of a path after a dot, as PEFT's `re.match(r"(.*\.)?(KEY)$", path)`.
 
-use super::malformed;
+use super::folder::malformed;
 use crate::regex::full_match;
 use crate::Result;
 use fancy_regex::Regex;

@@ -1,9 +1,9 @@
 //! Writes a folder in PEFT's format.
 
+use super::folder::{BIN, CONFIG, SAFETENSORS};
 use super::keys;
 use super::parameters;
 use super::save_config::config_json;
-use super::{BIN, CONFIG, SAFETENSORS};
 use crate::files::{folder, serialize, StateDict};
 use crate::formats::shapes::to_peft;
 use crate::layers::{without_conv, LayerKind, LoraConfig, Part};

@@ -1,6 +1,6 @@
 //! Writes `adapter_config.json`.
 
-use super::malformed;
+use super::folder::malformed;
 use super::parameters;
 use super::patterns::ModulePattern;
 use crate::weights::{common_rank_alpha, AdapterConfig, Factors, LoraWeights};

@@ -12,7 +12,7 @@
 //! its group's inputs, which PEFT's own never is: an update from all inputs to all outputs has no grouped
 //! kernel.
 
-use super::{is_zero, Pair};
+use super::pair::{is_zero, Pair};
 use candle_core::{bail, Result, Tensor};
 
 /// The largest factor that is created, 4 GiB of F32: many groups need many zeros.

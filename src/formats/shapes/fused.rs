@@ -1,7 +1,7 @@
 //! A merged linear layer's factors in loralib's shapes and in PEFT's: one Linear of rank r·e whose B is
 //! block-diagonal over the e enabled splits.
 
-use super::{is_zero, Pair};
+use super::pair::{is_zero, Pair};
 use crate::layers::{LayerKind, Total};
 use candle_core::{bail, Result, Tensor};
 

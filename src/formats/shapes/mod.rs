@@ -4,22 +4,16 @@
 mod conv;
 mod experts;
 mod fused;
+mod pair;
 
 use crate::layers::{ends_in, LayerKind, Part};
 use crate::weights::{Factors, LayerWeights, LoraWeights};
 use crate::{Error, Result};
-use candle_core::{bail, DType, Device, Tensor};
+use candle_core::{bail, Tensor};
+use pair::Pair;
 
 pub(crate) use experts::from_peft as experts_from_peft;
 pub(crate) use fused::from_peft_02;
-
-/// Two factors and their rank.
-#[derive(Debug, Clone)]
-pub(crate) struct Pair {
-    pub a: Tensor,
-    pub b: Tensor,
-    pub r: usize,
-}
 
 /// A layer's factors in PEFT's shapes, with the rank and alpha that they have there.
 pub(crate) fn to_peft(layer: &LayerWeights, rslora: bool) -> candle_core::Result<Factors> {
@@ -155,10 +149,4 @@ fn with_alpha(own: Factors, Pair { a, b, r }: Pair, rslora: bool) -> Factors {
 fn unchanged(pair: &Pair) -> candle_core::Result<Option<Pair>> {
     let fits = pair.a.dims2()?.0 == pair.r && pair.b.dims2()?.1 == pair.r;
     Ok(fits.then(|| pair.clone()))
-}
-
-/// Whether every value is zero.
-fn is_zero(t: &Tensor) -> candle_core::Result<bool> {
-    let t = t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
-    Ok(t.elem_count() == 0 || t.abs()?.max(0)?.to_scalar::<f64>()? == 0.)
 }

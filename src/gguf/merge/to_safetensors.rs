@@ -1,6 +1,7 @@
 //! Merges an adapter into its base as a safetensors file.
 
-use super::{layout, plan, with_kinds, Item};
+use super::layout::{self, Item};
+use super::plan::{plan, with_kinds};
 use crate::files::{atomic_file, check_finite, header};
 use crate::gguf::architecture::HEAD;
 use crate::gguf::convert::dense;

@@ -18,9 +18,6 @@
 //! the tensor, or a layer around it.
 
 pub(crate) mod active;
-mod placeholder;
+pub(crate) mod placeholder;
 mod registry;
-mod target;
-
-pub(crate) use placeholder::{dequantized, on_device, placeholder, Base, Placeholder};
-pub(crate) use target::{target_of, TargetModule, TargetWeights};
+pub(crate) mod target;

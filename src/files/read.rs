@@ -1,0 +1,44 @@
+//! Whole files in memory, of either format.
+
+use super::safetensors::{self, Metadata};
+use super::shards::Shards;
+use super::state_dict::StateDict;
+use super::torch;
+use crate::{Error, Result};
+use candle_core::Device;
+use std::fs;
+use std::path::Path;
+
+/// The tensors and the metadata of one file in either format; torch's has none.
+pub(crate) fn read(path: &Path, device: &Device) -> Result<(StateDict, Metadata)> {
+    let bytes = fs::read(path)?;
+    if torch::is_torch(&bytes) {
+        Ok((torch::parse(&bytes, None, device)?, Metadata::new()))
+    } else {
+        safetensors::parse(&bytes, device)
+    }
+}
+
+/// The tensors and the metadata of a file, or of all shards of an index or a folder. Errors name the file.
+pub(crate) fn read_shards(path: &Path, device: &Device) -> Result<(StateDict, Metadata)> {
+    let (mut tensors, mut metadata) = (StateDict::new(), Metadata::new());
+    for shard in Shards::find(path)?.paths() {
+        let mut load = || {
+            let (shard, own) = read(&shard, device)?;
+            metadata.extend(own);
+            for (name, tensor) in shard {
+                if tensors.insert(name.clone(), tensor).is_some() {
+                    return Err(Error::tensor(name, "another shard has it too"));
+                }
+            }
+            Ok(())
+        };
+        load().map_err(|e: Error| e.at(&shard))?;
+    }
+    Ok((tensors, metadata))
+}
+
+/// The text of a JSON file. Some editors put a byte order mark before it.
+pub(crate) fn without_byte_order_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
+}
