@@ -22,7 +22,8 @@ impl File {
     /// Matrices stay quantised, but for those in F32. What a model gets in their place is a tensor whose
     /// values are NaN, from which the constructors of [`lora::nn`](crate::nn)'s `Linear` and `Embedding` take
     /// the blocks: no other code can compute with it. The `VarBuilder` has to live until the layers are built. All
-    /// other tensors have the given dtype. On devices F16 and BF16 matrices are dense, too.
+    /// other tensors have the given dtype. On devices, and for a model in half precision, F16 and BF16 matrices are
+    /// dense, too.
     ///
     /// # Errors
     /// If the architecture is unknown, or a tensor of the file has no name in it, such as the experts of a
