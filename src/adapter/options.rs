@@ -62,7 +62,9 @@ impl Options {
     /// The options of the layer at `path` that are not the adapter's. An error if its patterns are
     /// ambiguous.
     pub fn layer(&self, path: &str) -> Result<LayerConfig> {
-        let layer = self.config.layer(path).map(|(_, layer)| layer.clone()).unwrap_or_default();
+        // A loaded adapter has an entry for each layer, the whole path, which comes before all shorter ones.
+        let by_end = || self.config.layer(path).map(|(_, layer)| layer);
+        let layer = self.config.layers.get(path).or_else(by_end).cloned().unwrap_or_default();
         let r = layer.r.map_or_else(|| self.patterns.rank(path), |r| Ok(Some(r)))?;
         let alpha = layer.lora_alpha.map_or_else(|| self.patterns.alpha(path), |a| Ok(Some(a)))?;
         Ok(LayerConfig { r, lora_alpha: alpha, ..layer })

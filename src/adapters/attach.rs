@@ -33,7 +33,7 @@ impl Attached {
             return Err(Error::Invalid(reason.to_owned()));
         }
         let (options, held) = (&adapter.options, variables(&adapter.vars));
-        let (vars, mut fitted, mut updates) = (VarMap::new(), Adapted::default(), Updates::new());
+        let (vars, mut attached, mut updates) = (VarMap::new(), Adapted::default(), Updates::new());
         vars.data().lock().unwrap_or_else(PoisonError::into_inner).extend(held.clone());
         for (path, kind, layer) in layers {
             if !(options.selects(&path) && options.adapts(&kind)) {
@@ -47,9 +47,9 @@ impl Attached {
                 }
                 Err(reason) => Err(reason),
             };
-            fitted.0.insert(path, layer);
+            attached.0.insert(path, layer);
         }
-        check(options, &vars, &fitted, record)?;
+        check(options, &vars, &attached, record)?;
         if updates.is_empty() {
             let reason =
                 "it adapts no layer: it needs targets, and a model on `Adapters::var_builder`";
@@ -59,7 +59,7 @@ impl Attached {
         if let Some(name) = created.filter(|_| options.loaded) {
             return Err(Error::tensor(name, "the adapter does not have it"));
         }
-        Ok(Self { vars, adapted: fitted, updates })
+        Ok(Self { vars, adapted: attached, updates })
     }
 
     /// Gives the adapter its variables and layers, and returns the updates.

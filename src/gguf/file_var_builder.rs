@@ -1,37 +1,19 @@
-//! A `VarBuilder` that reads a file's tensors by Hugging Face's names.
+//! The source that reads a file's tensors by Hugging Face's names.
 
 use super::convert::{dense, quantized};
 use super::file::File;
 use super::names::Names;
 use crate::base::cache::Cache;
-use crate::base::quantized::{stays_quantized, Dense};
-use crate::base::source::{from_source, Source, Wanted};
+use crate::base::quantized::stays_quantized;
+use crate::base::source::{Source, Wanted};
 use crate::layers::binding::placeholder::{placeholder, Placeholder};
 use crate::{Error, Result};
-use candle_core::{DType, Device, DeviceLocation, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{DType, DeviceLocation, Tensor};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub(super) fn file_var_builder(
-    file: &File,
-    dtype: DType,
-    device: &Device,
-) -> Result<VarBuilder<'static>> {
-    Ok(from_source(Tensors::new(file)?, dtype, device))
-}
-
-/// [`file_var_builder`] with dense tensors alone.
-pub(super) fn dense_var_builder(
-    file: &File,
-    dtype: DType,
-    device: &Device,
-) -> Result<VarBuilder<'static>> {
-    Ok(from_source(Dense(Tensors::new(file)?), dtype, device))
-}
-
 /// The tensors of a file, by Hugging Face's names.
-pub(super) struct Tensors {
+pub(super) struct FileTensors {
     file: File,
     architecture: Names,
     /// The file's names by Hugging Face's.
@@ -43,7 +25,7 @@ pub(super) struct Tensors {
 
 type Key = (String, DeviceLocation, DType);
 
-impl Tensors {
+impl FileTensors {
     pub fn new(file: &File) -> Result<Self> {
         let architecture = Names::of(file)?;
         let names = architecture.all(file)?;
@@ -72,7 +54,7 @@ impl Tensors {
     }
 }
 
-impl Source for Tensors {
+impl Source for FileTensors {
     fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
         self.read(name, wanted).map_err(|e| e.at(self.file.path()))
     }

@@ -3,10 +3,12 @@
 use super::architecture::{HEAD, MODEL};
 use super::config::config;
 use super::file::File;
-use super::file_var_builder::{dense_var_builder, file_var_builder};
+use super::file_var_builder::FileTensors;
 use super::metadata::Metadata;
 use super::names::ROPE_FREQS;
 use super::tokenizer::tokenizer;
+use crate::base::quantized::Dense;
+use crate::base::source::from_source;
 use crate::{Error, Result};
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
@@ -20,14 +22,15 @@ impl File {
     /// Matrices stay quantised, but for those in F32. What a model gets in their place is a tensor whose
     /// values are NaN, from which the constructors of [`lora::nn`](crate::nn)'s `Linear` and `Embedding` take
     /// the blocks: no other code can compute with it. The `VarBuilder` has to live until the layers are built. All
-    /// other tensors have the given dtype. On devices F16 and BF16 matrices are dense, too.
+    /// other tensors have the given dtype. On devices, and for a model in half precision, F16 and BF16 matrices are
+    /// dense, too.
     ///
     /// # Errors
     /// If the architecture is unknown, or a tensor of the file has no name in it, such as the experts of a
     /// mixture. The error names the file and the tensor. Reading a tensor is an error if the file has
     /// none of the name, or its shape is another.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
-        file_var_builder(self, dtype, device).map_err(|error| error.at(self.path()))
+        Ok(from_source(self.named_tensors()?, dtype, device))
     }
 
     /// [`var_builder`](Self::var_builder) with dense tensors of the given dtype alone: for models that do not know
@@ -36,7 +39,11 @@ impl File {
     /// # Errors
     /// As [`var_builder`](Self::var_builder).
     pub fn dense_var_builder(&self, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
-        dense_var_builder(self, dtype, device).map_err(|error| error.at(self.path()))
+        Ok(from_source(Dense(self.named_tensors()?), dtype, device))
+    }
+
+    fn named_tensors(&self) -> Result<FileTensors> {
+        FileTensors::new(self).map_err(|error| error.at(self.path()))
     }
 
     /// The model's `config.json` as Hugging Face writes it, as the `Config` of a model in

@@ -146,13 +146,16 @@ fn options_that_change_after_var_builder_are_an_error() {
 
 #[test]
 fn a_weight_that_no_layer_takes_is_named() -> Result<()> {
-    let adapter = Adapter::new(cfg()).targets(["qkv", "down_proj"]);
-    let vb = adapter.var_builder(vb(&base()));
-    let _taken = candle_nn::linear(8, 24, vb.pp("layers.0.qkv"))?;
-    let weight = vb.get((8, 8), "layers.1.down_proj.weight")?;
-    let _not = candle_nn::Linear::new(weight.t()?, None);
-    let error = adapter.check().unwrap_err().to_string();
-    assert!(error.contains("layers.1.down_proj.weight"), "{error}");
+    for targets in [Targets::from(["qkv", "down_proj"]), Targets::all_linear()] {
+        let adapter = Adapter::new(cfg()).targets(targets);
+        let vb = adapter.var_builder(vb(&base()));
+        let _norm = candle_nn::rms_norm(8, 1e-5, vb.pp("norm"))?;
+        let _taken = candle_nn::linear(8, 24, vb.pp("layers.0.qkv"))?;
+        let weight = vb.get((8, 8), "layers.1.down_proj.weight")?;
+        let _not = candle_nn::Linear::new(weight.t()?, None);
+        let error = adapter.check().unwrap_err().to_string();
+        assert!(error.contains("layers.1.down_proj.weight"), "{error}");
+    }
     Ok(())
 }
 
