@@ -1,14 +1,14 @@
 //! The example's BERT agrees with transformers, and trains the selected variables only.
 
-#[path = "../examples/classify/bert.rs"]
+#[path = "../examples/classify/src/bert.rs"]
 mod bert;
-#[path = "../examples/classify/classifier.rs"]
+#[path = "../examples/classify/src/classifier.rs"]
 mod classifier;
 mod common;
 #[allow(dead_code)] // the example uses more of it
-#[path = "../examples/classify/config.rs"]
+#[path = "../examples/classify/src/config.rs"]
 mod config;
-#[path = "../examples/classify/names.rs"]
+#[path = "../examples/classify/src/names.rs"]
 mod names;
 
 use bert::{Adapt, Bert};
