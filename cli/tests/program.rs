@@ -59,12 +59,12 @@ fn an_error_is_one_line_with_the_path() {
 fn a_merge_gives_peft_s_weights() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let all = safetensors::load(fixture("peft/linear/model.safetensors"), &Device::Cpu)?;
-    let named = |prefix: &str| {
-        let strip = |(name, t)| Some((str::strip_prefix(name, prefix)?.to_owned(), t));
-        all.iter().filter_map(strip).collect::<Vec<_>>()
+    let named = |prefix: &'static str| {
+        let tensors = all.iter();
+        tensors.filter_map(move |(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t)))
     };
     let (base, merged) = (dir.path().join("base"), dir.path().join("merged"));
-    let tensors = named("base.").into_iter().map(|(name, t)| (name, t.clone())).collect();
+    let tensors = named("base.").map(|(name, t)| (name, t.clone())).collect();
     safetensors::save(&tensors, &base)?;
     let (adapter, base, out) = (fixture("peft/linear"), base.display(), merged.display());
     let output = lora(&format!("merge --base {base} --adapter {adapter} --out {out}"));
