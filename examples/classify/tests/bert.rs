@@ -1,14 +1,15 @@
 //! The example's BERT agrees with transformers, and trains the selected variables only.
 
-#[path = "../examples/classify/src/bert.rs"]
+#[path = "../src/bert.rs"]
 mod bert;
-#[path = "../examples/classify/src/classifier.rs"]
+#[path = "../src/classifier.rs"]
 mod classifier;
+#[path = "../../../tests/common/mod.rs"]
 mod common;
 #[allow(dead_code)] // the example uses more of it
-#[path = "../examples/classify/src/config.rs"]
+#[path = "../src/config.rs"]
 mod config;
-#[path = "../examples/classify/src/names.rs"]
+#[path = "../src/names.rs"]
 mod names;
 
 use bert::{Adapt, Bert};
@@ -35,7 +36,7 @@ struct Fixture {
 
 impl Fixture {
     fn read(name: &str) -> Result<Self> {
-        let folder = format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
+        let folder = format!("{}/../../tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
         let read = |file| lora::read_state_dict(format!("{folder}/{file}"), &device());
         let mut expected = read("expected.safetensors")?.tensors;
         let mut part = |name| expected.remove(name).unwrap();
