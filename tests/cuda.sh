@@ -20,7 +20,7 @@ build() {
   mkdir -p "$folder"
   step "build with ${FEATURES:-cuda}"
   CARGO_PROFILE_RELEASE_STRIP=true cargo build --release --features "${FEATURES:-cuda}" \
-    --test device --test nn --examples --benches --message-format=json-render-diagnostics |
+    -p loralib -p classify --test device --test nn --bins --examples --benches --message-format=json-render-diagnostics |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' |
     while read -r program; do
       name=$(basename "$program" | sed 's/-[0-9a-f]\{16\}$//')

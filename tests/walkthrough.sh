@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Follows docs/fine-tune-a-language-model.md in a new folder, with its own code and the tiny model of
-# `cargo run --release --example chat -- --quick` instead of a downloaded one.
+# `lora train --quick --out target/quick` instead of a downloaded one.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 page=$root/docs/fine-tune-a-language-model.md
-tiny=$root/target/chat/tiny
+tiny=$root/target/quick/tiny
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

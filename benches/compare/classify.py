@@ -25,7 +25,7 @@ RATES = {"lora": 4e-3, "full": 4e-4}
 
 
 def ours(args, env):
-    command = ["cargo", "run", "--release", "--quiet", "--example", "classify"]
+    command = ["cargo", "run", "--release", "--quiet", "-p", "classify"]
     command += ["--features", args.features] if args.features else []
     command += ["--", "--model", args.model, "--train", args.train, "--valid", args.valid]
     command += ["--method", args.method, "--epochs", "1", "--out", str(OUT)]

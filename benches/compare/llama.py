@@ -1,4 +1,4 @@
-"""PEFT on torch beside the example `chat`: a step and the peak of memory, or a whole run.
+"""PEFT on torch beside `lora train`: a step and the peak of memory, or a whole run.
 
     pip install torch transformers peft gguf
     python llama.py dequantise model.gguf FOLDER   # a GGUF file as an F32 folder
@@ -6,8 +6,8 @@
     python llama.py train FOLDER TRAIN VALID ADAPTER [STEPS] [RATE]
 
 `step` trains r 8 on all linear layers with 2 x 128 random tokens, in 2 threads. `train` repeats
-`chat --model FOLDER --data TRAIN --valid VALID --batch 2 --length 128 --steps STEPS --lr RATE`: the same
-conversations in the same order, the same rates and clipping, from the factors in ADAPTER. `chat` with the same
+`lora train FOLDER TRAIN --valid VALID --batch 2 --length 128 --steps STEPS --lr RATE`: the same
+conversations in the same order, the same rates and clipping, from the factors in ADAPTER. `lora train` with the same
 options and `--steps 1 --lr 0 --out ADAPTER` writes those that it begins with.
 """
 
@@ -92,7 +92,7 @@ def examples(file, tokenizer, length):
 
 
 def buckets(examples, size, rng):
-    """As in examples/common/buckets.rs."""
+    """As in cli/src/train/batch.rs."""
     examples = list(examples)
     rng.shuffle(examples)
     examples.sort(key=lambda example: len(example[0]))

@@ -1,9 +1,9 @@
-//! How the time of a training step and its memory grow, as a plot.
+//! How the time of a training step and its memory grow, as an SVG file.
 
 use super::training::{Figures, Size, METHODS};
 use super::{measured, usual};
-use plotters::prelude::*;
 use std::error::Error;
+use std::fs;
 
 /// What varies, its values, and the size for each.
 type Sweep = (&'static str, &'static [usize], fn(usize) -> Size);
@@ -18,17 +18,20 @@ type Figure = (&'static str, fn(&Figures) -> f64);
 
 const FIGURES: [Figure; 2] = [("step, ms", |f| f.step), ("peak memory, MiB", |f| f.peak)];
 
-const COLORS: [RGBColor; 3] =
-    [RGBColor(120, 120, 120), RGBColor(217, 95, 2), RGBColor(27, 120, 190)];
+const COLORS: [&str; 3] = ["#787878", "#d95f02", "#1b77be"];
 
 /// Measures, prints the figures and draws them: a column for what varies, a row for each figure.
 pub fn growth(file: &str) -> Result<(), Box<dyn Error>> {
-    let root = SVGBackend::new(file, (960, 520)).into_drawing_area();
-    root.fill(&WHITE)?;
     let Size { layers, dim, rows, rank, .. } = usual();
-    let usual = format!("{layers} layers of {dim}, r {rank}, batch × length {rows}");
-    let title = format!("A training step; where not varied, {usual}");
-    let areas = root.titled(&title, ("sans-serif", 15))?.split_evenly((2, SWEEPS.len()));
+    let mut svg = format!(
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 960 520' font-family='sans-serif' font-size='12'>\n\
+         <rect width='960' height='520' fill='white'/>\n<text x='20' y='20'>A training step; where not varied, \
+         {layers} layers of {dim}, r {rank}, batch × length {rows}</text>\n"
+    );
+    for (i, (method, color)) in METHODS.iter().zip(COLORS).enumerate() {
+        let (x, name) = (560 + 130 * i, method.name());
+        svg += &format!("<text x='{x}' y='20' fill='{color}'>{name}</text>\n");
+    }
     for (column, (what, values, size)) in SWEEPS.iter().enumerate() {
         let mut found = vec![];
         for value in *values {
@@ -39,48 +42,37 @@ pub fn growth(file: &str) -> Result<(), Box<dyn Error>> {
             }
         }
         for (row, (label, figure)) in FIGURES.iter().enumerate() {
-            let lines = (0..METHODS.len())
-                .map(|i| values.iter().zip(&found).map(|(x, f)| (*x, figure(&f[i]))).collect());
-            let area = &areas[row * SWEEPS.len() + column];
-            // Where the lines leave room for it.
-            draw(area, what, label, lines.collect(), *what == "layers")?;
+            let lines = [0, 1, 2].map(|i| found.iter().map(|f| figure(&f[i])).collect());
+            svg += &format!("<g transform='translate({}, {})'>\n", column * 320, 40 + row * 240);
+            svg += &panel(what, values, label, lines);
+            svg += "</g>\n";
         }
     }
-    Ok(root.present()?)
+    Ok(fs::write(file, svg + "</svg>\n")?)
 }
 
-type Line = Vec<(usize, f64)>;
-
-fn draw(
-    area: &DrawingArea<SVGBackend, plotters::coord::Shift>,
-    what: &str,
-    label: &str,
-    lines: Vec<Line>,
-    legend: bool,
-) -> Result<(), Box<dyn Error>> {
-    let points = || lines.iter().flatten();
-    let highest = points().map(|(_, y)| *y).fold(0., f64::max);
-    let from = points().map(|(x, _)| *x).min().unwrap_or(1);
-    let to = points().map(|(x, _)| *x).max().unwrap_or(1);
-    let mut chart = ChartBuilder::on(area)
-        .margin(8)
-        .x_label_area_size(34)
-        .y_label_area_size(52)
-        .build_cartesian_2d((from as f64..to as f64).log_scale().base(2.), 0.0..highest * 1.08)?;
-    let mut mesh = chart.configure_mesh();
-    mesh.x_desc(what).y_desc(label).x_labels(8).y_labels(6).light_line_style(TRANSPARENT);
-    mesh.x_label_formatter(&|x| x.round().to_string());
-    mesh.y_label_formatter(&|y| y.round().to_string()).draw()?;
-    for ((line, method), color) in lines.into_iter().zip(METHODS).zip(COLORS) {
-        let line = line.into_iter().map(|(x, y)| (x as f64, y));
-        chart
-            .draw_series(LineSeries::new(line, color.stroke_width(2)).point_size(3))?
-            .label(method.name())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
+/// A line for each method, over the logarithm of what varies.
+fn panel(what: &str, values: &[usize], label: &str, lines: [Vec<f64>; 3]) -> String {
+    let highest = lines.iter().flatten().fold(0., |a: f64, b| a.max(*b));
+    let log = |value: usize| (value as f64 / values[0] as f64).ln();
+    let x = |value| 50. + 250. * log(value) / log(values[values.len() - 1]);
+    let y = |figure: f64| 190. - 170. * figure / highest;
+    let mut svg = format!(
+        "<path d='M50 20V190H300' fill='none' stroke='black'/>\n<text x='50' y='14'>{label}</text>\n\
+         <text x='175' y='224' text-anchor='middle'>{what}</text>\n\
+         <text x='44' y='194' text-anchor='end'>0</text>\n\
+         <text x='44' y='24' text-anchor='end'>{highest:.0}</text>\n"
+    );
+    for value in values {
+        let x = x(*value);
+        svg += &format!("<text x='{x:.1}' y='206' text-anchor='middle'>{value}</text>\n");
     }
-    if legend {
-        let mut labels = chart.configure_series_labels();
-        labels.position(SeriesLabelPosition::UpperLeft).background_style(WHITE.mix(0.8)).draw()?;
+    for (line, color) in lines.iter().zip(COLORS) {
+        let points = values.iter().zip(line).map(|(v, f)| format!("{:.1},{:.1}", x(*v), y(*f)));
+        let points = points.collect::<Vec<_>>().join(" ");
+        svg += &format!(
+            "<polyline points='{points}' fill='none' stroke='{color}' stroke-width='2'/>\n"
+        );
     }
-    Ok(())
+    svg
 }

@@ -21,8 +21,6 @@ const CAFES: &str = include_str!("cafes.txt");
 /// A description and the sentence for it.
 #[derive(Clone)]
 pub struct Line {
-    /// Where it stands, for messages.
-    pub at: String,
     pub description: String,
     pub sentence: String,
     /// For each value of the description, its forms: one of them should stand in the sentence.
@@ -114,9 +112,8 @@ impl<'a> Grammar<'a> {
         while !unsaid.is_empty() {
             sentences.push(sentence(&self.more, &mut unsaid, rng)?);
         }
-        let at = format!("the embedded text on {}", self.fields[0].labels[0]);
         let (description, sentence) = (description.join(" | "), sentences.join(" "));
-        Ok(Line { at, description, sentence, slots })
+        Ok(Line { description, sentence, slots })
     }
 }
 

@@ -1,5 +1,6 @@
 //! Random numbers from a seed (SplitMix64), because candle's on the CPU take none.
 
+#[derive(Clone)]
 pub struct Rng(u64);
 
 impl Rng {

@@ -1,62 +1,79 @@
 //! Base, unmerged and merged side by side, and the saved adapter in a new model.
 
-use crate::adapt::{load, Adapter};
-use crate::args::Args;
-use crate::base::Base;
-use crate::data::{batches, encode, Line};
-use crate::describe::describe;
+use crate::corpus::Line;
+use crate::data::batches;
 use crate::evaluate::{difference, loss, speeds};
-use crate::report::{Figures, Report};
-use crate::Result;
-use candle_core::Device;
-use lora::{LoraConfig, LoraModule};
+use crate::generate::generate;
+use crate::gpt2::Gpt2;
+use crate::slots::said;
+use crate::{adapter, Base, Result};
+use lora::Adapter;
 use loralib as lora;
 use std::fs;
+use std::path::Path;
 
+/// How many sentences are shown.
+const SHOWN: usize = 3;
+
+/// With the adapter that was trained in a model, and saved in a file.
 pub fn compare(
-    args: &Args,
     base: &Base,
-    adapter: Adapter,
+    (adapter, unmerged): (&Adapter, &Gpt2),
+    file: &Path,
     valid: &[Line],
-    device: &Device,
-) -> Result<Report> {
-    let Adapter { vars, model: mut merged, trainable, path } = adapter;
-    let cfg = args.lora();
-    let mut plain = base.plain()?;
-    let mut unmerged =
-        base.adapted(LoraConfig { merge_weights: false, ..cfg }, &vars, args.bias)?;
-    let mut reloaded = load(base, &path, cfg, args.bias)?;
-    for model in [&mut plain, &mut unmerged, &mut merged, &mut reloaded] {
-        model.eval()?;
+) -> Result<()> {
+    adapter.eval()?;
+    let plain = base.model(base.var_builder()?)?;
+    let merged = base.model(Adapter::load(file, &base.device)?.merged(base.var_builder()?)?)?;
+    for (what, file) in [("adapter", file), ("base", &base.weights)] {
+        println!("{what:<8} {:>9} bytes", fs::metadata(file)?.len());
     }
 
-    let examples = encode(valid, &base.tokenizer, base.config.n_positions)?;
-    let batches = batches(&examples, args.batch as usize, None, device)?;
-    let losses = [loss(&plain, &batches)?, loss(&unmerged, &batches)?, loss(&merged, &batches)?];
-    let again = loss(&reloaded, &batches)?;
-    if again.to_bits() != losses[2].to_bits() {
-        return Err(format!("the loaded adapter's loss is {again}, it was {}", losses[2]).into());
-    }
+    println!("\nvalidation      loss   perplexity   tokens/s");
+    let batches = batches(valid, &base.bpe, &base.device)?;
     let batch = &batches[batches.len() / 2];
-    let speeds = speeds([&plain, &unmerged, &merged], batch)?;
+    let models = [("base", &plain), ("unmerged", unmerged), ("merged", &merged)];
+    let speeds = speeds(models.map(|(_, model)| model), batch)?;
+    for ((name, model), speed) in models.into_iter().zip(speeds) {
+        let loss = loss(model, &batches)?;
+        println!("  {name:<10} {loss:>7.4} {:>12.3} {speed:>10.0}", loss.exp());
+    }
+    let apart = difference(unmerged, &merged, batch)?;
+    println!("\nmerged and unmerged logits differ by {apart:.1e} at most");
+    check_restored(base, unmerged, file, &batches)?;
+    println!("the adapter, loaded into a new model, gives the same loss to the last bit");
 
-    let (slots, sentences) = describe(args, base, &plain, &merged, valid, device)?;
-    Ok(Report {
-        trainable,
-        total: base.parameters() + lora_parameters(&vars)?,
-        adapter_bytes: fs::metadata(&path)?.len(),
-        base_bytes: fs::metadata(&base.path)?.len(),
-        models: ["base", "unmerged", "merged"],
-        figures: [0, 1, 2].map(|i| Figures { loss: losses[i], tokens_per_second: speeds[i] }),
-        difference: difference(&unmerged, &merged, batch)?,
-        slots,
-        sentences,
-    })
+    let descriptions: Vec<_> = valid.iter().map(|line| &line.description[..]).collect();
+    let say = |model| generate(model, &base.config, &base.bpe, &descriptions, &base.device);
+    let (before, after) = (say(&plain)?, say(&merged)?);
+    let slots: usize = valid.iter().map(|line| line.slots.len()).sum();
+    println!("\nslot accuracy, of {slots} slots of {} descriptions", valid.len());
+    for (when, sentences) in [("before", &before), ("after", &after)] {
+        let said: usize = valid.iter().zip(sentences).map(|(line, said_)| said(line, said_)).sum();
+        println!("  {when:<10} {:>5.1} %", 100. * said as f64 / slots as f64);
+    }
+    println!("a slot counts where the grammar's words for its value stand in the sentence");
+    for i in (0..valid.len()).step_by(valid.len().div_ceil(SHOWN)) {
+        println!("\n{}\n  before     {}", valid[i].description, before[i]);
+        println!("  after      {}\n  reference  {}", after[i], valid[i].sentence);
+    }
+    Ok(())
 }
 
-/// What an adapter adds to a model: trained biases are the base's own.
-fn lora_parameters(vars: &candle_nn::VarMap) -> Result<usize> {
-    let data = vars.data().lock().map_err(|e| e.to_string())?;
-    let added = data.iter().filter(|(name, _)| !name.ends_with("bias"));
-    Ok(added.map(|(_, var)| var.elem_count()).sum())
+/// An error unless a new model with the saved adapter has the loss of the one that trained it.
+fn check_restored(
+    base: &Base,
+    trained: &Gpt2,
+    file: &Path,
+    batches: &[crate::data::Batch],
+) -> Result<()> {
+    let adapter = adapter();
+    let model = base.model(adapter.var_builder(base.var_builder()?))?;
+    let _ = adapter.restore(file)?; // strict: what is missing or left over is an error
+    adapter.eval()?;
+    let (before, after) = (loss(trained, batches)?, loss(&model, batches)?);
+    match before.to_bits() == after.to_bits() {
+        true => Ok(()),
+        false => Err(format!("the loaded adapter's loss is {after}, it was {before}").into()),
+    }
 }

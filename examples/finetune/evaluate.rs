@@ -3,34 +3,33 @@
 use crate::data::Batch;
 use crate::gpt2::Gpt2;
 use crate::Result;
-use candle_core::{IndexOp, Tensor};
+use candle_core::{IndexOp, Module, Tensor};
+use loralib::train::linear_cross_entropy;
 use std::time::{Duration, Instant};
 
 /// The mean loss over the tokens that a batch predicts.
 pub fn batch_loss(model: &Gpt2, batch: &Batch) -> candle_core::Result<Tensor> {
-    let hidden = model.hidden(&batch.ids)?.flatten(0, 1)?.index_select(&batch.rows, 0)?;
-    candle_nn::loss::cross_entropy(&model.head(&hidden)?, &batch.targets)
+    linear_cross_entropy(&model.hidden(&batch.ids)?, &model.head, &batch.labels)
 }
 
 /// The mean loss over all tokens that are predicted.
 pub fn loss(model: &Gpt2, batches: &[Batch]) -> Result<f64> {
-    let (mut sum, mut tokens) = (0., 0);
+    let (mut sum, mut predicted) = (0., 0);
     for batch in batches {
-        let loss = f64::from(batch_loss(model, batch)?.to_scalar::<f32>()?);
-        sum += loss * batch.predicted() as f64;
-        tokens += batch.predicted();
+        sum += f64::from(batch_loss(model, batch)?.to_scalar::<f32>()?) * batch.predicted as f64;
+        predicted += batch.predicted;
     }
-    Ok(sum / tokens as f64)
+    Ok(sum / predicted as f64)
 }
 
 fn logits(model: &Gpt2, batch: &Batch) -> Result<Tensor> {
-    Ok(model.head(&model.hidden(&batch.ids)?)?)
+    Ok(model.head.forward(&model.hidden(&batch.ids)?)?)
 }
 
 /// The largest difference between two models' logits.
 pub fn difference(a: &Gpt2, b: &Gpt2, batch: &Batch) -> Result<f32> {
     let difference = (logits(a, batch)? - logits(b, batch)?)?;
-    Ok(difference.abs()?.flatten_all()?.max(0)?.to_scalar()?)
+    Ok(difference.abs()?.max_all()?.to_scalar()?)
 }
 
 /// Tokens a second of each model: the fastest of a few rounds in turn, so that what else the

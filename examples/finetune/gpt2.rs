@@ -1,18 +1,16 @@
-//! GPT-2 with Hugging Face's parameter names, its queries and values adapted as in the LoRA paper.
+//! GPT-2 with Hugging Face's parameter names; weights are (out, in), those of its files (in, out).
 //!
-//! The same code is pretrained (r = 0 over a `VarMap`), adapted (frozen base and adapter) and evaluated. Its
-//! norm, attention and GELU are those of `lora::nn`, which have a backward.
+//! The model is written on candle_nn's names, and `use loralib::nn as candle_nn` makes of its layers those that an
+//! `Adapter` adapts by name. Nothing else in this file knows of adapters.
 
-use candle_core::{bail, Device, Module, Result, Tensor, D};
-use candle_nn::{Init, VarBuilder};
-use lora::nn::attention::multi_head_attention;
-use lora::nn::ops::gelu;
-use lora::nn::{layer_norm, LayerNorm};
-use lora::LoraConfig;
-use loralib as lora;
+use crate::causal_mask::causal_mask;
+use candle_core::{bail, Module, Result, Tensor, D};
+use candle_nn::attention::multi_head_attention;
+use candle_nn::{layer_norm, linear, ops::gelu, Embedding, Init, LayerNorm, Linear, VarBuilder};
+use loralib::nn as candle_nn;
 
 /// The sizes, with the names they have in `config.json`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 pub struct Config {
     pub vocab_size: usize,
     pub n_positions: usize,
@@ -23,64 +21,51 @@ pub struct Config {
 }
 
 pub struct Gpt2 {
-    wte: candle_nn::Embedding,
-    wpe: Tensor,
+    wte: Embedding,
+    wpe: Embedding,
     h: Vec<Block>,
     ln_f: LayerNorm,
-    head: lora::Linear,
+    /// From hidden states to logits, by the table.
+    pub head: Linear,
 }
 
-lora::lora_module!(Gpt2 { h, head; ln_f, wte, wpe });
-
 impl Gpt2 {
-    /// `vb` gives the parameters and decides which of them are trained.
-    pub fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
+    /// `vb` gives the parameters, and decides which layers have an adapter.
+    pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
         if cfg.n_head == 0 || !cfg.n_embd.is_multiple_of(cfg.n_head) {
             bail!("n_embd = {} does not divide into n_head = {} heads", cfg.n_embd, cfg.n_head)
         }
         // GPT-2's 0.02 suits 768 dimensions: in a narrow model the blocks' output drowns the tables, and the
         // model does not learn to copy.
         let init = Init::Randn { mean: 0., stdev: 0.1 };
-        let table = |n, name| vb.pp(name).get_with_hints((n, cfg.n_embd), "weight", init);
+        let table = |n, name| -> Result<Embedding> {
+            let table = vb.pp(name).get_with_hints((n, cfg.n_embd), "weight", init)?;
+            Ok(Embedding::new(table, cfg.n_embd))
+        };
         let wte = table(cfg.vocab_size, "wte")?;
-        let block = |i| Block::new(cfg, lora, vb.pp("h").pp(i));
         Ok(Self {
+            head: Linear::new(wte.embeddings().clone(), None),
+            wte,
             wpe: table(cfg.n_positions, "wpe")?,
-            h: (0..cfg.n_layer).map(block).collect::<Result<_>>()?,
-            ln_f: norm(cfg, vb.pp("ln_f"))?,
-            // The head is tied to the table. As a layer of `lora` it costs a frozen table no gradient.
-            head: lora::Linear::new(
-                candle_nn::Linear::new(wte.clone(), None),
-                LoraConfig::default(),
-                vb.pp("wte"),
-            )?,
-            wte: candle_nn::Embedding::new(wte, cfg.n_embd),
+            h: (0..cfg.n_layer)
+                .map(|i| Block::new(cfg, vb.pp("h").pp(i)))
+                .collect::<Result<_>>()?,
+            ln_f: layer_norm(cfg.n_embd, cfg.layer_norm_epsilon, vb.pp("ln_f"))?,
         })
     }
 
-    /// Ids (batch, tokens) to (batch, tokens, n_embd).
+    /// Ids (batch, tokens) to hidden states (batch, tokens, n_embd).
     pub fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
         let (_, tokens) = ids.dims2()?;
-        let positions = self.wpe.dim(0)?;
+        let positions = self.wpe.embeddings().dim(0)?;
         if tokens > positions {
             bail!("{tokens} tokens, the model takes {positions}")
         }
-        let x = self.wte.forward(ids)?.broadcast_add(&self.wpe.narrow(0, 0, tokens)?)?;
-        let mask = causal_mask(tokens, ids.device())?.to_dtype(x.dtype())?;
+        let positions = Tensor::arange(0, tokens as u32, ids.device())?;
+        let x = self.wte.forward(ids)?.broadcast_add(&self.wpe.forward(&positions)?)?;
+        let mask = causal_mask(0, tokens, ids.device())?;
         self.ln_f.forward(&self.h.iter().try_fold(x, |x, block| block.forward(&x, &mask))?)
     }
-
-    /// (.., n_embd) to (.., vocab_size).
-    pub fn head(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.head.forward(hidden)
-    }
-}
-
-/// 0 where a token attends to another, else -∞. Padding on the right needs no mask of its own.
-fn causal_mask(tokens: usize, device: &Device) -> Result<Tensor> {
-    let seen = |i, j| if j <= i { 0. } else { f32::NEG_INFINITY };
-    let mask = (0..tokens).flat_map(|i| (0..tokens).map(move |j| seen(i, j)));
-    Tensor::from_vec(mask.collect(), (tokens, tokens), device)
 }
 
 struct Block {
@@ -90,15 +75,14 @@ struct Block {
     mlp: Mlp,
 }
 
-lora::lora_module!(Block { attn, mlp; ln_1, ln_2 });
-
 impl Block {
-    fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
+    fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let norm = |name| layer_norm(cfg.n_embd, cfg.layer_norm_epsilon, vb.pp(name));
         Ok(Self {
-            ln_1: norm(cfg, vb.pp("ln_1"))?,
-            attn: Attention::new(cfg, lora, vb.pp("attn"))?,
-            ln_2: norm(cfg, vb.pp("ln_2"))?,
-            mlp: Mlp::new(cfg, vb.pp("mlp"))?,
+            ln_1: norm("ln_1")?,
+            attn: Attention::new(cfg, vb.pp("attn"))?,
+            ln_2: norm("ln_2")?,
+            mlp: Mlp::new(cfg.n_embd, vb.pp("mlp"))?,
         })
     }
 
@@ -108,33 +92,17 @@ impl Block {
     }
 }
 
-fn norm(cfg: &Config, vb: VarBuilder) -> Result<LayerNorm> {
-    layer_norm(cfg.n_embd, cfg.layer_norm_epsilon, vb)
-}
-
-/// A projection without an adapter, stored as (in, out).
-fn conv1d(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<lora::Linear> {
-    let cfg = LoraConfig { fan_in_fan_out: true, ..Default::default() };
-    lora::linear(in_dim, out_dim, cfg, vb)
-}
-
 struct Attention {
-    c_attn: lora::MergedLinear,
-    c_proj: lora::Linear,
+    c_attn: Linear,
+    c_proj: Linear,
     heads: usize,
 }
 
-lora::lora_module!(Attention { c_attn, c_proj; heads });
-
 impl Attention {
-    fn new(cfg: &Config, lora: LoraConfig, vb: VarBuilder) -> Result<Self> {
-        let lora = LoraConfig { fan_in_fan_out: true, ..lora };
-        let (n, query_and_value) = (cfg.n_embd, [true, false, true]);
-        Ok(Self {
-            c_attn: lora::merged_linear(n, 3 * n, &query_and_value, lora, vb.pp("c_attn"))?,
-            c_proj: conv1d(n, n, vb.pp("c_proj"))?,
-            heads: cfg.n_head,
-        })
+    fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
+        let n = cfg.n_embd;
+        let c_attn = linear(n, 3 * n, vb.pp("c_attn"))?;
+        Ok(Self { c_attn, c_proj: linear(n, n, vb.pp("c_proj"))?, heads: cfg.n_head })
     }
 
     fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
@@ -149,19 +117,14 @@ impl Attention {
 }
 
 struct Mlp {
-    c_fc: lora::Linear,
-    c_proj: lora::Linear,
+    c_fc: Linear,
+    c_proj: Linear,
 }
 
-lora::lora_module!(Mlp { c_fc, c_proj });
-
 impl Mlp {
-    fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
-        let (n, inner) = (cfg.n_embd, 4 * cfg.n_embd);
-        Ok(Self {
-            c_fc: conv1d(n, inner, vb.pp("c_fc"))?,
-            c_proj: conv1d(inner, n, vb.pp("c_proj"))?,
-        })
+    fn new(n: usize, vb: VarBuilder) -> Result<Self> {
+        let c_fc = linear(n, 4 * n, vb.pp("c_fc"))?;
+        Ok(Self { c_fc, c_proj: linear(4 * n, n, vb.pp("c_proj"))? })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {

@@ -1,23 +1,8 @@
 //! Slot accuracy: how many of the descriptions' values stand in the sentences for them.
 
-use crate::data::Line;
+use crate::corpus::Line;
 
-/// How many slots stand in the sentences of the base and of the adapted model.
-pub struct Slots {
-    pub before: usize,
-    pub after: usize,
-    pub of: usize,
-    pub descriptions: usize,
-    /// Where a slot counts.
-    pub counted: &'static str,
-}
-
-/// The values of a description, in the order of its fields.
-pub fn values(description: &str) -> impl Iterator<Item = &str> {
-    description.split('|').filter_map(|part| part.split_once(':')).map(|(_, value)| value.trim())
-}
-
-/// How many slots of `line` stand in `sentence`.
+/// How many slots of `line` stand in `sentence`, by the grammar's words for its value.
 pub fn said(line: &Line, sentence: &str) -> usize {
     let sentence = words(sentence);
     let stands = |form: &String| {

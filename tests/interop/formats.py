@@ -1,4 +1,4 @@
-"""Compares merged weights: files that the example `convert` writes, loaded and merged by diffusers and PEFT, with those
+"""Compares merged weights: files that `lora convert` writes, loaded and merged by diffusers and PEFT, with those
 of the adapters they were made from. Prints the largest difference of each case, relative to the largest value.
 
 python tests/interop/formats.py   (the packages of tests/fixtures/formats.py and checkpoints.py; cargo)
@@ -23,7 +23,7 @@ import formats
 
 
 def convert(source, to, out, *options):
-    command = ["cargo", "run", "--quiet", "--example", "convert", "--"]
+    command = ["cargo", "run", "--quiet", "-p", "loralib-cli", "--", "convert"]
     command += ["--from", source, "--to", to, "--out", out, *options]
     subprocess.run([str(part) for part in command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 

@@ -1,11 +1,11 @@
-"""What an adapter says that was trained on a GGUF file: `chat`, PEFT on torch and llama.cpp, greedily.
+"""What an adapter says that was trained on a GGUF file: `lora chat`, PEFT on torch and llama.cpp, greedily.
 
     pip install torch transformers peft gguf xllamacpp
     python greedy.py MODEL.gguf FOLDER ADAPTER CONVERSATIONS [COUNT]
 
 FOLDER is the model dequantised (`benches/compare/llama.py dequantise MODEL.gguf FOLDER`), ADAPTER what
-`chat --model MODEL.gguf --data FILE --out ADAPTER` wrote, and CONVERSATIONS a file of lines with `messages`, of which
-the first COUNT (3) are asked. Prints PEFT's mean loss over the replies, which `chat` prints as the validation loss with `--valid CONVERSATIONS`,
+`lora train MODEL.gguf FILE --out ADAPTER` wrote, and CONVERSATIONS a file of lines with `messages`, of which
+the first COUNT (3) are asked. Prints PEFT's mean loss over the replies, which `lora train` prints as the validation loss with `--valid CONVERSATIONS`,
 and the replies of all three.
 """
 
@@ -25,7 +25,7 @@ LONGEST = 60
 
 def ours(model, adapter, said):
     """The last line is "adapted" and the reply."""
-    command = ["cargo", "run", "-q", "--release", "--example", "chat", "--", "--model", model, "--adapter", adapter,
+    command = ["cargo", "run", "-q", "--release", "-p", "loralib-cli", "--", "chat", model, "--adapter", adapter,
                "--prompt", said, "--unmerged", "--tokens", str(LONGEST)]
     out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return out[out.index("\nadapted") + len("\nadapted"):].strip()
@@ -81,6 +81,6 @@ if __name__ == "__main__":
         for messages in conversations[: int(count[0]) if count else 3]:
             messages = messages[:-1]
             print("\nsaid     ", messages[-1]["content"])
-            print("chat     ", ours(gguf, adapter, messages[-1]["content"]))
+            print("lora     ", ours(gguf, adapter, messages[-1]["content"]))
             print("PEFT     ", say(model, tokenizer, messages))
             print("llama.cpp", server(prompt(tokenizer, messages)))

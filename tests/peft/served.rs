@@ -80,7 +80,7 @@ fn broken(folder: &Path, max_rank: usize) -> lora::Result<Vec<String>> {
     Ok(broken)
 }
 
-/// Saves an adapter of all layers but those of the head, as the example `chat` does for a tied one.
+/// Saves an adapter of all layers but those of the head, as `lora train` does for a tied one.
 fn save(adapter: &Adapter, folder: &Path) -> lora::Result<()> {
     let vb = adapter.var_builder(VarBuilder::zeros(DType::F32, &CPU));
     for (name, (rows, columns)) in layers().iter().filter(|(name, _)| *name != "lm_head") {

@@ -2,10 +2,11 @@
 
 use crate::common::{device, difference, randn};
 use crate::gpt2::{Config, Gpt2};
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
+use lora::layers::LayerKind;
 use lora::utils::StateDict;
-use lora::{Bias, LoraConfig, LoraModule};
+use lora::{Adapter, Bias, LoraConfig};
 use loralib as lora;
 use std::collections::HashSet;
 
@@ -18,14 +19,23 @@ const CONFIG: Config = Config {
     layer_norm_epsilon: 1e-5,
 };
 
-const LORA: LoraConfig =
-    LoraConfig { r: 4, lora_alpha: 32., fan_in_fan_out: true, ..LoraConfig::DEFAULT };
+/// Of queries and values, as in the paper.
+fn adapter(bias: Bias) -> lora::Result<Adapter> {
+    let cfg = LoraConfig { r: 4, lora_alpha: 32., ..Default::default() };
+    let query_and_value = LayerKind::MergedLinear(vec![true, false, true]);
+    Adapter::new(cfg).targets(["c_attn"]).with_layer("c_attn", query_and_value).trainable(bias)
+}
 
-/// The fixture's weights under transformers' names, its ids and its logits.
+/// The fixture's weights under transformers' names, (out, in), its ids and its logits.
 fn fixture() -> Result<(StateDict, Tensor, Tensor)> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/gpt2.safetensors");
     let mut tensors = lora::read_state_dict(path, &device())?.tensors;
     let (ids, logits) = (tensors.remove("ids").unwrap(), tensors.remove("logits").unwrap());
+    for (name, tensor) in &mut tensors {
+        if name.contains(".c_") && name.ends_with(".weight") {
+            *tensor = tensor.t()?.contiguous()?;
+        }
+    }
     Ok((tensors, ids, logits))
 }
 
@@ -35,30 +45,32 @@ fn base(tensors: StateDict) -> VarBuilder<'static> {
 }
 
 fn logits(model: &Gpt2, ids: &Tensor) -> Result<Tensor> {
-    model.head(&model.hidden(ids)?)
+    model.head.forward(&model.hidden(ids)?)
 }
 
 #[test]
-fn logits_agree_with_transformers() -> Result<()> {
+fn logits_agree_with_transformers() -> lora::Result<()> {
     let (tensors, ids, expected) = fixture()?;
-    let mut model = Gpt2::new(&CONFIG, LoraConfig::default(), base(tensors.clone()))?;
+    let model = Gpt2::new(&CONFIG, base(tensors.clone()))?;
     let d = difference(&logits(&model, &ids)?, &expected)?;
     assert!(d < 1e-4, "without an adapter: {d}");
-    model.eval()?;
+
+    let adapter = adapter(Bias::None)?;
+    let model = Gpt2::new(&CONFIG, adapter.var_builder(base(tensors)))?;
+    adapter.check()?;
+    let d = difference(&logits(&model, &ids)?, &expected)?;
+    assert!(d < 1e-4, "with a fresh adapter: {d}");
+    adapter.eval()?;
     let d = difference(&logits(&model, &ids)?, &expected)?;
     assert!(d < 1e-4, "in evaluation: {d}");
 
-    let vars = VarMap::new();
-    let mut model = Gpt2::new(&CONFIG, LORA, lora::var_builder(base(tensors), &vars, Bias::None))?;
-    let d = difference(&logits(&model, &ids)?, &expected)?;
-    assert!(d < 1e-4, "with a fresh adapter: {d}");
-
-    for var in vars.all_vars() {
+    adapter.train()?;
+    for var in adapter.vars()? {
         var.set(&(randn(var.shape(), var.dtype(), var.device())? * 0.05)?)?;
     }
     let unmerged = logits(&model, &ids)?;
     assert!(difference(&unmerged, &expected)? > 0.1);
-    model.eval()?;
+    adapter.eval()?;
     let d = difference(&logits(&model, &ids)?, &unmerged)?;
     assert!(d < 1e-4, "merged and unmerged: {d}");
     Ok(())
@@ -81,7 +93,7 @@ fn trained(model: &Gpt2, vars: &VarMap) -> Result<(usize, Vec<String>)> {
 fn pretraining_reaches_every_variable() -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &device());
-    let model = Gpt2::new(&CONFIG, LoraConfig::default(), vb)?;
+    let model = Gpt2::new(&CONFIG, vb)?;
     let (_, without) = trained(&model, &vars)?;
     assert_eq!(without, Vec::<String>::new());
     // Two tables, two tensors of the last norm, twelve of each block.
@@ -90,13 +102,12 @@ fn pretraining_reaches_every_variable() -> Result<()> {
 }
 
 #[test]
-fn only_trained_variables_get_gradients() -> Result<()> {
+fn only_trained_variables_get_gradients() -> lora::Result<()> {
     for (bias, expected) in [(Bias::None, 4), (Bias::LoraOnly, 6), (Bias::All, 4 + 13)] {
-        let vars = VarMap::new();
-        let vb = lora::var_builder(base(fixture()?.0), &vars, bias);
-        let model = Gpt2::new(&CONFIG, LORA, vb)?;
-        assert_eq!(vars.all_vars().len(), expected, "{bias}");
-        let (others, without) = trained(&model, &vars)?;
+        let adapter = adapter(bias)?;
+        let model = Gpt2::new(&CONFIG, adapter.var_builder(base(fixture()?.0)))?;
+        assert_eq!(adapter.vars()?.len(), expected, "{bias}");
+        let (others, without) = trained(&model, adapter.var_map())?;
         assert!(without.is_empty(), "{bias}: {without:?}");
         // candle's sum gives one to the first residual's constant input.
         assert!(others <= 1, "{bias}: {others}");

@@ -1,18 +1,20 @@
 //! Training: the examples' models, which agree with transformers', and data-parallel runs.
 
-#[path = "../../examples/classify/bert.rs"]
+#[path = "../../examples/classify/src/bert.rs"]
 mod bert;
-#[path = "../../examples/classify/classifier.rs"]
+#[path = "../../examples/common/causal_mask.rs"]
+mod causal_mask;
+#[path = "../../examples/classify/src/classifier.rs"]
 mod classifier;
 #[path = "../common/mod.rs"]
 mod common;
 #[allow(dead_code)] // the example uses more of it
-#[path = "../../examples/classify/config.rs"]
+#[path = "../../examples/classify/src/config.rs"]
 mod config;
 #[allow(dead_code)] // the example uses more of it
 #[path = "../../examples/finetune/gpt2.rs"]
 mod gpt2;
-#[path = "../../examples/classify/names.rs"]
+#[path = "../../examples/classify/src/names.rs"]
 mod names;
 
 mod data_parallel;

@@ -1,7 +1,8 @@
 //! A small decoder over bytes, written on candle_nn's names: `use loralib::nn as candle_nn` makes of its layers those
 //! that an `Adapter` adapts by name.
 
-use candle_core::{DType, Device, Module, Result, Tensor};
+use crate::causal_mask::causal_mask;
+use candle_core::{Module, Result, Tensor};
 use candle_nn::attention::multi_head_attention;
 use candle_nn::{embedding, linear_no_bias, rms_norm, Embedding, Linear, RmsNorm, VarBuilder};
 use loralib::nn as candle_nn;
@@ -50,17 +51,10 @@ impl Decoder {
         let length = ids.dim(1)?;
         let positions = Tensor::arange(0, length as u32, ids.device())?;
         let positions = self.positions.forward(&positions)?;
-        let mask = causal_mask(length, ids.device())?;
+        let mask = causal_mask(0, length, ids.device())?;
         let x = self.bytes.forward(ids)?.broadcast_add(&positions)?;
         self.norm.forward(&self.blocks.iter().try_fold(x, |x, block| block.forward(&x, &mask))?)
     }
-}
-
-/// 0 where a byte attends to another, else -∞.
-fn causal_mask(length: usize, device: &Device) -> Result<Tensor> {
-    let seen = |i, j| if j <= i { 0. } else { f32::NEG_INFINITY };
-    let mask = (0..length).flat_map(|i| (0..length).map(move |j| seen(i, j)));
-    Tensor::from_vec(mask.collect(), (length, length), device)?.to_dtype(DType::F32)
 }
 
 struct Block {

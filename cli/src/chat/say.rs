@@ -1,0 +1,46 @@
+//! The options of what is said: the prompt, and how the reply is drawn.
+
+use super::Sampler;
+use std::ops::Range;
+
+#[derive(clap::Args)]
+pub struct Say {
+    /// What to say to the model [default for `train`: what the first example to measure on begins with]
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// The prompt is a text to continue, not a message, though the model has a chat template
+    #[arg(long)]
+    pub raw: bool,
+    /// How many tokens the model says at most
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub tokens: usize,
+    /// Draws tokens by their probabilities, sharpened below 1 and flattened above; at 0 the likeliest is said
+    #[arg(long, value_name = "T", default_value_t = 0., value_parser = temperature)]
+    pub temperature: f64,
+    /// Draws only from the likeliest tokens that have this probability together
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = probability)]
+    pub top_p: f64,
+    /// Talks with the adapter beside the frozen weights instead of merged into them, as it always is with a
+    /// GGUF file
+    #[arg(long)]
+    pub unmerged: bool,
+}
+
+impl Say {
+    pub fn sampler(&self, seed: u64) -> Sampler {
+        Sampler::new(self.temperature, self.top_p, seed)
+    }
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    within(text, 0.0..f64::INFINITY, "0 or more")
+}
+
+fn probability(text: &str) -> Result<f64, String> {
+    within(text, f64::MIN_POSITIVE..1f64.next_up(), "above 0 and at most 1")
+}
+
+fn within(text: &str, range: Range<f64>, expected: &str) -> Result<f64, String> {
+    let value = text.parse().map_err(|e| format!("{e}"))?;
+    range.contains(&value).then_some(value).ok_or(format!("expected a number {expected}"))
+}

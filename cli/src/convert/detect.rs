@@ -1,0 +1,58 @@
+//! Detects the format of an adapter.
+
+use super::args::Format;
+use crate::Result;
+use candle_core::Device;
+use loralib as lora;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+pub fn format(path: &Path) -> Result<Format> {
+    let found = if path.is_dir() { of_folder(path) } else { of_file(path) };
+    let found = found.and_then(|format| format.ok_or("it is no adapter of a known format".into()));
+    found.map_err(|e| match e.downcast_ref::<lora::Error>() {
+        Some(_) => e, // It names the file.
+        None => format!("{}: {e}", path.display()).into(),
+    })
+}
+
+fn of_folder(dir: &Path) -> Result<Option<Format>> {
+    if dir.join("pytorch_lora_weights.safetensors").exists() {
+        return Ok(Some(Format::Diffusers));
+    }
+    let config = dir.join("adapter_config.json");
+    if !config.exists() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(config)?;
+    // Some editors put a byte order mark before the text.
+    let config: serde_json::Value = serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        .map_err(|e| format!("adapter_config.json: {e}"))?;
+    let mlx = config.get("lora_parameters").is_some() || config.get("fine_tune_type").is_some();
+    Ok(Some(if mlx { Format::Mlx } else { Format::Peft }))
+}
+
+fn of_file(path: &Path) -> Result<Option<Format>> {
+    let mut magic = vec![];
+    File::open(path)?.take(4).read_to_end(&mut magic)?;
+    match magic.as_slice() {
+        b"GGUF" => return Ok(Some(Format::Gguf)),
+        b"PK\x03\x04" => return Ok(Some(Format::Torch)),
+        _ => {}
+    }
+    let names = lora::read_state_dict(path, &Device::Cpu)?.tensors.into_keys();
+    let known = names.filter_map(|name| {
+        let ends = |ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
+        if ends(&[".lora_A", ".lora_B"]) {
+            Some(Format::Loralib)
+        } else if ends(&[".lora_down.weight", ".lora_up.weight"]) {
+            Some(Format::Kohya)
+        } else if ends(&[".lora_A.weight", ".down.weight"]) {
+            Some(Format::Diffusers)
+        } else {
+            None
+        }
+    });
+    Ok(known.take(1).next())
+}

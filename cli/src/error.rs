@@ -1,0 +1,20 @@
+//! Errors: any type, told in one line on the standard error.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// Runs the program; after `error: ..` its exit code is 1.
+pub fn reported(run: impl FnOnce() -> Result<()> + Send) -> ExitCode {
+    // The backtrace that candle's errors carry says nothing to whoever mistyped a path.
+    std::env::set_var("RUST_LIB_BACKTRACE", "0");
+    // As one of rayon's threads: from any other, each parallel loop hands all its work over and waits.
+    match rayon::scope(|_| run()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

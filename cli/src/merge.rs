@@ -1,0 +1,115 @@
+//! `lora merge`: merges an adapter into its base, as by `lora merge --base model.safetensors --adapter adapter --out
+//! merged.safetensors`.
+//!
+//! The base is a checkpoint, the index of a sharded one, or a folder with either. The adapter is a folder
+//! in PEFT's format or a file with a loralib state dict.
+
+use crate::Result;
+use candle_core::Device;
+use indicatif::{ProgressBar, ProgressStyle};
+use lora::layers::LayerKind;
+use lora::{peft, AdapterConfig, LoraConfig, StateDict};
+use loralib as lora;
+use std::path::PathBuf;
+
+/// Merges a LoRA adapter into its base model
+#[derive(clap::Args)]
+pub struct Args {
+    /// A checkpoint, a `model.safetensors.index.json`, or a folder with either
+    #[arg(long)]
+    base: PathBuf,
+    /// A folder in PEFT's format, or a file with a loralib state dict
+    #[arg(long)]
+    adapter: PathBuf,
+    /// The file to write, or a folder for a sharded base
+    #[arg(long)]
+    out: PathBuf,
+    /// The rank, if the state dict has no configuration
+    #[arg(long)]
+    r: Option<usize>,
+    /// The alpha, if the state dict has no configuration
+    #[arg(long)]
+    lora_alpha: Option<f64>,
+    /// Layers with a square weight that are Linear, by the end of their path; "" for all
+    #[arg(long, value_name = "MODULE")]
+    linear: Vec<String>,
+    /// Layers that are an Embedding, by the end of their path
+    #[arg(long, value_name = "MODULE")]
+    embedding: Vec<String>,
+    /// Layers that are a MergedLinear with their enable_lora, as `c_attn=1,0,1`
+    #[arg(long, value_name = "MODULE=SPLITS", value_parser = merged_linear)]
+    merged_linear: Vec<(String, LayerKind)>,
+    /// A prefix of the adapter's names that the base's lack, such as `transformer.`
+    #[arg(long, default_value = "")]
+    strip_prefix: String,
+}
+
+fn merged_linear(text: &str) -> std::result::Result<(String, LayerKind), String> {
+    let (module, splits) = text.split_once('=').ok_or("expected MODULE=1,0,1")?;
+    let splits = splits.split(',').map(|split| match split {
+        "0" => Ok(false),
+        "1" => Ok(true),
+        _ => Err(format!("{split:?} is neither 0 nor 1")),
+    });
+    Ok((module.to_owned(), LayerKind::MergedLinear(splits.collect::<std::result::Result<_, _>>()?)))
+}
+
+impl Args {
+    fn kinds(&self) -> Vec<(String, LayerKind)> {
+        let of = |modules: &[String], kind: LayerKind| {
+            modules.iter().map(|module| (module.clone(), kind.clone())).collect::<Vec<_>>()
+        };
+        let (linear, embedding) =
+            (of(&self.linear, LayerKind::Linear), of(&self.embedding, LayerKind::Embedding));
+        [linear, embedding, self.merged_linear.clone()].concat()
+    }
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let (config, tensors) = renamed(read(args)?, &args.strip_prefix);
+    let bar = ProgressBar::no_length().with_style(ProgressStyle::with_template(
+        "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
+    )?);
+    lora::merge_files(&args.base, &tensors, &config, &args.out, |progress| {
+        bar.set_length(progress.total);
+        bar.set_position(progress.done);
+    })?;
+    bar.finish();
+    let layers = tensors.keys().filter(|name| name.ends_with("lora_A")).count();
+    println!("{layers} layers merged into {}", args.out.display());
+    Ok(())
+}
+
+fn read(args: &Args) -> Result<(AdapterConfig, StateDict)> {
+    if args.adapter.is_dir() {
+        return Ok(peft::load_pretrained_as(&args.adapter, &args.kinds(), &Device::Cpu)?);
+    }
+    let (config, tensors) = lora::read_adapter(&args.adapter, &Device::Cpu)?;
+    let config = match (config, args.r, args.lora_alpha) {
+        (Some(config), None, None) => config,
+        (None, Some(r), Some(lora_alpha)) => {
+            LoraConfig { r, lora_alpha, ..Default::default() }.into()
+        }
+        (Some(_), ..) => {
+            return Err("the file has a rank and an alpha: omit --r and --lora-alpha".into())
+        }
+        (None, ..) => {
+            return Err("the file has no rank and alpha: give --r and --lora-alpha".into())
+        }
+    };
+    let with_layer = |config: AdapterConfig, (module, kind)| config.with_layer(module, kind);
+    Ok((args.kinds().into_iter().fold(config, with_layer), tensors))
+}
+
+/// The adapter with the base's names.
+fn renamed(
+    (mut config, tensors): (AdapterConfig, StateDict),
+    prefix: &str,
+) -> (AdapterConfig, StateDict) {
+    let strip = |name: String| match name.strip_prefix(prefix) {
+        Some(rest) => rest.to_owned(),
+        None => name,
+    };
+    config.layers = config.layers.into_iter().map(|(m, layer)| (strip(m), layer)).collect();
+    (config, tensors.into_iter().map(|(name, t)| (strip(name), t)).collect())
+}

@@ -1,0 +1,93 @@
+//! The model on disk: a Hugging Face folder, or a GGUF file. No other file knows which.
+
+use super::config::Config;
+use super::llama::Llama;
+use super::template::Template;
+use super::tokens::Tokens;
+use super::{folder, gguf};
+use crate::Result;
+use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
+use lora::{gguf::File, Adapter};
+use loralib as lora;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+pub struct Base {
+    path: PathBuf,
+    pub config: Config,
+    pub tokens: Tokens,
+    /// `None` for a model that does not chat.
+    pub template: Option<Template>,
+    pub device: Device,
+    /// `None` for a folder.
+    file: Option<File>,
+}
+
+impl Base {
+    pub fn read(path: &Path, device: &Device) -> Result<Self> {
+        let file = path.extension().is_some_and(|extension| extension == "gguf");
+        let file = file.then(|| File::open(path)).transpose()?;
+        let texts = match &file {
+            Some(file) => gguf::texts(file),
+            None => folder::texts(path),
+        };
+        let build = |texts: Texts| -> Result<Self> {
+            let config = Config::from_json(texts.config)?;
+            if texts.tokens.len() > config.vocab_size {
+                let (has, takes) = (texts.tokens.len(), config.vocab_size);
+                return Err(
+                    format!("the tokenizer has {has} tokens, the model takes {takes}").into()
+                );
+            }
+            let (path, device) = (path.to_owned(), device.clone());
+            Ok(Self { path, config, tokens: texts.tokens, template: texts.template, device, file })
+        };
+        texts.and_then(build).map_err(|e| format!("{}: {e}", path.display()).into())
+    }
+
+    /// The frozen weights, read anew, in half precision if they are stored so.
+    pub fn var_builder(&self) -> Result<VarBuilder<'static>> {
+        if let Some(file) = &self.file {
+            return Ok(file.var_builder(DType::F32, &self.device)?);
+        }
+        Ok(lora::half_var_builder(&self.path, DType::F32, &self.device)?)
+    }
+
+    /// The folder, from which PEFT can load the model; `None` for a GGUF file.
+    pub fn folder(&self) -> Option<String> {
+        self.file.is_none().then(|| self.path.display().to_string())
+    }
+
+    /// The weights for [`Adapter::merged`], in which nothing else keeps them.
+    pub fn to_merge(&self) -> Result<VarBuilder<'static>> {
+        Ok(lora::safetensors_var_builder(&self.path, DType::F32, &self.device)?)
+    }
+
+    /// Whether an adapter can be merged into the weights: not into quantised ones.
+    pub fn merges(&self) -> bool {
+        self.file.is_none()
+    }
+
+    /// The model over `vb`, which is [`var_builder`](Self::var_builder) or an adapter's over it.
+    pub fn model(&self, vb: VarBuilder) -> Result<Llama> {
+        Llama::new(&self.config, vb).map_err(|e| format!("{}: {e}", self.path.display()).into())
+    }
+
+    /// Writes an adapter of this base in PEFT's format, and for a GGUF file also as adapter.gguf.
+    pub fn save(&self, adapter: &Adapter, folder: &Path) -> Result<()> {
+        adapter.save_pretrained(folder)?;
+        match &self.file {
+            Some(file) => Ok(adapter.save_gguf(folder.join("adapter.gguf"), file)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a model has besides its weights.
+pub struct Texts {
+    /// As config.json.
+    pub config: Value,
+    pub tokens: Tokens,
+    pub template: Option<Template>,
+}

@@ -1,0 +1,115 @@
+//! The options.
+
+use crate::chat::Say;
+use crate::place::Place;
+use lora::{InitLoraWeights, LoraConfig, Targets};
+use loralib as lora;
+use std::path::PathBuf;
+
+/// Fine-tunes a language model (Llama, Mistral, Qwen2 or Qwen3) with LoRA
+///
+/// It saves the adapter in PEFT's format, and lets base and adapted model answer one prompt. Without MODEL a tiny
+/// Llama is trained first, on embedded text.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A folder as the Hugging Face hub gives it (config.json, tokenizer.json, model.safetensors or its
+    /// shards), or a GGUF file
+    #[arg(requires = "data")]
+    pub model: Option<PathBuf>,
+    /// What to train on: a .txt file with a text in each line, or JSON Lines with "text", with "prompt" and
+    /// "completion", or with "messages"
+    pub data: Option<PathBuf>,
+    /// The model's name for PEFT, such as its repository's on the hub [default: the folder; none for a GGUF file]
+    #[arg(long, value_name = "NAME", requires = "data")]
+    pub base_model: Option<String>,
+    /// What to measure on, in the same format [default: a twentieth of DATA]
+    #[arg(long, value_name = "FILE", requires = "data")]
+    pub valid: Option<PathBuf>,
+    /// The adapter's rank
+    #[arg(long, value_name = "R", default_value_t = 8)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub rank: u32,
+    /// The adapter's strength: its update is scaled by alpha / rank
+    #[arg(long, default_value_t = 16.)]
+    pub alpha: f64,
+    /// The probability with which a value of the adapter's input is dropped in training
+    #[arg(long, value_name = "P", default_value_t = 0.)]
+    pub dropout: f32,
+    /// How the adapter starts, by PEFT's names: true, gaussian, pissa, pissa_niter_[number] or olora
+    #[arg(long, value_name = "NAME", default_value = "true")]
+    pub init_lora_weights: InitLoraWeights,
+    /// The layers to adapt: all-linear, or names such as q_proj,v_proj
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "all-linear")]
+    pub targets: Vec<String>,
+    /// The learning rate at its peak [default: 2e-4, and 5e-3 for the tiny model]
+    #[arg(long, visible_alias = "rate")]
+    pub lr: Option<f64>,
+    /// How often the adapter is changed, in all: those before --resume count
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+    /// Examples per batch
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: u32,
+    /// Batches per step, one after the other: more examples in the same memory
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub accumulate: u32,
+    /// Keeps the activations of one layer at a time, and computes the others again: less memory, more time
+    #[arg(long)]
+    pub checkpointing: bool,
+    /// Gradients of a larger norm are scaled to this one
+    #[arg(long, value_name = "NORM", default_value_t = 1.)]
+    pub clip: f64,
+    /// Writes the state of the run into --out after each N steps
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub save_every: u32,
+    /// Measures the validation loss after each N steps, and keeps the adapter if it is the best so far
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub validate_every: u32,
+    /// Goes on with the run in --out, with the same options
+    #[arg(long, requires = "data")]
+    pub resume: bool,
+    /// Tokens to which texts are packed, and behind which other examples are cut off
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(value_parser = clap::value_parser!(u32).range(2..))]
+    pub length: u32,
+    /// Seed of the order of examples, of the new adapter, of its dropout and of what the model says
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Place::Cpu)]
+    pub device: Place,
+    /// The folder for the adapter, in PEFT's format, and for a GGUF file also as adapter.gguf
+    #[arg(long, value_name = "FOLDER", default_value = "adapter")]
+    pub out: PathBuf,
+    #[command(flatten)]
+    pub say: Say,
+    /// A few seconds with a tiny new model: no good sentences
+    #[arg(long, conflicts_with_all = ["model", "data"])]
+    pub quick: bool,
+}
+
+impl Args {
+    pub fn lora(&self) -> LoraConfig {
+        LoraConfig {
+            r: self.rank as usize,
+            lora_alpha: self.alpha,
+            lora_dropout: self.dropout,
+            // Measured without merging: a copy of each weight would be as large as the model.
+            merge_weights: false,
+            init_lora_weights: self.init_lora_weights,
+            ..Default::default()
+        }
+    }
+
+    pub fn targets(&self) -> Targets {
+        match &self.targets[..] {
+            [all] if all == "all-linear" => Targets::all_linear(),
+            names => names.into(),
+        }
+    }
+}

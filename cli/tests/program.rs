@@ -1,0 +1,78 @@
+//! The program from outside: what it refuses, how it says so, and a merge.
+
+use candle_core::{safetensors, Device, Result};
+use std::process::{Command, Output};
+
+fn lora(options: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_lora")).args(options.split_whitespace()).output().unwrap()
+}
+
+/// The exit code and what is on the standard error.
+fn refused(options: &str) -> (Option<i32>, String) {
+    let Output { status, stdout, stderr } = lora(options);
+    assert!(stdout.is_empty(), "{options}: {}", String::from_utf8_lossy(&stdout));
+    (status.code(), String::from_utf8(stderr).unwrap())
+}
+
+fn fixture(name: &str) -> String {
+    format!("{}/../tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn options_that_mean_nothing_are_refused() {
+    for (options, expected) in [
+        ("train --temperature=-1", "0 or more"),
+        ("train --temperature inf", "0 or more"),
+        ("train --top-p 0", "above 0 and at most 1"),
+        ("train --top-p 1.1", "above 0 and at most 1"),
+        ("train --validate-every 0", "0 is not in 1.."),
+        ("train --resume", "DATA"),
+        ("train model", "DATA"),
+        ("train model data --quick", "--quick"),
+        ("chat model", "--adapter"),
+        ("chat --adapter adapter", "MODEL"),
+    ] {
+        let (code, error) = refused(options);
+        assert!(code == Some(2) && error.contains(expected), "{options}: {error}");
+    }
+}
+
+#[test]
+fn an_error_is_one_line_with_the_path() {
+    let out = tempfile::tempdir().unwrap();
+    let out = out.path().display();
+    for options in [
+        format!("train {out}/none {out}/data.jsonl --out {out}"),
+        format!("chat {out}/none --adapter {out}"),
+        format!("convert --from {out}/none --to peft --out {out}/adapter"),
+        format!("merge --base {out}/none --adapter {} --out {out}/m", fixture("peft/linear")),
+    ] {
+        let (code, error) = refused(&options);
+        assert_eq!(code, Some(1), "{options}: {error}");
+        assert!(error.starts_with(&format!("error: {out}/none: ")), "{options}: {error}");
+        assert_eq!(error.lines().count(), 1, "{options}: {error}");
+    }
+}
+
+/// The fixture has PEFT's merged weights beside the base's.
+#[test]
+fn a_merge_gives_peft_s_weights() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let all = safetensors::load(fixture("peft/linear/model.safetensors"), &Device::Cpu)?;
+    let named = |prefix: &'static str| {
+        let tensors = all.iter();
+        tensors.filter_map(move |(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t)))
+    };
+    let (base, merged) = (dir.path().join("base"), dir.path().join("merged"));
+    let tensors = named("base.").map(|(name, t)| (name, t.clone())).collect();
+    safetensors::save(&tensors, &base)?;
+    let (adapter, base, out) = (fixture("peft/linear"), base.display(), merged.display());
+    let output = lora(&format!("merge --base {base} --adapter {adapter} --out {out}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let ours = safetensors::load(&merged, &Device::Cpu)?;
+    for (name, expected) in named("merged.") {
+        let apart = (&ours[&name] - expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(apart < 1e-5, "{name}: {apart}");
+    }
+    Ok(())
+}
