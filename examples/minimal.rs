@@ -33,7 +33,7 @@ fn main() -> lora::Result<()> {
     // Instead of a download: a "pretrained" block. The task is to add the mean token to each token.
     let pretrained = VarMap::new();
     let vb = VarBuilder::from_varmap(&pretrained, DType::F32, &device);
-    Attention::new(lora::seeded(vb, 1))?;
+    Attention::new(lora::base::seeded(vb, 1))?;
     pretrained.save(dir.join("base.safetensors"))?;
     let x = Tensor::randn(0f32, 1., (64, 8, DIM), &device)?;
     let y = x.broadcast_add(&x.mean_keepdim(1)?)?;

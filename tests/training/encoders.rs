@@ -1,26 +1,10 @@
 //! `classify`'s BERT and RoBERTa agree with transformers, and train the selected variables only.
 
-<<<<<<<< HEAD:tests/training/encoders.rs
 use crate::bert::{Adapt, Bert};
 use crate::classifier::{Classifier, Pooling};
 use crate::common::{device, difference};
 use crate::config::Config;
 use crate::{names, Result};
-========
-#[path = "../src/bert.rs"]
-mod bert;
-#[path = "../src/classifier.rs"]
-mod classifier;
-#[path = "../../../tests/common/mod.rs"]
-mod common;
-#[allow(dead_code)] // the example uses more of it
-#[path = "../src/config.rs"]
-mod config;
-#[path = "../src/names.rs"]
-mod names;
-
-use bert::{Adapt, Bert};
->>>>>>>> cli:examples/classify/tests/bert.rs
 use candle_core::{DType, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use lora::utils::{StateDict, Trainable};
@@ -40,7 +24,7 @@ struct Fixture {
 
 impl Fixture {
     fn read(name: &str) -> Result<Self> {
-        let folder = format!("{}/../../tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
+        let folder = format!("{}/tests/fixtures/{name}", env!("CARGO_MANIFEST_DIR"));
         let read = |file| lora::read_state_dict(format!("{folder}/{file}"), &device());
         let mut expected = read("expected.safetensors")?.tensors;
         let mut part = |name| expected.remove(name).unwrap();
