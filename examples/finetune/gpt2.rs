@@ -6,7 +6,7 @@
 use crate::causal_mask::causal_mask;
 use candle_core::{bail, Module, Result, Tensor, D};
 use candle_nn::attention::multi_head_attention;
-use candle_nn::{layer_norm, linear, ops::gelu, Embedding, Init, LayerNorm, Linear, VarBuilder};
+use candle_nn::{layer_norm, ops::gelu, Embedding, Init, LayerNorm, Linear, VarBuilder};
 use loralib::nn as candle_nn;
 
 /// The sizes, with the names they have in `config.json`.
@@ -90,6 +90,14 @@ impl Block {
         let x = (x + self.attn.forward(&self.ln_1.forward(x)?, mask)?)?;
         &x + self.mlp.forward(&self.ln_2.forward(&x)?)?
     }
+}
+
+/// A new layer starts as torch's: candle_nn's larger weights learn slower here.
+fn linear(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Linear> {
+    let bound = (inputs as f64).powf(-0.5);
+    let init = Init::Uniform { lo: -bound, up: bound };
+    let weight = vb.get_with_hints((outputs, inputs), "weight", init)?;
+    Ok(Linear::new(weight, Some(vb.get_with_hints(outputs, "bias", init)?)))
 }
 
 struct Attention {

@@ -5,8 +5,8 @@
 
 FOLDER is the model dequantised (`benches/compare/llama.py dequantise MODEL.gguf FOLDER`), ADAPTER what
 `lora train MODEL.gguf FILE --out ADAPTER` wrote, and CONVERSATIONS a file of lines with `messages`, of which
-the first COUNT (3) are asked. Prints PEFT's mean loss over the replies, which `lora train` prints as the validation loss with `--valid CONVERSATIONS`,
-and the replies of all three.
+the first COUNT (3) are asked. Prints PEFT's mean loss over the replies, which `lora train` prints as the validation loss
+with `--valid CONVERSATIONS`, and the replies of all three.
 """
 
 import json
