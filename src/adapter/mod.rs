@@ -1,12 +1,12 @@
 //! An adapter as one value: its options, targets, variables and mode.
 
 pub(crate) mod check;
-mod checkpoint;
 mod disabled;
 mod files;
 mod merged;
 pub(crate) mod merged_only;
 mod options;
+mod recompute;
 pub(crate) mod record;
 pub(crate) mod state;
 pub(crate) mod target;
@@ -156,7 +156,7 @@ impl Adapter {
     /// [`AdapterConfig::with_layer`] does: a fused `qkv` can be a
     /// [`LayerKind::MergedLinear`](crate::layers::LayerKind), also with the options of a file. A longer entry counts
     /// instead, as those of the layers of a loaded adapter: for these see
-    /// [`peft::load_pretrained_as`](crate::peft::load_pretrained_as).
+    /// [`LoraWeights::with_kind`](crate::LoraWeights::with_kind).
     pub fn with_layer(self, module: impl Into<String>, kind: LayerKind) -> Self {
         let config = self.options.config.clone().with_layer(module, kind);
         self.with(|options| options.config = config)
@@ -171,7 +171,7 @@ impl Adapter {
         Ok(self.with(|options| options.config = config))
     }
 
-    /// Initialises new variables from a seed; see [`seeded`](crate::seeded). Dropout draws its masks from it too,
+    /// Initialises new variables from a seed; see [`seeded`](crate::base::seeded). Dropout draws its masks from it too,
     /// on every device: a mask depends on the seed and on how many were drawn before, see
     /// [`dropout_position`](Self::dropout_position).
     pub fn seed(self, seed: u64) -> Self {
@@ -244,7 +244,7 @@ impl Adapter {
     }
 
     /// The variables that are saved and not trained, by name: the initial factors of
-    /// [`InitLoraWeights`](crate::InitLoraWeights), for
+    /// [`InitLoraWeights`](crate::layers::InitLoraWeights), for
     /// [`train::AdamW::with_frozen`](crate::train::AdamW::with_frozen). Mostly none.
     pub fn frozen_vars(&self) -> BTreeMap<String, Var> {
         variables(&self.vars).into_iter().filter(|(name, _)| is_initial(name)).collect()

@@ -30,7 +30,7 @@ use std::sync::Arc;
 /// # fn main() -> loralib::Result<()> {
 /// use candle_core::{DType, Device};
 ///
-/// let base = loralib::half_var_builder("SmolLM2-135M", DType::F32, &Device::Cpu)?;
+/// let base = loralib::base::half_var_builder("SmolLM2-135M", DType::F32, &Device::Cpu)?;
 /// # let _ = base; Ok(()) }
 /// ```
 ///

@@ -1,7 +1,9 @@
-//! Base tensors on their way to a model: each `VarBuilder` of this crate is a [`Source`](source::Source).
+//! Base tensors on their way to a model: `VarBuilder`s over files, and around other `VarBuilder`s.
 //!
-//! A source gives tensors by name, or changes what another source gives: one can be wrapped around any `VarBuilder`.
-//! Matrices that stay quantised come as placeholders; [`binding`](crate::layers::binding) has how they reach a layer.
+//! A model on [`nn`](crate::nn) is built on one of them; matrices may stay quantised, or in half precision.
+
+// Each is a `Source`: it gives tensors by name, or changes what another one gives. Matrices that stay quantised come as
+// placeholders; `layers::binding` has how they reach a layer.
 
 pub(crate) mod cache;
 mod half_var_builder;

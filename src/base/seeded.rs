@@ -26,7 +26,7 @@ use std::hash::Hasher;
 /// let cfg = loralib::LoraConfig { r: 2, ..Default::default() };
 /// let new = || {
 ///     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-///     loralib::linear(4, 3, cfg, loralib::seeded(vb, 42))
+///     loralib::linear(4, 3, cfg, loralib::base::seeded(vb, 42))
 /// };
 /// let (one, other) = (new()?, new()?);
 /// let values = |layer: &loralib::Linear| layer.lora_a().map(|a| a.to_vec2::<f32>()).transpose();

@@ -22,7 +22,7 @@ pub struct Adapted<K> {
 
 /// What distinguishes the layers: how they store their weight.
 pub trait Kind: sealed::Sealed {
-    /// The kind as a value, for an [`AdapterConfig`](crate::AdapterConfig).
+    /// The kind as a value, for an [`AdapterConfig`](crate::adapter::AdapterConfig).
     fn layer_kind(&self) -> LayerKind;
 }
 
@@ -37,7 +37,7 @@ impl<K> Adapted<K> {
 }
 
 impl<K: Kind> Adapted<K> {
-    /// The kind of the layer, for an [`AdapterConfig`](crate::AdapterConfig).
+    /// The kind of the layer, for an [`AdapterConfig`](crate::adapter::AdapterConfig).
     pub fn kind(&self) -> LayerKind {
         self.kind.layer_kind()
     }

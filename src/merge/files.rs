@@ -23,7 +23,7 @@ pub struct MergeProgress {
     pub total: u64,
 }
 
-/// [`merge_into`](crate::merge_into) from file to file. `base` is a checkpoint, the index of a sharded one
+/// [`merge_into`](crate::merge::merge_into) from file to file. `base` is a checkpoint, the index of a sharded one
 /// (`model.safetensors.index.json`), or a folder with either. `out` is a file or a folder for a single
 /// file, and another folder for a sharded base; file names are kept.
 ///
@@ -32,7 +32,7 @@ pub struct MergeProgress {
 /// wrote is read whole and written as safetensors.
 ///
 /// # Errors
-/// As [`merge_into`](crate::merge_into), for names and shards before anything is written; if `out` is the
+/// As [`merge_into`](crate::merge::merge_into), for names and shards before anything is written; if `out` is the
 /// folder of a sharded base, which a failure would leave half merged; and if a file is malformed or the
 /// file system refuses. The error names the file and the tensor.
 pub fn merge_files(

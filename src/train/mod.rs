@@ -10,5 +10,5 @@ mod state;
 pub use adamw::AdamW;
 pub use grads::{add_grads, clip_grad_norm};
 pub use linear_cross_entropy::linear_cross_entropy;
-pub use parallel::{Fingerprint, FlatGrads, Rank, Sampler};
+pub use parallel::{Fingerprint, FlatGrads, Process, Sampler};
 pub use schedule::Schedule;

@@ -37,7 +37,7 @@ const TOLERANCE: f64 = 0.02;
 /// let x = Tensor::randn(0f32, 1., (4, 6), &Device::Cpu)?;
 /// let loss = || layer.forward(&x)?.sqr()?.mean_all();
 /// let grads = loss()?.backward()?;
-/// lora::check_grads(&vars, &grads, loss)?;
+/// lora::utils::check_grads(&vars, &grads, loss)?;
 /// # Ok(()) }
 /// ```
 ///

@@ -34,7 +34,7 @@ pub struct LoadReport {
 }
 
 /// A copy of the selected variables, to save, with the initial factors of
-/// [`InitLoraWeights`](crate::InitLoraWeights). It is the same in training and evaluation.
+/// [`InitLoraWeights`](crate::layers::InitLoraWeights). It is the same in training and evaluation.
 ///
 /// # Errors
 /// If there are none, or none in a named module.

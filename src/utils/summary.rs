@@ -55,7 +55,7 @@ impl AdaptedLayer {
 /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
 /// let cfg = lora::LoraConfig { r: 4, ..Default::default() };
 /// let _fc = lora::linear(6, 5, cfg, vb.pp("fc"))?;
-/// let summary = lora::summary(&vars, lora::Bias::None)?.with_total(5 * 6 + 5 + 44);
+/// let summary = lora::utils::summary(&vars, lora::Bias::None)?.with_total(5 * 6 + 5 + 44);
 /// assert_eq!(
 ///     summary.to_string(),
 ///     "\

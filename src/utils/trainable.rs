@@ -77,7 +77,7 @@ impl Trainable {
     /// module of [`and`](Self::and).
     ///
     /// ```
-    /// use loralib::Trainable;
+    /// use loralib::utils::Trainable;
     /// let trainable = Trainable::all_parameters().and("classifier");
     /// ```
     pub fn all_parameters() -> Self {

@@ -2,7 +2,7 @@
 
 use crate::Result;
 use candle_core::{Device, Tensor};
-use loralib::train::Rank;
+use loralib::train::Process;
 use mpi::collective::SystemOperation;
 use mpi::environment::Universe;
 use mpi::topology::SimpleCommunicator;
@@ -17,7 +17,7 @@ const REPORTS: Duration = Duration::from_secs(2);
 
 pub struct World {
     all: SimpleCommunicator,
-    rank: Rank,
+    rank: Process,
     summed: Cell<usize>,
     /// MPI ends when it is dropped.
     _universe: Universe,
@@ -33,11 +33,11 @@ impl World {
             return Err("this MPI was built without support for threads".into());
         }
         let all = universe.world();
-        let rank = Rank::new(all.rank() as usize, all.size() as usize)?;
+        let rank = Process::new(all.rank() as usize, all.size() as usize)?;
         Ok(Self { all, rank, summed: Cell::new(0), _universe: universe })
     }
 
-    pub fn rank(&self) -> Rank {
+    pub fn rank(&self) -> Process {
         self.rank
     }
 

@@ -12,7 +12,7 @@ use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Reads an adapter that [`save_adapter`](super::save_adapter) or llama.cpp's `convert_lora_to_gguf.py` wrote,
+/// Reads an adapter that [`save_adapter`](crate::gguf::save_adapter) or llama.cpp's `convert_lora_to_gguf.py` wrote,
 /// for the layers of `base`. The layers have Hugging Face's paths, such as `model.layers.0.self_attn.q_proj`, and
 /// factors in F32.
 ///

@@ -47,7 +47,7 @@ impl From<GgmlDType> for MergeOptions {
 ///
 /// The values of a base in 4 bits lie on the grid of its dtype, and an update is often a small part of a step:
 /// rounded to the same grid, the weights are the base's again. So merge into a finer dtype, or keep the
-/// adapter beside the base by [`save_adapter`](super::save_adapter).
+/// adapter beside the base by [`save_adapter`](crate::gguf::save_adapter).
 ///
 /// Merged are lora_A and lora_B, and trained biases and modules replace those of the base. Layers need no kinds. The
 /// metadata and all other tensors

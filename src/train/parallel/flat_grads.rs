@@ -1,6 +1,6 @@
 //! The gradients of all variables in one tensor, which the ranks sum in one exchange.
 
-use super::Rank;
+use super::Process;
 use crate::ops::is_finite;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
@@ -21,11 +21,11 @@ const FAILED: f32 = 2.;
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
-/// use loralib::train::{FlatGrads, Rank};
+/// use loralib::train::{FlatGrads, Process};
 /// # fn main() -> loralib::Result<()> {
 /// let x = Var::new(&[1f32, 2.], &Device::Cpu)?;
 /// let vars = [("x".to_owned(), x.clone())].into(); // adapter.named_vars()?
-/// let flat = FlatGrads::new(vars, Rank::new(0, 2)?)?;
+/// let flat = FlatGrads::new(vars, Process::new(0, 2)?)?;
 /// let loss = x.sqr()?.mean_all()?; // over the two samples of this rank
 /// let mut grads = loss.backward()?;
 /// // Two ranks with the same samples.
@@ -37,7 +37,7 @@ const FAILED: f32 = 2.;
 #[derive(Debug)]
 pub struct FlatGrads {
     vars: BTreeMap<String, Var>,
-    rank: Rank,
+    rank: Process,
     flat: Tensor,
 }
 
@@ -46,7 +46,7 @@ impl FlatGrads {
     ///
     /// # Errors
     /// If there are none, one is not a float, or they are on several devices.
-    pub fn new(vars: BTreeMap<String, Var>, rank: Rank) -> Result<Self> {
+    pub fn new(vars: BTreeMap<String, Var>, rank: Process) -> Result<Self> {
         let Some(first) = vars.values().next() else {
             return Err(Error::Invalid("no variables, so no gradients to exchange".to_owned()));
         };

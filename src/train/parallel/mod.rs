@@ -3,10 +3,10 @@
 
 mod fingerprint;
 mod flat_grads;
-mod rank;
+mod process;
 mod sampler;
 
 pub use fingerprint::Fingerprint;
 pub use flat_grads::FlatGrads;
-pub use rank::Rank;
+pub use process::Process;
 pub use sampler::Sampler;

@@ -7,18 +7,18 @@ use rand_chacha::ChaCha8Rng;
 /// Batches of sample indices: each epoch has every sample once, in an order that depends on the seed and the epoch
 /// alone. The last batch of an epoch may be shorter.
 ///
-/// A batch belongs to a step of the whole run, and the [`shard`](super::Rank::shard) of each rank is cut from it: the
+/// A batch belongs to a step of the whole run, and the [`shard`](super::Process::shard) of each rank is cut from it: the
 /// number of steps so far, which [`AdamW::steps`](crate::train::AdamW::steps) counts, is all that resuming needs, on
 /// any number of ranks.
 ///
 /// ```
-/// use loralib::train::{Rank, Sampler};
+/// use loralib::train::{Process, Sampler};
 /// # fn main() -> loralib::Result<()> {
 /// let mut sampler = Sampler::new(10, 4, 0)?;
 /// assert_eq!(sampler.steps_per_epoch(), 3);
 /// assert_eq!(sampler.batch(2).len(), 2);
 /// let batch = sampler.batch(3); // the first of the second epoch
-/// let samples = Rank::new(1, 2)?.shard(batch);
+/// let samples = Process::new(1, 2)?.shard(batch);
 /// assert_eq!(samples.len(), 2);
 /// # Ok(()) }
 /// ```

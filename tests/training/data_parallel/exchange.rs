@@ -3,7 +3,7 @@
 use super::{apart, ranks, Model};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
-use loralib::train::{add_grads, clip_grad_norm, FlatGrads, Rank};
+use loralib::train::{add_grads, clip_grad_norm, FlatGrads, Process};
 use loralib::{Error, Result};
 use std::collections::BTreeMap;
 
@@ -94,7 +94,7 @@ fn what_cannot_be_averaged_is_refused() -> Result<()> {
     let x = Var::new(&[1f32, 2.], &Device::Cpu)?;
     let named = |vars: &[(&str, &Var)]| {
         let vars = vars.iter().map(|(name, var)| (name.to_string(), (*var).clone())).collect();
-        FlatGrads::new(vars, Rank::new(0, 1)?)
+        FlatGrads::new(vars, Process::new(0, 1)?)
     };
     let flat = named(&[("x", &x)])?;
     assert_eq!(flat.bytes(), 4 * (2 + 1) + 8);

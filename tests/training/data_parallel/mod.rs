@@ -4,7 +4,7 @@ mod exchange;
 
 use candle_core::{DType, Device, Module, Tensor};
 use candle_nn::{Optimizer, ParamsAdamW, VarBuilder};
-use loralib::train::{AdamW, Fingerprint, FlatGrads, Rank, Sampler};
+use loralib::train::{AdamW, Fingerprint, FlatGrads, Process, Sampler};
 use loralib::{nn, Adapter, LoraConfig, Result};
 use std::sync::{Barrier, Mutex};
 use std::thread;
@@ -72,7 +72,7 @@ struct Threads {
 }
 
 impl Threads {
-    fn sum(&self, rank: Rank, part: &Tensor) -> candle_core::Result<Tensor> {
+    fn sum(&self, rank: Process, part: &Tensor) -> candle_core::Result<Tensor> {
         self.parts.lock().unwrap()[rank.index()] = Some(part.copy()?);
         self.barrier.wait();
         let parts: Vec<_> = self.parts.lock().unwrap().iter().flatten().cloned().collect();
@@ -82,11 +82,11 @@ impl Threads {
 }
 
 /// What `run` returns on each of `of` ranks, which are threads.
-fn ranks<T: Send>(of: usize, run: impl Fn(Rank, &Threads) -> T + Sync) -> Vec<T> {
+fn ranks<T: Send>(of: usize, run: impl Fn(Process, &Threads) -> T + Sync) -> Vec<T> {
     let threads = Threads { barrier: Barrier::new(of), parts: Mutex::new(vec![None; of]) };
     let (run, threads) = (&run, &threads);
     thread::scope(|scope| {
-        let spawn = |index| scope.spawn(move || run(Rank::new(index, of).unwrap(), threads));
+        let spawn = |index| scope.spawn(move || run(Process::new(index, of).unwrap(), threads));
         let all: Vec<_> = (0..of).map(spawn).collect();
         all.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
@@ -96,7 +96,7 @@ fn ranks<T: Send>(of: usize, run: impl Fn(Rank, &Threads) -> T + Sync) -> Vec<T>
 fn train(
     model: &Model,
     opt: &mut AdamW,
-    rank: Rank,
+    rank: Process,
     threads: &Threads,
     steps: std::ops::Range<usize>,
 ) -> Result<f64> {
@@ -191,7 +191,7 @@ fn ranks_draw_masks_of_their_own() -> Result<()> {
                 var.set(&var.ones_like()?)?;
             }
         }
-        model.adapter.set_dropout_position(Rank::new(index, 3)?.dropout_position(step)?)?;
+        model.adapter.set_dropout_position(Process::new(index, 3)?.dropout_position(step)?)?;
         Ok(model.loss(&[0, 1, 2])?.to_scalar()?)
     };
     assert_eq!(loss(1, 4)?, loss(1, 4)?);

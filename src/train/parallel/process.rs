@@ -2,23 +2,23 @@
 
 use crate::{Error, Result};
 
-/// Rank `index` of `count` processes (not the rank of a LoRA): its share of each batch, and its masks of dropout.
+/// Process `index` of `count`, whose index is its rank in MPI: its share of each batch, and its masks of dropout.
 ///
 /// ```
-/// use loralib::train::Rank;
+/// use loralib::train::Process;
 /// # fn main() -> loralib::Result<()> {
 /// let batch = ["a", "b", "c", "d", "e"];
-/// assert_eq!(Rank::new(0, 2)?.shard(&batch), ["a", "b"]);
-/// assert_eq!(Rank::new(1, 2)?.shard(&batch), ["c", "d", "e"]);
+/// assert_eq!(Process::new(0, 2)?.shard(&batch), ["a", "b"]);
+/// assert_eq!(Process::new(1, 2)?.shard(&batch), ["c", "d", "e"]);
 /// # Ok(()) }
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rank {
+pub struct Process {
     index: usize,
     count: usize,
 }
 
-impl Rank {
+impl Process {
     /// # Errors
     /// If `index` is not less than `count`.
     pub fn new(index: usize, count: usize) -> Result<Self> {
@@ -81,7 +81,7 @@ mod tests {
         for len in 0..20 {
             let batch: Vec<usize> = (0..len).collect();
             for of in 1..9 {
-                let ranks = (0..of).map(|index| Rank::new(index, of));
+                let ranks = (0..of).map(|index| Process::new(index, of));
                 let shards: Vec<_> =
                     ranks.map(|rank| Ok(rank?.shard(&batch))).collect::<Result<_>>()?;
                 assert_eq!(shards.concat(), batch);
@@ -98,17 +98,17 @@ mod tests {
         let mut positions = HashSet::new();
         for step in [0, 1, 2, (1 << 28) - 1] {
             for index in [0, 1, 2, (1 << 14) - 1] {
-                let position = Rank::new(index, 1 << 14)?.dropout_position(step)?;
+                let position = Process::new(index, 1 << 14)?.dropout_position(step)?;
                 assert!(positions.insert(position) && position % (1 << 22) == 0);
             }
         }
-        assert!(Rank::new(0, 1)?.dropout_position(1 << 28).is_err());
-        assert!(Rank::new(1 << 14, 1 << 15)?.dropout_position(0).is_err());
+        assert!(Process::new(0, 1)?.dropout_position(1 << 28).is_err());
+        assert!(Process::new(1 << 14, 1 << 15)?.dropout_position(0).is_err());
         Ok(())
     }
 
     #[test]
     fn a_rank_outside_of_the_ranks_is_refused() {
-        assert!(Rank::new(2, 2).unwrap_err().to_string().contains("rank 2 of 2"));
+        assert!(Process::new(2, 2).unwrap_err().to_string().contains("rank 2 of 2"));
     }
 }
