@@ -8,7 +8,8 @@ use crate::Result;
 use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use lora::layers::LayerKind;
-use lora::{peft, AdapterConfig, LoraConfig, StateDict};
+use lora::utils::{Checkpoint, StateDict};
+use lora::{adapter::AdapterConfig, formats::peft, merge, LoraConfig, LoraWeights};
 use loralib as lora;
 use std::path::PathBuf;
 
@@ -66,25 +67,28 @@ impl Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let (config, tensors) = renamed(read(args)?, &args.strip_prefix);
+    let weights = renamed(read(args)?, &args.strip_prefix)?;
     let bar = ProgressBar::no_length().with_style(ProgressStyle::with_template(
         "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
     )?);
-    lora::merge_files(&args.base, &tensors, &config, &args.out, |progress| {
+    merge::merge_files(&args.base, &weights, &args.out, |progress| {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
     })?;
     bar.finish();
-    let layers = tensors.keys().filter(|name| name.ends_with("lora_A")).count();
-    println!("{layers} layers merged into {}", args.out.display());
+    println!("{} layers merged into {}", weights.layers().count(), args.out.display());
     Ok(())
 }
 
-fn read(args: &Args) -> Result<(AdapterConfig, StateDict)> {
+fn read(args: &Args) -> Result<LoraWeights> {
     if args.adapter.is_dir() {
-        return Ok(peft::load_pretrained_as(&args.adapter, &args.kinds(), &Device::Cpu)?);
+        let weights = peft::load(&args.adapter, &Device::Cpu)?;
+        let with_kind = |weights: LoraWeights, (module, kind): (String, LayerKind)| {
+            weights.with_kind(&module, kind)
+        };
+        return Ok(args.kinds().into_iter().try_fold(weights, with_kind)?);
     }
-    let (config, tensors) = lora::read_adapter(&args.adapter, &Device::Cpu)?;
+    let Checkpoint { tensors, config } = lora::read_state_dict(&args.adapter, &Device::Cpu)?;
     let config = match (config, args.r, args.lora_alpha) {
         (Some(config), None, None) => config,
         (None, Some(r), Some(lora_alpha)) => {
@@ -98,18 +102,22 @@ fn read(args: &Args) -> Result<(AdapterConfig, StateDict)> {
         }
     };
     let with_layer = |config: AdapterConfig, (module, kind)| config.with_layer(module, kind);
-    Ok((args.kinds().into_iter().fold(config, with_layer), tensors))
+    let config = args.kinds().into_iter().fold(config, with_layer);
+    let weights = LoraWeights::new(config, tensors);
+    Ok(weights.map_err(|e| format!("{}: {e}", args.adapter.display()))?)
 }
 
 /// The adapter with the base's names.
-fn renamed(
-    (mut config, tensors): (AdapterConfig, StateDict),
-    prefix: &str,
-) -> (AdapterConfig, StateDict) {
-    let strip = |name: String| match name.strip_prefix(prefix) {
-        Some(rest) => rest.to_owned(),
-        None => name,
-    };
-    config.layers = config.layers.into_iter().map(|(m, layer)| (strip(m), layer)).collect();
-    (config, tensors.into_iter().map(|(name, t)| (strip(name), t)).collect())
+fn renamed(weights: LoraWeights, prefix: &str) -> Result<LoraWeights> {
+    if prefix.is_empty() {
+        return Ok(weights);
+    }
+    let strip = |name: String| name.strip_prefix(prefix).map(str::to_owned).unwrap_or(name);
+    let mut config = weights.config();
+    config.layers = config.layers.into_iter().map(|(path, own)| (strip(path), own)).collect();
+    let rows = config.trainable_token_indices.into_iter();
+    config.trainable_token_indices = rows.map(|(path, own)| (strip(path), own)).collect();
+    let tensors: StateDict =
+        weights.state_dict().into_iter().map(|(name, tensor)| (strip(name), tensor)).collect();
+    Ok(LoraWeights::new(config, tensors)?)
 }

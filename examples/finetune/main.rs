@@ -118,7 +118,7 @@ fn pretrain(Options { quick, device, out }: &Options) -> Result<Base> {
         layer_norm_epsilon: 1e-5,
     };
     let vars = VarMap::new();
-    let vb = lora::seeded(VarBuilder::from_varmap(&vars, DType::F32, device), 0);
+    let vb = lora::base::seeded(VarBuilder::from_varmap(&vars, DType::F32, device), 0);
     let model = Gpt2::new(&config, vb)?;
     let plan = Plan { what: "pretraining", epochs: 1, lr: 3e-3, seed: 0 };
     let examples = batches(&lines, &bpe, device)?;

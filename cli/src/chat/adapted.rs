@@ -2,7 +2,7 @@
 
 use crate::model::{Base, Llama};
 use crate::Result;
-use lora::{peft, Adapter};
+use lora::{formats::peft, Adapter, LoraWeights};
 use loralib as lora;
 use std::path::Path;
 
@@ -12,13 +12,12 @@ pub fn adapted(base: &Base, folder: &Path, unmerged: bool) -> Result<Llama> {
         let adapter = Adapter::load(folder, &base.device)?;
         return base.model(adapter.merged(base.to_merge()?)?);
     }
-    let (mut config, tensors) = peft::load_pretrained(folder, &base.device)?;
+    let weights = peft::load(folder, &base.device)?;
+    let mut config = weights.config();
     config.lora.merge_weights = false;
-    let layers = tensors.keys().filter_map(|name| name.strip_suffix(".lora_A"));
-    let adapter = Adapter::new(config).targets(layers.collect::<Vec<_>>());
+    let adapter = Adapter::from_weights(&LoraWeights::new(config, weights.state_dict())?)?;
     let model = base.model(adapter.var_builder(base.var_builder()?))?;
     adapter.check()?;
-    let _ = adapter.restore(folder)?;
     adapter.eval()?;
     Ok(model)
 }

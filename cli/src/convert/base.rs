@@ -1,7 +1,7 @@
 //! The base models, as far as a format needs them: the names of their tensors, or a GGUF file.
 
 use crate::Result;
-use lora::{gguf, StateDict};
+use lora::{gguf, LoraWeights};
 use loralib as lora;
 use serde_json::{Map, Value};
 use std::collections::BTreeSet;
@@ -13,7 +13,7 @@ use std::path::Path;
 pub struct Bases {
     /// The names of all tensors, each after its component.
     pub names: Vec<String>,
-    pub gguf: Option<gguf::File>,
+    gguf: Option<gguf::File>,
 }
 
 impl Bases {
@@ -34,11 +34,16 @@ impl Bases {
         Ok(all)
     }
 
+    /// The GGUF file.
+    pub fn gguf(&self) -> Result<&gguf::File> {
+        Ok(self.gguf.as_ref().ok_or("give the base by --base model.gguf")?)
+    }
+
     /// Also with the layers of an adapter in components that have no base, whose names are known from it.
-    pub fn with_names_of(mut self, tensors: &StateDict) -> Self {
+    pub fn with_names_of(mut self, weights: &LoraWeights) -> Self {
         let component = |name: &str| name.split('.').next().map(str::to_owned);
         let given: BTreeSet<_> = self.names.iter().map(|name| component(name)).collect();
-        let paths = tensors.keys().filter_map(|name| name.strip_suffix(".lora_A"));
+        let paths = weights.layers().map(|(path, _)| path);
         let others = paths.filter(|path| !given.contains(&component(path)));
         self.names.extend(others.map(|path| format!("{path}.weight")));
         self

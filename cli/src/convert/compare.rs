@@ -1,10 +1,10 @@
 //! Compares an adapter with what was read of its conversion.
 
-use super::Adapter;
 use crate::Result;
 use candle_core::{DType, Device, Tensor};
+use lora::adapter::LayerWeights;
 use lora::layers::LayerKind;
-use lora::{LayerConfig, LoraConfig, StateDict};
+use lora::{merge, utils::StateDict, LoraWeights};
 use loralib as lora;
 use std::fmt;
 
@@ -37,23 +37,13 @@ impl fmt::Display for Verdict {
     }
 }
 
-pub fn compare(before: &Adapter, after: &Adapter) -> Result<Verdict> {
-    if same_values(&before.1, &after.1)? == Some(0.) {
-        let scaling = |adapter: &Adapter, path: &str| adapter.0.lora_config(path).scaling();
-        let mut paths = before.1.keys().filter_map(|name| name.strip_suffix(".lora_A"));
-        let equal = |path| {
-            let (a, b): (f64, f64) = (scaling(before, path), scaling(after, path));
-            (a - b).abs() <= 4. * f64::EPSILON * a.abs()
-        };
-        if paths.all(equal) {
-            let dtypes = |(_, tensors): &Adapter| -> Vec<_> {
-                tensors.values().map(Tensor::dtype).collect()
-            };
-            return Ok(match dtypes(before) == dtypes(after) {
-                true => Verdict::Equal,
-                false => Verdict::OtherDtype,
-            });
-        }
+pub fn compare(before: &LoraWeights, after: &LoraWeights) -> Result<Verdict> {
+    let (a, b) = (before.state_dict(), after.state_dict());
+    if same_values(&a, &b)? == Some(0.) && same_scalings(before, after) {
+        return Ok(match a.values().map(Tensor::dtype).eq(b.values().map(Tensor::dtype)) {
+            true => Verdict::Equal,
+            false => Verdict::OtherDtype,
+        });
     }
     match same_values(&updates(before)?, &updates(after)?)? {
         Some(0.) => Ok(Verdict::SameUpdate),
@@ -61,6 +51,15 @@ pub fn compare(before: &Adapter, after: &Adapter) -> Result<Verdict> {
         Some(apart) => Err(format!("the conversion changes the update by {apart:.1e}").into()),
         None => Err("the conversion changes the names or shapes of the layers".into()),
     }
+}
+
+/// Whether the layers, which both have, are scaled alike.
+fn same_scalings(before: &LoraWeights, after: &LoraWeights) -> bool {
+    before.layers().all(|(path, _)| {
+        let scaling = |weights: &LoraWeights| Some(weights.lora_config(path)?.scaling());
+        let (Some(a), Some(b)) = (scaling(before), scaling(after)) else { return false };
+        (a - b).abs() <= 4. * f64::EPSILON * a.abs()
+    })
 }
 
 /// The largest difference, relative to the largest value of its tensor; `None` if names or shapes differ.
@@ -81,58 +80,49 @@ fn same_values(a: &StateDict, b: &StateDict) -> Result<Option<f64>> {
 }
 
 /// ΔW of each layer, and all other tensors: what a base of zeros becomes.
-fn updates((config, tensors): &Adapter) -> Result<StateDict> {
-    let (mut base, mut explicit) = (StateDict::new(), config.clone());
-    explicit.layers.clear();
+fn updates(weights: &LoraWeights) -> Result<StateDict> {
+    let (mut base, mut explicit, tensors) =
+        (StateDict::new(), weights.config(), weights.state_dict());
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F64, &Device::Cpu);
-    for (name, tensor) in tensors {
-        let (path, last) = name.rsplit_once('.').unwrap_or(("", name));
-        match last {
-            "lora_A" => {
-                let b = tensors.get(&format!("{path}.lora_B")).ok_or("a lora_B is missing")?;
-                let kind = config.kind(path).unwrap_or(&LayerKind::Linear);
-                let LoraConfig { r, lora_alpha, fan_in_fan_out, .. } = config.lora_config(path);
-                let layer = LayerConfig {
-                    kind: Some(kind.clone()),
-                    r: Some(r),
-                    lora_alpha: Some(lora_alpha),
-                    fan_in_fan_out: Some(fan_in_fan_out),
-                };
-                explicit.layers.insert(path.to_owned(), layer);
-                let (name, mut shape) = weight(path, kind, [tensor, b], r)?;
-                if fan_in_fan_out {
-                    shape.reverse();
-                }
-                base.insert(name, zeros(&shape)?);
-            }
-            "lora_B" | "lora_magnitude_vector" => {}
-            "lora_bias" => drop(base.insert(format!("{path}.bias"), zeros(tensor.dims())?)),
-            // After lora_A, which has the size of the whole table.
-            "trainable_tokens" => {
-                let rows = config.trainable_token_indices.get(path).into_iter().flatten();
-                let count = rows.max().map_or(0, |row| row + 1);
-                let table = zeros(&[count, tensor.dim(1)?])?;
-                base.entry(format!("{path}.weight")).or_insert(table);
-            }
-            _ => drop(base.insert(name.clone(), tensor.clone())),
+    for (path, layer) in weights.layers() {
+        let transposed = weights.lora_config(path).is_some_and(|cfg| cfg.fan_in_fan_out);
+        let kind = layer.kind.clone().unwrap_or(LayerKind::Linear);
+        let (name, mut shape) = weight(path, &kind, layer)?;
+        if transposed {
+            shape.reverse();
         }
+        base.insert(name, zeros(&shape)?);
+        if let Some(bias) = &layer.bias {
+            base.insert(format!("{path}.bias"), zeros(bias.dims())?);
+        }
+        // Zeros do not tell how they are stored.
+        let own = explicit.layers.entry(path.to_owned()).or_default();
+        (own.kind, own.fan_in_fan_out) = (Some(kind), Some(transposed));
     }
-    Ok(lora::merge_into(&base, tensors, explicit)?)
+    for (path, indices) in &explicit.trainable_token_indices {
+        let rows = tensors.get(&format!("{path}.trainable_tokens")).ok_or("rows are missing")?;
+        let count = indices.iter().max().map_or(0, |row| row + 1);
+        // An adapted table has the size of its lora_A.
+        let table = zeros(&[count, rows.dim(1)?])?;
+        base.entry(format!("{path}.weight")).or_insert(table);
+    }
+    let others = tensors.iter().filter(|(name, _)| {
+        let last = name.rsplit('.').next().unwrap_or_default();
+        !last.starts_with("lora_") && last != "trainable_tokens"
+    });
+    base.extend(others.map(|(name, tensor)| (name.clone(), tensor.clone())));
+    Ok(merge::merge_into(&base, &LoraWeights::new(explicit, tensors.clone())?)?)
 }
 
-/// The name of the tensor that factors of rank `r` change, and its shape.
-fn weight(
-    path: &str,
-    kind: &LayerKind,
-    [a, b]: [&Tensor; 2],
-    r: usize,
-) -> Result<(String, Vec<usize>)> {
+/// The name of the tensor that a layer's factors change, and its shape.
+fn weight(path: &str, kind: &LayerKind, layer: &LayerWeights) -> Result<(String, Vec<usize>)> {
+    let LayerWeights { a, b, r, .. } = layer;
     if let LayerKind::Parameter { .. } = kind {
         return Ok((path.to_owned(), vec![a.dim(0)?, b.dim(1)?, a.dim(2)?]));
     }
     let ((rows, columns), (outs, _)) = (a.dims2()?, b.dims2()?);
     let conv = |n: u32, groups: usize| {
-        let k = rows / r.max(1);
+        let k = rows / (*r).max(1);
         let (out, inputs) = (outs / k.pow(n / 2) * groups, columns / k.pow(n.div_ceil(2)) / groups);
         [&[out, inputs][..], &[k; 3][..n as usize]].concat()
     };

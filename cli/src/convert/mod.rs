@@ -20,13 +20,10 @@ use crate::Result;
 use args::Format;
 use base::Bases;
 use compare::{compare, Verdict};
-use lora::{formats, AdapterConfig, StateDict};
+use lora::adapter::{AdapterConfig, LoraWeights};
 use loralib as lora;
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-
-type Adapter = (AdapterConfig, StateDict);
 
 pub fn run(args: &Args) -> Result<()> {
     if args.out.exists() {
@@ -38,85 +35,65 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(format!("{from} and {} need no base: leave --base out", args.to).into());
     }
     let bases = Bases::open(&args.base)?;
-    let adapter = read::read(from, &args.from, args, &bases)?;
-    println!("read as {from}: {} layers", layers(&adapter.1));
-    if layers(&adapter.1) == 0 {
-        let first = adapter.1.keys().next().map_or("nothing", String::as_str);
-        let reason = "it has no lora_A, but";
-        let folder = "; give PEFT's file by its folder";
-        return Err(format!("{}: {reason} {first}{folder}", args.from.display()).into());
-    }
-    let adapter = renamed(from, args.to, args, adapter)?;
-    write::write(args.to, &args.out, &adapter, &bases)?;
-    let bases = bases.with_names_of(&adapter.1);
-    let verdict = read::read_again(args.to, &args.out, &adapter.0, &bases)
-        .and_then(|again| Ok((compare(&adapter, &again)?, again)));
-    match verdict {
-        Ok((verdict, again)) if args.rounded || !matches!(verdict, Verdict::Rounded(_)) => {
-            println!("written as {}: {} layers, {verdict}", args.to, layers(&again.1));
-            let mut lost = left_out(&adapter.0, &again.0);
-            if from.is_of_pipelines() == Some(true) && args.from.is_file() {
-                let entries = base::metadata(&args.from)?;
-                lost.extend(entries.iter().map(|name| format!("the metadata's {name}")));
+    let weights = read::read(from, args, &bases)?;
+    println!("read as {from}: {} layers", weights.layers().count());
+    let weights = renamed(from, args, weights)?;
+    write::write(args.to, &args.out, &weights, &bases)?;
+    let bases = bases.with_names_of(&weights);
+    let checked = read::read_again(args.to, &args.out, &weights, &bases).and_then(|again| {
+        match compare(&weights, &again)? {
+            verdict @ Verdict::Rounded(_) if !args.rounded => {
+                Err(format!("not lossless: {verdict}; --rounded allows it").into())
             }
-            lost.iter().for_each(|what| println!("left out: {what}"));
-            Ok(())
+            verdict => Ok((verdict, again)),
         }
-        Ok((verdict, _)) => {
-            removed(&args.out)?;
-            Err(format!("not lossless: {verdict}; --rounded allows it").into())
-        }
+    });
+    let (verdict, again) = match checked {
+        Ok(checked) => checked,
         Err(error) => {
             removed(&args.out)?;
-            Err(error)
+            return Err(error);
         }
+    };
+    println!("written as {}: {} layers, {verdict}", args.to, again.layers().count());
+    let mut lost = left_out(&weights.config(), &again.config());
+    if from.is_of_pipelines() == Some(true) && args.from.is_file() {
+        let entries = base::metadata(&args.from)?;
+        lost.extend(entries.iter().map(|name| format!("the metadata's {name}")));
     }
+    lost.iter().for_each(|what| println!("left out: {what}"));
+    Ok(())
 }
 
 /// Takes the component out of a pipeline's adapter, or makes a pipeline's of a model's.
-fn renamed(from: Format, to: Format, args: &Args, adapter: Adapter) -> Result<Adapter> {
-    let (mut config, mut tensors) = adapter;
-    let all = components(&tensors);
+fn renamed(from: Format, args: &Args, weights: LoraWeights) -> Result<LoraWeights> {
+    let (to, whole) = (args.to, weights.layers().count());
     let Some(component) = &args.component else {
-        return match (from.is_of_pipelines(), to.is_of_pipelines()) {
-            (Some(true), Some(false)) => {
+        let all: Vec<_> = weights.components().collect();
+        let has = from.is_of_pipelines().unwrap_or(!all.is_empty());
+        return match to.is_of_pipelines() {
+            Some(false) if from.is_of_pipelines() == Some(true) => {
                 Err(format!("{to} is of one model: give --component, one of {all:?}").into())
             }
-            (Some(false), Some(true)) => {
-                Err(format!("{to} is of a pipeline: give --component, such as `unet`").into())
+            Some(true) if !has => {
+                let some = r#"["unet", "transformer", "text_encoder"] and others of diffusers"#;
+                Err(format!("{to} is of a pipeline: give --component, one of {some}").into())
             }
-            (None, Some(true)) if !all.iter().all(|first| formats::COMPONENTS.contains(first)) => {
-                let all = formats::COMPONENTS;
-                Err(format!("{to} is of a pipeline: give --component, one of {all:?}").into())
-            }
-            _ => Ok((config, tensors)),
+            _ => Ok(weights),
         };
     };
-    let take = from.is_of_pipelines().unwrap_or(all.contains(component.as_str()));
+    let part = weights.component(component);
+    let take = from.is_of_pipelines().unwrap_or(part.is_ok());
     let put = to.is_of_pipelines().unwrap_or(!take);
     if !take && !put {
         return Err(format!("{from} and {to} have no components: leave --component out").into());
     }
-    if take {
-        let whole = layers(&tensors);
-        (config, tensors) = formats::of_component(component, &config, &tensors)?;
-        let others = whole - layers(&tensors);
-        if others > 0 {
-            println!("left out: {others} layers of other components than {component}");
-        }
+    let weights = if take { part? } else { weights };
+    let others = whole - weights.layers().count();
+    if others > 0 {
+        println!("left out: {others} layers of other components than {component}");
     }
-    if put {
-        (config, tensors) = formats::in_component(component, &config, &tensors);
-    }
-    Ok((config, tensors))
-}
-
-fn components(tensors: &StateDict) -> BTreeSet<&str> {
-    tensors.keys().filter_map(|name| name.split('.').next()).collect()
-}
-
-fn layers(tensors: &StateDict) -> usize {
-    tensors.keys().filter(|name| name.ends_with("lora_A")).count()
+    Ok(if put { weights.in_component(component) } else { weights })
 }
 
 /// The options that the new format lacks. They do not change the update.

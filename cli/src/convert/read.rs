@@ -2,72 +2,90 @@
 
 use super::args::{Args, Format};
 use super::base::Bases;
-use super::Adapter;
 use crate::Result;
 use candle_core::Device;
-use lora::formats::{diffusers, kohya, mlx};
-use lora::{gguf, peft, AdapterConfig, LoraConfig};
+use lora::files::{read_torch_entry, strip_wrappers};
+use lora::formats::{diffusers, kohya, mlx, peft};
+use lora::layers::LayerKind;
+use lora::utils::{Checkpoint, StateDict};
+use lora::{gguf, LoraConfig, LoraWeights};
 use loralib as lora;
 use std::path::Path;
 
 const CPU: Device = Device::Cpu;
 
-pub fn read(format: Format, path: &Path, args: &Args, bases: &Bases) -> Result<Adapter> {
-    let given = || match (args.r, args.lora_alpha) {
-        (Some(r), Some(lora_alpha)) => {
-            Ok(AdapterConfig::from(LoraConfig { r, lora_alpha, ..Default::default() }))
-        }
-        _ => Err("the file has no rank and alpha: give --r and --lora-alpha"),
+/// Reads the adapter of `--from`, with the options that say what its file does not.
+pub fn read(format: Format, args: &Args, bases: &Bases) -> Result<LoraWeights> {
+    let path = &args.from;
+    let given = match (args.r, args.lora_alpha) {
+        (Some(r), Some(lora_alpha)) => Some(LoraConfig { r, lora_alpha, ..Default::default() }),
+        _ => None,
     };
-    let refuse = |given: bool, option: &str, reason: &str| match given {
-        true => Err(format!("{reason}: leave {option} out")),
-        false => Ok(()),
-    };
-    let entry = format!("{format} has no entries");
-    refuse(args.entry.is_some() && format != Format::Torch, "--entry", &entry)?;
-    let sized = |known: bool| {
-        let given = args.r.is_some() || args.lora_alpha.is_some();
-        refuse(given && known, "--r and --lora-alpha", "the adapter has a rank and an alpha")
-    };
-    match format {
-        Format::Torch => {
-            let tensors = match &args.entry {
-                Some(entry) => lora::read_torch_entry(path, entry, &CPU)?,
-                None => lora::read_state_dict(path, &CPU)?.tensors,
-            };
-            let stripped = lora::strip_wrappers(tensors.clone())?;
-            if !stripped.keys().eq(tensors.keys()) {
-                println!("the names of torch's wrappers are removed: `_orig_mod`, `module`");
-            }
-            Ok((given()?, stripped))
+    let Checkpoint { tensors, config } = match format {
+        Format::Torch => Checkpoint { tensors: torch(path, args.entry.as_deref())?, config: None },
+        _ if args.entry.is_some() => {
+            return Err(format!("{format} has no entries: leave --entry out").into())
         }
-        Format::Loralib => {
-            let (config, tensors) = lora::read_adapter(path, &CPU)?;
-            sized(config.is_some())?;
-            Ok((config.map_or_else(given, Ok)?, tensors))
-        }
+        Format::Loralib => lora::read_state_dict(path, &CPU)?,
         format => {
-            sized(true)?;
-            read_again(format, path, &AdapterConfig::default(), bases)
+            refuse_size(args)?;
+            return load(format, path, bases);
         }
+    };
+    if config.is_some() {
+        refuse_size(args)?;
+    }
+    let config = config.or(given.map(Into::into));
+    let config = config.ok_or("the file has no rank and alpha: give --r and --lora-alpha")?;
+    let at = |reason: String| format!("{}: {reason}", path.display());
+    if !tensors.keys().any(|name| name.ends_with("lora_A")) {
+        let first = tensors.keys().next().map_or("nothing", String::as_str);
+        let reason = format!("it has no lora_A, but {first}; give PEFT's file by its folder");
+        return Err(at(reason).into());
+    }
+    Ok(LoraWeights::new(config, tensors).map_err(|e| at(e.to_string()))?)
+}
+
+fn refuse_size(args: &Args) -> std::result::Result<(), &'static str> {
+    match args.r.is_some() || args.lora_alpha.is_some() {
+        true => Err("the adapter has a rank and an alpha: leave --r and --lora-alpha out"),
+        false => Ok(()),
     }
 }
 
-/// Reads what was written, with the kinds of its layers, which PEFT's format does not have.
+fn torch(path: &Path, entry: Option<&str>) -> Result<StateDict> {
+    let tensors = match entry {
+        Some(entry) => read_torch_entry(path, entry, &CPU)?,
+        None => lora::read_state_dict(path, &CPU)?.tensors,
+    };
+    let stripped = strip_wrappers(tensors.clone())?;
+    if !stripped.keys().eq(tensors.keys()) {
+        println!("the names of torch's wrappers are removed: `_orig_mod`, `module`");
+    }
+    Ok(stripped)
+}
+
+/// Reads what was written, with the fused layers of `written`, which PEFT's format does not have.
 pub fn read_again(
     format: Format,
     path: &Path,
-    written: &AdapterConfig,
+    written: &LoraWeights,
     bases: &Bases,
-) -> Result<Adapter> {
-    Ok(match format {
-        Format::Peft | Format::PeftPlain => {
-            let kind = |(path, layer): (&String, &lora::LayerConfig)| {
-                layer.kind.clone().map(|kind| (path.clone(), kind))
-            };
-            let kinds: Vec<_> = written.layers.iter().filter_map(kind).collect();
-            peft::load_pretrained_as(path, &kinds, &CPU)?
+) -> Result<LoraWeights> {
+    let mut again = load(format, path, bases)?;
+    if matches!(format, Format::Peft | Format::PeftPlain) {
+        for (path, layer) in written.layers() {
+            if let Some(LayerKind::MergedLinear(_) | LayerKind::MergedSplits(_)) = layer.kind {
+                again = again.with_kind(path, layer.kind.clone().unwrap_or(LayerKind::Linear))?;
+            }
         }
+    }
+    Ok(again)
+}
+
+fn load(format: Format, path: &Path, bases: &Bases) -> Result<LoraWeights> {
+    Ok(match format {
+        Format::Peft | Format::PeftPlain => peft::load(path, &CPU)?,
         Format::Diffusers => diffusers::load(path, &CPU)?,
         Format::Kohya if bases.names.is_empty() => {
             return Err(
@@ -76,15 +94,13 @@ pub fn read_again(
                     .into(),
             )
         }
-        Format::Kohya => kohya::load(path, &bases.names, &CPU)?,
+        Format::Kohya => kohya::with_paths(&kohya::load(path, &CPU)?, &bases.names)
+            .map_err(|e| format!("{}: {e}", path.display()))?,
         Format::Mlx => mlx::load(path, &CPU)?,
-        Format::Gguf => {
-            let base = bases.gguf.as_ref().ok_or("give the base by --base model.gguf")?;
-            gguf::load_adapter(path, base, &CPU)?
-        }
+        Format::Gguf => gguf::load_adapter(path, bases.gguf()?, &CPU)?,
         Format::Loralib | Format::Torch => {
-            let (config, tensors) = lora::read_adapter(path, &CPU)?;
-            (config.ok_or("the file has no configuration")?, tensors)
+            let Checkpoint { tensors, config } = lora::read_state_dict(path, &CPU)?;
+            LoraWeights::new(config.ok_or("the file has no configuration")?, tensors)?
         }
     })
 }

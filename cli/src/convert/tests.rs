@@ -8,7 +8,7 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use clap::{Args as _, FromArgMatches};
-use lora::{peft, AdapterConfig, StateDict};
+use lora::{adapter::AdapterConfig, formats::peft, utils::StateDict, LoraWeights};
 use loralib as lora;
 use std::fs;
 use std::path::Path;
@@ -91,8 +91,9 @@ fn each_format_is_converted_to_each() -> lora::Result<()> {
             converted((from, from), to, &out);
             // What each step compares is the one before.
             converted((&out, to), "loralib", &format!("{out} and back"));
-            let (config, back) = lora::read_adapter(path(&format!("{out} and back")), &CPU)?;
-            let verdict = compare(&(cfg.into(), tensors.clone()), &(config.unwrap(), back));
+            let back = lora::read_state_dict(path(&format!("{out} and back")), &CPU)?;
+            let back = LoraWeights::new(back.config.unwrap(), back.tensors)?;
+            let verdict = compare(&LoraWeights::new(cfg, tensors.clone())?, &back);
             assert!(!matches!(verdict.unwrap(), Verdict::Rounded(_)), "{out}");
         }
     }
@@ -200,24 +201,25 @@ fn errors_name_the_file() {
 #[test]
 fn updates_of_all_kinds_are_compared() -> lora::Result<()> {
     for case in ["parameters", "tokens", "lora_bias", "conv", "groups", "modules"] {
-        let (config, tensors) = peft::load_pretrained(fixture(&format!("peft/{case}")), &CPU)?;
-        let changed = |factor: f64| -> lora::Result<StateDict> {
+        let before = peft::load(fixture(&format!("peft/{case}")), &CPU)?;
+        let (config, tensors) = (before.config(), before.state_dict());
+        let changed = |config: &AdapterConfig, factor: f64| {
             let scale = |(name, tensor): (&String, &Tensor)| {
                 let scaled = name.ends_with("lora_B") || name.ends_with("lora_bias");
                 let tensor = if scaled { (tensor * factor)? } else { tensor.clone() };
                 Ok((name.clone(), tensor))
             };
-            tensors.iter().map(scale).collect()
+            let tensors = tensors.iter().map(scale).collect::<lora::Result<_>>()?;
+            LoraWeights::new(config, tensors)
         };
         let mut doubled = config.clone();
         doubled.lora.lora_alpha *= 2.;
         let own = doubled.layers.values_mut().filter_map(|layer| layer.lora_alpha.as_mut());
         own.for_each(|alpha| *alpha *= 2.);
-        let before = (config, tensors.clone());
-        let verdict = compare(&before, &(doubled.clone(), changed(0.5)?)).unwrap();
+        let verdict = compare(&before, &changed(&doubled, 0.5)?).unwrap();
         assert!(matches!(verdict, Verdict::SameUpdate), "{case}: {verdict}");
-        assert!(compare(&before, &(doubled, tensors.clone())).is_err(), "{case}");
-        let verdict = compare(&before, &(before.0.clone(), changed(1. + 1e-6)?)).unwrap();
+        assert!(compare(&before, &changed(&doubled, 1.)?).is_err(), "{case}");
+        let verdict = compare(&before, &changed(&config, 1. + 1e-6)?).unwrap();
         assert!(matches!(verdict, Verdict::Rounded(_)), "{case}: {verdict}");
     }
     Ok(())
@@ -225,13 +227,14 @@ fn updates_of_all_kinds_are_compared() -> lora::Result<()> {
 
 #[test]
 fn another_dtype_is_told() -> lora::Result<()> {
-    let before = peft::load_pretrained(fixture("peft/pattern"), &CPU)?;
-    let of = |dtype| -> lora::Result<StateDict> {
+    let before = peft::load(fixture("peft/pattern"), &CPU)?;
+    let of = |dtype| {
         let convert =
             |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(dtype)?));
-        before.1.iter().map(convert).collect()
+        let tensors = before.state_dict().iter().map(convert).collect::<lora::Result<_>>()?;
+        LoraWeights::new(before.config(), tensors)
     };
-    let verdict = |dtype| compare(&before, &(before.0.clone(), of(dtype)?));
+    let verdict = |dtype| compare(&before, &of(dtype)?);
     assert!(matches!(verdict(DType::F32).unwrap(), Verdict::Equal));
     assert!(matches!(verdict(DType::F64).unwrap(), Verdict::OtherDtype));
     Ok(())

@@ -51,7 +51,7 @@ impl Base {
         if let Some(file) = &self.file {
             return Ok(file.var_builder(DType::F32, &self.device)?);
         }
-        Ok(lora::half_var_builder(&self.path, DType::F32, &self.device)?)
+        Ok(lora::base::half_var_builder(&self.path, DType::F32, &self.device)?)
     }
 
     /// The folder, from which PEFT can load the model; `None` for a GGUF file.

@@ -11,7 +11,7 @@ use super::steps::{train, Plan};
 use crate::model::Base;
 use crate::rng::Rng;
 use crate::Result;
-use lora::{Adapter, AdapterConfig};
+use lora::adapter::{Adapter, AdapterConfig};
 use loralib as lora;
 use std::path::Path;
 

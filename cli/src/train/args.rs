@@ -2,7 +2,7 @@
 
 use crate::chat::Say;
 use crate::place::Place;
-use lora::{InitLoraWeights, LoraConfig, Targets};
+use lora::{adapter::Targets, layers::InitLoraWeights, LoraConfig};
 use loralib as lora;
 use std::path::PathBuf;
 

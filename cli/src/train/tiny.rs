@@ -10,7 +10,7 @@ use crate::model::{Base, Config, Llama};
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{LoraConfig, StateDict};
+use lora::{utils::StateDict, LoraConfig};
 use loralib as lora;
 use serde_json::json;
 use std::fs;
@@ -88,7 +88,7 @@ fn pretrain(args: &Args, folder: &Path, data: &Path, device: &Device) -> Result<
     let documents = data::read(data, base.template.as_ref())?;
     let (examples, _) = examples(&documents, &base.tokens, longest)?;
     let vars = VarMap::new();
-    let vb = lora::seeded(VarBuilder::from_varmap(&vars, DType::F32, device), args.seed);
+    let vb = lora::base::seeded(VarBuilder::from_varmap(&vars, DType::F32, device), args.seed);
     let model = Llama::new(&base.config, vb)?;
     let plan = Plan {
         what: "pretraining",

@@ -7,7 +7,7 @@ use crate::task::Task;
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::{VarBuilder, VarMap};
-use lora::{LoraConfig, StateDict};
+use lora::{utils::StateDict, LoraConfig};
 use loralib as lora;
 use std::fs;
 use std::path::Path;
@@ -48,7 +48,7 @@ impl Base {
     pub fn model(&self, task: &Task, lora: LoraConfig, vars: &VarMap) -> Result<Classifier> {
         let tensors = self.tensors.clone().into_iter().collect();
         let base = VarBuilder::from_tensors(tensors, DType::F32, &self.device);
-        let vb = lora::seeded(lora::var_builder(base, vars, task.trainable()), self.seed);
+        let vb = lora::base::seeded(lora::var_builder(base, vars, task.trainable()), self.seed);
         let (adapt, labels) = (task.adapt(lora), task.labels.len());
         Ok(Classifier::new(&self.config, &adapt, labels, task.pooling, vb)?)
     }

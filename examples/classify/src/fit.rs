@@ -28,7 +28,7 @@ pub fn fit(
     };
     let mut model = base.model(task, lora, &vars)?;
     model.train()?;
-    let summary = lora::summary(&vars, what.clone())?;
+    let summary = lora::utils::summary(&vars, what.clone())?;
     let head = summary.others.iter().filter(|(name, _)| name.starts_with("classifier."));
     let head: usize = head.map(|(_, dims)| dims.iter().product::<usize>()).sum();
     let factors: usize = summary.adapted.iter().map(|layer| layer.parameters()).sum();

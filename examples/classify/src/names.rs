@@ -3,7 +3,7 @@
 use crate::config::Config;
 use crate::Result;
 use candle_core::DType;
-use loralib::StateDict;
+use loralib::utils::StateDict;
 
 /// The encoder's tensors, without the prefix of a model with a head, and with the norms' newer names.
 /// An error for a tensor that would be ignored.

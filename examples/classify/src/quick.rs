@@ -4,7 +4,7 @@ use crate::args::Args;
 use crate::rng::Rng;
 use crate::Result;
 use candle_core::{Device, Tensor};
-use lora::{LoraConfig, StateDict};
+use lora::{utils::StateDict, LoraConfig};
 use loralib as lora;
 use serde_json::json;
 use std::fs;

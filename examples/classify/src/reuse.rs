@@ -24,7 +24,7 @@ impl Saved {
         let task = Task::read(args.method.one()?, &args.out)?;
         let base = Base::read(args.model()?, task.max_length, args.seed, device)?;
         let path = task.method.checkpoint(&args.out);
-        let lora = lora::read_state_dict(&path, device)?.config.unwrap_or_default();
+        let lora = lora::read_state_dict(&path, device)?.config.unwrap_or_default().lora;
         let vars = VarMap::new();
         // Building the model is what makes the variables.
         base.model(&task, lora, &vars)?;

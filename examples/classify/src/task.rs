@@ -3,7 +3,7 @@
 use crate::bert::Adapt;
 use crate::classifier::Pooling;
 use crate::Result;
-use lora::{Bias, LoraConfig, Trainable};
+use lora::{utils::Trainable, Bias, LoraConfig};
 use loralib as lora;
 use serde_json::{json, Value};
 use std::fs;

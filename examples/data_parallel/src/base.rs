@@ -10,7 +10,7 @@ use std::collections::HashMap;
 pub fn tensors(sizes: Sizes, seed: u64) -> Result<HashMap<String, Tensor>> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-    Decoder::new(sizes, loralib::seeded(vb, seed))?;
+    Decoder::new(sizes, loralib::base::seeded(vb, seed))?;
     let vars = vars.data().lock().map_err(|e| e.to_string())?;
     Ok(vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect())
 }

@@ -4,7 +4,7 @@
 //! example at its own sizes.
 
 use candle_core::Device;
-use loralib::{read_state_dict, StateDict};
+use loralib::{read_state_dict, utils::StateDict};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
