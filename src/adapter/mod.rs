@@ -5,6 +5,7 @@ mod disabled;
 mod files;
 mod merged;
 pub(crate) mod merged_only;
+mod mode;
 mod options;
 mod recompute;
 pub(crate) mod record;
@@ -13,20 +14,16 @@ pub(crate) mod target;
 mod targets;
 mod transformer_layers;
 pub(crate) mod var_builder;
+mod vars;
 
-use crate::layers::{LayerKind, Mode};
+use crate::layers::LayerKind;
 use crate::ops::DropoutStream;
-use crate::utils::{
-    is_initial, lora_state_dict, summary, variables, StateDict, Summary, Trainable,
-};
-use crate::{Error, Result};
-use candle_core::backprop::GradStore;
-use candle_core::Var;
+use crate::utils::{lora_state_dict, summary, StateDict, Summary, Trainable};
+use crate::Result;
 use candle_nn::{VarBuilder, VarMap};
 use options::Options;
 use record::Record;
 use state::State;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use target::AdapterParts;
@@ -189,119 +186,9 @@ impl Adapter {
         var_builder::recorded(base, record, Some(AdapterParts { options, vars, state }))
     }
 
-    /// How many masks dropout has drawn from the [`seed`](Self::seed), 0 without one: with the variables and the
-    /// optimizer's state, what a run needs to be resumed to the bit.
-    pub fn dropout_position(&self) -> u64 {
-        self.options.dropout.as_ref().map_or(0, |stream| stream.position())
-    }
-
-    /// Continues dropout at a [`dropout_position`](Self::dropout_position).
-    ///
-    /// # Errors
-    /// If the adapter has no [`seed`](Self::seed), unless the position is 0.
-    pub fn set_dropout_position(&self, position: u64) -> Result<()> {
-        match &self.options.dropout {
-            Some(stream) => stream.seek(position),
-            None if position > 0 => {
-                let reason = format!("dropout at position {position} needs the adapter's seed");
-                return Err(Error::Invalid(reason));
-            }
-            None => {}
-        }
-        Ok(())
-    }
-
     /// The paths of the adapted layers, sorted.
     pub fn adapted(&self) -> Vec<String> {
         self.state().adapted.layers().map(|(path, _)| path.to_owned()).collect()
-    }
-
-    /// The variables to train, sorted by name, for an optimizer.
-    ///
-    /// # Errors
-    /// If there are none.
-    pub fn vars(&self) -> Result<Vec<Var>> {
-        Ok(self.named_vars()?.into_values().collect())
-    }
-
-    /// [`vars`](Self::vars) with their names, for [`train::AdamW`](crate::train::AdamW).
-    ///
-    /// # Errors
-    /// If there are none.
-    pub fn named_vars(&self) -> Result<BTreeMap<String, Var>> {
-        let trained = Trainable::from(&self.options.config).trained(&self.vars);
-        trained.map_err(|error| match error {
-            Error::Empty { .. } if self.options.targets.is_none() => {
-                let reason = "nothing to train: the adapter has no targets, such as `targets(\"all-linear\")`";
-                Error::Invalid(reason.to_owned())
-            }
-            // Why there are none, where that is known.
-            error @ Error::Empty { .. } => {
-                self.check_models().err().unwrap_or(error)
-            }
-            error => error,
-        })
-    }
-
-    /// The variables that are saved and not trained, by name: the initial factors of
-    /// [`InitLoraWeights`](crate::layers::InitLoraWeights), for
-    /// [`train::AdamW::with_frozen`](crate::train::AdamW::with_frozen). Mostly none.
-    pub fn frozen_vars(&self) -> BTreeMap<String, Var> {
-        variables(&self.vars).into_iter().filter(|(name, _)| is_initial(name)).collect()
-    }
-
-    /// All variables of the adapter by name, for functions that take a `VarMap`, such as
-    /// [`missing_grads`](crate::missing_grads).
-    pub fn var_map(&self) -> &VarMap {
-        &self.vars
-    }
-
-    /// An error unless every variable has a gradient in `grads`: call it after the first backward. Some operations of
-    /// candle cut the graph without an error; see [`missing_grads`](crate::missing_grads).
-    ///
-    /// # Errors
-    /// With the names of the variables without a gradient; and if nothing is trained.
-    pub fn require_grads(&self, grads: &GradStore) -> Result<()> {
-        let missing = self.named_vars()?.into_iter().filter(|(_, var)| grads.get(var).is_none());
-        let missing: Vec<_> = missing.map(|(name, _)| name).collect();
-        match missing.is_empty() {
-            true => Ok(()),
-            false => Err(Error::Invalid(format!(
-                "no gradient reaches {missing:?}: an operation of the model has no backward, or the adapter is in \
-                 evaluation; does the model's file have `use loralib::nn as candle_nn;` at its top?"
-            ))),
-        }
-    }
-
-    /// Sets [`Mode::Train`], the initial mode, in all layers that were built by
-    /// [`var_builder`](Self::var_builder), wherever the model holds them.
-    ///
-    /// # Errors
-    /// Never; it returns a `Result` as [`eval`](Self::eval) does.
-    pub fn train(&self) -> Result<()> {
-        self.set_mode(Mode::Train)
-    }
-
-    /// Sets [`Mode::Eval`] in all adapted layers: without dropout and without a graph, and merged unless
-    /// `merge_weights` is off. Call it again after loading other values. Biases and modules that are trained
-    /// outside of adapted layers still record a graph: to serve such a model, use [`merged`](Self::merged).
-    ///
-    /// # Errors
-    /// If a merged weight is not finite; then no layer has changed.
-    pub fn eval(&self) -> Result<()> {
-        self.set_mode(Mode::Eval)
-    }
-
-    fn set_mode(&self, mode: Mode) -> Result<()> {
-        let layers = self.record.layers();
-        // All or nothing, and without the lock: merging waits for other threads.
-        let states: Vec<_> = layers
-            .iter()
-            .map(|(path, _, layer)| layer.prepare(mode).map_err(|e| e.context(path.clone())))
-            .collect::<candle_core::Result<_>>()?;
-        self.state().mode = Some(mode);
-        layers.iter().zip(states).for_each(|((.., layer), state)| layer.set(state));
-        Ok(())
     }
 
     /// The options, with the kinds, ranks and alphas of the adapted layers.

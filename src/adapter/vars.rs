@@ -1,0 +1,90 @@
+//! What an adapter trains: its variables, their gradients, and the position of its dropout.
+
+use super::Adapter;
+use crate::utils::{is_initial, variables, Trainable};
+use crate::{Error, Result};
+use candle_core::backprop::GradStore;
+use candle_core::Var;
+use candle_nn::VarMap;
+use std::collections::BTreeMap;
+
+impl Adapter {
+    /// The variables to train, sorted by name, for an optimizer.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn vars(&self) -> Result<Vec<Var>> {
+        Ok(self.named_vars()?.into_values().collect())
+    }
+
+    /// [`vars`](Self::vars) with their names, for [`train::AdamW`](crate::train::AdamW).
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn named_vars(&self) -> Result<BTreeMap<String, Var>> {
+        let trained = Trainable::from(&self.options.config).trained(&self.vars);
+        trained.map_err(|error| match error {
+            Error::Empty { .. } if self.options.targets.is_none() => {
+                let reason = "nothing to train: the adapter has no targets, such as `targets(\"all-linear\")`";
+                Error::Invalid(reason.to_owned())
+            }
+            // Why there are none, where that is known.
+            error @ Error::Empty { .. } => {
+                self.check_models().err().unwrap_or(error)
+            }
+            error => error,
+        })
+    }
+
+    /// The variables that are saved and not trained, by name: the initial factors of
+    /// [`InitLoraWeights`](crate::layers::InitLoraWeights), for
+    /// [`train::AdamW::with_frozen`](crate::train::AdamW::with_frozen). Mostly none.
+    pub fn frozen_vars(&self) -> BTreeMap<String, Var> {
+        variables(&self.vars).into_iter().filter(|(name, _)| is_initial(name)).collect()
+    }
+
+    /// All variables of the adapter by name, for functions that take a `VarMap`, such as
+    /// [`missing_grads`](crate::missing_grads).
+    pub fn var_map(&self) -> &VarMap {
+        &self.vars
+    }
+
+    /// An error unless every variable has a gradient in `grads`: call it after the first backward. Some operations of
+    /// candle cut the graph without an error; see [`missing_grads`](crate::missing_grads).
+    ///
+    /// # Errors
+    /// With the names of the variables without a gradient; and if nothing is trained.
+    pub fn require_grads(&self, grads: &GradStore) -> Result<()> {
+        let missing = self.named_vars()?.into_iter().filter(|(_, var)| grads.get(var).is_none());
+        let missing: Vec<_> = missing.map(|(name, _)| name).collect();
+        match missing.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Invalid(format!(
+                "no gradient reaches {missing:?}: an operation of the model has no backward, or the adapter is in \
+                 evaluation; does the model's file have `use loralib::nn as candle_nn;` at its top?"
+            ))),
+        }
+    }
+
+    /// How many masks dropout has drawn from the [`seed`](Self::seed), 0 without one: with the variables and the
+    /// optimizer's state, what a run needs to be resumed to the bit.
+    pub fn dropout_position(&self) -> u64 {
+        self.options.dropout.as_ref().map_or(0, |stream| stream.position())
+    }
+
+    /// Continues dropout at a [`dropout_position`](Self::dropout_position).
+    ///
+    /// # Errors
+    /// If the adapter has no [`seed`](Self::seed), unless the position is 0.
+    pub fn set_dropout_position(&self, position: u64) -> Result<()> {
+        match &self.options.dropout {
+            Some(stream) => stream.seek(position),
+            None if position > 0 => {
+                let reason = format!("dropout at position {position} needs the adapter's seed");
+                return Err(Error::Invalid(reason));
+            }
+            None => {}
+        }
+        Ok(())
+    }
+}
