@@ -4,6 +4,7 @@
 //! once: factors come in pairs, ranks fit the options, and what the options promise is there. What follows, merging,
 //! sums, conversions, a model's layers, takes the value by reference and asks it for layers, not for names.
 
+mod add_weighted;
 mod bias;
 mod component;
 mod config;
@@ -12,9 +13,10 @@ mod foreign;
 mod layer;
 mod lora_weights;
 mod metadata;
-mod sum;
+mod state_dict;
 mod uniform;
 
+pub use add_weighted::add_weighted;
 pub use bias::Bias;
 pub(crate) use component::{has_component, NO_COMPONENT};
 pub use config::{AdapterConfig, LayerConfig};
@@ -24,5 +26,4 @@ pub(crate) use layer::Factors;
 pub use layer::LayerWeights;
 pub use lora_weights::LoraWeights;
 pub(crate) use lora_weights::TokenRows;
-pub use sum::add_weighted;
 pub(crate) use uniform::{common_alpha, common_rank_alpha, rescaled, uniform};

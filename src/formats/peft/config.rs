@@ -1,16 +1,13 @@
 //! Reads `adapter_config.json`. An unknown key with a value is an error, because it might change the update.
 
+use super::fields::{Fields, OneOrMany};
 use super::folder::malformed;
 use super::patterns::Patterns;
 use super::tokens::TokenIndices;
-use crate::files::without_byte_order_mark;
 use crate::layers::{InitLoraWeights, LayerKind};
 use crate::weights::{AdapterConfig, Bias};
-use crate::{Error, Result};
-use indexmap::IndexMap;
-use serde::de::DeserializeOwned;
+use crate::Result;
 use serde::Deserialize;
-use serde_json::value::RawValue;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -71,95 +68,6 @@ pub(crate) struct Selection {
 pub(crate) enum Modules {
     Expression(String),
     Names(Vec<String>),
-}
-
-/// One value, or several.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
-}
-
-impl<T> From<OneOrMany<T>> for Vec<T> {
-    fn from(values: OneOrMany<T>) -> Self {
-        match values {
-            OneOrMany::One(value) => vec![value],
-            OneOrMany::Many(values) => values,
-        }
-    }
-}
-
-/// The keys with their texts in the order of the file, which counts in `rank_pattern` and `alpha_pattern`.
-#[derive(Debug, Default, Deserialize)]
-pub(crate) struct Fields(pub IndexMap<String, Box<RawValue>>);
-
-impl Fields {
-    pub fn parse(text: &[u8]) -> Result<Self> {
-        serde_json::from_slice(without_byte_order_mark(text)).map_err(malformed)
-    }
-
-    fn value(&self, key: &str) -> Option<Value> {
-        serde_json::from_str(self.0.get(key)?.get()).ok()
-    }
-
-    /// [`get`](Self::get), after which the key is not `unknown`.
-    fn take<T: DeserializeOwned>(
-        &self,
-        key: &str,
-        unknown: &mut Vec<&String>,
-    ) -> Result<Option<T>> {
-        unknown.retain(|other| *other != key);
-        self.get(key)
-    }
-
-    /// The value of a key, unless it is null, false or empty.
-    fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
-        let Some(text) = self.0.get(key).filter(|_| self.is_set(key)) else { return Ok(None) };
-        let value = serde_json::from_str(text.get());
-        value.map(Some).map_err(|_| self.wrong(key))
-    }
-
-    /// The patterns of a key in their order, with values that are `valid`.
-    fn patterns<T: DeserializeOwned>(
-        &self,
-        key: &str,
-        unknown: &mut Vec<&String>,
-        valid: impl Fn(&T) -> bool,
-    ) -> Result<IndexMap<String, T>> {
-        let Ok(texts) = self.take::<IndexMap<String, Box<RawValue>>>(key, unknown) else {
-            let value = self.value(key).unwrap_or_default();
-            return Err(malformed(format!("{key} = {value}, expected an object")));
-        };
-        let entry =
-            |(pattern, text): (String, Box<RawValue>)| match serde_json::from_str(text.get())
-                .ok()
-                .filter(&valid)
-            {
-                Some(value) => Ok((pattern, value)),
-                None => Err(malformed(format!("{key}: the value of {pattern:?} is {text}"))),
-            };
-        texts.unwrap_or_default().into_iter().map(entry).collect()
-    }
-
-    fn is_set(&self, key: &str) -> bool {
-        match self.value(key) {
-            None | Some(Value::Null | Value::Bool(false)) => false,
-            Some(Value::String(text)) => !text.is_empty(),
-            Some(Value::Array(items)) => !items.is_empty(),
-            Some(Value::Object(items)) => !items.is_empty(),
-            Some(_) => true,
-        }
-    }
-
-    fn wrong(&self, key: &str) -> Error {
-        malformed(format!("{key} = {}", self.value(key).unwrap_or_default()))
-    }
-
-    fn unsupported(&self, key: &str, reason: &str) -> Error {
-        let value = self.value(key).unwrap_or_default();
-        Error::unsupported(format!("the option {key} = {value}"), reason)
-    }
 }
 
 impl PeftConfig {

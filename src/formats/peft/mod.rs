@@ -41,6 +41,7 @@
 //! ```
 
 mod config;
+mod fields;
 mod folder;
 mod keys;
 mod load;
@@ -51,7 +52,8 @@ mod save;
 mod save_config;
 mod tokens;
 
-pub(crate) use config::{new_adapter, Fields, Modules, PeftConfig};
+pub(crate) use config::{new_adapter, Modules, PeftConfig};
+pub(crate) use fields::Fields;
 pub(crate) use folder::{config_file, has_tensors, malformed};
 pub(crate) use keys::adapter_name;
 pub use load::load;
