@@ -75,8 +75,9 @@ pub fn read_again(
     let mut again = load(format, path, bases)?;
     if matches!(format, Format::Peft | Format::PeftPlain) {
         for (path, layer) in written.layers() {
-            if let Some(LayerKind::MergedLinear(_) | LayerKind::MergedSplits(_)) = layer.kind {
-                again = again.with_kind(path, layer.kind.clone().unwrap_or(LayerKind::Linear))?;
+            use LayerKind::{MergedLinear, MergedSplits};
+            if let Some(kind @ (MergedLinear(_) | MergedSplits(_))) = &layer.kind {
+                again = again.with_kind(path, kind.clone())?;
             }
         }
     }
