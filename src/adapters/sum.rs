@@ -74,9 +74,11 @@ impl Layer {
     fn sum(self) -> Result<(Tensor, Tensor, LayerConfig)> {
         let sum = weighted_sum(&self.updates)?;
         let b = sum.b().pad_with_zeros(0, 0, self.outputs - sum.b().dim(0)?)?;
-        let spatial = self.kind.as_ref().and_then(LayerKind::spatial);
-        // A convolution's factors have more rows and columns than its r, and fused projections have one r.
-        let r = spatial.map_or(sum.a().dim(0)?, |_| self.r);
+        let r = match self.kind {
+            // Fused projections have one r, and several times as many rows.
+            Some(LayerKind::Linear) => sum.a().dim(0)?,
+            _ => self.r,
+        };
         let options = LayerConfig {
             kind: self.kind,
             r: Some(r),

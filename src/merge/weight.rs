@@ -50,16 +50,26 @@ fn merged(w: &Tensor, layer: &LayerWeights, options: &LoraConfig) -> Result<Tens
         fan_in_fan_out,
         ..layer.options(options)
     };
-    adapt(w, &kind, &cfg, &vb)?.merged()
+    let adapted = adapt(w, &kind, &cfg, &vb);
+    let context =
+        || format!("its shape {:?} is not that of a {kind:?} with these factors", w.dims());
+    adapted.map_err(|e| candle_core::Error::Msg(format!("{}: {e}", context())))?.merged()
 }
 
-/// The kind of the layer around `w`, and whether `w` is (in, out).
+/// The kind of the layer around `w`, by its shape if it is not known, and whether `w` is (in, out). What else does not
+/// fit, the layer refuses.
 fn kind_of(w: &Tensor, layer: &LayerWeights, common: bool) -> Result<(LayerKind, bool)> {
-    let kind = layer.kind.as_ref();
     let inputs = *layer.a.dims().last().unwrap_or(&0);
-    match (kind, w.dims()) {
-        (Some(LayerKind::Embedding), [_, _]) => Ok((LayerKind::Embedding, false)),
-        (kind, &[rows, cols]) if kind.is_none_or(LayerKind::is_linear) => {
+    match (&layer.kind, w.dims()) {
+        (Some(kind), dims) if !kind.is_linear() => {
+            match kind.spatial().and_then(|_| convolution(dims, inputs)) {
+                Some((own, groups)) if own != *kind => {
+                    bail!("its shape {dims:?} with {groups} groups is not that of a {kind:?}")
+                }
+                _ => Ok((kind.clone(), false)),
+            }
+        }
+        (kind, &[rows, cols]) => {
             let declared = layer.fan_in_fan_out.unwrap_or(common);
             let fan_in_fan_out = match (rows == inputs, cols == inputs) {
                 (true, false) => true,
@@ -72,24 +82,23 @@ fn kind_of(w: &Tensor, layer: &LayerWeights, common: bool) -> Result<(LayerKind,
                 ),
                 _ => declared,
             };
-            Ok((kind.unwrap_or(&LayerKind::Linear).clone(), fan_in_fan_out))
-        }
-        (kind, &[_, per_group, k, ..]) if kind.is_none_or(|kind| kind.spatial().is_some()) => {
-            // A has the inputs of all groups.
-            let n = w.rank() - 2;
-            let width = k.saturating_pow((n as u32).div_ceil(2));
-            let groups = inputs.checked_div(per_group.saturating_mul(width)).unwrap_or(0);
-            match (kind, LayerKind::conv(n, groups)) {
-                (Some(kind), Some(own)) if *kind != own => {
-                    bail!("its shape {:?} with {groups} groups is not that of a {kind:?}", w.dims())
-                }
-                (_, Some(own)) => Ok((own, false)),
-                (_, None) => bail!("its shape {:?} is not that of an adapted layer", w.dims()),
-            }
+            Ok((kind.clone().unwrap_or(LayerKind::Linear), fan_in_fan_out))
         }
         (Some(kind), dims) => bail!("its shape {dims:?} is not that of a {kind:?}"),
-        (None, dims) => bail!("its shape {dims:?} is not that of an adapted layer"),
+        (None, dims) => match convolution(dims, inputs) {
+            Some((kind, _)) => Ok((kind, false)),
+            None => bail!("its shape {dims:?} is not that of an adapted layer"),
+        },
     }
+}
+
+/// The convolution with a kernel of these dimensions, and its groups: A has the inputs of all of them.
+fn convolution(dims: &[usize], inputs: usize) -> Option<(LayerKind, usize)> {
+    let &[_, per_group, k, ..] = dims else { return None };
+    let n = dims.len() - 2;
+    let width = k.saturating_pow((n as u32).div_ceil(2));
+    let groups = inputs.checked_div(per_group.saturating_mul(width)).unwrap_or(0);
+    Some((LayerKind::conv(n, groups)?, groups))
 }
 
 /// An error if the factors' rank is not the configuration's. The layer checks everything else.

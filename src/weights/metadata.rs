@@ -2,7 +2,7 @@
 
 use super::bias::Bias;
 use super::config::{AdapterConfig, LayerConfig};
-use crate::layers::LoraConfig;
+use crate::layers::{InitLoraWeights, LoraConfig};
 use crate::{Error, Result};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
@@ -44,15 +44,27 @@ fn yes() -> bool {
 /// Equal configurations give equal text.
 pub(super) fn to_json(config: &AdapterConfig) -> Result<String> {
     let AdapterConfig { lora, bias, modules_to_save, trainable_token_indices, layers, .. } = config;
+    // Each by name, so that no new option is left out.
+    let LoraConfig {
+        r,
+        lora_alpha,
+        lora_dropout,
+        merge_weights,
+        fan_in_fan_out,
+        rslora,
+        use_dora,
+        init_lora_weights: _,
+        lora_dtype,
+    } = *lora;
     let json = Json {
-        r: lora.r,
-        lora_alpha: lora.lora_alpha,
-        lora_dropout: lora.lora_dropout,
-        merge_weights: lora.merge_weights,
-        fan_in_fan_out: lora.fan_in_fan_out,
-        rslora: lora.rslora,
-        use_dora: lora.use_dora,
-        lora_dtype: lora.lora_dtype.map(|dtype| dtype.as_str().to_owned()),
+        r,
+        lora_alpha,
+        lora_dropout,
+        merge_weights,
+        fan_in_fan_out,
+        rslora,
+        use_dora,
+        lora_dtype: lora_dtype.map(|dtype| dtype.as_str().to_owned()),
         bias: (*bias != Bias::None).then(|| bias.to_string()),
         modules_to_save: modules_to_save.clone(),
         trainable_token_indices: trainable_token_indices.clone(),
@@ -75,8 +87,8 @@ pub(super) fn from_json(text: &str) -> Result<AdapterConfig> {
             fan_in_fan_out: json.fan_in_fan_out,
             rslora: json.rslora,
             use_dora: json.use_dora,
+            init_lora_weights: InitLoraWeights::Uniform,
             lora_dtype: json.lora_dtype.map(dtype).transpose()?,
-            ..Default::default()
         },
         bias: json.bias.map_or(Ok(Bias::None), |bias| bias.parse())?,
         modules_to_save: json.modules_to_save,

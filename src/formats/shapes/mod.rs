@@ -19,11 +19,13 @@ pub(crate) use fused::from_peft_02;
 pub(crate) fn to_peft(layer: &LayerWeights, rslora: bool) -> candle_core::Result<Factors> {
     let kind = layer.kind.as_ref().unwrap_or(&LayerKind::Linear);
     let pair = Pair { a: layer.a.clone(), b: layer.b.clone(), r: layer.r };
-    let converted = match (kind.spatial(), kind) {
-        (Some((n, groups)), _) => conv::to_peft(n, groups, &pair)?,
-        (None, LayerKind::Linear | LayerKind::Embedding) => unchanged(&pair)?,
-        (None, LayerKind::Parameter { .. }) => experts::to_peft(&pair)?,
-        (None, _) => fused::to_peft(kind, &pair)?,
+    let converted = match *kind {
+        LayerKind::Linear | LayerKind::Embedding => unchanged(&pair)?,
+        LayerKind::MergedLinear(_) | LayerKind::MergedSplits(_) => fused::to_peft(kind, &pair)?,
+        LayerKind::Conv1d { groups } => conv::to_peft(1, groups, &pair)?,
+        LayerKind::Conv2d { groups } => conv::to_peft(2, groups, &pair)?,
+        LayerKind::Conv3d { groups } => conv::to_peft(3, groups, &pair)?,
+        LayerKind::Parameter { .. } => experts::to_peft(&pair)?,
     };
     match converted {
         Some(converted) => Ok(with_alpha(layer.factors(), converted, rslora)),
@@ -61,7 +63,10 @@ pub(crate) fn from_peft(
     let converted = match kind {
         LayerKind::Linear | LayerKind::Embedding => return Ok(factors),
         LayerKind::MergedLinear(_) | LayerKind::MergedSplits(_) => fused::from_peft(kind, a, b)?,
-        _ => conv::from_peft(groups, a, b)?,
+        LayerKind::Conv1d { .. } | LayerKind::Conv2d { .. } | LayerKind::Conv3d { .. } => {
+            conv::from_peft(groups, a, b)?
+        }
+        LayerKind::Parameter { .. } => bail!("a parameter has no layer's factors"),
     };
     Ok(with_alpha(factors, converted, rslora))
 }
