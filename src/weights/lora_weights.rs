@@ -77,11 +77,16 @@ impl LoraWeights {
             let mut own = layer.config();
             own.r = own.r.filter(|r| *r != common.r);
             own.lora_alpha = own.lora_alpha.filter(|alpha| *alpha != common.lora_alpha);
-            (own != LayerConfig::default()).then(|| (path.clone(), own))
+            (path.clone(), own)
         };
+        // An entry for every layer, or none: one for "q" would count for "a.q" too if that had none.
+        let mut layers: BTreeMap<_, _> = self.layers.iter().map(layer).collect();
+        if layers.values().all(|own| *own == LayerConfig::default()) {
+            layers.clear();
+        }
         let indices = self.token_rows.iter().map(|(path, own)| (path.clone(), own.indices.clone()));
         AdapterConfig {
-            layers: self.layers.iter().filter_map(layer).collect(),
+            layers,
             trainable_token_indices: indices.collect(),
             ..self.options.clone()
         }

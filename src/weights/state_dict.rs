@@ -140,3 +140,28 @@ fn without_layers(tensors: &StateDict) -> Error {
     );
     Error::Format { format: "LoRA adapter", reason }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::LoraConfig;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn a_layer_whose_path_ends_in_another_s_keeps_its_options() -> Result<()> {
+        let factor = |dims: (usize, usize)| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+        let mut tensors = StateDict::new();
+        for (path, r) in [("q", 4), ("a.q", 2)] {
+            tensors.insert(Part::A.at(path), factor((r, 6))?);
+            tensors.insert(Part::B.at(path), factor((5, r))?);
+        }
+        let cfg = LoraConfig { r: 2, ..Default::default() };
+        let mut config = AdapterConfig::from(cfg);
+        config.layers.entry("q".to_owned()).or_default().r = Some(4);
+        config.layers.entry("a.q".to_owned()).or_default();
+        let weights = LoraWeights::new(config, tensors)?;
+        let again = LoraWeights::new(weights.config(), weights.state_dict())?;
+        assert_eq!((again.layers["q"].r, again.layers["a.q"].r), (4, 2));
+        Ok(())
+    }
+}
