@@ -21,15 +21,13 @@ pub(super) fn merged_weight(
         ..layer.clone()
     };
     match w.dims() {
-        &[_, columns] if pointwise && a.dims() == [layer.r, columns] => {
-            return merged(w, &linear, options)
-        }
+        &[_, columns] if pointwise && a.dims() == [layer.r, columns] => merged(w, &linear, options),
         [_, _, kernel @ ..]
             if kind == Some(&LayerKind::Linear)
                 && !kernel.is_empty()
                 && kernel.iter().all(|k| *k == 1) =>
         {
-            return merged(&w.flatten_from(1)?, &linear, options)?.reshape(w.shape())
+            merged(&w.flatten_from(1)?, &linear, options)?.reshape(w.shape())
         }
         _ => merged(w, layer, options),
     }

@@ -85,11 +85,7 @@ impl LoraWeights {
             layers.clear();
         }
         let indices = self.token_rows.iter().map(|(path, own)| (path.clone(), own.indices.clone()));
-        AdapterConfig {
-            layers,
-            trainable_token_indices: indices.collect(),
-            ..self.options.clone()
-        }
+        AdapterConfig { layers, trainable_token_indices: indices.collect(), ..self.options.clone() }
     }
 
     /// The adapted layers with their paths, sorted.
