@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 impl LoraWeights {
     /// The adapter of these tensors by loralib's names (`<path>.lora_A`, `<path>.lora_B` and others), such as those of
-    /// [`lora_state_dict`](crate::lora_state_dict). `config` is a [`LoraConfig`], or an [`AdapterConfig`] with the
+    /// [`lora_state_dict`](crate::lora_state_dict). `config` is a [`LoraConfig`](crate::LoraConfig), or an [`AdapterConfig`] with the
     /// kinds, ranks and alphas of single layers.
     ///
     /// # Errors
