@@ -1,7 +1,7 @@
 //! The parameter selection: which variables are trained, and therefore saved.
 
-use crate::layers::{is_within, without_conv, Part};
-use crate::weights::{AdapterConfig, Bias};
+use crate::layers::{is_within, Part};
+use crate::weights::{contains, AdapterConfig, Bias};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -94,19 +94,10 @@ impl Trainable {
 
     /// Whether `name` is selected in a model that has the names for which `exists` is true.
     pub(crate) fn selects(&self, name: &str, exists: impl Fn(&str) -> bool) -> bool {
-        let (layer, part) = Part::parse(name);
-        if self.all_parameters || part.is_adapter() || self.in_module(name) {
-            return true;
-        }
-        part == Part::Base("bias")
-            && match self.bias {
-                Bias::None => false,
-                Bias::All => true,
-                Bias::LoraOnly => {
-                    exists(&Part::A.at(layer))
-                        || without_conv(layer).is_some_and(|path| exists(&Part::A.at(path)))
-                }
-            }
+        let adapted = |path: &str| exists(&Part::A.at(path));
+        self.all_parameters
+            || Part::parse(name).1.is_adapter()
+            || contains(self.bias, &self.modules, name, adapted)
     }
 
     /// Whether `name` is in a module that is trained as a whole.

@@ -13,6 +13,7 @@ mod foreign;
 mod layer;
 mod lora_weights;
 mod metadata;
+mod selection;
 mod state_dict;
 mod uniform;
 
@@ -26,4 +27,5 @@ pub(crate) use layer::Factors;
 pub use layer::LayerWeights;
 pub use lora_weights::LoraWeights;
 pub(crate) use lora_weights::TokenRows;
+pub(crate) use selection::contains;
 pub(crate) use uniform::{common_alpha, common_rank_alpha, rescaled, uniform};
