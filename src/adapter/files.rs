@@ -27,7 +27,7 @@ impl Adapter {
     /// # Errors
     /// If nothing in it is a factor or in its selection of biases and modules.
     pub fn from_weights(weights: &LoraWeights) -> Result<Self> {
-        let weights = weights.joined()?;
+        let weights = weights.joined()?.with_selection();
         let (config, tensors) = (weights.config(), weights.state_dict());
         let selection = Trainable::from(&config);
         if !tensors.keys().any(|name| selection.selects(name, |n| tensors.contains_key(n))) {

@@ -51,11 +51,8 @@ impl LoraWeights {
         let layers: BTreeMap<_, _> = layers.collect::<Result<_>>()?;
         let token_rows = token_rows(rows, &config.trainable_token_indices)?;
         let (own_layers, indices) = Default::default();
-        let mut options =
+        let options =
             AdapterConfig { layers: own_layers, trainable_token_indices: indices, ..config };
-        if !layers.is_empty() {
-            options.include(others.keys(), |path| layers.contains_key(path));
-        }
         Self { options, layers, token_rows, others }.checked()
     }
 

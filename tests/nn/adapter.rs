@@ -300,3 +300,28 @@ fn an_adapter_saved_in_bf16_loads_as_f32_variables() -> lora::Result<()> {
     }
     Ok(())
 }
+
+/// loralib's own way to save does not pass the selection on; the adapter nonetheless has what its file has.
+#[test]
+fn biases_and_heads_of_a_state_dict_are_loaded() -> lora::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("adapter.safetensors");
+    let ones = |dims: &[usize]| Tensor::ones(dims, DType::F32, &CPU);
+    let state = lora::utils::StateDict::from([
+        ("fc.lora_A".to_owned(), ones(&[2, 4])?),
+        ("fc.lora_B".to_owned(), ones(&[3, 2])?),
+        ("fc.bias".to_owned(), ones(&[3])?),
+        ("head.weight".to_owned(), ones(&[2, 3])?),
+    ]);
+    lora::save_state_dict(&state, LoraConfig { r: 2, ..Default::default() }, &path)?;
+    let adapter = Adapter::load(&path, &CPU)?;
+    assert!(adapter.state_dict()?.keys().eq(state.keys()));
+    let base = HashMap::from([
+        ("fc.weight".to_owned(), ones(&[3, 4])?),
+        ("fc.bias".to_owned(), (ones(&[3])? * 5.)?),
+    ]);
+    let merged = adapter.merged(VarBuilder::from_tensors(base, DType::F32, &CPU))?;
+    assert_eq!(merged.get(3, "fc.bias")?.to_vec1::<f32>()?, [1.; 3]);
+    assert_eq!(merged.get((2, 3), "head.weight")?.to_vec2::<f32>()?, [[1.; 3]; 2]);
+    Ok(())
+}
