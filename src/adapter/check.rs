@@ -5,6 +5,7 @@ use super::record::Record;
 use super::state::Adapted;
 use super::Adapter;
 use crate::layers::Part;
+use crate::merge::is_equal;
 use crate::utils::{variables, Trainable};
 use crate::weights::Bias;
 use crate::{Error, Result};
@@ -54,7 +55,7 @@ pub(crate) fn check(
     adapted: &Adapted,
     record: &Record,
 ) -> Result<()> {
-    if let Some((path, reason)) = adapted.failures().next() {
+    if let Some((path, reason)) = adapted.failures.iter().next() {
         return Err(Error::tensor(Part::Base("weight").at(path), reason));
     }
     let all_linear = options.targets.is_all_linear();
@@ -72,15 +73,15 @@ pub(crate) fn check(
         let (hint, names) = (options.layers.hint(), record.names());
         Error::Invalid(format!("{reason}{hint}; its layers are named {names}"))
     };
-    let known = adapted.layers().map(|(path, _)| path).chain(read);
+    let known = adapted.layers.keys().map(String::as_str).chain(read);
     options.targets.check(known).map_err(hinted)?;
     // All-linear also reads the weights of norms and other layers.
     if let Some((path, _)) = without_layer.iter().find(|(_, rank)| !all_linear || *rank == 2) {
-        let reason = match adapted.layers().next() {
-            None => "no layer of `lora::nn` was built around it: does the model's file have `use loralib::nn as \
+        let reason = match adapted.layers.is_empty() {
+            true => "no layer of `lora::nn` was built around it: does the model's file have `use loralib::nn as \
                      candle_nn;` at its top?",
-            Some(_) => "it is a target, but the model builds no layer of `lora::nn` around it: it may use the \
-                        tensor itself, transpose, cast or split it; `exclude` it",
+            false => "it is a target, but the model builds no layer of `lora::nn` around it: its file may lack \
+                      `use loralib::nn as candle_nn;`, or it transposes, casts or splits the tensor; `exclude` it",
         };
         return Err(Error::tensor(Part::Base("weight").at(path), reason));
     }
@@ -95,11 +96,19 @@ fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) 
         // The factors are read by the layer, and the table under them is the base's.
         let (path, part) = Part::parse(name);
         let of_layer = part.is_lora() || options.frozen.contains_key(name);
-        record.has(name) || (of_layer && adapted.contains(path))
+        record.has(name) || (of_layer && adapted.layers.contains_key(path))
     };
-    let Some(name) = saved.chain(options.frozen.keys()).find(|name| !is_read(name)) else {
-        return Ok(());
-    };
+    let mut unread = saved.filter(|name| !is_read(name)).collect::<Vec<_>>();
+    let (read, others): (Vec<_>, Vec<_>) =
+        options.frozen.iter().partition(|(name, _)| is_read(name));
+    for (name, own) in others {
+        // PEFT saves the tensor of a tied head a second time.
+        let mut equal = read.iter().map(|(_, other)| is_equal(own, other));
+        if !equal.try_fold(false, |any, equal| equal.map(|equal| any || equal))? {
+            unread.push(name);
+        }
+    }
+    let Some(name) = unread.first() else { return Ok(()) };
     let reason = match Part::parse(name).1.is_lora() {
         true => "the model has no such layer",
         false => "the model does not read it",
@@ -111,7 +120,7 @@ fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) 
              no tensor of its own"
         )
     });
-    Err(Error::tensor(name, format!("the adapter has it, but {reason}{hint}")))
+    Err(Error::tensor(*name, format!("the adapter has it, but {reason}{hint}")))
 }
 
 /// An error for a tensor that the adapter changes and that the model on [`merged`](Adapter::merged) has not read.

@@ -11,34 +11,38 @@ use std::path::Path;
 use std::sync::PoisonError;
 
 impl Adapter {
-    /// The options and a copy of the variables, to save in any [format](crate::formats), to merge, or to add to others.
-    /// It is the same in training and evaluation.
+    /// The options and a copy of the variables, to save in any [format](crate::formats), to merge, or to add to others,
+    /// and the tensors of a loaded adapter that replace the base's. It is the same in training and evaluation.
     ///
     /// # Errors
     /// If nothing is trained.
     pub fn weights(&self) -> Result<LoraWeights> {
-        LoraWeights::new(self.config(), self.state_dict()?)
+        let mut tensors = self.state_dict()?;
+        tensors.extend(self.options.frozen.clone());
+        LoraWeights::new(self.config(), tensors)
     }
 
     /// An adapter of these weights, such as those of a [format](crate::formats). Initial factors become a part of its
     /// own. Its layers are its targets: build the model by [`var_builder`](Self::var_builder), or give
-    /// [`merged`](Self::merged) to any candle model.
+    /// [`merged`](Self::merged) to any candle model. A tensor outside the selection of biases and modules, such as a
+    /// table of a resized vocabulary that PEFT saved, replaces the base's and is not trained.
     ///
     /// # Errors
     /// If nothing in it is a factor or in its selection of biases and modules.
     pub fn from_weights(weights: &LoraWeights) -> Result<Self> {
-        let weights = weights.joined()?.with_selection();
+        let weights = weights.joined()?;
         let (config, tensors) = (weights.config(), weights.state_dict());
         let selection = Trainable::from(&config);
-        if !tensors.keys().any(|name| selection.selects(name, |n| tensors.contains_key(n))) {
+        let selects = |name: &str| selection.selects(name, |other| tensors.contains_key(other));
+        if !tensors.keys().any(|name| selects(name)) {
             let names =
                 tensors.keys().next().map(|name| format!(", but {name:?}")).unwrap_or_default();
             return Err(Error::Invalid(format!("the adapter has no lora_A and lora_B{names}")));
         }
         let adapter = Self::new(config).targets(Targets::paths(weights.layers.keys()));
-        // PEFT loads a saved table in place of the base's.
+        let is_frozen = |name: &str| weights.is_adapted_weight(name) || !selects(name);
         let (frozen, vars): (StateDict, StateDict) =
-            tensors.into_iter().partition(|(name, _)| weights.is_adapted_weight(name));
+            tensors.clone().into_iter().partition(|(name, _)| is_frozen(name));
         {
             let mut data = adapter.vars.data().lock().unwrap_or_else(PoisonError::into_inner);
             for (name, tensor) in vars {

@@ -8,7 +8,6 @@ use crate::base::source::{from_source, Source, Wanted};
 use crate::files::StateDict;
 use crate::layers::Part;
 use crate::merge::Plan;
-use crate::weights::LoraWeights;
 use crate::Result;
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
@@ -32,12 +31,11 @@ impl Adapter {
     /// not fit its factors, or a merged value that is not finite, is an error when the model asks for it.
     pub fn merged<'a>(&self, base: VarBuilder<'a>) -> Result<VarBuilder<'a>> {
         let (dtype, device) = (base.dtype(), base.device().clone());
-        let mut adapter = self.state_dict()?;
-        adapter.extend(self.options.frozen.clone());
-        let exists = |name: &str| base.contains_tensor(name) || adapter.contains_key(name);
+        let exists = |name: &str| base.contains_tensor(name);
         let dims = |name: &str| Some(base.get_unchecked(name).ok()?.dims().to_vec());
-        let weights = LoraWeights::new(self.config(), adapter.clone())?;
-        let plan = Plan::new(&weights, exists, dims)?;
+        let weights = self.weights()?;
+        let plan = Plan::new(&weights, exists, dims, true)?;
+        let adapter = weights.state_dict();
         let record = Arc::<Record>::default();
         let changed = plan.changed().map(str::to_owned).collect();
         self.state().merged = Some(MergedModel { record: record.clone(), changed });

@@ -16,9 +16,9 @@ mod transformer_layers;
 pub(crate) mod var_builder;
 mod vars;
 
-use crate::layers::LayerKind;
+use crate::layers::{LayerKind, Part};
 use crate::ops::DropoutStream;
-use crate::utils::{lora_state_dict, summary, StateDict, Summary, Trainable};
+use crate::utils::{lora_state_dict, summary, variables, StateDict, Summary, Trainable};
 use crate::Result;
 use candle_nn::{VarBuilder, VarMap};
 use options::Options;
@@ -188,17 +188,22 @@ impl Adapter {
 
     /// The paths of the adapted layers, sorted.
     pub fn adapted(&self) -> Vec<String> {
-        self.state().adapted.layers().map(|(path, _)| path.to_owned()).collect()
+        self.state().adapted.layers.keys().cloned().collect()
     }
 
     /// The options, with the kinds, ranks and alphas of the adapted layers.
     pub fn config(&self) -> AdapterConfig {
         let mut config = self.options.config.clone();
         let state = self.state();
-        let mut layers = state.adapted.layers().peekable();
-        if layers.peek().is_some() {
-            config.layers = layers.map(|(path, layer)| (path.to_owned(), layer.clone())).collect();
+        let adapted = &state.adapted.layers;
+        // A loaded adapter has all layers by their paths, of which a model may have some.
+        if !adapted.is_empty() && !self.options.loaded {
+            config.layers.clear();
         }
+        let vars = variables(&self.vars);
+        // One of rank 0 has no tensors.
+        let layers = adapted.iter().filter(|(path, _)| vars.contains_key(&Part::A.at(path)));
+        config.layers.extend(layers.map(|(path, layer)| (path.clone(), layer.clone())));
         config
     }
 

@@ -40,22 +40,23 @@ impl State {
     }
 }
 
-/// The layers that an adapter was to adapt, by path: their options with their kinds, or why they could not be adapted.
+/// The layers that an adapter has adapted, by path.
 #[derive(Debug, Default, Clone)]
-pub(crate) struct Adapted(pub BTreeMap<String, Result<LayerConfig, String>>);
+pub(crate) struct Adapted {
+    /// Their options with their kinds.
+    pub layers: BTreeMap<String, LayerConfig>,
+    /// Why the last layer at a path could not be adapted. An earlier model may have one that is.
+    pub failures: BTreeMap<String, String>,
+}
 
 impl Adapted {
-    pub fn contains(&self, path: &str) -> bool {
-        self.0.get(path).is_some_and(Result::is_ok)
-    }
-
-    pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerConfig)> {
-        self.0.iter().filter_map(|(path, layer)| Some((path.as_str(), layer.as_ref().ok()?)))
-    }
-
-    pub fn failures(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.0
-            .iter()
-            .filter_map(|(path, layer)| Some((path.as_str(), layer.as_ref().err()?.as_str())))
+    pub fn insert(&mut self, path: &str, layer: Result<LayerConfig, String>) {
+        match layer {
+            Ok(layer) => {
+                self.failures.remove(path);
+                self.layers.insert(path.to_owned(), layer);
+            }
+            Err(reason) => drop(self.failures.insert(path.to_owned(), reason)),
+        }
     }
 }

@@ -90,7 +90,7 @@ impl Target {
             Ok((shared, layer)) => (Some(shared), Ok(layer)),
             Err(reason) => (None, Err(reason)),
         };
-        state::lock(&adapter.state).adapted.0.insert(self.path.clone(), layer);
+        state::lock(&adapter.state).adapted.insert(&self.path, layer);
         shared
     }
 }

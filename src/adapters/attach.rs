@@ -26,8 +26,8 @@ pub(super) struct Attached {
 impl Attached {
     /// The updates for the layers of the models that the record has, as on the adapter's own `var_builder`.
     pub fn new(adapter: &Adapter, record: &Record) -> Result<Self> {
-        refuse_others(adapter)?;
         let layers = record.layers();
+        refuse_others(adapter, |path| layers.iter().any(|(layer, ..)| layer == path))?;
         if layers.is_empty() {
             let reason = "no layer of `lora::nn` was built on `Adapters::var_builder`, or the model was dropped";
             return Err(Error::Invalid(reason.to_owned()));
@@ -36,18 +36,18 @@ impl Attached {
         let (vars, mut attached, mut updates) = (VarMap::new(), Adapted::default(), Updates::new());
         vars.data().lock().unwrap_or_else(PoisonError::into_inner).extend(held.clone());
         for (path, kind, layer) in layers {
+            same_table(adapter, &path, layer.tensor())?;
             if !(options.selects(&path) && options.adapts(&kind)) {
                 continue;
             }
             let layer = match adapted(options, &vars, &path, layer.tensor(), &kind) {
                 Ok((tensors, config)) => {
-                    same_table(adapter, &path, layer.tensor())?;
                     updates.extend(tensors.into_update().map(|update| (path.clone(), update)));
                     Ok(config)
                 }
                 Err(reason) => Err(reason),
             };
-            attached.0.insert(path, layer);
+            attached.insert(&path, layer);
         }
         check(options, &vars, &attached, record)?;
         if updates.is_empty() {
@@ -68,18 +68,23 @@ impl Attached {
         adapter.vars.data().lock().unwrap_or_else(PoisonError::into_inner).extend(vars);
         let mut state = adapter.state();
         state.options = Some(adapter.options.clone());
-        state.adapted.0.extend(self.adapted.0);
+        state.adapted.layers.extend(self.adapted.layers);
         Arc::new(self.updates)
     }
 }
 
 /// An error if the adapter has biases or modules, or changes that are merged alone.
-fn refuse_others(adapter: &Adapter) -> Result<()> {
+fn refuse_others(adapter: &Adapter, is_layer: impl Fn(&str) -> bool) -> Result<()> {
     let config = &adapter.options.config;
     MergedOnly::new(config, &adapter.vars).refuse_any()?;
     let vars = variables(&adapter.vars);
-    let other =
-        vars.keys().find(|name| !Part::parse(name).1.is_lora()).or(config.modules_to_save.first());
+    let replaces = |name: &&String| match Part::parse(name) {
+        (path, Part::Base("weight")) => !is_layer(path),
+        (_, part) => !part.is_lora(),
+    };
+    let others = vars.keys().filter(|name| !Part::parse(name).1.is_lora());
+    let mut others = others.chain(adapter.options.frozen.keys().filter(replaces));
+    let other = others.next().or(config.modules_to_save.first());
     let what = match other {
         Some(name) => format!("{name:?} beside factors"),
         None if config.bias != Bias::None => "a bias beside factors".to_owned(),

@@ -68,7 +68,7 @@ impl Source for Half {
             let blocks = QTensor::new(storage, info.shape.as_slice())?;
             Ok(placeholder(Arc::new(blocks), wanted.dtype)?)
         })?;
-        Ok(matrix.tensor().clone())
+        Ok(matrix.tensor.clone())
     }
 
     fn has(&self, name: &str) -> bool {

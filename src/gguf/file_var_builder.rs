@@ -50,7 +50,7 @@ impl FileTensors {
             let blocks = quantized(&self.file, &self.architecture, gguf, device)?;
             Ok(placeholder(Arc::new(blocks), dtype)?)
         })?;
-        Ok(matrix.tensor().clone())
+        Ok(matrix.tensor.clone())
     }
 }
 

@@ -57,7 +57,7 @@ impl Source for Memory {
         }
         let key = (name.to_owned(), wanted.dtype);
         let matrix = self.matrices.get(key, || Ok(placeholder(stored.clone(), wanted.dtype)?))?;
-        Ok(matrix.tensor().clone())
+        Ok(matrix.tensor.clone())
     }
 
     fn has(&self, name: &str) -> bool {

@@ -64,7 +64,7 @@ impl Embedding {
     pub fn quantized(table: Arc<QTensor>, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let (_, dim) = table.shape().dims2()?;
         let base = placeholder(table, vb.dtype())?;
-        Self::new(candle_nn::Embedding::new(base.tensor().clone(), dim), cfg, vb)
+        Self::new(candle_nn::Embedding::new(base.tensor.clone(), dim), cfg, vb)
     }
 
     /// The candle_nn layer with the merged table.

@@ -81,7 +81,7 @@ impl Linear {
         vb: VarBuilder,
     ) -> Result<Self> {
         let base = placeholder(weight, vb.dtype())?;
-        Self::new(candle_nn::Linear::new(base.tensor().clone(), bias), cfg, vb)
+        Self::new(candle_nn::Linear::new(base.tensor.clone(), bias), cfg, vb)
     }
 
     /// out

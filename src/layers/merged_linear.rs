@@ -106,7 +106,7 @@ impl MergedLinear {
         vb: VarBuilder,
     ) -> Result<Self> {
         let base = placeholder(weight, vb.dtype())?;
-        Self::with_splits(candle_nn::Linear::new(base.tensor().clone(), bias), splits, cfg, vb)
+        Self::with_splits(candle_nn::Linear::new(base.tensor.clone(), bias), splits, cfg, vb)
     }
 
     /// The splits of the outputs, each (outputs, enabled).

@@ -41,11 +41,12 @@ pub fn merge_files(
     out: impl AsRef<Path>,
     mut progress: impl FnMut(MergeProgress),
 ) -> Result<()> {
-    let (shards, out) = (Shards::find(base.as_ref())?, out.as_ref());
+    let (base, out) = (base.as_ref(), out.as_ref());
+    let shards = Shards::find(base)?;
     let paths = shards.paths();
     if let (Shards::One(path), true) = (&shards, are_torch(&paths)?) {
-        let (base, _) = read(path, &Device::Cpu).map_err(|e| e.at(path))?;
-        let tensors = merge_into(&base, adapter)?;
+        let read = || merge_into(&read(path, &Device::Cpu)?.0, adapter);
+        let tensors = read().map_err(|e: Error| e.at(path))?;
         let bytes = serialize(&tensors, None).map_err(|e| e.at(out))?;
         let target = match path.file_name() {
             Some(name) if out.is_dir() => out.join(name).with_extension("safetensors"),
@@ -67,7 +68,8 @@ pub fn merge_files(
         }
     }
     let dims = |name: &str| shapes.get(name).cloned()?;
-    let plan = Plan::new(adapter, |name| shapes.contains_key(name), dims)?;
+    let plan = Plan::new(adapter, |name| shapes.contains_key(name), dims, false);
+    let plan = plan.map_err(|e| e.at(base))?;
     let mut done = 0;
     let mut advance = |bytes| {
         done += bytes;

@@ -16,11 +16,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// The changes of a base that has the tensors for which `exists` is true; `dims` gives their shapes.
+    /// The changes of a base that has the tensors for which `exists` is true; `dims` gives their shapes. `adds` is
+    /// whether the adapter may have a tensor that the base lacks, such as a new head.
     pub fn new(
         weights: &LoraWeights,
         exists: impl Fn(&str) -> bool,
         dims: impl Fn(&str) -> Option<Vec<usize>>,
+        adds: bool,
     ) -> Result<Self> {
         let mut weights = weights.joined()?.into_owned();
         set_orientations(&mut weights, dims);
@@ -39,7 +41,10 @@ impl Plan {
                 false if part == Part::Base("weight") && is_tied(path, &weights, &exists)? => {
                     continue
                 }
-                false => find(without_conv(path).unwrap_or(path), part.name())?,
+                false => match find(without_conv(path).unwrap_or(path), part.name()) {
+                    Err(_) if adds => name.clone(),
+                    found => found?,
+                },
             };
             changes.entry(name).or_default().push(Change::Replace(tensor.clone()));
         }

@@ -29,7 +29,7 @@ use crate::Result;
 /// `fan_in_fan_out` is not set: then its orientation is not known. The error names the tensor.
 pub fn merge_into(base: &StateDict, adapter: &LoraWeights) -> Result<StateDict> {
     let dims = |name: &str| base.get(name).map(|tensor| tensor.dims().to_vec());
-    let plan = Plan::new(adapter, |name| base.contains_key(name), dims)?;
+    let plan = Plan::new(adapter, |name| base.contains_key(name), dims, false)?;
     let mut merged = base.clone();
     for (name, tensor) in &mut merged {
         if let Some(changed) = plan.apply(name, tensor)? {

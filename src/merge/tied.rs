@@ -38,7 +38,7 @@ pub(super) fn is_tied(
     Ok(false)
 }
 
-fn is_equal(a: &Tensor, b: &Tensor) -> Result<bool> {
+pub(crate) fn is_equal(a: &Tensor, b: &Tensor) -> Result<bool> {
     Ok(a.dims() == b.dims()
         && a.dtype() == b.dtype()
         && a.ne(b)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? == 0.)

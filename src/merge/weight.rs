@@ -105,7 +105,7 @@ fn check_rank(w: &Tensor, layer: &LayerWeights) -> Result<()> {
     // A convolution's B has r·k columns.
     let k = *w.dims().get(2).unwrap_or(&1);
     match columns.checked_rem(k) {
-        Some(0) if columns != layer.r * k => {
+        Some(0) if Some(columns) != layer.r.checked_mul(k) => {
             bail!("its adapter's rank is {}, the configuration has r = {}", columns / k, layer.r)
         }
         _ => Ok(()),

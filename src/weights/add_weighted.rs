@@ -31,7 +31,7 @@ use candle_core::{bail, DType, Tensor};
 /// ```
 ///
 /// # Errors
-/// If there are no adapters, a weight is not finite, the adapters differ in layers or shapes, or one has a
+/// If there are no adapters, a weight is not finite, the adapters differ in layers, kinds or shapes, or one has a
 /// tensor that is not a factor: biases, heads and DoRA's magnitudes have no such sum.
 pub fn add_weighted(adapters: &[(&LoraWeights, f64)]) -> Result<LoraWeights> {
     let Some((first, _)) = adapters.first() else {
@@ -62,7 +62,8 @@ pub fn add_weighted(adapters: &[(&LoraWeights, f64)]) -> Result<LoraWeights> {
         Ok((path.clone(), sum.map_err(|e| Error::tensor(Part::A.at(path), e))?))
     });
     let layers = layers.collect::<Result<_>>()?;
-    LoraWeights::of_layers(AdapterConfig::from(first.options.lora), layers)
+    let (bias, modules_to_save) = Default::default();
+    LoraWeights::of_layers(AdapterConfig { bias, modules_to_save, ..first.options.clone() }, layers)
 }
 
 /// An error if an adapter has something else than trained factors.
@@ -93,6 +94,12 @@ fn sum(
     let (mut all_a, mut all_b, mut common) = (vec![], vec![], None);
     for (own, weight, own_scaling) in summands {
         let (a, b) = (&own.a, &own.b);
+        match (&layer.kind, &own.kind) {
+            (Some(kind), Some(other)) if kind != other => {
+                bail!("its layer is a {kind:?} in the first adapter, a {other:?} in another")
+            }
+            _ => {}
+        }
         let ((rows, columns), (outs, r)) = (a.dims2()?, b.dims2()?);
         let splits = rows.checked_div(r).filter(|splits| splits * r == rows);
         let shape = (splits, columns, outs);
@@ -123,7 +130,7 @@ fn sum(
     let r = summands.iter().map(|(own, ..)| own.r).sum();
     let factors =
         Factors { a, b: Tensor::cat(&all_b, 1)?, r: layer.r, lora_alpha: layer.lora_alpha };
-    let kind = layer.kind.clone();
+    let kind = summands.iter().find_map(|(own, ..)| own.kind.clone());
     let fan_in_fan_out = layer.fan_in_fan_out;
     Ok(LayerWeights { fan_in_fan_out, ..LayerWeights::new(kind, factors.with_rank(r, rslora)) })
 }

@@ -35,8 +35,14 @@ impl LoraWeights {
     /// # Errors
     /// If the adapter has no such part.
     pub fn component(&self, component: &str) -> Result<Self> {
-        let within = |name: &str| Some(name.strip_prefix(component)?.strip_prefix('.')?.to_owned());
-        let part = self.renamed(within);
+        let within = |name: &str| match name.strip_prefix(component)? {
+            "" => Some(String::new()),
+            inner => Some(inner.strip_prefix('.')?.to_owned()),
+        };
+        let mut part = self.renamed(within);
+        for module in &mut part.options.modules_to_save {
+            *module = within(module).unwrap_or_else(|| module.clone());
+        }
         if part.layers.is_empty() && part.others.is_empty() && part.token_rows.is_empty() {
             let all: BTreeSet<_> = self.components().collect();
             let reason = format!("the adapter has no component {component:?}, but {all:?}");
@@ -48,7 +54,10 @@ impl LoraWeights {
     /// The adapter of one model as the part `component` of a pipeline's: the inverse of
     /// [`component`](Self::component).
     pub fn in_component(&self, component: &str) -> Self {
-        self.renamed(|name| Some(format!("{component}.{name}")))
+        self.renamed(|name| match component.is_empty() || name.is_empty() {
+            true => Some(format!("{component}{name}")),
+            false => Some(format!("{component}.{name}")),
+        })
     }
 
     /// The components of a pipeline that the adapter's paths begin with, sorted; none for the adapter of one model.

@@ -16,7 +16,7 @@ const CONFIG: &str = "loralib";
 pub(crate) fn save(path: &Path, weights: &LoraWeights) -> Result<()> {
     let save = || {
         weights.options.lora.validate(DType::F32)?;
-        let json = to_json(&weights.with_selection().config())?;
+        let json = to_json(&weights.config())?;
         let bytes = serialize(&weights.state_dict(), Some((CONFIG, json)))?;
         Ok(atomic_file::replace(path, &bytes)?)
     };

@@ -139,8 +139,7 @@ impl LoraWeights {
     pub(crate) fn check_same_options(&self, model: &AdapterConfig) -> Result<()> {
         for (path, layer) in &self.layers {
             let (saved, model) = (layer.options(&self.options.lora), model.lora_config(path));
-            let same_scaling =
-                (saved.scaling() - model.scaling()).abs() <= 1e-12 * saved.scaling().abs();
+            let same_scaling = is_close(saved.scaling(), model.scaling());
             let reason = if saved.r != model.r {
                 format!("its rank is {}, the configuration has r = {}", saved.r, model.r)
             } else if saved.use_dora != model.use_dora {
@@ -161,4 +160,9 @@ impl LoraWeights {
         }
         Ok(())
     }
+}
+
+/// Whether two values are equal but for rounding, as when an alpha is converted to another rank and back.
+pub(crate) fn is_close(a: f64, b: f64) -> bool {
+    (a - b).abs() <= 1e-12 * a.abs()
 }

@@ -4,6 +4,7 @@ use super::config::AdapterConfig;
 use super::foreign::refuse_other_names;
 use super::layer::LayerWeights;
 use super::lora_weights::{LoraWeights, TokenRows};
+use super::selection::contains;
 use crate::files::StateDict;
 use crate::layers::Part;
 use crate::{Error, Result};
@@ -12,11 +13,12 @@ use std::collections::BTreeMap;
 
 impl LoraWeights {
     /// The adapter of these tensors by loralib's names (`<path>.lora_A`, `<path>.lora_B` and others), such as those of
-    /// [`lora_state_dict`](crate::lora_state_dict). `config` is a [`LoraConfig`](crate::LoraConfig), or an [`AdapterConfig`] with the
-    /// kinds, ranks and alphas of single layers.
+    /// [`lora_state_dict`](crate::lora_state_dict). `config` is a [`LoraConfig`](crate::LoraConfig), or an
+    /// [`AdapterConfig`] with the kinds, ranks and alphas of single layers.
     ///
     /// # Errors
-    /// If there are no tensors, or none of a layer although r > 0; if names are those of another format; if a layer
+    /// If there are no tensors; if none is of a layer although r > 0, and not all are selected as biases or modules; if
+    /// names are those of another format; if a layer
     /// lacks a factor, or a rank does not fit the options; if DoRA's magnitudes or token rows are not those that the
     /// options promise; and if the configuration has a layer that the tensors lack. The error names the tensor.
     pub fn new(config: impl Into<AdapterConfig>, tensors: StateDict) -> Result<Self> {
@@ -40,8 +42,9 @@ impl LoraWeights {
                 }
             }
         }
-        let none = found.is_empty() && rows.is_empty() && config.lora.r > 0;
-        if none || tensors.is_empty() {
+        let selected = |name| contains(config.bias, &config.modules_to_save, name, |_| false);
+        let none = found.is_empty() && rows.is_empty() && !tensors.keys().all(|n| selected(n));
+        if (none && config.lora.r > 0) || tensors.is_empty() {
             return Err(without_layers(tensors));
         }
         let layers = found.into_iter().map(|(path, parts)| {

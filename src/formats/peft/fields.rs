@@ -62,12 +62,14 @@ impl Fields {
     }
 
     pub(super) fn is_set(&self, key: &str) -> bool {
-        match self.value(key) {
-            None | Some(Value::Null | Value::Bool(false)) => false,
-            Some(Value::String(text)) => !text.is_empty(),
-            Some(Value::Array(items)) => !items.is_empty(),
-            Some(Value::Object(items)) => !items.is_empty(),
-            Some(_) => true,
+        let Some(text) = self.0.get(key) else { return false };
+        match serde_json::from_str(text.get()) {
+            Ok(Value::Null | Value::Bool(false)) => false,
+            Ok(Value::String(text)) => !text.is_empty(),
+            Ok(Value::Array(items)) => !items.is_empty(),
+            Ok(Value::Object(items)) => !items.is_empty(),
+            // A number or a nesting beyond what a value represents is not nothing.
+            Ok(_) | Err(_) => true,
         }
     }
 

@@ -7,7 +7,7 @@ use super::save_config::config_json;
 use crate::files::{folder, serialize, StateDict};
 use crate::formats::shapes::to_peft;
 use crate::layers::{without_conv, LayerKind, LoraConfig, Part};
-use crate::weights::{uniform, Factors, LoraWeights};
+use crate::weights::{is_close, uniform, Factors, LoraWeights};
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -128,11 +128,11 @@ fn one_rank(
         }
         let own = own.padded(rank, rslora)?;
         let (other, alpha) = *first.get_or_insert((path, own.lora_alpha));
-        if alpha != own.lora_alpha {
+        if !is_close(alpha, own.lora_alpha) {
             let reason = format!("its scaling is not that of {other}, which one_rank requires");
             return Err(Error::tensor(Part::A.at(path), reason));
         }
-        Ok((path, own))
+        Ok((path, Factors { lora_alpha: alpha, ..own }))
     });
     padded.collect()
 }

@@ -129,6 +129,13 @@ impl LoraWeights {
             }
             let wrong = |reason: String| Error::tensor(Part::A.at(path), reason);
             let factors = to_peft(layer, rslora).map_err(|e| wrong(e.to_string()))?;
+            if layer.kind.is_none() {
+                // Its factors have the shapes of whatever layer it is of.
+                let declared = LayerWeights { kind: Some(kind.clone()), ..layer.clone() };
+                to_peft(&declared, rslora).map_err(|e| Error::tensor(Part::A.at(path), e))?;
+                *layer = declared;
+                continue;
+            }
             let embedding = layer.kind == Some(LayerKind::Embedding);
             let kind =
                 self::kind([&factors.a, &factors.b], embedding, Some(&kind)).map_err(wrong)?;
@@ -139,10 +146,11 @@ impl LoraWeights {
         match found {
             true => Self::of_layers(self.options.clone(), self.layers.clone())
                 .map(|own| Self { options: own.options, ..self }),
-            false => Err(Error::tensor(
-                Part::A.at(module),
-                "the configuration has this layer, the adapter does not",
-            )),
+            false => {
+                let some: Vec<_> = self.layers.keys().take(3).collect();
+                let reason = format!("the adapter has no such layer, but layers such as {some:?}");
+                Err(Error::tensor(Part::A.at(module), reason))
+            }
         }
     }
 }

@@ -23,5 +23,5 @@ pub(super) fn with_kinds(adapter: &LoraWeights) -> LoraWeights {
 /// The changes by Hugging Face's names.
 pub(super) fn plan(base: &File, names: &Names, adapter: &LoraWeights) -> Result<Plan> {
     let exists = |name: &str| names.gguf(name).is_some_and(|name| base.find(&name).is_some());
-    Plan::new(adapter, exists, |_| None)
+    Plan::new(adapter, exists, |_| None, false)
 }

@@ -8,19 +8,27 @@ use std::sync::Arc;
 
 static BLOCKS: Registry<QTensor> = Registry::new();
 
-/// The tensor that stands for a quantised matrix, with its blocks. They are found while this lives.
-pub(crate) type Placeholder = Arc<Bound<QTensor>>;
+/// The blocks of a placeholder. They are found while this lives.
+pub(super) type Blocks = Arc<Bound<QTensor>>;
+
+/// The tensor that stands for a quantised matrix, with its blocks.
+#[derive(Clone)]
+pub(crate) struct Placeholder {
+    pub tensor: Tensor,
+    _blocks: Blocks,
+}
 
 /// A placeholder for a matrix in a model of `dtype`.
 pub(crate) fn placeholder(blocks: Arc<QTensor>, dtype: DType) -> Result<Placeholder> {
     let dims = blocks.shape().dims2()?;
     let nan = Tensor::full(f32::NAN, (), &blocks.device())?.to_dtype(dtype)?;
-    Ok(BLOCKS.bind(nan.broadcast_as(dims)?, blocks))
+    let tensor = nan.broadcast_as(dims)?;
+    Ok(Placeholder { _blocks: BLOCKS.bind(&tensor, blocks), tensor })
 }
 
 /// `view`, of the same values as `tensor`, as a placeholder of the same blocks if that is one.
-pub(super) fn placeholder_view(tensor: &Tensor, view: &Tensor) -> Option<Placeholder> {
-    Some(BLOCKS.bind(view.clone(), BLOCKS.get(tensor)?.value().clone()))
+pub(super) fn placeholder_view(tensor: &Tensor, view: &Tensor) -> Option<Blocks> {
+    Some(BLOCKS.bind(view, BLOCKS.get(tensor)?.value().clone()))
 }
 
 /// Whether this is a placeholder, maybe of blocks that are gone: a matrix of a single value, NaN.
@@ -54,13 +62,13 @@ pub(crate) fn dequantized(tensor: Tensor) -> Result<Tensor> {
 pub(crate) struct Base {
     tensor: Tensor,
     /// The blocks, if the tensor is their placeholder.
-    placeholder: Option<Placeholder>,
+    blocks: Option<Blocks>,
 }
 
 impl Base {
     pub fn new(tensor: Tensor) -> Self {
-        let placeholder = BLOCKS.get(&tensor);
-        Self { tensor, placeholder }
+        let blocks = BLOCKS.get(&tensor);
+        Self { tensor, blocks }
     }
 
     /// The tensor, or the placeholder.
@@ -69,7 +77,7 @@ impl Base {
     }
 
     pub fn blocks(&self) -> Option<&Arc<QTensor>> {
-        self.placeholder.as_ref().map(|placeholder| placeholder.value())
+        self.blocks.as_ref().map(|blocks| blocks.value())
     }
 
     /// The weight as the operand of a product.
@@ -96,7 +104,7 @@ impl Base {
 
     /// The same weight without a graph.
     pub fn detach(&self) -> Self {
-        Self { tensor: self.tensor.detach(), placeholder: self.placeholder.clone() }
+        Self { tensor: self.tensor.detach(), blocks: self.blocks.clone() }
     }
 }
 
@@ -110,7 +118,7 @@ mod tests {
         let weight = Tensor::ones((2, 32), DType::F32, &Device::Cpu)?;
         let blocks = Arc::new(QTensor::quantize(&weight, GgmlDType::Q8_0)?);
         let placeholder = placeholder(blocks.clone(), DType::F32)?;
-        let tensor = placeholder.tensor().clone();
+        let tensor = placeholder.tensor.clone();
         let base = Base::new(tensor.clone());
         drop(placeholder);
         assert!(Base::new(tensor.clone()).blocks().is_some(), "the layer has it");

@@ -10,9 +10,9 @@ pub(super) struct Registry<T: ?Sized + 'static>(Entries<T>);
 
 type Entries<T> = LazyLock<Mutex<HashMap<TensorId, Weak<Bound<T>>>>>;
 
-/// A tensor and the value that is bound to it.
+/// The value that is bound to a tensor, which it does not keep in memory.
 pub(crate) struct Bound<T: ?Sized + 'static> {
-    tensor: Tensor,
+    id: TensorId,
     value: Arc<T>,
     registry: &'static Registry<T>,
 }
@@ -23,9 +23,9 @@ impl<T: ?Sized> Registry<T> {
     }
 
     /// Binds a value to a tensor that has none.
-    pub fn bind(&'static self, tensor: Tensor, value: Arc<T>) -> Arc<Bound<T>> {
-        let bound = Arc::new(Bound { tensor, value, registry: self });
-        self.entries().insert(bound.tensor.id(), Arc::downgrade(&bound));
+    pub fn bind(&'static self, tensor: &Tensor, value: Arc<T>) -> Arc<Bound<T>> {
+        let bound = Arc::new(Bound { id: tensor.id(), value, registry: self });
+        self.entries().insert(bound.id, Arc::downgrade(&bound));
         bound
     }
 
@@ -45,10 +45,6 @@ impl<T: ?Sized> Registry<T> {
 }
 
 impl<T: ?Sized> Bound<T> {
-    pub fn tensor(&self) -> &Tensor {
-        &self.tensor
-    }
-
     pub fn value(&self) -> &Arc<T> {
         &self.value
     }
@@ -56,12 +52,12 @@ impl<T: ?Sized> Bound<T> {
 
 impl<T: ?Sized> Drop for Bound<T> {
     fn drop(&mut self) {
-        self.registry.entries().remove(&self.tensor.id());
+        self.registry.entries().remove(&self.id);
     }
 }
 
 impl<T: ?Sized> fmt::Debug for Bound<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Bound").field(&self.tensor.shape()).finish()
+        f.debug_tuple("Bound").field(&self.id).finish()
     }
 }

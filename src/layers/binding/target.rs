@@ -1,6 +1,6 @@
 //! The modules that weights belong to, as an adapter's `VarBuilder` has given them out.
 
-use super::placeholder::{placeholder_view, Placeholder};
+use super::placeholder::{placeholder_view, Blocks};
 use super::registry::{Bound, Registry};
 use crate::layers::kind::LayerKind;
 use crate::layers::weight::Weight;
@@ -19,7 +19,7 @@ static TARGETS: Registry<dyn TargetModule> = Registry::new();
 #[derive(Default)]
 pub(crate) struct TargetWeights(Mutex<Vec<Given>>);
 
-type Given = (Arc<Bound<dyn TargetModule>>, Option<Placeholder>);
+type Given = (Arc<Bound<dyn TargetModule>>, Option<Blocks>);
 
 impl TargetWeights {
     /// `weight` with an id of its own, to which the module is bound: a base in memory gives the same tensor to every
@@ -27,7 +27,7 @@ impl TargetWeights {
     pub fn bind(&self, weight: &Tensor, module: Arc<dyn TargetModule>) -> Result<Tensor> {
         let view = weight.unsqueeze(0)?.squeeze(0)?;
         let placeholder = placeholder_view(weight, &view);
-        let given = (TARGETS.bind(view.clone(), module), placeholder);
+        let given = (TARGETS.bind(&view, module), placeholder);
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(given);
         Ok(view)
     }
