@@ -163,28 +163,9 @@ impl Adapter {
     }
 }
 
-/// An error for a folder of another program.
-fn refuse_others(dir: &Path) -> Result<()> {
-    if peft::has_tensors(dir) {
-        return Ok(());
-    }
-    for (file, program, module) in [
-        ("adapters.safetensors", "MLX", "mlx"),
-        ("pytorch_lora_weights.safetensors", "diffusers", "diffusers"),
-    ] {
-        if dir.join(file).exists() {
-            let reason =
-                format!("it is a folder of {program}: read it by `formats::{module}::load`");
-            return Err(Error::Invalid(reason).at(dir));
-        }
-    }
-    Ok(())
-}
-
 fn read(path: &Path, device: &Device) -> Result<LoraWeights> {
-    if path.is_dir() {
-        refuse_others(path)?;
-        return peft::load(path, device);
+    match path.is_dir() {
+        true => peft::load(path, device),
+        false => weights::load(path, device),
     }
-    weights::load(path, device)
 }

@@ -213,6 +213,7 @@ impl Adapter {
     /// # Errors
     /// If nothing is trained.
     pub fn state_dict(&self) -> Result<StateDict> {
+        self.named_vars()?;
         lora_state_dict(&self.vars, &self.options.config)
     }
 
@@ -222,7 +223,7 @@ impl Adapter {
     /// # Errors
     /// If nothing is trainable.
     pub fn summary(&self) -> Result<Summary> {
-        let (summary, trained) = (summary(&self.vars, &self.options.config)?, self.named_vars()?);
+        let (trained, summary) = (self.named_vars()?, summary(&self.vars, &self.options.config)?);
         // Those that the model has read, and factors, which the layers have read.
         let beside = trained.iter().filter(|(name, _)| !self.record.has(name));
         let beside: usize = beside.map(|(_, var)| var.elem_count()).sum();

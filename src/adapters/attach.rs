@@ -52,7 +52,7 @@ impl Attached {
         check(options, &vars, &attached, record)?;
         if updates.is_empty() {
             let reason =
-                "it adapts no layer: it needs targets, and a model on `Adapters::var_builder`";
+                "it adapts no layer: it needs r > 0, targets, and a model on `Adapters::var_builder`";
             return Err(Error::Invalid(reason.to_owned()));
         }
         let created = variables(&vars).into_keys().find(|name| !held.contains_key(name));

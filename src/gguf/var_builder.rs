@@ -15,7 +15,8 @@ use std::sync::Arc;
 /// [`File::var_builder`](super::File::var_builder) does not know.
 ///
 /// Matrices stay quantised, but for those in F32: a model gets a placeholder, as from
-/// [`File::var_builder`](super::File::var_builder). All other tensors have the given dtype.
+/// [`File::var_builder`](super::File::var_builder). All other tensors have the given dtype. On devices, and for a model
+/// in half precision, F16 and BF16 matrices are dense, too.
 ///
 /// ```
 /// # fn main() -> loralib::Result<()> {

@@ -4,7 +4,7 @@ use super::change::Change;
 use super::experts::set_orientations;
 use super::tied::is_tied;
 use crate::layers::{without_conv, LoraConfig, Part};
-use crate::weights::LoraWeights;
+use crate::weights::{is_flattened, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -100,7 +100,7 @@ impl Plan {
 fn missing(name: &str) -> Error {
     let hint = if name.split('.').any(|component| component == "_orig_mod") {
         ": _orig_mod is of a model that torch.compile wrapped, rename the tensors without it"
-    } else if name.starts_with("lora_") {
+    } else if is_flattened(Part::parse(name).0) {
         ": this is a flattened name of kohya's, to which `kohya::with_paths` gives the layer's path"
     } else {
         ""

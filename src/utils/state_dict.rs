@@ -15,7 +15,8 @@ use std::collections::BTreeMap;
 pub enum Strict {
     /// They are an error.
     Yes,
-    /// They are listed in the [`LoadReport`]. It is still an error if no name matches or a shape differs.
+    /// They are listed in the [`LoadReport`]. It is still an error if no name matches or a shape differs, and of a
+    /// checkpoint, which is an adapter, also if a layer has one factor of two.
     No,
 }
 

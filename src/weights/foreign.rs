@@ -23,6 +23,11 @@ pub(crate) fn refuse_other_names<'a>(names: impl IntoIterator<Item = &'a String>
     Ok(())
 }
 
+/// Whether the path of a layer is one of kohya's files, without dots.
+pub(crate) fn is_flattened(path: &str) -> bool {
+    path.starts_with("lora_") && !path.contains('.')
+}
+
 fn is_factor_of_peft(name: &str) -> bool {
     match Part::parse(name) {
         (_, Part::Base("lora_embedding_A" | "lora_embedding_B")) => true,

@@ -8,6 +8,7 @@ mod adapters;
 mod bad_input;
 mod building;
 mod checkpointing;
+mod crossings;
 mod dora;
 mod dora_magnitude;
 mod half;

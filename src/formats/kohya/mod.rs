@@ -70,8 +70,9 @@ fn parse(key: &str) -> Result<(&str, Role)> {
         "lora_down.weight" => Role::A,
         "lora_up.weight" => Role::B,
         "alpha" => Role::Alpha,
-        "lora_A.weight" | "lora_B.weight" => {
-            return Err(Error::tensor(key, "this is a name of diffusers: read it with `diffusers`"))
+        _ if ["lora_A.weight", "lora_B.weight"].iter().any(|name| last.ends_with(name)) => {
+            let reason = "this is a name of PEFT or diffusers: read it by `formats::peft` or `formats::diffusers`";
+            return Err(Error::tensor(key, reason));
         }
         _ => {
             let reason =

@@ -1,15 +1,28 @@
 //! The files of a folder in PEFT's format.
 
-use crate::Error;
+use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
 pub(super) const CONFIG: &str = "adapter_config.json";
 pub(super) const SAFETENSORS: &str = "adapter_model.safetensors";
 pub(super) const BIN: &str = "adapter_model.bin";
 
-/// Whether a folder has the tensors of an adapter in PEFT's format.
-pub(crate) fn has_tensors(dir: &Path) -> bool {
-    [SAFETENSORS, BIN].iter().any(|file| dir.join(file).exists())
+/// An error for a folder of another program.
+pub(super) fn refuse_others(dir: &Path) -> Result<()> {
+    if [SAFETENSORS, BIN].iter().any(|file| dir.join(file).exists()) {
+        return Ok(());
+    }
+    for (file, program, module) in [
+        ("adapters.safetensors", "MLX", "mlx"),
+        ("pytorch_lora_weights.safetensors", "diffusers", "diffusers"),
+    ] {
+        if dir.join(file).exists() {
+            let reason =
+                format!("it is a folder of {program}: read it by `formats::{module}::load`");
+            return Err(Error::Invalid(reason).at(dir));
+        }
+    }
+    Ok(())
 }
 
 /// The configuration's file, given it or its folder.

@@ -1,7 +1,7 @@
 //! Reads a folder in PEFT's format.
 
 use super::config::PeftConfig;
-use super::folder::{BIN, CONFIG, SAFETENSORS};
+use super::folder::{refuse_others, BIN, CONFIG, SAFETENSORS};
 use super::keys;
 use super::pairs::{group, Grouped, Pair};
 use super::parameters::rename;
@@ -35,6 +35,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
                       `load_checkpoint`";
         return Err(Error::Invalid(reason.to_owned()).at(dir));
     }
+    refuse_others(dir)?;
     let (text, path, tensors) = read_both(dir, device)?;
     let config = PeftConfig::parse(&text).and_then(PeftConfig::saved);
     let config = config.map_err(|e| e.at(&dir.join(CONFIG)))?;

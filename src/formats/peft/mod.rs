@@ -54,7 +54,7 @@ mod tokens;
 
 pub(crate) use config::{new_adapter, Modules, PeftConfig};
 pub(crate) use fields::Fields;
-pub(crate) use folder::{config_file, has_tensors, malformed};
+pub(crate) use folder::{config_file, malformed};
 pub(crate) use keys::adapter_name;
 pub use load::load;
 pub(crate) use patterns::Patterns;
