@@ -5,7 +5,7 @@ use super::backend::Backend;
 use super::cpu::{map_rows, map_tensor_rows, on_cpu, row_squares, sum_of_products};
 use super::elementwise::{div_frozen, plus_bias, with_frozen_bias};
 use super::linear::matmul::matmul;
-use super::linear::product::linear_no_grad;
+use super::linear::op::linear_no_grad;
 use super::lora::{LowRank, Magnitude};
 use super::matrix::Matrix;
 use super::op::{compute_dtype, if_tracked, is_f32_on_cpu, run, Fused, Grads, Operand};

@@ -2,11 +2,11 @@
 //! its low-rank update. With DoRA `y = c ∘ (x̃·W + x̃·Aᵀ·(s·B)ᵀ) + (x − x̃)·W + bias`, as in PEFT.
 //!
 //! [`linear`] and [`linear_rows`] check the operands and choose the products: one, or two where a part of the input has
-//! no dropout. [`product()`] is an operation for each case of what is trained, with its forward and backward, and
+//! no dropout. [`product()`] is an operation for each case of what is trained, with its forward and backward (`op`), and
 //! [`matmul()`] the small products of these, without a graph.
 
 pub(super) mod matmul;
-pub(super) mod product;
+pub(super) mod op;
 
 use super::backend::LowRankTerm;
 use super::custom_gradient::with_zero_grads;
@@ -17,7 +17,7 @@ use super::matrix::Matrix;
 use super::op::{compute_dtype, Custom};
 use candle_core::{bail, Result, Tensor};
 use matmul::matmul;
-use product::{masked, product, FrozenLinearOp, LinearOp};
+use op::{masked, product, FrozenLinearOp, LinearOp};
 use std::iter;
 
 /// `x` (.., in) to (.., out), with `w` (in, out) in any layout and `bias` (out).
