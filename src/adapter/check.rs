@@ -5,10 +5,10 @@ use super::record::Record;
 use super::state::Adapted;
 use super::Adapter;
 use crate::layers::Part;
-use crate::merge::is_equal;
 use crate::utils::{variables, Trainable};
-use crate::weights::Bias;
+use crate::weights::{is_equal, Bias};
 use crate::{Error, Result};
+use candle_core::Tensor;
 use candle_nn::VarMap;
 use std::sync::Arc;
 
@@ -99,12 +99,13 @@ fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) 
         record.has(name) || (of_layer && adapted.layers.contains_key(path))
     };
     let mut unread = saved.filter(|name| !is_read(name)).collect::<Vec<_>>();
-    let (read, others): (Vec<_>, Vec<_>) =
-        options.frozen.iter().partition(|(name, _)| is_read(name));
-    for (name, own) in others {
-        // PEFT saves the tensor of a tied head a second time.
-        let mut equal = read.iter().map(|(_, other)| is_equal(own, other));
-        if !equal.try_fold(false, |any, equal| equal.map(|equal| any || equal))? {
+    for (name, own) in options.frozen.iter().filter(|(name, _)| !is_read(name)) {
+        // PEFT saves the table of a tied head a second time.
+        let all = vars.iter().map(|(name, var)| (name, var.as_tensor())).chain(&options.frozen);
+        let mut tables = all.filter(|(other, _)| own.rank() == 2 && is_read(other));
+        let equal =
+            |any, (_, other): (&String, &Tensor)| Ok::<_, Error>(any || is_equal(own, other)?);
+        if !tables.try_fold(false, equal)? {
             unread.push(name);
         }
     }

@@ -4,7 +4,7 @@ use super::{Adapter, Targets};
 use crate::formats::peft;
 use crate::layers::Part;
 use crate::utils::{load_weights, LoadReport, StateDict, Strict, Trainable};
-use crate::weights::{self, LoraWeights};
+use crate::weights::{self, is_equal, LoraWeights};
 use crate::{gguf, Error, Result};
 use candle_core::{DType, Device, Var};
 use std::path::Path;
@@ -19,7 +19,8 @@ impl Adapter {
     pub fn weights(&self) -> Result<LoraWeights> {
         let mut tensors = self.state_dict()?;
         tensors.extend(self.options.frozen.clone());
-        LoraWeights::new(self.config(), tensors)
+        // A layer of rank 0 has options and no tensors.
+        LoraWeights::parse(self.config(), &tensors)
     }
 
     /// An adapter of these weights, such as those of a [format](crate::formats). Initial factors become a part of its
@@ -156,7 +157,14 @@ impl Adapter {
     /// As [`load`](Self::load) and [`load_weights`]; and if a layer's rank, scaling or use_dora differs.
     pub fn restore(&self, path: impl AsRef<Path>) -> Result<LoadReport> {
         let path = path.as_ref();
-        let saved = read(path, &Device::Cpu)?;
+        let mut saved = read(path, &Device::Cpu)?;
+        // What replaces the base's already. A table under an adapted embedding is in the report.
+        for (name, own) in &self.options.frozen {
+            let Some(tensor) = saved.others.get(name) else { continue };
+            if !saved.is_adapted_weight(name) && is_equal(tensor, &own.to_device(&Device::Cpu)?)? {
+                saved.others.remove(name);
+            }
+        }
         // Without a model there are no variables to set: its error says so.
         self.named_vars()?;
         load_weights(&saved, &self.vars, self.config(), Strict::Yes).map_err(|e| e.at(path))

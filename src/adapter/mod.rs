@@ -200,10 +200,15 @@ impl Adapter {
         if !adapted.is_empty() && !self.options.loaded {
             config.layers.clear();
         }
-        let vars = variables(&self.vars);
-        // One of rank 0 has no tensors.
-        let layers = adapted.iter().filter(|(path, _)| vars.contains_key(&Part::A.at(path)));
-        config.layers.extend(layers.map(|(path, layer)| (path.clone(), layer.clone())));
+        let mut layers = adapted.clone();
+        for name in variables(&self.vars).keys().filter(|_| !adapted.is_empty()) {
+            // Of one that no model has built yet: the entry of another would count for it.
+            if let (path, Part::A) = Part::parse(name) {
+                let own = || config.layer(path).map(|(_, own)| own.clone()).unwrap_or_default();
+                layers.entry(path.to_owned()).or_insert_with(own);
+            }
+        }
+        config.layers.extend(layers);
         config
     }
 

@@ -67,6 +67,7 @@ impl Source for Recorded<'_> {
     }
 
     fn has(&self, name: &str) -> bool {
-        self.base.has(name)
+        let frozen = self.adapter.as_ref().map(|adapter| &adapter.options.frozen);
+        frozen.is_some_and(|frozen| frozen.contains_key(name)) || self.base.has(name)
     }
 }

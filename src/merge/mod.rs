@@ -13,4 +13,3 @@ pub use crate::weights::add_weighted;
 pub use files::{merge_files, MergeProgress};
 pub(crate) use plan::Plan;
 pub use tensors::merge_into;
-pub(crate) use tied::is_equal;

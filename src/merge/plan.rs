@@ -7,7 +7,7 @@ use crate::layers::{without_conv, LoraConfig, Part};
 use crate::weights::{is_flattened, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Tensor;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The changes by tensor of the base, in the order in which they are applied.
 pub(crate) struct Plan {
@@ -26,13 +26,6 @@ impl Plan {
     ) -> Result<Self> {
         let mut weights = weights.joined()?.into_owned();
         set_orientations(&mut weights, dims);
-        // A convolution's tensors may have loralib's second names.
-        let find = |path: &str, last: &str| {
-            let names =
-                [Part::Base(last).at(path), format!("{}.{last}", Part::Base("conv").at(path))];
-            let found = names.into_iter().find(|name| exists(name));
-            found.ok_or_else(|| missing(&Part::Base(last).at(path)))
-        };
         let mut changes = BTreeMap::<String, Vec<Change>>::new();
         for (name, tensor) in &weights.others {
             let (path, part) = Part::parse(name);
@@ -41,13 +34,16 @@ impl Plan {
                 false if part == Part::Base("weight") && is_tied(path, &weights, &exists)? => {
                     continue
                 }
-                false => match find(without_conv(path).unwrap_or(path), part.name()) {
+                false => match find(without_conv(path).unwrap_or(path), part.name(), &exists) {
                     Err(_) if adds => name.clone(),
                     found => found?,
                 },
             };
             changes.entry(name).or_default().push(Change::Replace(tensor.clone()));
         }
+        // A head that the adapter adds may have an update, too.
+        let added: BTreeSet<_> = changes.keys().cloned().collect();
+        let exists = |name: &str| exists(name) || added.contains(name);
         for (path, layer) in weights.layers() {
             let weight = match layer.is_parameter() {
                 true if exists(path) => path.to_owned(),
@@ -58,7 +54,7 @@ impl Plan {
                 {
                     continue
                 }
-                false => find(path, "weight")?,
+                false => find(path, "weight", &exists)?,
             };
             // PEFT also saves the table under an embedding's adapter. In a state dict of a whole model
             // it may be merged already.
@@ -70,11 +66,14 @@ impl Plan {
             if let Some(bias) = &layer.bias {
                 let scaling = layer.options(&weights.options.lora).scaling();
                 let change = Change::AddBias { bias: bias.clone(), scaling };
-                changes.entry(find(path, "bias")?).or_default().push(change);
+                changes.entry(find(path, "bias", &exists)?).or_default().push(change);
             }
         }
         for (path, rows) in &weights.token_rows {
-            changes.entry(find(path, "weight")?).or_default().push(Change::Rows(rows.clone()));
+            changes
+                .entry(find(path, "weight", &exists)?)
+                .or_default()
+                .push(Change::Rows(rows.clone()));
         }
         Ok(Self { changes, options: weights.options.lora })
     }
@@ -95,6 +94,13 @@ impl Plan {
     pub fn changes(&self, name: &str) -> bool {
         self.changes.contains_key(name)
     }
+}
+
+/// The tensor of a layer, which a convolution may have by loralib's second name.
+fn find(path: &str, last: &str, exists: impl Fn(&str) -> bool) -> Result<String> {
+    let names = [Part::Base(last).at(path), format!("{}.{last}", Part::Base("conv").at(path))];
+    let found = names.into_iter().find(|name| exists(name));
+    found.ok_or_else(|| missing(&Part::Base(last).at(path)))
 }
 
 fn missing(name: &str) -> Error {

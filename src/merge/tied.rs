@@ -2,8 +2,8 @@
 //! beside that of the embeddings: the transposed factors, or an equal tensor.
 
 use crate::layers::Part;
-use crate::weights::LoraWeights;
-use candle_core::{DType, Result, Tensor};
+use crate::weights::{is_equal, LoraWeights};
+use candle_core::Result;
 
 /// Whether the adapter makes the change of the weight at `path` to another weight, which the base has. With DoRA it
 /// does not: the outputs of the two layers, and so their magnitudes, are not the same.
@@ -36,10 +36,4 @@ pub(super) fn is_tied(
         }
     }
     Ok(false)
-}
-
-pub(crate) fn is_equal(a: &Tensor, b: &Tensor) -> Result<bool> {
-    Ok(a.dims() == b.dims()
-        && a.dtype() == b.dtype()
-        && a.ne(b)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? == 0.)
 }

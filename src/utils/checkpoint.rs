@@ -42,8 +42,7 @@ pub fn save_state_dict(
     path: impl AsRef<Path>,
 ) -> Result<()> {
     let path = path.as_ref();
-    let weights = LoraWeights::new(config, tensors.clone()).map_err(|e| e.at(path))?;
-    save(path, &weights.with_selection())
+    save(path, &LoraWeights::new(config, tensors.clone()).map_err(|e| e.at(path))?)
 }
 
 /// Reads a safetensors file, a state dict that `torch.save` wrote (`.pt`, `.pth`, `.bin`), or all shards of

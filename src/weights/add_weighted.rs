@@ -92,11 +92,12 @@ fn sum(
 ) -> candle_core::Result<LayerWeights> {
     let scaling = summands.first().map_or(0., |(.., scaling)| *scaling);
     let (mut all_a, mut all_b, mut common) = (vec![], vec![], None);
+    let kind = summands.iter().find_map(|(own, ..)| own.kind.clone());
     for (own, weight, own_scaling) in summands {
         let (a, b) = (&own.a, &own.b);
-        match (&layer.kind, &own.kind) {
+        match (&kind, &own.kind) {
             (Some(kind), Some(other)) if kind != other => {
-                bail!("its layer is a {kind:?} in the first adapter, a {other:?} in another")
+                bail!("its layer is a {kind:?} in one adapter, a {other:?} in another")
             }
             _ => {}
         }
@@ -130,7 +131,6 @@ fn sum(
     let r = summands.iter().map(|(own, ..)| own.r).sum();
     let factors =
         Factors { a, b: Tensor::cat(&all_b, 1)?, r: layer.r, lora_alpha: layer.lora_alpha };
-    let kind = summands.iter().find_map(|(own, ..)| own.kind.clone());
     let fan_in_fan_out = layer.fan_in_fan_out;
     Ok(LayerWeights { fan_in_fan_out, ..LayerWeights::new(kind, factors.with_rank(r, rslora)) })
 }

@@ -1,6 +1,7 @@
 //! Adapters of a pipeline: the names of each model's layers begin with its component.
 
 use super::lora_weights::LoraWeights;
+use crate::layers::is_within;
 use crate::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -40,9 +41,11 @@ impl LoraWeights {
             inner => Some(inner.strip_prefix('.')?.to_owned()),
         };
         let mut part = self.renamed(within);
-        for module in &mut part.options.modules_to_save {
-            *module = within(module).unwrap_or_else(|| module.clone());
-        }
+        let modules = std::mem::take(&mut part.options.modules_to_save).into_iter();
+        let modules = modules.map(|module| within(&module).unwrap_or(module));
+        let has = |module: &String| part.others.keys().any(|name| is_within(name, module));
+        part.options.modules_to_save =
+            modules.filter(|module| !module.is_empty() && has(module)).collect();
         if part.layers.is_empty() && part.others.is_empty() && part.token_rows.is_empty() {
             let all: BTreeSet<_> = self.components().collect();
             let reason = format!("the adapter has no component {component:?}, but {all:?}");

@@ -128,9 +128,11 @@ impl AdapterConfig {
     /// An error if an entry of `layers` matches none of these layers. The empty entry, a default, may.
     pub(super) fn check_used<'a>(&self, paths: impl Iterator<Item = &'a str>) -> Result<()> {
         let used: BTreeSet<_> = paths.filter_map(|path| Some(self.layer(path)?.0)).collect();
-        match self.layers.keys().find(|m| !m.is_empty() && !used.contains(m.as_str())) {
+        // An entry without options says nothing of a layer.
+        let mut set = self.layers.iter().filter(|(_, own)| **own != LayerConfig::default());
+        match set.find(|(module, _)| !module.is_empty() && !used.contains(module.as_str())) {
             None => Ok(()),
-            Some(module) => Err(Error::tensor(
+            Some((module, _)) => Err(Error::tensor(
                 Part::A.at(module),
                 "the configuration has this layer, the adapter does not",
             )),

@@ -6,7 +6,7 @@ use super::layer::LayerWeights;
 use crate::files::StateDict;
 use crate::layers::{LoraConfig, Part};
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
@@ -165,4 +165,11 @@ impl LoraWeights {
 /// Whether two values are equal but for rounding, as when an alpha is converted to another rank and back.
 pub(crate) fn is_close(a: f64, b: f64) -> bool {
     (a - b).abs() <= 1e-12 * a.abs()
+}
+
+/// Whether two tensors have the same dtype, shape and values.
+pub(crate) fn is_equal(a: &Tensor, b: &Tensor) -> candle_core::Result<bool> {
+    Ok(a.dims() == b.dims()
+        && a.dtype() == b.dtype()
+        && a.ne(b)?.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()? == 0.)
 }

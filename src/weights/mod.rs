@@ -26,6 +26,6 @@ pub(crate) use foreign::{is_flattened, refuse_other_names};
 pub(crate) use layer::Factors;
 pub use layer::LayerWeights;
 pub use lora_weights::LoraWeights;
-pub(crate) use lora_weights::{is_close, TokenRows};
+pub(crate) use lora_weights::{is_close, is_equal, TokenRows};
 pub(crate) use selection::contains;
 pub(crate) use uniform::{common_alpha, common_rank_alpha, rescaled, uniform};

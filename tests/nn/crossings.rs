@@ -80,6 +80,7 @@ fn a_layer_without_an_update_is_not_saved() -> lora::Result<()> {
         let (_q, _k) = (layer(&vb, "q")?, layer(&vb, "k")?);
         adapter.check()?;
         assert_eq!(adapter.weights()?.layers().map(|(path, _)| path).collect::<Vec<_>>(), ["q"]);
+        assert!(adapter.config().layers.contains_key("k"));
     }
     Ok(())
 }
@@ -156,8 +157,6 @@ fn an_equal_table_of_a_tied_head_is_passed_over() -> lora::Result<()> {
 #[test]
 fn layers_of_different_kinds_have_no_sum() -> lora::Result<()> {
     let of = |kind| weights().with_kind("q", kind);
-    let merged = |enable: [bool; 2]| of(LayerKind::MergedLinear(enable.to_vec()));
-    assert!(merged([true, true]).is_err(), "its factors are a linear layer's");
     let (linear, embedding) = (of(LayerKind::Linear)?, of(LayerKind::Embedding)?);
     let error = merge::add_weighted(&[(&linear, 1.), (&embedding, 1.)]).unwrap_err().to_string();
     assert!(error.contains("q.lora_A") && error.contains("Embedding"), "{error}");
@@ -193,5 +192,64 @@ fn an_adapter_that_trains_nothing_says_why() -> lora::Result<()> {
     let adapter = Adapter::new(CFG).trainable(Bias::All)?;
     let error = adapter.state_dict().unwrap_err().to_string();
     assert!(error.contains("no targets"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_loaded_adapter_restores_its_own_file() -> lora::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("adapter.safetensors");
+    let head = ("head.weight".to_owned(), tensor(9, &[4, 4]));
+    let tensors = pair("q").into_iter().chain([head]).collect();
+    let adapter = Adapter::from_weights(&LoraWeights::new(CFG, tensors)?)?;
+    let vb = adapter.var_builder(base(4));
+    assert!(vb.contains_tensor("head.weight"));
+    let _layers = [layer(&vb, "q")?, layer(&vb, "head")?];
+    adapter.check()?;
+    adapter.save(&path)?;
+    let report = adapter.restore(&path)?;
+    assert_eq!((report.loaded.len(), report.unexpected.len()), (2, 0));
+    Ok(())
+}
+
+#[test]
+fn a_head_that_the_adapter_adds_may_have_an_update() -> lora::Result<()> {
+    let config = AdapterConfig::from(CFG).with_layer("new", LayerKind::Linear);
+    let head = ("new.weight".to_owned(), tensor(9, &[4, 4]));
+    let tensors = pair("new").into_iter().chain([head.clone()]).collect();
+    let weights = LoraWeights::new(config, tensors)?;
+    let merged = Adapter::from_weights(&weights)?.merged(base(4))?.get((4, 4), "new.weight")?;
+    let expected = merge::merge_into(
+        &[head].into(),
+        &LoraWeights::new(
+            AdapterConfig::from(CFG).with_layer("new", LayerKind::Linear),
+            pair("new").into(),
+        )?,
+    )?;
+    assert_eq!(merged.to_vec2::<f32>()?, expected["new.weight"].to_vec2::<f32>()?);
+    Ok(())
+}
+
+#[test]
+fn options_of_a_layer_stay_its_own_when_a_model_builds_another() -> lora::Result<()> {
+    let tensors = [pair("q"), pair("a.q")].into_iter().flatten().collect();
+    let adapter = Adapter::from_weights(&LoraWeights::new(CFG, tensors)?)?;
+    let _q = nn::embedding(4, 4, adapter.var_builder(base(4)).pp("q"))?;
+    assert_eq!(adapter.config().kind("q"), Some(&LayerKind::Embedding));
+    assert_eq!(adapter.config().kind("a.q"), None);
+    Ok(())
+}
+
+#[test]
+fn a_component_has_the_modules_of_its_tensors() -> lora::Result<()> {
+    let mut config = AdapterConfig::from(CFG);
+    config.modules_to_save = ["unet.head", "text_encoder.tail"].map(str::to_owned).into();
+    let others = ["unet.head.weight", "text_encoder.tail.weight"]
+        .map(|name| (name.to_owned(), tensor(9, &[4, 4])));
+    let tensors = pair("unet.q").into_iter().chain(others).collect();
+    let unet = LoraWeights::new(config, tensors)?.component("unet")?;
+    assert_eq!(unet.config().modules_to_save, ["head"]);
+    let saved = Adapter::from_weights(&unet)?.state_dict()?;
+    assert!(saved.keys().eq(["head.weight", "q.lora_A", "q.lora_B"]));
     Ok(())
 }

@@ -132,9 +132,10 @@ impl LoraWeights {
             if layer.kind.is_none() {
                 // Its factors have the shapes of whatever layer it is of.
                 let declared = LayerWeights { kind: Some(kind.clone()), ..layer.clone() };
-                to_peft(&declared, rslora).map_err(|e| Error::tensor(Part::A.at(path), e))?;
-                *layer = declared;
-                continue;
+                if to_peft(&declared, rslora).is_ok() {
+                    *layer = declared;
+                    continue;
+                }
             }
             let embedding = layer.kind == Some(LayerKind::Embedding);
             let kind =
