@@ -50,11 +50,11 @@ impl Plan {
                 true => return Err(missing(path)),
                 false
                     if !exists(&Part::Base("weight").at(path))
-                        && is_tied(path, &weights, &exists)? =>
+                        && is_tied(path, &weights, exists)? =>
                 {
                     continue
                 }
-                false => find(path, "weight", &exists)?,
+                false => find(path, "weight", exists)?,
             };
             // PEFT also saves the table under an embedding's adapter. In a state dict of a whole model
             // it may be merged already.
@@ -66,12 +66,12 @@ impl Plan {
             if let Some(bias) = &layer.bias {
                 let scaling = layer.options(&weights.options.lora).scaling();
                 let change = Change::AddBias { bias: bias.clone(), scaling };
-                changes.entry(find(path, "bias", &exists)?).or_default().push(change);
+                changes.entry(find(path, "bias", exists)?).or_default().push(change);
             }
         }
         for (path, rows) in &weights.token_rows {
             changes
-                .entry(find(path, "weight", &exists)?)
+                .entry(find(path, "weight", exists)?)
                 .or_default()
                 .push(Change::Rows(rows.clone()));
         }

@@ -174,7 +174,9 @@ fn other_key(name: &str, weights: &LoraWeights) -> Result<String> {
     let path = without_conv(layer).filter(|path| adapted(path));
     let name = path.map_or(name.to_owned(), |path| part.at(path));
     if !keys::is_carried(&name, &weights.options) {
-        let reason = "the configuration's modules_to_save and bias do not include it";
+        let reason =
+            "the configuration's modules_to_save and bias do not include it: select it, as by \
+                      `Adapter::trainable`";
         return Err(Error::tensor(name, reason));
     }
     Ok(keys::base_key(&name, adapted(Part::parse(&name).0)))
