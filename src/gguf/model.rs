@@ -19,11 +19,10 @@ impl File {
     /// `model.layers.0.self_attn.q_proj.weight`, in Hugging Face's order of rows. Each is read when the model
     /// asks for it, and once: after loading, the model takes about as much memory as the file has bytes.
     ///
-    /// Matrices stay quantised, those in F16 and BF16 too, but for those in F32. What a model gets in their place is a tensor whose
-    /// values are NaN, from which the constructors of [`lora::nn`](crate::nn)'s `Linear` and `Embedding` take
-    /// the blocks: no other code can compute with it. The `VarBuilder` has to live until the layers are built. All
-    /// other tensors have the given dtype. On devices, and for a model in half precision, F16 and BF16 matrices are
-    /// dense, too.
+    /// Matrices stay quantised, but for those in F32 and, on devices and for a model in half precision, those in F16
+    /// and BF16. What a model gets in their place is a tensor whose values are NaN, from which the constructors of
+    /// [`lora::nn`](crate::nn)'s `Linear` and `Embedding` take the blocks: no other code can compute with it. The
+    /// `VarBuilder` has to live until the layers are built. All other tensors have the given dtype.
     ///
     /// # Errors
     /// If the architecture is unknown, or a tensor of the file has no name in it, such as the experts of a

@@ -4,7 +4,7 @@ use super::change::Change;
 use super::experts::set_orientations;
 use super::tied::is_tied;
 use crate::layers::{without_conv, LoraConfig, Part};
-use crate::weights::{is_flattened, LoraWeights};
+use crate::weights::{flattened_hint, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
@@ -104,12 +104,10 @@ fn find(path: &str, last: &str, exists: impl Fn(&str) -> bool) -> Result<String>
 }
 
 fn missing(name: &str) -> Error {
-    let hint = if name.split('.').any(|component| component == "_orig_mod") {
-        ": _orig_mod is of a model that torch.compile wrapped, rename the tensors without it"
-    } else if is_flattened(Part::parse(name).0) {
-        ": this is a flattened name of kohya's, to which `kohya::with_paths` gives the layer's path"
-    } else {
-        ""
-    };
+    let wrapped = name.split('.').any(|component| component == "_orig_mod").then_some(
+        "_orig_mod is of a model that torch.compile wrapped, rename the tensors without it",
+    );
+    let hint = wrapped.or(flattened_hint(Part::parse(name).0));
+    let hint = hint.map_or_else(String::new, |hint| format!(": {hint}"));
     Error::tensor(name, format!("the adapter changes it, but the base does not have it{hint}"))
 }

@@ -23,9 +23,12 @@ pub(crate) fn refuse_other_names<'a>(names: impl IntoIterator<Item = &'a String>
     Ok(())
 }
 
-/// Whether the path of a layer is one of kohya's files, without dots.
-pub(crate) fn is_flattened(path: &str) -> bool {
-    path.starts_with("lora_") && !path.contains('.')
+/// What to do about the path of a layer that is one of kohya's files, without dots.
+pub(crate) fn flattened_hint(path: &str) -> Option<&'static str> {
+    let is_flattened = path.starts_with("lora_") && !path.contains('.');
+    is_flattened.then_some(
+        "this is a flattened name of kohya's: `kohya::with_paths` gives the layer's path",
+    )
 }
 
 fn is_factor_of_peft(name: &str) -> bool {

@@ -22,7 +22,7 @@ pub use bias::Bias;
 pub(crate) use component::{has_component, NO_COMPONENT};
 pub use config::{AdapterConfig, LayerConfig};
 pub(crate) use file::{load, parsed_config, save};
-pub(crate) use foreign::{is_flattened, refuse_other_names};
+pub(crate) use foreign::{flattened_hint, refuse_other_names};
 pub(crate) use layer::Factors;
 pub use layer::LayerWeights;
 pub use lora_weights::LoraWeights;

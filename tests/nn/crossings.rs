@@ -184,6 +184,10 @@ fn a_number_that_no_float_has_is_an_error() -> lora::Result<()> {
     std::fs::write(&file, json)?;
     let error = peft::load(&dir, &CPU).unwrap_err().to_string();
     assert!(error.contains("alpha_pattern") && error.contains("1e400"), "{error}");
+    let json = std::fs::read_to_string(&file)?.replacen('{', "{\"unknown\": 1e400,", 1);
+    std::fs::write(&file, json.replace(", \"other\": 1e400", ""))?;
+    let error = peft::load(&dir, &CPU).unwrap_err().to_string();
+    assert!(error.contains("unknown = 1e400"), "{error}");
     Ok(())
 }
 

@@ -47,8 +47,7 @@ impl Fields {
         valid: impl Fn(&T) -> bool,
     ) -> Result<IndexMap<String, T>> {
         let Ok(texts) = self.take::<IndexMap<String, Box<RawValue>>>(key, unknown) else {
-            let value = self.value(key).unwrap_or_default();
-            return Err(malformed(format!("{key} = {value}, expected an object")));
+            return Err(malformed(format!("{key} = {}, expected an object", self.text(key))));
         };
         let entry =
             |(pattern, text): (String, Box<RawValue>)| match serde_json::from_str(text.get())
@@ -73,13 +72,18 @@ impl Fields {
         }
     }
 
+    /// The value as errors show it: as the file has it, if nothing else represents it.
+    fn text(&self, key: &str) -> String {
+        let text = || self.0.get(key).map_or("null", |text| text.get()).to_owned();
+        self.value(key).map_or_else(text, |value| value.to_string())
+    }
+
     pub(super) fn wrong(&self, key: &str) -> Error {
-        malformed(format!("{key} = {}", self.value(key).unwrap_or_default()))
+        malformed(format!("{key} = {}", self.text(key)))
     }
 
     pub(super) fn unsupported(&self, key: &str, reason: &str) -> Error {
-        let value = self.value(key).unwrap_or_default();
-        Error::unsupported(format!("the option {key} = {value}"), reason)
+        Error::unsupported(format!("the option {key} = {}", self.text(key)), reason)
     }
 }
 

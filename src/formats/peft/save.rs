@@ -7,7 +7,7 @@ use super::save_config::config_json;
 use crate::files::{folder, serialize, StateDict};
 use crate::formats::shapes::to_peft;
 use crate::layers::{without_conv, LayerKind, LoraConfig, Part};
-use crate::weights::{is_close, is_flattened, uniform, Factors, LoraWeights};
+use crate::weights::{flattened_hint, is_close, uniform, Factors, LoraWeights};
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -62,10 +62,8 @@ fn convert(weights: &LoraWeights, plain: bool) -> Result<(StateDict, String)> {
             let reason = "the layer has no name, which PEFT's format requires";
             return Err(Error::tensor(Part::A.name(), reason));
         }
-        if is_flattened(path) {
-            let reason =
-                "this is a flattened name of kohya's: `kohya::with_paths` gives the layer's path";
-            return Err(Error::tensor(Part::A.at(path), reason));
+        if let Some(hint) = flattened_hint(path) {
+            return Err(Error::tensor(Part::A.at(path), hint));
         }
         let factors = layer.options(&weights.options.lora).validate(layer.a.dtype());
         let factors = factors.and_then(|()| to_peft(layer, rslora));
