@@ -203,12 +203,13 @@ fn an_adapter_that_trains_nothing_says_why() -> lora::Result<()> {
 fn a_loaded_adapter_restores_its_own_file() -> lora::Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("adapter.safetensors");
-    let head = ("head.weight".to_owned(), tensor(9, &[4, 4]));
+    let head = ("new.weight".to_owned(), tensor(9, &[4, 4]));
     let tensors = pair("q").into_iter().chain([head]).collect();
     let adapter = Adapter::from_weights(&LoraWeights::new(CFG, tensors)?)?;
     let vb = adapter.var_builder(base(4));
-    assert!(vb.contains_tensor("head.weight"));
-    let _layers = [layer(&vb, "q")?, layer(&vb, "head")?];
+    // The base lacks it.
+    assert!(vb.contains_tensor("new.weight"));
+    let _layers = [layer(&vb, "q")?, layer(&vb, "new")?];
     adapter.check()?;
     adapter.save(&path)?;
     let report = adapter.restore(&path)?;
