@@ -1,17 +1,17 @@
 //! The base of a model with an adapter.
 
 use super::Adapter;
-use crate::layers::binding::active::{activate, Active};
+use super::Choice;
+use crate::layers::binding::active::{Activations, Active};
 use crate::layers::Part;
 use crate::utils::variables;
-use crate::Error;
+use crate::{Error, Result};
 
 impl Adapter {
-    /// Runs `f`, in which the model computes with its base on this thread, as by PEFT's `disable_adapter`: the
-    /// reference model of DPO. Threads that `f` starts, and other threads, compute with the adapter. The mode stays.
-    ///
-    /// It is of no effect on a model of [`Adapters`](crate::Adapters), to which the adapter was added: there it is
-    /// [`Adapters::with_none`](crate::Adapters::with_none).
+    /// Runs `f`, in which the model computes without this adapter, as by PEFT's `disable_adapter`: the reference model of
+    /// DPO. The mode stays. On a model of [`Adapters`](crate::Adapters) to which it was added, whatever is chosen there
+    /// counts without it. It is the [`run`](Choice::run) of [`choice_disabled`](Self::choice_disabled), which tells what holds
+    /// for threads.
     ///
     /// ```
     /// # fn main() -> loralib::Result<()> {
@@ -28,16 +28,24 @@ impl Adapter {
     ///
     /// # Errors
     /// Those of `f`; and if the adapter trains biases or modules, in whose place the base's own are not kept.
-    pub fn disabled<T, E: From<Error>>(
+    pub fn disabled<T: Send, E: From<Error> + Send>(
         &self,
-        f: impl FnOnce() -> std::result::Result<T, E>,
+        f: impl FnOnce() -> std::result::Result<T, E> + Send,
     ) -> std::result::Result<T, E> {
+        self.choice_disabled()?.run(f)
+    }
+
+    /// A model without this adapter, to be run in any thread.
+    ///
+    /// # Errors
+    /// If the adapter trains biases or modules, in whose place the base's own are not kept.
+    pub fn choice_disabled(&self) -> Result<Choice> {
         let others = variables(&self.vars).into_keys().find(|name| !Part::parse(name).1.is_lora());
         if let Some(name) = others {
             let reason = "the adapter trains it, and the base's own is not kept: for a model without the adapter, \
                           build one on the base";
-            return Err(Error::tensor(name, reason).into());
+            return Err(Error::tensor(name, reason));
         }
-        activate(self.record.scope, Active::Sum(vec![]), f)
+        Ok(Choice(Activations::of(&self.record.scope, Active::Sum(vec![]))))
     }
 }

@@ -1,6 +1,7 @@
 //! An adapter as one value: its options, targets, variables and mode.
 
 pub(crate) mod check;
+mod choice;
 mod disabled;
 mod files;
 mod merged;
@@ -29,6 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use target::AdapterParts;
 
 pub use crate::weights::{AdapterConfig, LayerConfig, LayerWeights, LoraWeights};
+pub use choice::Choice;
 pub use targets::Targets;
 
 /// A LoRA adapter for a model on [`lora::nn`](crate::nn), whose layers it finds by name.

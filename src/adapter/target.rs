@@ -52,7 +52,7 @@ impl TargetModule for Target {
 
 impl Target {
     fn id(&self) -> LayerId {
-        LayerId { scope: self.record.scope, path: self.path.clone() }
+        LayerId { scope: self.record.scope.clone(), path: self.path.clone() }
     }
 
     /// A layer of a set, whose adapters are chosen at each forward. One that cannot have any stays a plain layer.

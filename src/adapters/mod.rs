@@ -1,6 +1,7 @@
 //! Several adapters over one base.
 
 mod attach;
+mod choice;
 mod sum;
 #[cfg(test)]
 mod tests;
@@ -23,10 +24,10 @@ pub use weights::WeightedAdapters;
 /// its adapters.
 ///
 /// Adapters are added and removed at run time, and may differ in ranks, targets and options. Each takes the memory
-/// of its factors; the base is neither copied nor written. A choice holds for the thread that runs the closure
-/// alone: other threads choose for themselves, and threads that the closure starts compute with the base, as
-/// every forward without a choice does. A forward keeps its adapters, whatever is removed meanwhile. A clone is the
-/// same set.
+/// of its factors; the base is neither copied nor written. A choice holds for the thread of the closure: other threads
+/// choose for themselves, and a forward without a choice is one of the base, or an error if the set
+/// [requires](Self::require_choice) one. [`Choice`](crate::adapter::Choice) tells what holds in rayon's tasks, and is a value to carry into
+/// other threads. A forward keeps its adapters, whatever is removed meanwhile. A clone is the same set.
 ///
 /// The layers stay unmerged. If one adapter serves alone, a model on its [`merged`](Adapter::merged) weights is
 /// faster.

@@ -12,6 +12,14 @@ pub(crate) enum BatchUpdate {
 }
 
 impl BatchUpdate {
+    /// See [`LowRank::copied`]. Those of rows do not train.
+    pub fn copied(self) -> Result<Self> {
+        Ok(match self {
+            Self::Whole(Some(update)) => Self::Whole(Some(update.copied()?)),
+            update => update,
+        })
+    }
+
     /// `f` of the input, or of all groups of its rows, one after another.
     pub fn apply(
         &self,

@@ -152,7 +152,9 @@ impl Weight {
                 (State::Train, active) => Effective {
                     weight: base.matrix()?,
                     bias: bias.clone(),
-                    update: active.unwrap_or_else(|| BatchUpdate::Whole(update.clone())),
+                    update: active
+                        .unwrap_or_else(|| BatchUpdate::Whole(update.clone()))
+                        .copied()?,
                 },
                 (State::Merged(copy), None) => Effective {
                     weight: Matrix::Dense(copy.weight.clone()),

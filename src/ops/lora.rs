@@ -123,6 +123,21 @@ impl LowRank {
         Self { a, b, dropout, magnitude: self.magnitude.clone().map(detached), ..self.clone() }
     }
 
+    /// The same update over copies of its variables, to which their gradients lead. candle locks a tensor while an
+    /// operation reads it. A thread of a pool that waits for a part of the operation may run a task that writes the
+    /// variable, as an optimizer's step, or that reads it behind a waiting writer: it would wait for itself.
+    pub fn copied(&self) -> Result<Self> {
+        let copied = |t: &Tensor| match t.is_variable() && t.device().is_cpu() {
+            true => t.copy(),
+            false => Ok(t.clone()),
+        };
+        let magnitude = match &self.magnitude {
+            Some(magnitude) => Some(Magnitude { m: copied(&magnitude.m)?, ..magnitude.clone() }),
+            None => None,
+        };
+        Ok(Self { a: copied(&self.a)?, b: copied(&self.b)?, magnitude, ..self.clone() })
+    }
+
     /// A copy of the present values for evaluation: joined, and with norms that are computed once.
     pub fn snapshot(&self) -> Result<Self> {
         let own = self.joined()?;

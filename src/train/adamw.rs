@@ -5,6 +5,7 @@ use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{bail, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
+use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 
 /// [`candle_nn::AdamW`] with names, in place on the CPU, and with a state that
@@ -164,13 +165,16 @@ impl Optimizer for AdamW {
         }
         self.steps = self.steps.saturating_add(1);
         let ParamsAdamW { lr, beta1, beta2, eps, weight_decay } = self.params;
-        for entry in self.entries.values() {
-            let Some(grad) = grads.get(&entry.var) else { continue };
+        let step = |entry: &Entry| {
+            let Some(grad) = grads.get(&entry.var) else { return Ok(()) };
             let (rate, decay) = (lr * entry.rate, entry.weight_decay.unwrap_or(weight_decay));
             let step = AdamWStep { rate, decay, beta1, beta2, eps, t: self.steps };
-            adamw(&entry.var, (&entry.exp_avg, &entry.exp_avg_sq), grad, step)?;
+            adamw(&entry.var, (&entry.exp_avg, &entry.exp_avg_sq), grad, step)
+        };
+        match self.entries.values().all(|entry| entry.var.device().is_cpu()) {
+            true => self.entries.par_iter().try_for_each(|(_, entry)| step(entry)),
+            false => self.entries.values().try_for_each(step),
         }
-        Ok(())
     }
 
     fn learning_rate(&self) -> f64 {

@@ -1,26 +1,45 @@
 //! Which adapters are active on a thread, for the layers that an adapter or a set of adapters has built.
 //!
 //! A layer knows its scope, the adapter or the set, and its path. Active adapters have the updates of all layers of one
-//! scope by their paths, and are active for the time of a closure on one thread. So a model's code needs no argument
-//! for it, and each thread has its own.
+//! scope by their paths, and are active for the time of a closure. So a model's code needs no argument for it, and each
+//! thread has its own.
+//!
+//! A worker of a rayon pool that waits for a part of its work runs any other task of the pool meanwhile, which must not
+//! see what was activated below it on the stack. So nothing is ever activated on such a thread: [`workers`] has threads
+//! for it.
 
+use super::workers::{self, OnDrop};
 use crate::layers::batch_update::BatchUpdate;
 use crate::layers::mode::Mode;
 use crate::ops::{weighted_sum, LowRank};
-use candle_core::{Result, Tensor};
+use crate::Error;
+use candle_core::{bail, Result, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 /// An adapter or a set of adapters, as the builder of layers: each new one is another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Scope(u64);
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Scope(Arc<Requirement>);
 
-impl Default for Scope {
-    fn default() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+/// Whether a forward without active adapters is an error.
+#[derive(Debug, Default)]
+struct Requirement(AtomicBool);
+
+impl Scope {
+    pub fn require_active(&self, required: bool) {
+        self.0 .0.store(required, Ordering::Relaxed);
+    }
+
+    fn requires_active(&self) -> bool {
+        self.0 .0.load(Ordering::Relaxed)
+    }
+}
+
+impl PartialEq for Scope {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 }
 
@@ -37,13 +56,18 @@ pub(crate) type Updates = BTreeMap<String, LowRank>;
 /// An adapter that is active, with its weight in a sum.
 #[derive(Debug, Clone)]
 pub(crate) struct ActiveAdapter {
+    /// Its own, by which it is disabled.
+    pub scope: Scope,
     pub updates: Arc<Updates>,
     pub weight: f64,
     pub mode: Mode,
 }
 
 impl ActiveAdapter {
-    fn update(&self, path: &str) -> Option<LowRank> {
+    fn update(&self, path: &str, among: &Activations) -> Option<LowRank> {
+        if among.disable(&self.scope) {
+            return None;
+        }
         let update = self.updates.get(path)?;
         Some(match self.mode {
             Mode::Train => update.clone(),
@@ -69,10 +93,11 @@ impl Active {
         }
     }
 
-    fn update(&self, path: &str) -> Result<BatchUpdate> {
+    fn update(&self, path: &str, among: &Activations) -> Result<BatchUpdate> {
         match self {
             Self::Sum(adapters) => {
-                let updates = adapters.iter().filter_map(|a| Some((a.update(path)?, a.weight)));
+                let updates = adapters.iter();
+                let updates = updates.filter_map(|a| Some((a.update(path, among)?, a.weight)));
                 let mut updates: Vec<_> = updates.collect();
                 Ok(BatchUpdate::Whole(match updates[..] {
                     [] => None,
@@ -81,7 +106,8 @@ impl Active {
                 }))
             }
             Self::Rows(rows) => {
-                let update = |adapter: &Option<ActiveAdapter>| adapter.as_ref()?.update(path);
+                let update =
+                    |adapter: &Option<ActiveAdapter>| adapter.as_ref()?.update(path, among);
                 let rows: Vec<_> = rows.iter().map(|(n, a)| (*n, update(a))).collect();
                 let none = rows.iter().all(|(_, update)| update.is_none());
                 Ok(if none { BatchUpdate::Whole(None) } else { BatchUpdate::Rows(rows) })
@@ -90,7 +116,7 @@ impl Active {
     }
 }
 
-/// The active adapters of a thread, by scope. The innermost are the last.
+/// Active adapters by scope. The innermost are the last.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Activations(Vec<(Scope, Arc<Active>)>);
 
@@ -98,10 +124,31 @@ thread_local! {
     static CURRENT: RefCell<Activations> = const { RefCell::new(Activations(vec![])) };
 }
 
+/// The `run` of a closure that stays on its thread was called where that cannot be.
+const ON_A_WORKER: &str =
+    "a worker of a rayon pool runs other tasks while it waits, which would compute with this \
+                           choice: use `run`, which has threads of its own";
+
 impl Activations {
+    pub fn of(scope: &Scope, active: Active) -> Self {
+        Self(vec![(scope.clone(), Arc::new(active))])
+    }
+
     /// Those of this thread.
     pub fn current() -> Self {
         CURRENT.with_borrow(Clone::clone)
+    }
+
+    /// Makes these the thread's own until it has others.
+    fn set(self) {
+        CURRENT.set(self);
+    }
+
+    /// These within those of this thread.
+    pub fn within_current(&self) -> Self {
+        let mut activations = Self::current();
+        activations.0.extend(self.0.iter().cloned());
+        activations
     }
 
     /// The variables of all active adapters, with the paths of their layers.
@@ -114,32 +161,52 @@ impl Activations {
         variables.filter(|(_, tensor)| tensor.is_variable()).collect()
     }
 
-    /// Runs `f` with these in place of the thread's own.
-    pub fn run<R>(self, f: impl FnOnce() -> R) -> R {
-        /// Also when `f` panics.
-        struct Restore(Activations);
-        impl Drop for Restore {
-            fn drop(&mut self) {
-                CURRENT.set(std::mem::take(&mut self.0));
-            }
+    /// Whether an adapter of this scope is disabled, wherever it was chosen.
+    fn disable(&self, adapter: &Scope) -> bool {
+        let none = |active: &Active| matches!(active, Active::Sum(adapters) if adapters.is_empty());
+        self.0.iter().any(|(scope, active)| scope == adapter && none(active))
+    }
+
+    /// Runs `f` with these in place of the thread's own; called by a worker of a rayon pool, on other threads.
+    pub fn run<T: Send, E: From<Error> + Send>(
+        self,
+        f: impl FnOnce() -> std::result::Result<T, E> + Send,
+    ) -> std::result::Result<T, E> {
+        let unchanged = self.0.is_empty() && CURRENT.with_borrow(|current| current.0.is_empty());
+        match workers::is_worker() && !unchanged {
+            true => workers::run(|| self.clone().set(), || Self::default().set(), f)?,
+            false => self.run_here(f),
         }
-        let _restore = Restore(CURRENT.replace(self));
+    }
+
+    /// [`run`](Self::run) on this thread.
+    pub fn run_local<T, E: From<Error>>(
+        self,
+        f: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        match workers::is_worker() {
+            true => Err(Error::Invalid(ON_A_WORKER.to_owned()).into()),
+            false => self.run_here(f),
+        }
+    }
+
+    fn run_here<R>(self, f: impl FnOnce() -> R) -> R {
+        let mut outer = CURRENT.replace(self);
+        let _restore = OnDrop(|| std::mem::take(&mut outer).set()); // also when `f` panics
         f()
     }
 }
 
-/// Runs `f`, in which the layers of `scope` compute with these adapters. An inner activation comes before an outer one.
-pub(crate) fn activate<R>(scope: Scope, active: Active, f: impl FnOnce() -> R) -> R {
-    let mut activations = Activations::current();
-    activations.0.push((scope, Arc::new(active)));
-    activations.run(f)
-}
-
 /// The update of a layer by the adapters that are active on this thread; `None` if its scope has no activation.
 pub(crate) fn active_update(layer: &LayerId) -> Result<Option<BatchUpdate>> {
-    let active = CURRENT.with_borrow(|activations| {
-        let innermost = activations.0.iter().rev().find(|(scope, _)| *scope == layer.scope);
-        innermost.map(|(_, active)| active.clone())
-    });
-    active.map(|active| active.update(&layer.path)).transpose()
+    let current = Activations::current();
+    match current.0.iter().rev().find(|(scope, _)| *scope == layer.scope) {
+        Some((_, active)) => Ok(Some(active.update(&layer.path, &current)?)),
+        None if layer.scope.requires_active() => bail!(
+            "{}: no adapter is chosen on this thread, and the set requires a choice: run the forward in `with`, \
+             `with_none` or `with_rows`, and in other threads in `Choice::run`",
+            layer.path
+        ),
+        None => Ok(None),
+    }
 }

@@ -11,7 +11,7 @@
 //!    tensor with an id of its own and binds the module to it. A layer of [`nn`](crate::nn) reports its kind to the
 //!    module and gets the adapted weight, or `None` and stays a plain layer.
 //! 3. **The adapters that are active** ([`active`]). A layer that was built by an adapter or a set of adapters knows
-//!    whose it is, and its path. A closure makes adapters active on its thread, and the layers that run in it look up
+//!    whose it is, and its path. A closure makes adapters active on its threads, and the layers that run in it look up
 //!    their updates by path.
 //!
 //! The first two are values bound to ids ([`registry`]). What is bound lives as long as the `VarBuilder` that gave
@@ -21,3 +21,4 @@ pub(crate) mod active;
 pub(crate) mod placeholder;
 mod registry;
 pub(crate) mod target;
+mod workers;

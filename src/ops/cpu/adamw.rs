@@ -1,4 +1,5 @@
-//! AdamW in place, in blocks that all threads share.
+//! AdamW in place. Threads share the blocks of a moment, and not those of a variable: other tasks compute with it, and a
+//! thread that waits for the others while it has locked the variable may run one of them.
 
 use super::low_rank::Element;
 use super::rows::vectorized;
@@ -26,11 +27,9 @@ impl InplaceOp2 for AdamWMoment {
         let (at, from) = (range(l)?, range(gl)?);
         match (m, g) {
             (CpuStorage::F32(m), CpuStorage::F32(g)) => {
-                average(&mut m[at], &g[from], self.beta as f32, self.squared)
+                average(&mut m[at], &g[from], self, |x| x as f32)
             }
-            (CpuStorage::F64(m), CpuStorage::F64(g)) => {
-                average(&mut m[at], &g[from], self.beta, self.squared)
-            }
+            (CpuStorage::F64(m), CpuStorage::F64(g)) => average(&mut m[at], &g[from], self, |x| x),
             (m, g) => {
                 bail!("adamw: a moment and a gradient are {:?} and {:?}", m.dtype(), g.dtype())
             }
@@ -39,12 +38,18 @@ impl InplaceOp2 for AdamWMoment {
     }
 }
 
-fn average<T: Float + Send + Sync>(m: &mut [T], g: &[T], beta: T, squared: bool) {
+fn average<T: Float + Send + Sync>(
+    m: &mut [T],
+    g: &[T],
+    by: &AdamWMoment,
+    number: impl Fn(f64) -> T,
+) {
+    // In F32, 1 - 0.999 is 1.3e-5 off.
+    let (beta, rest, squared) = (number(by.beta), number(1. - by.beta), by.squared);
     m.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).for_each(|(m, g)| {
         vectorized(
             #[inline(always)]
             || {
-                let rest = T::one() - beta;
                 for (m, g) in m.iter_mut().zip(g) {
                     *m = beta * *m + rest * if squared { *g * *g } else { *g };
                 }
@@ -109,7 +114,7 @@ where
 {
     let (keep, rate) = (number(by.keep), number(by.rate));
     let (by_v, eps) = (number(by.by_v), number(by.eps));
-    let blocks = var.par_chunks_mut(BLOCK).zip(m.par_chunks(BLOCK)).zip(v.par_chunks(BLOCK));
+    let mut blocks = var.chunks_mut(BLOCK).zip(m.chunks(BLOCK)).zip(v.chunks(BLOCK));
     blocks.try_for_each(|((var, m), v)| {
         T::update(var, |var| {
             vectorized(

@@ -41,3 +41,22 @@ fn an_adapter_that_replaces_biases_is_not_disabled() -> Result<()> {
     assert!(error.contains("the base's own is not kept"), "{error}");
     Ok(())
 }
+
+#[test]
+fn an_adapter_of_a_set_is_disabled_there() -> Result<()> {
+    let served = super::Served::new()?;
+    let (adapters, base) = (&served.adapters, served.forward()?);
+    let sql = adapters.with("sql", || served.forward())?;
+    let both = || adapters.with([("sql", 1.), ("chat", 1.)], || served.forward());
+    let adapter = adapters.remove("sql")?;
+    adapters.add("sql", &adapter)?;
+    let equal = |x: &candle_core::Tensor, y| -> Result<bool> { Ok(bits(x)? == bits(y)?) };
+    assert!(equal(&adapter.disabled(|| adapters.with("sql", || served.forward()))?, &base)?);
+    assert!(equal(&adapters.with("sql", || adapter.disabled(|| served.forward()))?, &base)?);
+    let chat = adapters.with("chat", || served.forward())?;
+    assert!(equal(&adapter.disabled(both)?, &chat)?, "the others of a sum count");
+    let rows = || adapters.with_rows(&[Some("sql"), None], || served.forward());
+    assert!(!equal(&rows()?, &base)? && equal(&adapter.disabled(rows)?, &base)?);
+    assert!(equal(&adapters.with("sql", || served.forward())?, &sql)?);
+    Ok(())
+}

@@ -11,10 +11,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A set with the adapters "a" and "b" on all layers that `build` makes, and for each a model of its own.
-fn check<M>(
+fn check<M: Sync>(
     base: &VarBuilder,
     build: impl Fn(VarBuilder) -> candle_core::Result<M>,
-    forward: impl Fn(&M, &Tensor) -> candle_core::Result<Tensor>,
+    forward: impl Fn(&M, &Tensor) -> candle_core::Result<Tensor> + Sync,
     x: &Tensor,
 ) -> Result<()> {
     let plain = forward(&build(base.clone())?, x)?;

@@ -4,6 +4,7 @@ mod choices;
 mod disabled;
 mod errors;
 mod kinds;
+mod pools;
 mod rows;
 mod threads;
 mod training;
