@@ -1,7 +1,7 @@
 //! What an adapter trains: its variables, their gradients, and the position of its dropout.
 
 use super::Adapter;
-use crate::utils::{is_initial, variables, Trainable};
+use crate::utils::{is_initial, require_grads, variables, Trainable};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -55,15 +55,7 @@ impl Adapter {
     /// # Errors
     /// With the names of the variables without a gradient; and if nothing is trained.
     pub fn require_grads(&self, grads: &GradStore) -> Result<()> {
-        let missing = self.named_vars()?.into_iter().filter(|(_, var)| grads.get(var).is_none());
-        let missing: Vec<_> = missing.map(|(name, _)| name).collect();
-        match missing.is_empty() {
-            true => Ok(()),
-            false => Err(Error::Invalid(format!(
-                "no gradient reaches {missing:?}: an operation of the model has no backward, or the adapter is in \
-                 evaluation; does the model's file have `use loralib::nn as candle_nn;` at its top?"
-            ))),
-        }
+        require_grads(&self.named_vars()?, grads)
     }
 
     /// How many masks dropout has drawn from the [`seed`](Self::seed), 0 without one: with the variables and the

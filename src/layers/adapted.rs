@@ -87,6 +87,11 @@ impl<K> Adapted<K> {
         self.weight.update()?.magnitude().map(|magnitude| &magnitude.m)
     }
 
+    /// The tensors with a graph that a forward computes with.
+    pub(crate) fn tracked(&self) -> Vec<Tensor> {
+        self.weight.tracked()
+    }
+
     /// The scaling of `B·A`: `lora_alpha / r`, or `lora_alpha / √r` with `rslora`; 0 if r = 0.
     pub fn scaling(&self) -> f64 {
         self.weight.update().map_or(0., |update| update.scaling())

@@ -1,7 +1,7 @@
 //! The unit of adaptation: a frozen weight and its bias, the update, the mode, and the merged copy.
 
 use super::batch_update::BatchUpdate;
-use super::binding::active::{active_update, LayerId};
+use super::binding::active::{active_update, active_variables, LayerId};
 use super::binding::placeholder::Base;
 use super::config::LoraConfig;
 use super::mode::Mode;
@@ -175,6 +175,27 @@ impl Weight {
                 },
             })
         })
+    }
+
+    /// The tensors with a graph that a forward computes with: weight, bias, factors and magnitudes.
+    pub fn tracked(&self) -> Vec<Tensor> {
+        if self.mode() == Mode::Eval {
+            return vec![];
+        }
+        let WeightTensors { base, bias, update, .. } = self.tensors();
+        let active = match self {
+            Self::Own(..) => None,
+            Self::Shared(shared) => active_variables(&shared.layer),
+        };
+        let own = || update.iter().flat_map(LowRank::variables).cloned().collect();
+        let mut tracked: Vec<_> = [base.tensor()]
+            .into_iter()
+            .chain(bias)
+            .cloned()
+            .chain(active.unwrap_or_else(own))
+            .collect();
+        tracked.retain(Tensor::track_op);
+        tracked
     }
 
     /// See [`WeightTensors::merged_copy`].

@@ -10,8 +10,9 @@
 //!
 //! Replaced are the operations without a backward ([`ops::softmax_last_dim`], [`ops::rms_norm`],
 //! [`ops::layer_norm`], [`RmsNorm`], [`LayerNorm`], [`rotary_emb`], the caches of [`kv_cache`] and
-//! [`attention::flash_attn`] on the CPU) and the layers that an [`Adapter`](crate::Adapter) can adapt
-//! ([`Linear`], [`Embedding`], [`Conv1d`], [`Conv2d`]). Everything else is candle_nn's.
+//! [`attention::flash_attn`] on the CPU), the layers that an [`Adapter`](crate::Adapter) can adapt
+//! ([`Linear`], [`Embedding`], [`Conv1d`], [`Conv2d`]), and [`BatchNorm`], whose statistics are frozen with the base.
+//! Everything else is candle_nn's.
 //!
 //! - A frozen weight, gain or bias gets no gradient; a variable gets its own.
 //! - On the CPU the replaced operations are fused, forward and backward, in F32; norms, softmax, activations and
@@ -25,6 +26,7 @@
 pub use candle_nn::*;
 
 pub mod attention;
+pub mod batch_norm;
 pub mod conv;
 pub mod embedding;
 pub mod kv_cache;
@@ -34,6 +36,7 @@ pub mod ops;
 pub mod rotary_emb;
 pub mod with_tracing;
 
+pub use batch_norm::{batch_norm, BatchNorm};
 pub use conv::{conv1d, conv1d_no_bias, conv2d, conv2d_no_bias, Conv1d, Conv2d};
 pub use embedding::{embedding, Embedding};
 pub use layer_norm::{layer_norm, layer_norm_no_bias, rms_norm, LayerNorm, RmsNorm};

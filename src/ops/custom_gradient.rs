@@ -50,7 +50,7 @@ impl Op<2> for CustomGradient {
             Self::Scaled(grad) => {
                 // Rounded once.
                 let dtype = compute_dtype(grad.dtype());
-                grad.to_dtype(dtype)?.broadcast_mul(&g.to_dtype(dtype)?)?.to_dtype(grad.dtype())
+                grad.to_dtype(dtype)?.broadcast_mul(&g.to_dtype(dtype)?)?.to_dtype(x.dtype())
             }
         })?;
         Ok([if_tracked(value, || Ok(g.clone()))?, gx])

@@ -44,6 +44,7 @@ pub(crate) use lora::{joined, weighted_sum, LowRank, Magnitude, Split};
 pub(crate) use matrix::{Matrix, Quantized};
 pub(crate) use merge::merge;
 pub(crate) use norm::{layer_norm, rms_norm};
+pub(crate) use op::compute_dtype;
 pub(crate) use recompute::{recompute, SegmentVars};
 pub(crate) use rope::{rope, Rope};
 pub(crate) use softmax::softmax_last_dim;

@@ -1,6 +1,7 @@
 //! AdamW over named variables, which can be saved and resumed.
 
 use crate::ops::{adamw, new_moments, AdamWStep};
+use crate::utils::require_grads;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{bail, Var};
@@ -13,8 +14,13 @@ use std::collections::{BTreeMap, HashMap};
 ///
 /// The step is torch's, with one count of steps for all variables, as candle has it. Moments are in F32 beside F32, F16
 /// and BF16 (F64 beside F64), and so is the step, whose result is rounded once: in candle's, F16 variables become NaN,
-/// since its epsilon is 0 in F16. A variable without a gradient is left as it is. A gradient of NaN makes its variable
-/// NaN, as in torch: [`clip_grad_norm`](super::clip_grad_norm) reports it before the step.
+/// since its epsilon is 0 in F16. A gradient of NaN makes its variable NaN, as in torch:
+/// [`clip_grad_norm`](super::clip_grad_norm) reports it before the step.
+///
+/// A variable without a gradient is left as it is, but in the first step it is an error, unless
+/// [`allow_unused`](Self::allow_unused) says that a loss need not reach it: candle tells nobody of an operation without a
+/// backward, and what is before it would not be trained. It is [`Adapter::require_grads`](crate::Adapter::require_grads),
+/// which other optimizers need a call of.
 ///
 /// ```
 /// # fn main() -> loralib::Result<()> {
@@ -42,6 +48,8 @@ pub struct AdamW {
     pub(super) frozen: BTreeMap<String, Var>,
     pub(super) steps: u32,
     params: ParamsAdamW,
+    /// Whether a step has found that all variables have gradients.
+    checked: bool,
 }
 
 /// A variable with its moments.
@@ -54,6 +62,8 @@ pub(super) struct Entry {
     rate: f64,
     /// In place of the common one.
     weight_decay: Option<f64>,
+    /// Whether it may lack a gradient.
+    may_be_unused: bool,
 }
 
 impl AdamW {
@@ -80,12 +90,19 @@ impl AdamW {
                 return Err(Error::tensor(name, format!("it is {:?}, not a float", var.dtype())));
             }
             let (exp_avg, exp_avg_sq) = new_moments(&var)?;
-            let entry = Entry { var, exp_avg, exp_avg_sq, rate: 1., weight_decay: None };
+            let entry = Entry {
+                var,
+                exp_avg,
+                exp_avg_sq,
+                rate: 1.,
+                weight_decay: None,
+                may_be_unused: false,
+            };
             if entries.insert(name.clone(), entry).is_some() {
                 return Err(Error::tensor(name, "there are two variables of this name"));
             }
         }
-        Ok(Self { entries, frozen: BTreeMap::new(), steps: 0, params })
+        Ok(Self { entries, frozen: BTreeMap::new(), steps: 0, params, checked: false })
     }
 
     /// Multiplies the learning rate of each variable by a factor that depends on its name: for LoRA+
@@ -106,6 +123,13 @@ impl AdamW {
     /// [`ParamsAdamW::weight_decay`]: 0 for biases, for example.
     pub fn with_weight_decays(mut self, decay: impl Fn(&str) -> f64) -> Self {
         self.entries.iter_mut().for_each(|(name, entry)| entry.weight_decay = Some(decay(name)));
+        self
+    }
+
+    /// Allows that the first step has no gradient for the variables of these names: those of experts that no token was
+    /// routed to, for example.
+    pub fn allow_unused(mut self, unused: impl Fn(&str) -> bool) -> Self {
+        self.entries.iter_mut().for_each(|(name, entry)| entry.may_be_unused = unused(name));
         self
     }
 
@@ -154,8 +178,14 @@ impl Optimizer for AdamW {
     }
 
     /// # Errors
-    /// If there are variables and none of them has a gradient; and those of candle.
+    /// In the first step, if a variable has no gradient that needs [one](Self::allow_unused); later, if there are
+    /// variables and none of them has one; and those of candle. Then nothing has changed.
     fn step(&mut self, grads: &GradStore) -> candle_core::Result<()> {
+        if !self.checked {
+            let needed = self.entries.iter().filter(|(_, entry)| !entry.may_be_unused);
+            require_grads(needed.map(|(name, entry)| (name, &entry.var)), grads)?;
+            self.checked = true;
+        }
         let reached = self.entries.values().any(|entry| grads.get(&entry.var).is_some());
         if let Some(name) = self.entries.keys().next().filter(|_| !reached) {
             bail!(
@@ -268,12 +298,21 @@ mod tests {
         let new = || Var::new(&[1f32], &Device::Cpu);
         let (a, b) = (new()?, new()?);
         let named = [("a", &a), ("b", &b)].map(|(name, var)| (name.into(), var.clone()));
-        let mut opt = AdamW::named(named, PARAMS)?;
+        let mut opt = AdamW::named(named.clone(), PARAMS)?;
         let error = opt.backward_step(&new()?.sum_all()?).unwrap_err().to_string();
         assert!(error.contains("\"a\"") && opt.steps() == 0, "{error}");
-        // One may be out of reach.
+        let error = opt.backward_step(&a.sum_all()?).unwrap_err().to_string();
+        assert!(error.contains("no gradient reaches [\"b\"]") && opt.steps() == 0, "{error}");
+        assert_eq!(a.to_vec1::<f32>()?, [1.]);
+        // Later ones may be out of reach.
+        opt.backward_step(&(a.as_tensor() + b.as_tensor())?.sum_all()?)?;
+        let before = b.to_vec1::<f32>()?;
         opt.backward_step(&a.sum_all()?)?;
-        assert_eq!((opt.steps(), b.to_vec1::<f32>()?), (1, vec![1.]));
+        assert_eq!((opt.steps(), b.to_vec1::<f32>()?), (2, before));
+        let error = opt.backward_step(&new()?.sum_all()?).unwrap_err().to_string();
+        assert!(error.contains("no variable has a gradient"), "{error}");
+        let mut opt = AdamW::named(named, PARAMS)?.allow_unused(|name| name == "b");
+        opt.backward_step(&a.sum_all()?)?;
         AdamW::named([], PARAMS)?.backward_step(&new()?.sum_all()?)
     }
 

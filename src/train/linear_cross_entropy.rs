@@ -1,7 +1,7 @@
 //! The loss of a language model's head without all of its logits.
 
 use crate::layers::Linear;
-use crate::ops::{cross_entropy, upstream, with_grads};
+use crate::ops::{compute_dtype, cross_entropy, upstream, with_grads};
 use candle_core::{bail, DType, Module, Result, Tensor, TensorId, Var};
 use std::collections::HashMap;
 
@@ -52,13 +52,7 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
         None => x.detach(),
     };
 
-    let factors = [head.lora_a(), head.lora_b(), head.lora_magnitude_vector()];
-    let trained: Vec<_> = [Some(head.weight()), head.bias()]
-        .into_iter()
-        .chain(factors)
-        .flatten()
-        .filter(|t| t.track_op())
-        .collect();
+    let trained = head.tracked();
     if trained.iter().any(|t| !t.is_variable()) {
         bail!(
             "linear_cross_entropy: the head's weight, bias or factors are computed from variables, expected \
@@ -68,6 +62,7 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
     let wants_grad = x.track_op() || !trained.is_empty();
     let mut loss: Option<Tensor> = None;
     let (mut gx, mut sums) = (vec![], HashMap::<TensorId, Tensor>::new());
+    let dtype = compute_dtype(x.dtype());
     // Chunks of about the same size.
     let parts = counted.len().div_ceil((LOGITS / classes).max(1));
     let step = counted.len().div_ceil(parts.max(1)).max(1);
@@ -75,15 +70,24 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
         let part = chosen.narrow(0, i * step, labels.len())?;
         let part = if x.track_op() { Var::from_tensor(&part)?.into_inner() } else { part };
         let logits = head.forward(&part)?;
-        let (sum, grad) = cross_entropy(&logits, labels, 1. / counted.len() as f64)?;
+        let count = counted.len() as f64;
+        let shift = shift(logits.dtype(), labels.len(), count);
+        let (sum, grad) = cross_entropy(&logits, labels, shift / count)?;
         loss = Some(loss.map_or(Ok(sum.clone()), |loss| loss + sum)?);
         if !wants_grad {
             continue;
         }
         let mut grads = upstream(&logits, grad)?.backward()?;
-        gx.extend(grads.remove(&part).filter(|_| x.track_op()));
+        let unshifted = |grad: Tensor| match shift {
+            1. => grad.to_dtype(dtype),
+            shift => grad.to_dtype(dtype)? / shift,
+        };
+        if let Some(grad) = grads.remove(&part).filter(|_| x.track_op()) {
+            gx.push(unshifted(grad)?);
+        }
         for t in &trained {
             let Some(grad) = grads.remove(t) else { continue };
+            let grad = unshifted(grad)?;
             let sum = sums.remove(&t.id()).map_or(Ok(grad.clone()), |sum| sum + grad)?;
             sums.insert(t.id(), sum);
         }
@@ -93,15 +97,25 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
     if x.track_op() {
         let gx = Tensor::cat(&gx, 0)?;
         let gx = match &rows {
-            Some(rows) => x.detach().zeros_like()?.index_add(rows, &gx, 0)?,
+            Some(rows) => x.detach().to_dtype(dtype)?.zeros_like()?.index_add(rows, &gx, 0)?,
             None => gx,
         };
         grads.push((x, gx));
     }
     for t in trained {
-        grads.extend(sums.remove(&t.id()).map(|sum| (t.clone(), sum)));
+        grads.extend(sums.remove(&t.id()).map(|sum| (t, sum)));
     }
     with_grads((loss / counted.len() as f64)?, grads)
+}
+
+/// A power of two that gradients are multiplied by on their way through a half-precision head: p/count is 0 in F16 long
+/// before a loss scale, which comes with the upstream gradient, could raise it. It leaves p as it is, but for chunks of
+/// many rows, over which the gradient of the weight is a sum.
+fn shift(dtype: DType, rows: usize, count: f64) -> f64 {
+    match dtype {
+        DType::F16 | DType::BF16 => (count * (256. / rows as f64).min(1.)).log2().floor().exp2(),
+        _ => 1.,
+    }
 }
 
 /// The positions that count, and their labels.

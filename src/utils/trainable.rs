@@ -205,6 +205,23 @@ pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
         .collect()
 }
 
+/// An error with the names of the variables that have no gradient.
+pub(crate) fn require_grads<'a>(
+    vars: impl IntoIterator<Item = (&'a String, &'a Var)>,
+    grads: &GradStore,
+) -> Result<()> {
+    let missing = vars.into_iter().filter(|(_, var)| grads.get(var).is_none());
+    let missing: Vec<_> = missing.map(|(name, _)| name).collect();
+    match missing.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Invalid(format!(
+            "no gradient reaches {missing:?}: an operation of the model has no backward, the loss does not depend on \
+             them, or the adapter is in evaluation; does the model's file have `use loralib::nn as candle_nn;` at its \
+             top?"
+        ))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -323,3 +323,22 @@ fn a_run_with_dropout_is_resumed_to_the_bit() -> loralib::Result<()> {
     }
     Ok(())
 }
+
+/// candle's sums of empty tensors have the graph of their first operand alone; products have a gradient of zeros.
+#[test]
+fn an_empty_batch_is_checkpointed() -> loralib::Result<()> {
+    let (adapter, model) = adapted(LoraConfig { r: 2, ..Default::default() }, DType::F32)?;
+    let mut x = Tensor::zeros((0, 3, WIDTH), DType::F32, &Device::Cpu)?;
+    for (i, layer) in model.layers.iter().enumerate() {
+        let layer = layer.clone();
+        let run = move |x: &Tensor| layer.1.forward(&layer.0.forward(x)?);
+        x = adapter.checkpoint(&format!("layers.{i}"), &x, run)?;
+    }
+    let grads = x.sum_all()?.backward()?;
+    adapter.require_grads(&grads)?;
+    for (name, var) in adapter.named_vars()? {
+        let grad = grads.get(&var).unwrap().abs()?.sum_all()?.to_scalar::<f32>()?;
+        assert_eq!(grad, 0., "{name}");
+    }
+    Ok(())
+}

@@ -6,6 +6,7 @@ mod common;
 mod adapter;
 mod adapters;
 mod bad_input;
+mod batch_norm;
 mod building;
 mod checkpointing;
 mod crossings;

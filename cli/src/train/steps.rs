@@ -77,9 +77,6 @@ pub fn train(
             tokens += batch.tokens;
         }
         let Some(mut grads) = grads else { return Err("a step without batches".into()) };
-        if let (Some(run), true) = (run, step == done) {
-            run.adapter.require_grads(&grads)?;
-        }
         if !sum.is_finite() {
             return Err(format!("step {step}: the loss is {sum}: try a smaller --lr").into());
         }

@@ -197,11 +197,26 @@ impl Activations {
     }
 }
 
+impl Activations {
+    fn innermost(&self, scope: &Scope) -> Option<&Active> {
+        self.0.iter().rev().find(|(other, _)| other == scope).map(|(_, active)| &**active)
+    }
+}
+
+/// What the update of a layer by the adapters that are active on this thread is computed from; `None` if its scope has no
+/// activation.
+pub(crate) fn active_variables(layer: &LayerId) -> Option<Vec<Tensor>> {
+    let current = Activations::current();
+    let adapters = current.innermost(&layer.scope)?.adapters();
+    let updates = adapters.iter().filter_map(|adapter| adapter.update(&layer.path, &current));
+    Some(updates.flat_map(|update| update.variables().cloned().collect::<Vec<_>>()).collect())
+}
+
 /// The update of a layer by the adapters that are active on this thread; `None` if its scope has no activation.
 pub(crate) fn active_update(layer: &LayerId) -> Result<Option<BatchUpdate>> {
     let current = Activations::current();
-    match current.0.iter().rev().find(|(scope, _)| *scope == layer.scope) {
-        Some((_, active)) => Ok(Some(active.update(&layer.path, &current)?)),
+    match current.innermost(&layer.scope) {
+        Some(active) => Ok(Some(active.update(&layer.path, &current)?)),
         None if layer.scope.requires_active() => bail!(
             "{}: no adapter is chosen on this thread, and the set requires a choice: run the forward in `with`, \
              `with_none` or `with_rows`, and in other threads in `Choice::run`",

@@ -1,0 +1,72 @@
+//! `BatchNorm` in training: a frozen base keeps its statistics, a trained module saves them.
+
+use crate::common::{bits, randn};
+use candle_core::{DType, Device, Module, ModuleT, Result, Tensor};
+use loralib::nn::{batch_norm, conv2d, BatchNorm, Conv2d, VarBuilder, VarMap};
+use loralib::{Adapter, Bias, LoraConfig};
+
+struct Model(Conv2d, BatchNorm);
+
+impl Model {
+    fn new(vb: VarBuilder) -> Result<Self> {
+        Ok(Self(
+            conv2d(2, 3, 1, Default::default(), vb.pp("conv"))?,
+            batch_norm(3, 1e-5, vb.pp("bn"))?,
+        ))
+    }
+
+    fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        self.1.forward_t(&self.0.forward(x)?, train)
+    }
+}
+
+fn base() -> Result<VarBuilder<'static>> {
+    let (vars, device) = (VarMap::new(), &Device::Cpu);
+    Model::new(VarBuilder::from_varmap(&vars, DType::F32, device))?;
+    let tensors = vars.data().lock().unwrap();
+    let tensors = tensors.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor()));
+    Ok(VarBuilder::from_tensors(tensors.collect(), DType::F32, device))
+}
+
+fn input() -> Result<Tensor> {
+    (randn(&[4, 2, 3, 3], DType::F32, &Device::Cpu)? * 3.)? + 1.
+}
+
+#[test]
+fn a_frozen_base_keeps_its_statistics_in_training() -> loralib::Result<()> {
+    let (x, folder) = (input()?, tempfile::tempdir()?);
+    let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).targets(["conv"]);
+    let base = base()?;
+    let model = Model::new(adapter.var_builder(base.clone()))?;
+    let y = model.forward(&x, true)?;
+    assert!(y.track_op());
+    assert_eq!(bits(&model.1.forward_train(&model.0.forward(&x)?)?)?, bits(&y)?);
+    assert_eq!(model.1.running_mean().to_vec1::<f32>()?, [0.; 3]);
+    let path = folder.path().join("adapter.safetensors");
+    adapter.save(&path)?;
+    let again = Adapter::load(&path, &Device::Cpu)?;
+    let served = Model::new(again.merged(base)?)?;
+    let apart = (served.forward(&x, false)? - y)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    assert!(apart < 1e-5, "{apart}");
+    Ok(())
+}
+
+#[test]
+fn a_trained_module_moves_and_saves_its_statistics() -> loralib::Result<()> {
+    let (x, folder) = (input()?, tempfile::tempdir()?);
+    let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).targets(["conv"]);
+    let adapter = adapter.trainable(Bias::None.and("bn"))?;
+    let base = base()?;
+    let model = Model::new(adapter.var_builder(base.clone()))?;
+    let theirs = candle_nn::batch_norm(3, 1e-5, base.pp("bn"))?;
+    let hidden = model.0.forward(&x)?;
+    assert_eq!(bits(&model.1.forward_t(&hidden, true)?)?, bits(&theirs.forward_t(&hidden, true)?)?);
+    assert_eq!(bits(model.1.running_var())?, bits(theirs.running_var())?);
+    let y = model.forward(&x, false)?;
+    let path = folder.path().join("adapter.safetensors");
+    adapter.save(&path)?;
+    let again = Adapter::load(&path, &Device::Cpu)?;
+    let apart = (Model::new(again.merged(base)?)?.forward(&x, false)? - y)?.abs()?.max_all()?;
+    assert!(apart.to_scalar::<f32>()? < 1e-5);
+    Ok(())
+}
