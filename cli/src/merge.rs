@@ -71,12 +71,15 @@ pub fn run(args: &Args) -> Result<()> {
     let bar = ProgressBar::no_length().with_style(ProgressStyle::with_template(
         "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
     )?);
-    merge::merge_files(&args.base, &weights, &args.out, |progress| {
+    let untied = merge::merge_files(&args.base, &weights, &args.out, |progress| {
         bar.set_length(progress.total);
         bar.set_position(progress.done);
     })?;
     bar.finish();
     println!("{} layers merged into {}", weights.layers().count(), args.out.display());
+    for head in untied {
+        println!("{head} is not tied to the embeddings any more: set tie_word_embeddings to false in config.json");
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use super::options::Options;
 use super::record::Record;
 use super::state::Adapted;
+use super::tied::check_tied;
 use super::Adapter;
 use crate::layers::Part;
 use crate::utils::{variables, Trainable};
@@ -85,6 +86,7 @@ pub(crate) fn check(
         };
         return Err(Error::tensor(Part::Base("weight").at(path), reason));
     }
+    check_tied(options, vars, adapted, record)?;
     unread(options, vars, adapted, record)
 }
 
@@ -129,8 +131,9 @@ fn check_merged(changed: &[String], record: &Record) -> Result<()> {
     match changed.iter().find(|name| !record.has(name)) {
         None => Ok(()),
         Some(name) => {
-            let reason = "the adapter changes it, but the model on `merged` has not read it: a head that is tied to \
-                          the embeddings has no tensor of its own (`tie_word_embeddings`)";
+            let reason = "the adapter changes it, but the model on `merged` has not read it: a head that the model \
+                          ties to the embeddings has no tensor of its own, though its values differ from theirs with \
+                          this adapter: build the model with `tie_word_embeddings: false`";
             Err(Error::tensor(name, reason))
         }
     }

@@ -1,5 +1,6 @@
 //! An adapter's files: this crate's format, PEFT's and llama.cpp's.
 
+use super::tied::{add_tied, take_tied};
 use super::{Adapter, Targets};
 use crate::formats::peft;
 use crate::layers::Part;
@@ -14,13 +15,18 @@ impl Adapter {
     /// The options and a copy of the variables, to save in any [format](crate::formats), to merge, or to add to others,
     /// and the tensors of a loaded adapter that replace the base's. It is the same in training and evaluation.
     ///
+    /// A table of embeddings that is trained as a whole in a model that ties its head to it is there for both, so that
+    /// PEFT's model computes the same, as with `ensure_weight_tying`.
+    ///
     /// # Errors
     /// If nothing is trained.
     pub fn weights(&self) -> Result<LoraWeights> {
         let mut tensors = self.state_dict()?;
         tensors.extend(self.options.frozen.clone());
         // A layer of rank 0 has options and no tensors.
-        LoraWeights::parse(self.config(), &tensors)
+        let mut weights = LoraWeights::parse(self.config(), &tensors)?;
+        add_tied(&mut weights, self.tied());
+        Ok(weights)
     }
 
     /// An adapter of these weights, such as those of a [format](crate::formats). Initial factors become a part of its
@@ -31,7 +37,8 @@ impl Adapter {
     /// # Errors
     /// If nothing in it is a factor or in its selection of biases and modules.
     pub fn from_weights(weights: &LoraWeights) -> Result<Self> {
-        let weights = weights.joined()?;
+        let mut weights = weights.joined()?.into_owned();
+        let tied = take_tied(&mut weights)?;
         let (config, tensors) = (weights.config(), weights.state_dict());
         let selection = Trainable::from(&config);
         let selects = |name: &str| selection.selects(name, |other| tensors.contains_key(other));
@@ -60,6 +67,7 @@ impl Adapter {
         Ok(adapter.with(|options| {
             options.loaded = true;
             options.frozen = frozen;
+            options.tied = tied;
         }))
     }
 
@@ -158,6 +166,7 @@ impl Adapter {
     pub fn restore(&self, path: impl AsRef<Path>) -> Result<LoadReport> {
         let path = path.as_ref();
         let mut saved = read(path, &Device::Cpu)?;
+        take_tied(&mut saved)?;
         // What replaces the base's already. A table under an adapted embedding is in the report.
         for (name, own) in &self.options.frozen {
             let Some(tensor) = saved.others.get(name) else { continue };

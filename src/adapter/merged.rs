@@ -8,6 +8,7 @@ use crate::base::source::{from_source, Source, Wanted};
 use crate::files::StateDict;
 use crate::layers::Part;
 use crate::merge::Plan;
+use crate::weights::untied_table;
 use crate::Result;
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
@@ -22,8 +23,8 @@ impl Adapter {
     /// which the base is read. `base` may be mapped, sharded or in memory; beside the model, one tensor and its merged
     /// copy are in memory at a time. A quantised base is dequantised, every weight of it.
     ///
-    /// A head that is tied to an adapted embedding computes with the merged table here, and with the base's table
-    /// in a model on [`var_builder`](Self::var_builder): adapt tied tables only if the model unties the head.
+    /// If the base ties its head to the embeddings and the adapter changes one of the two alone, the head is a tensor of
+    /// its own here, such as `lm_head.weight`: the model has to read it (`tie_word_embeddings: false`).
     /// [`check`](Self::check) tells whether the model has read all that the adapter changes.
     ///
     /// # Errors
@@ -37,7 +38,7 @@ impl Adapter {
         let plan = Plan::new(&weights, exists, dims, true)?;
         let adapter = weights.state_dict();
         let record = Arc::<Record>::default();
-        let changed = plan.changed().map(str::to_owned).collect();
+        let changed = plan.changed().into_iter().map(str::to_owned).collect();
         self.state().merged = Some(MergedModel { record: record.clone(), changed });
         Ok(from_source(Merged { base: Dense(base), adapter, plan, record }, dtype, &device))
     }
@@ -52,9 +53,13 @@ struct Merged<'a> {
 
 impl Source for Merged<'_> {
     fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
-        let tensor = match self.adapter.get(name) {
-            Some(own) => wanted.convert(name, own)?,
-            None => self.base.tensor(name, wanted)?,
+        let table = untied_table(name, |name| self.has(name));
+        let tensor = match (self.adapter.get(name), self.plan.table(name), table) {
+            (Some(own), ..) => wanted.convert(name, own)?,
+            (None, Some(table), _) => self.base.tensor(table, wanted)?,
+            // A head that the merged model ties, too.
+            (None, None, Some(table)) => self.tensor(&table, wanted)?,
+            (None, None, None) => self.base.tensor(name, wanted)?,
         };
         let merged = self.plan.apply(name, &tensor)?.unwrap_or(tensor);
         self.record.read(name, &merged);
@@ -63,6 +68,8 @@ impl Source for Merged<'_> {
 
     fn has(&self, name: &str) -> bool {
         !Part::parse(name).1.is_adapter()
-            && (self.adapter.contains_key(name) || self.base.has(name))
+            && (self.adapter.contains_key(name)
+                || self.plan.table(name).is_some()
+                || self.base.has(name))
     }
 }

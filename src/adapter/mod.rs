@@ -13,6 +13,7 @@ pub(crate) mod record;
 pub(crate) mod state;
 pub(crate) mod target;
 mod targets;
+mod tied;
 mod transformer_layers;
 pub(crate) mod var_builder;
 mod vars;

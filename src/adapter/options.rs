@@ -10,6 +10,7 @@ use crate::ops::DropoutStream;
 use crate::weights::{AdapterConfig, LayerConfig};
 use crate::Result;
 use candle_nn::VarBuilder;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 #[derive(Debug, Clone)]
@@ -27,6 +28,8 @@ pub(crate) struct Options {
     pub loaded: bool,
     /// Base tensors that a loaded adapter replaces.
     pub frozen: StateDict,
+    /// The weights of heads that a loaded adapter trains as one tensor with a table, and the tables.
+    pub tied: BTreeMap<String, String>,
 }
 
 impl Options {
@@ -42,6 +45,7 @@ impl Options {
             dropout: None,
             loaded: false,
             frozen: StateDict::new(),
+            tied: BTreeMap::new(),
         }
     }
 

@@ -38,7 +38,8 @@ impl TargetModule for Target {
     fn adapt(&self, weight: &Tensor, bias: Option<&Tensor>, kind: LayerKind) -> Option<Weight> {
         let is_first = !self.is_built.swap(true, Ordering::Relaxed);
         self.record.built(&self.path, &kind, is_first);
-        if !is_first {
+        // A variable is of a module that is trained as a whole.
+        if !is_first || weight.is_variable() {
             return None;
         }
         let layer = match &self.adapter {

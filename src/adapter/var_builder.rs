@@ -2,13 +2,14 @@
 //! the weights that it gives.
 
 use super::merged_only::MergedOnly;
+use super::options::Options;
 use super::record::Record;
 use super::target::{AdapterParts, Target};
 use crate::base::source::{from_source, Source, Wanted};
 use crate::base::{var_builder, var_builder_with};
 use crate::layers::binding::target::TargetWeights;
 use crate::layers::Part;
-use crate::weights::Bias;
+use crate::weights::{untied_table, Bias};
 use crate::Result;
 use candle_core::Tensor;
 use candle_nn::{VarBuilder, VarMap};
@@ -46,19 +47,30 @@ struct Recorded<'a> {
     weights: TargetWeights,
 }
 
+impl Recorded<'_> {
+    /// The tensor that a loaded adapter has in place of the base's. A head that the base ties to a table follows it.
+    fn replacing<'o>(&self, name: &str, options: &'o Options) -> Option<&'o Tensor> {
+        let of_table = || {
+            let table = untied_table(name, |name| self.base.has(name))?;
+            options.frozen.get(&table)
+        };
+        options.frozen.get(name).or_else(of_table)
+    }
+}
+
 impl Source for Recorded<'_> {
     fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
         self.merged_only.refuse(name)?;
-        // A loaded adapter may have a table in place of the base's.
-        let own = self.adapter.as_ref().and_then(|adapter| adapter.options.frozen.get(name));
-        let tensor = match own {
-            Some(own) => wanted.convert(name, own)?,
+        let tensor = match self.adapter.as_ref().map(|adapter| &adapter.options) {
             None => self.base.tensor(name, wanted)?,
+            Some(options) => match self.replacing(name, options) {
+                Some(own) => wanted.convert(name, own)?,
+                None => self.base.tensor(options.tied.get(name).map_or(name, |n| n), wanted)?,
+            },
         };
         self.record.read(name, &tensor);
         let (path, part) = Part::parse(name);
-        // A variable is of a module that is trained as a whole: it stays itself, for optimizers to find.
-        if part != Part::Base("weight") || tensor.rank() < 2 || tensor.is_variable() {
+        if part != Part::Base("weight") || tensor.rank() < 2 {
             return Ok(tensor);
         }
         let (path, record, adapter) = (path.to_owned(), self.record.clone(), self.adapter.clone());
@@ -67,7 +79,9 @@ impl Source for Recorded<'_> {
     }
 
     fn has(&self, name: &str) -> bool {
-        let frozen = self.adapter.as_ref().map(|adapter| &adapter.options.frozen);
-        frozen.is_some_and(|frozen| frozen.contains_key(name)) || self.base.has(name)
+        let has = |options: &Arc<Options>| {
+            options.frozen.contains_key(name) || options.tied.contains_key(name)
+        };
+        self.adapter.as_ref().is_some_and(|adapter| has(&adapter.options)) || self.base.has(name)
     }
 }

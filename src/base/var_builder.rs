@@ -4,6 +4,7 @@ use super::source::{from_source, Source, Wanted};
 use crate::layers::binding::placeholder::{dequantized, on_device};
 use crate::layers::Part;
 use crate::utils::{variable, Trainable};
+use crate::weights::untied_table;
 use crate::{Error, Result};
 use candle_core::{Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -18,7 +19,8 @@ use std::sync::PoisonError;
 ///
 /// # Errors
 /// Asking for a tensor that `base` lacks is an error, never a random value. Only the factors and the
-/// modules of the selection may be new.
+/// modules of the selection may be new. A head that `base` ties to its embeddings, as `lm_head.weight` of a model that is
+/// built without tying, has the values of their table.
 pub fn var_builder<'a>(
     base: VarBuilder<'a>,
     adapter: &VarMap,
@@ -58,17 +60,26 @@ impl<F: Fn(&str) -> bool> WithVariables<'_, F> {
         self.trainable.selects(name, exists)
     }
 
+    /// The tensor of the base with the values of this one: itself, or the table that the base ties a head to.
+    fn source(&self, name: &str) -> Option<String> {
+        match self.base.has(name) {
+            true => Some(name.to_owned()),
+            false => untied_table(name, |name| self.base.has(name)),
+        }
+    }
+
     /// The base's value, which may be a placeholder of a quantised one.
     fn frozen(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
-        if !self.base.has(name) {
+        let Some(source) = self.source(name) else {
             let expected = wanted.shape.map(|shape| format!(" (expected {shape:?})"));
             return Err(Error::Invalid(format!(
                 "the base has no tensor {name:?}{}",
                 expected.unwrap_or_default()
             )));
-        }
+        };
         // On the base's own device.
-        let tensor = self.base.tensor(name, &Wanted { device: self.base.device(), ..*wanted })?;
+        let tensor =
+            self.base.tensor(&source, &Wanted { device: self.base.device(), ..*wanted })?;
         // A copy of a variable: training or loading the base's VarMap must not change it.
         Ok(if tensor.is_variable() { tensor.copy()?.detach() } else { tensor })
     }
@@ -76,7 +87,7 @@ impl<F: Fn(&str) -> bool> WithVariables<'_, F> {
     /// A new variable with the base's value or, if the base lacks a tensor that may be new, with its initialisation.
     fn create(&self, name: &str, wanted: &Wanted) -> Result<Var> {
         let may_be_new = Part::parse(name).1.is_lora() || self.trainable.in_module(name);
-        let var = match wanted.shape.filter(|_| may_be_new && !self.base.has(name)) {
+        let var = match wanted.shape.filter(|_| may_be_new && self.source(name).is_none()) {
             Some(shape) => wanted.init.var(shape.clone(), wanted.dtype, wanted.device)?,
             None => {
                 let tensor = dequantized(self.frozen(name, wanted)?)?;

@@ -50,8 +50,12 @@ fn with_metadata(file: Vec<u8>, metadata: &BTreeMap<&str, String>) -> Result<Vec
 /// The start of a file with `format: pt` as metadata, before the tensors' data in this order.
 pub(crate) fn header(tensors: Vec<(String, TensorInfo)>) -> Result<Vec<u8>> {
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let header = HeaderMetadata::new(Some(metadata), tensors).map_err(malformed)?;
-    let mut header = serde_json::to_vec(&header).map_err(malformed)?;
+    start(&HeaderMetadata::new(Some(metadata), tensors).map_err(malformed)?)
+}
+
+/// The header with its length.
+pub(super) fn start(header: &HeaderMetadata) -> Result<Vec<u8>> {
+    let mut header = serde_json::to_vec(header).map_err(malformed)?;
     header.resize(header.len().next_multiple_of(8), b' ');
     Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
 }

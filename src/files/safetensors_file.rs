@@ -1,6 +1,6 @@
 //! An open safetensors file, of which one tensor at a time is read.
 
-use super::safetensors::malformed;
+use super::safetensors::{self, malformed};
 use crate::ops::checked_elem_count;
 use crate::{Error, Result};
 use ::safetensors::tensor::{Metadata, TensorInfo};
@@ -53,9 +53,22 @@ impl SafetensorsFile {
         }
     }
 
-    /// The header with its length, as in the file.
-    pub fn start(&self) -> &[u8] {
-        &self.start
+    /// The start of this file with copies of some tensors under new names, whose data follows.
+    pub fn start_with(&self, copies: &[(&str, &str)]) -> Result<Vec<u8>> {
+        if copies.is_empty() {
+            return Ok(self.start.clone());
+        }
+        let names = self.header.offset_keys();
+        let own = names.into_iter().map(|name| Ok((name.clone(), self.info(&name)?.clone())));
+        let mut infos = own.collect::<Result<Vec<_>>>()?;
+        for (new, of) in copies {
+            let start = infos.last().map_or(0, |(_, info)| info.data_offsets.1);
+            let info = self.info(of)?.clone();
+            let end = start + (info.data_offsets.1 - info.data_offsets.0);
+            infos.push(((*new).to_owned(), TensorInfo { data_offsets: (start, end), ..info }));
+        }
+        let header = Metadata::new(self.header.metadata().clone(), infos).map_err(malformed)?;
+        safetensors::start(&header)
     }
 
     pub fn read(&mut self, name: &str) -> Result<Tensor> {

@@ -41,7 +41,8 @@ struct Parameters {
     alpha: Option<Value>,
 }
 
-/// Reads a folder. `embed_tokens` and `wte` are embeddings, all other layers are linear.
+/// Reads a folder. `embed_tokens` and `wte` are embeddings, all other layers are linear. A head that the base ties to an
+/// embedding follows it (`ensure_weight_tying`).
 ///
 /// # Errors
 /// If a file is missing or malformed; if it is no LoRA (DoRA, full fine-tuning, adapters of experts); if the
@@ -78,6 +79,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
         }
         let mut config = AdapterConfig::default();
         config.lora.lora_dropout = dropout;
+        config.ensure_weight_tying = true;
         adapter(config, all)
     };
     load().map_err(|e: Error| e.at(&file))
@@ -112,11 +114,18 @@ fn read_config(path: &Path) -> Result<Parameters> {
 ///
 /// # Errors
 /// If the adapter has something other than factors of linear layers, or of embeddings that are not named
-/// `embed_tokens` or `wte`, or with `fan_in_fan_out`; if a value is not finite; and if the file system refuses.
+/// `embed_tokens` or `wte`, or with `fan_in_fan_out`; if a head that is tied to an embedding would not follow it
+/// (`ensure_weight_tying`); if a value is not finite; and if the file system refuses.
 pub fn save(dir: impl AsRef<Path>, weights: &LoraWeights) -> Result<()> {
     let dir = dir.as_ref();
     let convert = || {
         let weights = &*weights.joined()?;
+        let apart = weights.tied_without_factors();
+        if let Some(path) = apart.filter(|_| !weights.options.ensure_weight_tying) {
+            let reason = "in MLX the head follows this table if it is tied to it: merge the adapter or, if the head is \
+                          not tied, set the configuration's ensure_weight_tying";
+            return Err(Error::tensor(Part::A.at(path), reason));
+        }
         let (mut keys, mut factors) = (vec![], vec![]);
         for (path, layer, own) in layers(weights, "MLX's format", false)? {
             let kind = layer.kind.as_ref().unwrap_or(&LayerKind::Linear);

@@ -7,6 +7,7 @@ use crate::ops::is_finite;
 use crate::weights::{LayerWeights, TokenRows};
 use candle_core::{bail, DType, Result, Tensor};
 
+#[derive(Clone)]
 pub(super) enum Change {
     /// The adapter's own tensor in place of the base's.
     Replace(Tensor),
@@ -19,6 +20,16 @@ pub(super) enum Change {
 }
 
 impl Change {
+    /// Whether the change of a table is one of a head that is tied to it, too, as in PEFT's model: it writes a tensor that
+    /// it does not train into the base's own, and ties rows, but a module that it trains is a copy.
+    pub fn is_of_tied(&self, is_module: impl FnOnce() -> bool) -> bool {
+        match self {
+            Self::Replace(_) => !is_module(),
+            Self::Rows(_) => true,
+            Self::Update(_) | Self::AddBias { .. } => false,
+        }
+    }
+
     /// `base` with the change; `options` are the adapter's.
     pub fn apply(&self, base: &Tensor, options: &LoraConfig) -> Result<Tensor> {
         match self {

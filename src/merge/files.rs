@@ -9,6 +9,7 @@ use crate::weights::LoraWeights;
 use crate::{Error, Result};
 use candle_core::Device;
 use safetensors::tensor::View;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -31,6 +32,9 @@ pub struct MergeProgress {
 /// copied byte for byte. Each file appears complete or not at all, an index last. A base that `torch.save`
 /// wrote is read whole and written as safetensors.
 ///
+/// Returns the heads that the base ties to the embeddings, and that the merged model has as tensors of their own, in the
+/// file of the embeddings: if there is one, set `tie_word_embeddings` to `false` in the model's configuration.
+///
 /// # Errors
 /// As [`merge_into`](crate::merge::merge_into), for names and shards before anything is written; if `out` is the
 /// folder of a sharded base, which a failure would leave half merged; and if a file is malformed or the
@@ -40,13 +44,18 @@ pub fn merge_files(
     adapter: &LoraWeights,
     out: impl AsRef<Path>,
     mut progress: impl FnMut(MergeProgress),
-) -> Result<()> {
+) -> Result<Vec<String>> {
     let (base, out) = (base.as_ref(), out.as_ref());
     let shards = Shards::find(base)?;
     let paths = shards.paths();
     if let (Shards::One(path), true) = (&shards, are_torch(&paths)?) {
-        let read = || merge_into(&read(path, &Device::Cpu)?.0, adapter);
-        let tensors = read().map_err(|e: Error| e.at(path))?;
+        let read = || {
+            let base = read(path, &Device::Cpu)?.0;
+            let merged = merge_into(&base, adapter)?;
+            let untied = merged.keys().filter(|name| !base.contains_key(*name)).cloned().collect();
+            Ok((merged, untied))
+        };
+        let (tensors, untied) = read().map_err(|e: Error| e.at(path))?;
         let bytes = serialize(&tensors, None).map_err(|e| e.at(out))?;
         let target = match path.file_name() {
             Some(name) if out.is_dir() => out.join(name).with_extension("safetensors"),
@@ -54,7 +63,7 @@ pub fn merge_files(
         };
         atomic_file::replace(&target, &bytes).map_err(|e| Error::from(e).at(&target))?;
         progress(MergeProgress { done: bytes.len() as u64, total: bytes.len() as u64 });
-        return Ok(());
+        return Ok(untied);
     }
     let (mut shapes, mut total) = (BTreeMap::new(), 0);
     for path in &paths {
@@ -70,6 +79,15 @@ pub fn merge_files(
     let dims = |name: &str| shapes.get(name).cloned()?;
     let plan = Plan::new(adapter, |name| shapes.contains_key(name), dims, false);
     let plan = plan.map_err(|e| e.at(base))?;
+    let mut added = BTreeMap::new();
+    for path in &paths {
+        let shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
+        for (head, table) in plan.untied().filter(|(_, table)| shard.info(table).is_ok()) {
+            let (Some(file), size) = (path.file_name(), shard.size(table)?) else { continue };
+            total += size;
+            added.insert(head.to_owned(), (file.to_string_lossy().into_owned(), size));
+        }
+    }
     let mut done = 0;
     let mut advance = |bytes| {
         done += bytes;
@@ -97,10 +115,26 @@ pub fn merge_files(
     }
     if let Shards::Many { folder, index, .. } = &shards {
         let (from, to) = (folder.join(index), out.join(index));
-        let copy = || atomic_file::replace(&to, &fs::read(&from)?);
-        copy().map_err(|e| Error::from(e).at(&to))?;
+        let write = || Ok(atomic_file::replace(&to, &with_added(fs::read(&from)?, &added)?)?);
+        write().map_err(|e: Error| e.at(&to))?;
     }
-    Ok(())
+    Ok(added.into_keys().collect())
+}
+
+/// The text of an index with further tensors, by name with their files and sizes.
+fn with_added(index: Vec<u8>, added: &BTreeMap<String, (String, u64)>) -> Result<Vec<u8>> {
+    if added.is_empty() {
+        return Ok(index);
+    }
+    let malformed = |e: serde_json::Error| Error::Invalid(e.to_string());
+    let mut index: Value = serde_json::from_slice(&index).map_err(malformed)?;
+    for (name, (file, size)) in added {
+        index["weight_map"][name] = file.as_str().into();
+        if let Some(total) = index["metadata"]["total_size"].as_u64() {
+            index["metadata"]["total_size"] = (total + size).into();
+        }
+    }
+    Ok(serde_json::to_string_pretty(&index).map_err(malformed)?.into_bytes())
 }
 
 /// Writes `shard` to `out` with the changes of the plan.
@@ -110,7 +144,8 @@ fn merge(
     out: &mut File,
     advance: &mut dyn FnMut(u64),
 ) -> Result<()> {
-    out.write_all(shard.start())?;
+    let untied: Vec<_> = plan.untied().filter(|(_, table)| shard.info(table).is_ok()).collect();
+    out.write_all(&shard.start_with(&untied)?)?;
     for name in shard.header.offset_keys() {
         if plan.changes(&name) {
             let changed = plan.apply(&name, &shard.read(&name)?)?;
@@ -120,6 +155,11 @@ fn merge(
             shard.copy(&name, out)?;
         }
         advance(shard.size(&name)?);
+    }
+    for (head, table) in untied {
+        let tensor = shard.read(table)?;
+        out.write_all(&View::data(&plan.apply(head, &tensor)?.unwrap_or(tensor)))?;
+        advance(shard.size(table)?);
     }
     Ok(())
 }

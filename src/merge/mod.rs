@@ -6,7 +6,6 @@ mod experts;
 mod files;
 mod plan;
 mod tensors;
-mod tied;
 mod weight;
 
 pub use crate::weights::add_weighted;

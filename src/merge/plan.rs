@@ -2,9 +2,8 @@
 
 use super::change::Change;
 use super::experts::set_orientations;
-use super::tied::is_tied;
 use crate::layers::{without_conv, LoraConfig, Part};
-use crate::weights::{flattened_hint, LoraWeights};
+use crate::weights::{flattened_hint, has_other_head, head_of, is_tied, table_of, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 /// The changes by tensor of the base, in the order in which they are applied.
 pub(crate) struct Plan {
     changes: BTreeMap<String, Vec<Change>>,
+    /// Heads that the base ties to a table, and that have to be tensors of their own, with the tables.
+    untied: BTreeMap<String, String>,
     options: LoraConfig,
 }
 
@@ -27,12 +28,21 @@ impl Plan {
         let mut weights = weights.joined()?.into_owned();
         set_orientations(&mut weights, dims);
         let mut changes = BTreeMap::<String, Vec<Change>>::new();
+        let (mut untied, mut tied) = (BTreeMap::new(), BTreeSet::new());
+        let weight = |path: &str| Part::Base("weight").at(path);
         for (name, tensor) in &weights.others {
             let (path, part) = Part::parse(name);
+            let is_weight = part == Part::Base("weight");
+            let table = || table_of(path, &exists).filter(|_| is_weight);
             let name = match exists(name) {
                 true => name.clone(),
-                false if part == Part::Base("weight") && is_tied(path, &weights, &exists)? => {
-                    continue
+                false if is_weight && is_tied(path, &weights, &exists)? => {
+                    tied.insert(name.clone());
+                    continue;
+                }
+                false if table().is_some() => {
+                    untied.extend(table().map(|table| (name.clone(), weight(&table))));
+                    name.clone()
                 }
                 false => match find(without_conv(path).unwrap_or(path), part.name(), &exists) {
                     Err(_) if adds => name.clone(),
@@ -43,18 +53,24 @@ impl Plan {
         }
         // A head that the adapter adds may have an update, too.
         let added: BTreeSet<_> = changes.keys().cloned().collect();
-        let exists = |name: &str| exists(name) || added.contains(name);
+        let of_base = &exists;
+        let exists = |name: &str| of_base(name) || added.contains(name);
         for (path, layer) in weights.layers() {
             let weight = match layer.is_parameter() {
                 true if exists(path) => path.to_owned(),
                 true => return Err(missing(path)),
-                false
-                    if !exists(&Part::Base("weight").at(path))
-                        && is_tied(path, &weights, exists)? =>
-                {
-                    continue
+                false if exists(&weight(path)) => weight(path),
+                false if is_tied(path, &weights, exists)? => {
+                    tied.insert(weight(path));
+                    continue;
                 }
-                false => find(path, "weight", exists)?,
+                false => match table_of(path, exists) {
+                    Some(table) => {
+                        untied.insert(weight(path), weight(&table));
+                        weight(path)
+                    }
+                    None => find(path, "weight", exists)?,
+                },
             };
             // PEFT also saves the table under an embedding's adapter. In a state dict of a whole model
             // it may be merged already.
@@ -75,7 +91,30 @@ impl Plan {
                 .or_default()
                 .push(Change::Rows(rows.clone()));
         }
-        Ok(Self { changes, options: weights.options.lora })
+        if !(has_other_head(&weights) || weights.options.ensure_weight_tying) {
+            let heads = changes.keys().filter_map(|table| {
+                let (path, part) = Part::parse(table);
+                let head = head_of(path, of_base).filter(|_| part == Part::Base("weight"))?;
+                Some((weight(&head), table.clone()))
+            });
+            let new = |head: &String| {
+                !(of_base(head) || tied.contains(head) || changes.contains_key(head))
+            };
+            let heads: Vec<_> = heads.filter(|(head, _)| new(head)).collect();
+            for (head, table) in heads {
+                let of_both =
+                    |change: &&Change| change.is_of_tied(|| weights.trains_module(&table));
+                let (all, common): (_, Vec<_>) =
+                    (&changes[&table], changes[&table].iter().filter(of_both).cloned().collect());
+                if common.len() < all.len() {
+                    if !common.is_empty() {
+                        changes.insert(head.clone(), common);
+                    }
+                    untied.insert(head, table);
+                }
+            }
+        }
+        Ok(Self { changes, untied, options: weights.options.lora })
     }
 
     /// The tensor that replaces this one of the base, or `None` if it is unchanged.
@@ -86,9 +125,20 @@ impl Plan {
         changed.map(Some).map_err(|e| Error::tensor(name, e))
     }
 
-    /// The tensors of the base that change.
-    pub fn changed(&self) -> impl Iterator<Item = &str> {
-        self.changes.keys().map(String::as_str)
+    /// The tensors of the base that change, and the heads that become tensors.
+    pub fn changed(&self) -> BTreeSet<&str> {
+        self.changes.keys().chain(self.untied.keys()).map(String::as_str).collect()
+    }
+
+    /// The heads that the base ties to a table, and that have to be tensors of their own, with the table whose values
+    /// they have before their [changes](Self::apply).
+    pub fn untied(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.untied.iter().map(|(head, table)| (head.as_str(), table.as_str()))
+    }
+
+    /// The table of such a head.
+    pub fn table(&self, head: &str) -> Option<&str> {
+        self.untied.get(head).map(String::as_str)
     }
 
     pub fn changes(&self, name: &str) -> bool {

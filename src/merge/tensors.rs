@@ -3,10 +3,13 @@
 use super::plan::Plan;
 use crate::files::StateDict;
 use crate::weights::LoraWeights;
-use crate::Result;
+use crate::{Error, Result};
 
 /// All tensors of the base, the adapted weights with ΔW added and rounded once, and the biases and
 /// modules of the adapter in place of the base's. Names, shapes and dtypes are the base's.
+///
+/// If the base ties its head to the embeddings and the adapter changes one of the two alone, the head is a tensor of its
+/// own, such as `lm_head.weight`, as in PEFT's model: set `tie_word_embeddings` to `false` in the model's configuration.
 ///
 /// A layer of unknown kind is a `Linear`, an `Embedding` or a convolution by the shapes of its weight and factors.
 ///
@@ -35,6 +38,10 @@ pub fn merge_into(base: &StateDict, adapter: &LoraWeights) -> Result<StateDict> 
         if let Some(changed) = plan.apply(name, tensor)? {
             *tensor = changed;
         }
+    }
+    for (head, table) in plan.untied() {
+        let tensor = base.get(table).ok_or_else(|| Error::tensor(table, "it is missing"))?;
+        merged.insert(head.to_owned(), plan.apply(head, tensor)?.unwrap_or(tensor.clone()));
     }
     Ok(merged)
 }

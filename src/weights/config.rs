@@ -31,6 +31,9 @@ pub struct AdapterConfig {
     /// The tokens whose rows the adapter replaces, by the path of the table, as PEFT's
     /// `trainable_token_indices`. The rows are the adapter's tensor `trainable_tokens` at this path.
     pub trainable_token_indices: BTreeMap<String, Vec<usize>>,
+    /// Whether a head that the base ties to a table of embeddings gets the table's change, as in MLX's models and by
+    /// PEFT's option of this name. By default only a head that the adapter has itself changes.
+    pub ensure_weight_tying: bool,
     /// Layers by their path or the end of it after a dot. The longest entry that matches counts; the
     /// empty one matches every layer.
     pub layers: BTreeMap<String, LayerConfig>,

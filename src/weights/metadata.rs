@@ -33,6 +33,8 @@ struct Json {
     modules_to_save: Vec<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     trainable_token_indices: BTreeMap<String, Vec<usize>>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    ensure_weight_tying: bool,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     layers: BTreeMap<String, LayerConfig>,
 }
@@ -43,7 +45,17 @@ fn yes() -> bool {
 
 /// Equal configurations give equal text.
 pub(super) fn to_json(config: &AdapterConfig) -> Result<String> {
-    let AdapterConfig { lora, bias, modules_to_save, trainable_token_indices, layers, .. } = config;
+    let AdapterConfig {
+        lora,
+        bias,
+        modules_to_save,
+        trainable_token_indices,
+        ensure_weight_tying,
+        layers,
+        one_rank: _,
+        base_model_name_or_path: _,
+        task_type: _,
+    } = config;
     // Each by name, so that no new option is left out.
     let LoraConfig {
         r,
@@ -68,6 +80,7 @@ pub(super) fn to_json(config: &AdapterConfig) -> Result<String> {
         bias: (*bias != Bias::None).then(|| bias.to_string()),
         modules_to_save: modules_to_save.clone(),
         trainable_token_indices: trainable_token_indices.clone(),
+        ensure_weight_tying: *ensure_weight_tying,
         layers: layers.clone(),
     };
     serde_json::to_string(&json).map_err(malformed)
@@ -93,6 +106,7 @@ pub(super) fn from_json(text: &str) -> Result<AdapterConfig> {
         bias: json.bias.map_or(Ok(Bias::None), |bias| bias.parse())?,
         modules_to_save: json.modules_to_save,
         trainable_token_indices: json.trainable_token_indices,
+        ensure_weight_tying: json.ensure_weight_tying,
         layers: json.layers,
         ..Default::default()
     })

@@ -15,6 +15,7 @@ mod lora_weights;
 mod metadata;
 mod selection;
 mod state_dict;
+mod tied;
 mod uniform;
 
 pub use add_weighted::add_weighted;
@@ -28,4 +29,5 @@ pub use layer::LayerWeights;
 pub use lora_weights::LoraWeights;
 pub(crate) use lora_weights::{is_close, is_equal, TokenRows};
 pub(crate) use selection::contains;
+pub(crate) use tied::{has_other_head, head_of, is_tied, table_of, untied_table};
 pub(crate) use uniform::{common_alpha, common_rank_alpha, rescaled, uniform};

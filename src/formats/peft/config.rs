@@ -14,10 +14,9 @@ use std::path::Path;
 
 /// Keys that do not change the update, or are read apart: how the adapter was made and trained, and which modules have one,
 /// which the tensors tell too.
-const HARMLESS_KEYS: [&str; 19] = [
+const HARMLESS_KEYS: [&str; 18] = [
     "auto_mapping",
     "corda_config",
-    "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
     "inference_mode",
@@ -109,6 +108,7 @@ impl PeftConfig {
         options.base_model_name_or_path = fields.take("base_model_name_or_path", unknown)?;
         options.task_type = fields.take("task_type", unknown)?;
         options.modules_to_save = fields.take("modules_to_save", unknown)?.unwrap_or_default();
+        options.ensure_weight_tying = fields.take("ensure_weight_tying", unknown)?.unwrap_or(false);
         // Until PEFT 0.2, of all layers.
         if let Some(enabled) = fields.take("enable_lora", unknown)? {
             options = options.with_layer("", LayerKind::MergedLinear(enabled));

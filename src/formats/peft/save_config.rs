@@ -54,6 +54,9 @@ pub(crate) fn config_json(
     if weights.layers().any(|(_, layer)| layer.bias.is_some()) {
         json["lora_bias"] = true.into();
     }
+    if config.ensure_weight_tying {
+        json["ensure_weight_tying"] = true.into();
+    }
     if !weights.token_rows.is_empty() {
         json["trainable_token_indices"] = json!(weights.config().trainable_token_indices);
     }

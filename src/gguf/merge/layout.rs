@@ -6,9 +6,7 @@ use crate::gguf::ggml_dtype::row_bytes;
 use crate::gguf::header::TensorInfo;
 use crate::gguf::names::Names;
 use crate::gguf::writer::u32;
-use crate::layers::Part;
 use crate::merge::Plan;
-use crate::weights::LoraWeights;
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 
@@ -49,7 +47,6 @@ pub(super) fn items<'a>(
     base: &'a File,
     names: &Names,
     plan: &Plan,
-    adapter: &LoraWeights,
     dtype: GgmlDType,
 ) -> Result<Vec<Item<'a>>> {
     if !FILE_TYPES.iter().any(|(known, _)| *known == dtype) {
@@ -61,47 +58,55 @@ pub(super) fn items<'a>(
     let item = |(name, info): &(&'a str, &'a TensorInfo)| {
         let (name, info) = (*name, *info);
         let changed = names.hugging_face(name).filter(|own| plan.changes(own));
-        let dtype = match (&changed, &*info.dims) {
-            (Some(_), [_, _]) => dtype,
-            _ => info.dtype,
-        };
-        let bytes = match dtype == info.dtype {
-            true => Some(info.bytes.end - info.bytes.start),
-            false => bytes(dtype, &info.dims),
-        };
-        let bytes = bytes.ok_or_else(|| {
-            let reason = format!(
-                "blocks of {} values ({dtype:?}) do not divide a row of its shape {:?}",
-                dtype.block_size(),
-                info.dims
-            );
-            Error::tensor(name, reason)
-        })?;
+        let (dtype, bytes) = stored(name, info, changed.is_some(), dtype)?;
         Ok(Item { name, source: name, info, changed, dtype, bytes })
     };
     let mut items = tensors.iter().map(item).collect::<Result<Vec<_>>>()?;
-    items.extend(own_head(base, names, adapter)?);
+    items.extend(own_head(base, names, plan, dtype)?);
     Ok(items)
 }
 
-/// The head of a base whose embedding is its head too and is adapted: the head is not, unless the adapter has the
-/// embedding's factors for it too, as PEFT's with `ensure_weight_tying`.
-fn own_head<'a>(base: &'a File, names: &Names, adapter: &LoraWeights) -> Result<Option<Item<'a>>> {
-    let [(source, own), _] = MODEL;
-    let path = |weight: &'static str| weight.strip_suffix(".weight").unwrap_or(weight);
-    let adapted = |weight| adapter.layers.contains_key(path(weight));
-    if base.find(HEAD.0).is_some() || !adapted(own) || adapted(HEAD.1) {
-        return Ok(None);
-    }
-    if names.hugging_face(HEAD.0).is_none() {
-        let reason =
-            "the embedding is the output layer too, which has no adapter, and a file of this \
+/// A head that the base ties to its embeddings, and that the adapter unties.
+fn own_head<'a>(
+    base: &'a File,
+    names: &Names,
+    plan: &Plan,
+    dtype: GgmlDType,
+) -> Result<Option<Item<'a>>> {
+    let Some((head, _)) = plan.untied().next() else { return Ok(None) };
+    if names.hugging_face(HEAD.0).as_deref() != Some(head) {
+        let reason = "the adapter changes it or the embeddings, to which the base ties it, and a file of this \
                       architecture cannot have it apart";
-        return Err(Error::tensor(Part::A.at(path(own)), reason));
+        return Err(Error::tensor(head, reason));
     }
+    let (source, _) = MODEL[0];
     let info = base.info(source)?;
-    let bytes = info.bytes.end - info.bytes.start;
-    Ok(Some(Item { name: HEAD.0, source, info, changed: None, dtype: info.dtype, bytes }))
+    let changed = plan.changes(head).then(|| head.to_owned());
+    let (dtype, bytes) = stored(source, info, changed.is_some(), dtype)?;
+    Ok(Some(Item { name: HEAD.0, source, info, changed, dtype, bytes }))
+}
+
+/// The dtype and the size of a tensor in the merged file.
+fn stored(
+    name: &str,
+    info: &TensorInfo,
+    is_changed: bool,
+    dtype: GgmlDType,
+) -> Result<(GgmlDType, u64)> {
+    let dtype = if is_changed && info.dims.len() == 2 { dtype } else { info.dtype };
+    let bytes = match dtype == info.dtype {
+        true => Some(info.bytes.end - info.bytes.start),
+        false => bytes(dtype, &info.dims),
+    };
+    let bytes = bytes.ok_or_else(|| {
+        let reason = format!(
+            "blocks of {} values ({dtype:?}) do not divide a row of its shape {:?}",
+            dtype.block_size(),
+            info.dims
+        );
+        Error::tensor(name, reason)
+    })?;
+    Ok((dtype, bytes))
 }
 
 fn bytes(dtype: GgmlDType, dims: &[usize]) -> Option<u64> {

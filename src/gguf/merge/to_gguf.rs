@@ -51,8 +51,9 @@ impl From<GgmlDType> for MergeOptions {
 ///
 /// Merged are lora_A and lora_B, and trained biases and modules replace those of the base. Layers need no kinds. The
 /// metadata and all other tensors
-/// are copied byte for byte, but for `general.file_type`. If the embedding has an adapter and is the output
-/// layer too, the output layer becomes a tensor of its own: it has no adapter, as in the model.
+/// are copied byte for byte, but for `general.file_type`. If the
+/// embedding is the output layer too and the adapter changes one of the two alone, the output layer becomes a tensor of
+/// its own, as in PEFT's model.
 ///
 /// One tensor is in memory at a time. The file appears complete or not at all; it may be the base's own.
 ///
@@ -83,7 +84,7 @@ pub fn merge(
     let names = Names::of(base).map_err(of_base)?;
     let adapter = &with_kinds(adapter);
     let plan = plan(base, &names, adapter).map_err(of_base)?;
-    let items = layout::items(base, &names, &plan, adapter, options.dtype).map_err(of_base)?;
+    let items = layout::items(base, &names, &plan, options.dtype).map_err(of_base)?;
     let metadata = metadata(base, &items).map_err(of_base)?;
     let merge = Merge { base, names, plan, options };
     let mut kept = BTreeMap::new();

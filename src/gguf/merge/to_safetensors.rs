@@ -22,8 +22,8 @@ use std::path::Path;
 /// not read GGUF, and returns the model's `config.json`. Every tensor is in `dtype`: `F32`, `BF16` or `F16`.
 ///
 /// The base's quantised values are dequantised, so that no part of the update is lost, and the file is several times as
-/// large as the base. If the embedding has an adapter and is
-/// the output layer too, the file has the output layer apart, and the returned `tie_word_embeddings` is `false`.
+/// large as the base. If the embedding is the output layer too and the adapter changes one of the two alone, the
+/// file has the output layer apart, and the returned `tie_word_embeddings` is `false`.
 ///
 /// One tensor is in memory at a time. The file appears complete or not at all.
 ///
@@ -64,7 +64,7 @@ pub fn merge_to_safetensors(
     let names = Names::of(base).map_err(of_base)?;
     let adapter = &with_kinds(adapter);
     let plan = plan(base, &names, adapter).map_err(of_base)?;
-    let items = layout::items(base, &names, &plan, adapter, GgmlDType::F32).map_err(of_base)?;
+    let items = layout::items(base, &names, &plan, GgmlDType::F32).map_err(of_base)?;
     let tensors = tensors(&names, &items, dtype).map_err(of_base)?;
     let mut config: Value = base.config()?;
     if items.iter().any(|item| item.name == HEAD.0) {

@@ -22,7 +22,7 @@ impl<T: ?Sized> Registry<T> {
         Self(LazyLock::new(Default::default))
     }
 
-    /// Binds a value to a tensor that has none.
+    /// Binds a value to a tensor, in place of one that it has.
     pub fn bind(&'static self, tensor: &Tensor, value: Arc<T>) -> Arc<Bound<T>> {
         let bound = Arc::new(Bound { id: tensor.id(), value, registry: self });
         self.entries().insert(bound.id, Arc::downgrade(&bound));
@@ -52,7 +52,12 @@ impl<T: ?Sized> Bound<T> {
 
 impl<T: ?Sized> Drop for Bound<T> {
     fn drop(&mut self) {
-        self.registry.entries().remove(&self.id);
+        // A variable may be bound again meanwhile.
+        let mut entries = self.registry.entries();
+        let is_own = |entry: &Weak<Self>| std::ptr::eq(entry.as_ptr(), self);
+        if entries.get(&self.id).is_some_and(is_own) {
+            entries.remove(&self.id);
+        }
     }
 }
 

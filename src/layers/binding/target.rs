@@ -23,9 +23,12 @@ type Given = (Arc<Bound<dyn TargetModule>>, Option<Blocks>);
 
 impl TargetWeights {
     /// `weight` with an id of its own, to which the module is bound: a base in memory gives the same tensor to every
-    /// reader.
+    /// reader. A variable stays itself, for optimizers to find.
     pub fn bind(&self, weight: &Tensor, module: Arc<dyn TargetModule>) -> Result<Tensor> {
-        let view = weight.unsqueeze(0)?.squeeze(0)?;
+        let view = match weight.is_variable() {
+            true => weight.clone(),
+            false => weight.unsqueeze(0)?.squeeze(0)?,
+        };
         let placeholder = placeholder_view(weight, &view);
         let given = (TARGETS.bind(&view, module), placeholder);
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(given);

@@ -1,0 +1,90 @@
+//! A head and the table of embeddings that the adapter trains as one tensor, because the model ties them.
+//!
+//! PEFT's model with a trained table alone has a head of the base's values. So a file of an adapter has the head too,
+//! with the table's values, as PEFT's `ensure_weight_tying` writes it.
+
+use super::options::Options;
+use super::record::Record;
+use super::state::Adapted;
+use super::Adapter;
+use crate::layers::{is_within, LayerKind, Part};
+use crate::utils::variables;
+use crate::weights::{head_of, LoraWeights};
+use crate::{Error, Result};
+use candle_nn::VarMap;
+use std::collections::BTreeMap;
+
+impl Adapter {
+    /// The weights of heads that are trained as one tensor with a table, and the tables.
+    pub(super) fn tied(&self) -> BTreeMap<String, String> {
+        let mut tied = self.options.tied.clone();
+        tied.extend(tied_in_models(&self.vars, &self.record));
+        tied
+    }
+}
+
+/// The heads that models tie to a table which the adapter trains as a whole.
+fn tied_in_models(vars: &VarMap, record: &Record) -> BTreeMap<String, String> {
+    let vars = variables(vars);
+    let tied = record.tied().into_iter().filter_map(|(path, kinds)| {
+        let table = Part::Base("weight").at(&path);
+        let head = Part::Base("weight").at(&head_of(&path, |name| record.has(name))?);
+        let is_table = [LayerKind::Embedding, LayerKind::Linear].iter().all(|k| kinds.contains(k));
+        let one = is_table && vars.contains_key(&table);
+        (one && !vars.contains_key(&head) && !record.has(&head)).then_some((head, table))
+    });
+    tied.collect()
+}
+
+/// An error if the adapter is loaded with a table alone, and a model ties a head to it: the head is the base's table in
+/// PEFT's model, and the adapter's here.
+/// And one if a head follows the update of a table, which it does not do here.
+pub(super) fn check_tied(
+    options: &Options,
+    vars: &VarMap,
+    adapted: &Adapted,
+    record: &Record,
+) -> Result<()> {
+    let follows = options.config.ensure_weight_tying;
+    let mut layers = record.tied().into_iter().filter(|_| follows);
+    if let Some((path, _)) = layers.find(|(path, _)| adapted.layers.contains_key(path)) {
+        let reason = "with ensure_weight_tying the model's head, which is tied to it, has the update too: merge the \
+                      adapter, or build the model on `Adapter::merged`";
+        return Err(Error::tensor(Part::A.at(&path), reason));
+    }
+    let mut tied = tied_in_models(vars, record).into_iter();
+    let alone = |head: &String| !(follows || options.tied.contains_key(head));
+    match tied.find(|(head, _)| options.loaded && alone(head)) {
+        None => Ok(()),
+        Some((head, table)) => {
+            let reason = format!(
+                "the adapter trains it alone, and the model ties its head to it: in PEFT's model the head keeps the \
+                 base's values: build the model with `tie_word_embeddings: false`, for which {head:?} is there too"
+            );
+            Err(Error::tensor(table, reason))
+        }
+    }
+}
+
+/// Takes the heads that are trained as one tensor with a table out of an adapter: the weights' names, and the tables'.
+pub(super) fn take_tied(weights: &mut LoraWeights) -> Result<BTreeMap<String, String>> {
+    let mut tied = BTreeMap::new();
+    for (head, table) in weights.tied_modules()? {
+        weights.others.remove(&head);
+        let others = &weights.others;
+        let holds = |module: &String| others.keys().any(|name| is_within(name, module));
+        weights.options.modules_to_save.retain(holds);
+        tied.insert(head, table);
+    }
+    Ok(tied)
+}
+
+/// Adds them again.
+pub(super) fn add_tied(weights: &mut LoraWeights, tied: BTreeMap<String, String>) {
+    for (head, table) in tied {
+        let Some(tensor) = weights.others.get(&table).cloned() else { continue };
+        weights.options.ensure_weight_tying = true;
+        weights.options.modules_to_save.push(Part::parse(&head).0.to_owned());
+        weights.others.insert(head, tensor);
+    }
+}

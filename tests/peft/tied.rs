@@ -1,0 +1,238 @@
+//! Models that tie their head to the embeddings, beside what PEFT computes (`fixtures/tied.py`).
+
+use crate::common::{difference, randn};
+use crate::CPU;
+use candle_core::{DType, Module, Tensor};
+use lora::merge::{merge_files, merge_into};
+use lora::nn::{embedding, linear_no_bias, Embedding, Linear, VarBuilder};
+use lora::utils::{read_state_dict, StateDict};
+use lora::{formats::peft, Adapter, Bias, LoraConfig, Result};
+use loralib as lora;
+use std::path::{Path, PathBuf};
+
+const CASES: [&str; 10] = [
+    "table",
+    "table_tied",
+    "table_and_head",
+    "head",
+    "lora_table",
+    "dora_table",
+    "lora_head",
+    "dora_head",
+    "lora_table_and_head",
+    "rows",
+];
+/// The head computes with the embeddings.
+const TIED: [&str; 2] = ["table_tied", "rows"];
+/// Rows of a table are merged alone.
+const MERGED_ALONE: &str = "rows";
+
+const TABLE: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+const Q: &str = "model.layers.0.self_attn.q_proj";
+const VOCAB: usize = 20;
+const HIDDEN: usize = 8;
+
+fn folder(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tied").join(case)
+}
+
+fn with_prefix(prefix: &str) -> Result<StateDict> {
+    let all = read_state_dict(folder("expected.safetensors"), &CPU)?.tensors;
+    let own = all.into_iter().filter_map(|(k, t)| Some((k.strip_prefix(prefix)?.to_owned(), t)));
+    Ok(own.collect())
+}
+
+fn base() -> Result<StateDict> {
+    with_prefix("base.")
+}
+
+fn vb(tensors: &StateDict) -> VarBuilder<'static> {
+    VarBuilder::from_tensors(tensors.clone().into_iter().collect(), DType::F32, &CPU)
+}
+
+/// The embeddings and the head's weight are PEFT's.
+fn assert_peft_s(case: &str, embeddings: &Tensor, head: &Tensor) -> Result<()> {
+    let expected = with_prefix(&format!("{case}."))?;
+    for (name, ours) in [("embed", embeddings), ("head", head)] {
+        let apart = difference(ours, &expected[name])?;
+        assert!(apart < 2e-6, "{case}.{name}: {apart}");
+    }
+    Ok(())
+}
+
+#[test]
+fn merged_tables_and_heads_are_those_of_peft() -> Result<()> {
+    for case in CASES {
+        let merged = merge_into(&base()?, &peft::load(folder(case), &CPU)?)?;
+        assert_eq!(merged.contains_key(HEAD), !TIED.contains(&case), "{case}");
+        assert_peft_s(case, &merged[TABLE], merged.get(HEAD).unwrap_or(&merged[TABLE]))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn merged_files_have_the_head_beside_the_table() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (one, many) = (dir.path().join("one.safetensors"), dir.path().join("many"));
+    std::fs::create_dir(&many)?;
+    candle_core::safetensors::save(&base()?.into_iter().collect(), &one)?;
+    let (first, second): (StateDict, StateDict) =
+        base()?.into_iter().partition(|(name, _)| name.contains("layers"));
+    let mut index = serde_json::json!({"metadata": {"total_size": 1000}, "weight_map": {}});
+    for (file, tensors) in [("1.safetensors", first), ("2.safetensors", second)] {
+        for name in tensors.keys() {
+            index["weight_map"][name] = file.into();
+        }
+        candle_core::safetensors::save(&tensors.into_iter().collect(), many.join(file))?;
+    }
+    std::fs::write(many.join("model.safetensors.index.json"), index.to_string())?;
+    for case in CASES {
+        let weights = peft::load(folder(case), &CPU)?;
+        let expected = merge_into(&base()?, &weights)?;
+        let untied: &[&str] = if TIED.contains(&case) { &[] } else { &[HEAD] };
+        let (to, to_many) = (dir.path().join("out.safetensors"), dir.path().join("out"));
+        let mut last = None;
+        assert_eq!(merge_files(&one, &weights, &to, |p| last = Some(p))?, untied, "{case}");
+        assert_eq!(last.map(|p| p.done), last.map(|p| p.total), "{case}");
+        let merged = read_state_dict(&to, &CPU)?.tensors;
+        assert_eq!(merge_files(&many, &weights, &to_many, |_| {})?, untied, "{case}");
+        let index = std::fs::read_to_string(to_many.join("model.safetensors.index.json"))?;
+        let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+        let mut sharded = StateDict::new();
+        for file in ["1.safetensors", "2.safetensors"] {
+            let part = read_state_dict(to_many.join(file), &CPU)?.tensors;
+            assert!(part.keys().all(|name| index["weight_map"][name] == file), "{case}");
+            sharded.extend(part);
+        }
+        let size = if untied.is_empty() { 1000 } else { 1000 + VOCAB * HIDDEN * 4 };
+        assert_eq!(index["metadata"]["total_size"], size, "{case}");
+        for ours in [merged, sharded] {
+            assert!(ours.keys().eq(expected.keys()), "{case}");
+            for (name, tensor) in &ours {
+                assert_eq!(difference(tensor, &expected[name])?, 0., "{case} {name}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// candle's model with `tie_word_embeddings: false`, and with `true`.
+struct Model {
+    embed: Embedding,
+    _q: Linear,
+    head: Linear,
+}
+
+impl Model {
+    fn new(vb: &VarBuilder, is_tied: bool) -> Result<Self> {
+        let embed = embedding(VOCAB, HIDDEN, vb.pp("model.embed_tokens"))?;
+        let head = match is_tied {
+            true => Linear::new(embed.embeddings().clone(), None),
+            false => linear_no_bias(HIDDEN, VOCAB, vb.pp("lm_head"))?,
+        };
+        Ok(Self { embed, _q: linear_no_bias(HIDDEN, HIDDEN, vb.pp(Q))?, head })
+    }
+
+    fn assert_peft_s(&self, case: &str) -> Result<()> {
+        let embeddings = self.embed.forward(&Tensor::arange(0u32, VOCAB as u32, &CPU)?)?;
+        let head = self.head.forward(&Tensor::eye(HIDDEN, DType::F32, &CPU)?)?.t()?;
+        assert_peft_s(case, &embeddings, &head)
+    }
+}
+
+#[test]
+fn a_model_without_tying_computes_as_peft_s() -> Result<()> {
+    for case in CASES {
+        let adapter = Adapter::load(folder(case), &CPU)?;
+        let model = Model::new(&adapter.merged(vb(&base()?))?, false)?;
+        adapter.check()?;
+        model.assert_peft_s(case)?;
+        if case == MERGED_ALONE {
+            continue;
+        }
+        let adapter = Adapter::load(folder(case), &CPU)?;
+        let model = Model::new(&adapter.var_builder(vb(&base()?)), false)?;
+        adapter.check()?;
+        model.assert_peft_s(case)?;
+        adapter.eval()?;
+        model.assert_peft_s(case)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_model_with_tying_computes_as_peft_s_or_check_is_an_error() -> Result<()> {
+    for case in CASES {
+        let adapter = Adapter::load(folder(case), &CPU)?;
+        let model = Model::new(&adapter.merged(vb(&base()?))?, true)?;
+        match adapter.check() {
+            Ok(()) => model.assert_peft_s(case)?,
+            Err(e) => assert!(e.to_string().contains("tie_word_embeddings: false"), "{case}: {e}"),
+        }
+        assert_eq!(adapter.check().is_ok(), TIED.contains(&case), "{case}");
+        if case == MERGED_ALONE {
+            continue;
+        }
+        let adapter = Adapter::load(folder(case), &CPU)?;
+        let model = Model::new(&adapter.var_builder(vb(&base()?)), true)?;
+        let fits = ["table_tied", "lora_table", "dora_table"].contains(&case);
+        assert_eq!(adapter.check().is_ok(), fits, "{case}");
+        if fits {
+            model.assert_peft_s(case)?;
+            adapter.eval()?;
+            model.assert_peft_s(case)?;
+        }
+    }
+    Ok(())
+}
+
+/// As with PEFT's `ensure_weight_tying`: the file has the head too.
+#[test]
+fn a_table_that_is_trained_with_its_head_is_saved_for_both() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cfg = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+    let new = || Adapter::new(cfg).targets(["q_proj"]).trainable(Bias::None.and("embed_tokens"));
+    let adapter = new()?;
+    let _model = Model::new(&adapter.var_builder(vb(&base()?)), true)?;
+    adapter.check()?;
+    let table = randn(&[VOCAB, HIDDEN], DType::F32, &CPU)?;
+    adapter.named_vars()?[TABLE].set(&table)?;
+    let file = dir.path().join("adapter.safetensors");
+    adapter.save(&file)?;
+    adapter.save_pretrained(dir.path())?;
+    let json = std::fs::read_to_string(dir.path().join("adapter_config.json"))?;
+    assert!(json.contains("\"ensure_weight_tying\": true"), "{json}");
+    for path in [&file as &Path, dir.path()] {
+        let again = Adapter::load(path, &CPU)?;
+        let weights = again.weights()?.state_dict();
+        assert_eq!(difference(&weights[HEAD], &table)?, 0.);
+        // It goes on as one tensor.
+        let model = Model::new(&again.var_builder(vb(&base()?)), true)?;
+        again.check()?;
+        assert!(!again.named_vars()?.contains_key(HEAD));
+        assert_eq!(difference(model.head.weight(), &table)?, 0.);
+        let model = Model::new(&again.var_builder(vb(&base()?)), false)?;
+        assert_eq!(model.head.weight().id(), again.named_vars()?[TABLE].id());
+        let merged = merge_into(&base()?, &again.weights()?)?;
+        assert!(!merged.contains_key(HEAD) && difference(&merged[TABLE], &table)? == 0.);
+        // And is restored.
+        let other = new()?;
+        let _model = Model::new(&other.var_builder(vb(&base()?)), true)?;
+        other.restore(path)?;
+        assert_eq!(difference(other.named_vars()?[TABLE].as_tensor(), &table)?, 0.);
+    }
+    Ok(())
+}
+
+/// A head that the base ties begins with the table's values.
+#[test]
+fn a_trained_head_begins_with_the_table() -> Result<()> {
+    let cfg = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+    let adapter = Adapter::new(cfg).targets(["q_proj"]).trainable(Bias::None.and("lm_head"))?;
+    let model = Model::new(&adapter.var_builder(vb(&base()?)), false)?;
+    adapter.check()?;
+    assert!(adapter.named_vars()?.contains_key(HEAD));
+    assert_eq!(difference(model.head.weight(), &base()?[TABLE])?, 0.);
+    Ok(())
+}
