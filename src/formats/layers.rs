@@ -115,7 +115,7 @@ pub(super) fn layers<'a>(
     format: &str,
     fan_in_fan_out: bool,
 ) -> Result<Vec<(&'a str, &'a LayerWeights, Factors)>> {
-    weights.refuse_others(format)?;
+    weights.refuse_others(format, "merge it into the base by `merge_files`")?;
     let common = &weights.options.lora;
     let layer = |(path, layer): (&'a str, &'a LayerWeights)| {
         let cfg = layer.options(common);

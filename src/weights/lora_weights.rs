@@ -112,8 +112,8 @@ impl LoraWeights {
         Ok(Cow::Owned(Self { token_rows, others, ..joined }))
     }
 
-    /// An error if the adapter has something else than factors, for a `format` that has nothing else.
-    pub(crate) fn refuse_others(&self, format: &str) -> Result<()> {
+    /// An error if the adapter has something else than factors, for a `format` that has nothing else, with a `way_out`.
+    pub(crate) fn refuse_others(&self, format: &str, way_out: &str) -> Result<()> {
         let parts = self.layers.iter().filter_map(|(path, own)| Some(own.other_part()?.at(path)));
         let rows = self.token_rows.keys().map(|path| Part::TokenRows.at(path));
         match parts.chain(rows).chain(self.others.keys().cloned()).next() {
@@ -122,8 +122,7 @@ impl LoraWeights {
             }
             None => Ok(()),
             Some(name) => {
-                let reason =
-                    format!("{format} has lora_A and lora_B alone: merge it into the base");
+                let reason = format!("{format} has lora_A and lora_B alone: {way_out}");
                 Err(Error::tensor(name, reason))
             }
         }

@@ -10,6 +10,7 @@ mod fidelity;
 mod fixture;
 mod merged;
 mod one_layer;
+mod tied;
 mod to_safetensors;
 mod tokenizer;
 

@@ -19,6 +19,8 @@ use std::path::Path;
 
 const ALIGNMENT: u64 = 32;
 
+const WAY_OUT: &str = "merge it into the base by `gguf::merge`";
+
 /// Writes an adapter as a GGUF file, for `llama-cli --lora` and other programs on llama.cpp, beside a base
 /// of the same model.
 ///
@@ -94,7 +96,7 @@ struct Layer<'a> {
 }
 
 fn layers<'a>(weights: &'a LoraWeights, base: &File) -> Result<Vec<Layer<'a>>> {
-    weights.refuse_others("llama.cpp's format")?;
+    weights.refuse_others("llama.cpp's format", WAY_OUT)?;
     let names = Names::of(base)?;
     let layer = |(path, own): (&'a str, _)| {
         let found = layer(path, own, &weights.options.lora, base, &names);
@@ -113,8 +115,12 @@ fn layer(
 ) -> std::result::Result<(Place, Factors), String> {
     let text = |error: &dyn ToString| error.to_string();
     let weight = names.gguf(&Part::Base("weight").at(path));
-    let Some(weight) = weight.filter(|weight| base.find(weight).is_some()) else {
-        return Err(format!("the base {} has no weight for it", base.path().display()));
+    let Some(weight) = weight.clone().filter(|weight| base.find(weight).is_some()) else {
+        let head = weight.as_deref() == Some(HEAD.0);
+        let tied = if head { ", which ties it to the embeddings" } else { "" };
+        let way_out = if head { format!(": {WAY_OUT}") } else { String::new() };
+        let base = base.path().display();
+        return Err(format!("the base {base}{tied} has no weight for it{way_out}"));
     };
     let place = Place::find(base, names, &weight).map_err(|e| text(&e))?;
     let kind = match (&layer.kind, place.embedding) {
@@ -124,9 +130,8 @@ fn layer(
         (Some(kind), _) => return Err(format!("its layer is declared as a {kind:?}")),
     };
     if place.embedding && base.find(HEAD.0).is_none() {
-        return Err("the embedding is the output layer too, and llama.cpp stops on its adapter: \
-                    merge it into the base"
-            .to_owned());
+        let reason = "the embedding is the output layer too, and llama.cpp stops on its adapter";
+        return Err(format!("{reason}: {WAY_OUT}"));
     }
     layer.options(common).validate(DType::F32).map_err(|e| text(&e))?;
     let cpu = |t: &Tensor| t.to_device(&Device::Cpu).map_err(|e| text(&e));
