@@ -75,9 +75,13 @@ pub(crate) fn check(
         Error::Invalid(format!("{reason}{hint}; its layers are named {names}"))
     };
     let known = adapted.layers.keys().map(String::as_str).chain(read);
-    options.targets.check(known).map_err(hinted)?;
+    let mut excluded = record.paths();
+    excluded.retain(|path| options.exclude.matches(path));
+    options.targets.check(known, &excluded).map_err(hinted)?;
     // All-linear also reads the weights of norms and other layers.
-    if let Some((path, _)) = without_layer.iter().find(|(_, rank)| !all_linear || *rank == 2) {
+    let may_be_linear =
+        |(path, rank): &&(String, usize)| !all_linear || (*rank == 2 && !is_table(path));
+    if let Some((path, _)) = without_layer.iter().find(may_be_linear) {
         let reason = match adapted.layers.is_empty() {
             true => "no layer of `lora::nn` was built around it: does the model's file have `use loralib::nn as \
                      candle_nn;` at its top?",
@@ -88,6 +92,12 @@ pub(crate) fn check(
     }
     check_tied(options, vars, adapted, record)?;
     unread(options, vars, adapted, record)
+}
+
+/// Whether a module is a table by its name, as of positions, which some models read without a layer.
+fn is_table(path: &str) -> bool {
+    let last = path.rsplit('.').next().unwrap_or(path);
+    ["embed", "position", "wpe", "wte"].iter().any(|name| last.contains(name))
 }
 
 /// An error for a tensor of the adapter that no model has read.

@@ -58,6 +58,11 @@ impl Options {
         in_layers && !whole && self.targets.matches(path) && !self.exclude.matches(path)
     }
 
+    /// Why it is not known whether the layer at `path` is a target.
+    pub fn undecided(&self, path: &str) -> Option<String> {
+        self.targets.undecided(path).or_else(|| self.exclude.undecided(path))
+    }
+
     /// Whether a selected layer of this kind is adapted.
     pub fn adapts(&self, kind: &LayerKind) -> bool {
         !self.targets.is_all_linear() || *kind == LayerKind::Linear

@@ -58,6 +58,16 @@ impl Record {
         }
     }
 
+    /// Whether the first layer around the weight is an embedding and this one linear, or the other way round.
+    pub fn is_of_other(&self, path: &str, kind: &LayerKind) -> bool {
+        let other = match kind {
+            LayerKind::Embedding => LayerKind::Linear,
+            LayerKind::Linear => LayerKind::Embedding,
+            _ => return false,
+        };
+        self.lock().modules.get(path).is_some_and(|module| module.kinds.first() == Some(&other))
+    }
+
     /// This layer follows the adapter or the set.
     pub fn follows(&self, path: &str, kind: LayerKind, layer: &Arc<SharedWeight>) {
         let mut read = self.lock();
@@ -102,6 +112,11 @@ impl Record {
         let tied = |module: &ModuleRecord| module.is_shared || module.kinds.len() > 1;
         let tied = read.modules.iter().filter(|(_, module)| tied(module));
         tied.map(|(path, module)| (path.clone(), module.kinds.clone())).collect()
+    }
+
+    /// The paths of the modules.
+    pub fn paths(&self) -> Vec<String> {
+        self.lock().modules.keys().cloned().collect()
     }
 
     /// The last components of the modules' paths.

@@ -37,6 +37,8 @@ pub(crate) struct Target {
 impl TargetModule for Target {
     fn adapt(&self, weight: &Tensor, bias: Option<&Tensor>, kind: LayerKind) -> Option<Weight> {
         let is_first = !self.is_built.swap(true, Ordering::Relaxed);
+        // A head that reads the table's tensor itself is tied to it, too.
+        let is_first = is_first && !self.record.is_of_other(&self.path, &kind);
         self.record.built(&self.path, &kind, is_first);
         // A variable is of a module that is trained as a whole.
         if !is_first || weight.is_variable() {
@@ -76,6 +78,10 @@ impl Target {
         kind: &LayerKind,
     ) -> Option<Arc<SharedWeight>> {
         let options = &adapter.options;
+        if let Some(reason) = options.undecided(&self.path) {
+            state::lock(&adapter.state).adapted.insert(&self.path, Err(reason));
+            return None;
+        }
         if !(options.selects(&self.path) && options.adapts(kind)) {
             return None;
         }

@@ -82,17 +82,30 @@ impl Targets {
         }
     }
 
+    /// Why an expression does not tell whether it matches a path, if it takes too many steps.
+    pub(crate) fn undecided(&self, path: &str) -> Option<String> {
+        let Rule::Regex(text, Ok(regex)) = &self.0 else { return None };
+        Some(format!("the target {text:?}: {}", regex.is_match(path).err()?))
+    }
+
     /// Whether a name of the list is this whole path.
     pub(crate) fn names(&self, path: &str) -> bool {
         matches!(&self.0, Rule::Names(names) if names.contains(path))
     }
 
-    /// An error for what selects none of the adapted layers.
-    pub(crate) fn check<'a>(&self, adapted: impl Iterator<Item = &'a str>) -> Result<(), String> {
+    /// An error for what selects none of the adapted layers. PEFT's own file of all linear layers lists those that it
+    /// excludes, too.
+    pub(crate) fn check<'a>(
+        &self,
+        adapted: impl Iterator<Item = &'a str>,
+        excluded: &[String],
+    ) -> Result<(), String> {
         let adapted: Vec<_> = adapted.collect();
         let unmatched: Vec<_> = match &self.0 {
             Rule::Names(names) => {
-                let matched: BTreeSet<&str> = adapted.iter().flat_map(|path| ends(path)).collect();
+                let excluded = excluded.iter().map(String::as_str);
+                let matched: BTreeSet<&str> =
+                    adapted.iter().copied().chain(excluded).flat_map(ends).collect();
                 names.iter().map(String::as_str).filter(|name| !matched.contains(name)).collect()
             }
             Rule::Regex(text, Ok(_)) if adapted.is_empty() => vec![text.as_str()],

@@ -62,7 +62,8 @@ impl Shard {
 impl Safetensors {
     pub fn open(path: &Path) -> Result<Self> {
         let (mut shards, mut shard_of) = (vec![], HashMap::new());
-        for path in Shards::find(path)?.paths() {
+        let files = Shards::find(path)?;
+        for path in files.paths() {
             let file = SafetensorsFile::open(&path).map_err(|e| e.at(&path))?;
             for name in file.header.offset_keys() {
                 if shard_of.insert(name.clone(), shards.len()).is_some() {
@@ -71,6 +72,7 @@ impl Safetensors {
             }
             shards.push(Shard { path, file: Mutex::new(file) });
         }
+        files.check(|name| shard_of.contains_key(name))?;
         Ok(Self { path: path.to_owned(), shards, shard_of })
     }
 

@@ -73,7 +73,7 @@ impl Staged {
 }
 
 /// The target of a chain of links, whether or not it exists.
-fn followed(path: &Path) -> io::Result<PathBuf> {
+pub(super) fn followed(path: &Path) -> io::Result<PathBuf> {
     let mut target = path.to_owned();
     // Linux's limit.
     for _ in 0..40 {

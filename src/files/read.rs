@@ -22,7 +22,8 @@ pub(crate) fn read(path: &Path, device: &Device) -> Result<(StateDict, Metadata)
 /// The tensors and the metadata of a file, or of all shards of an index or a folder. Errors name the file.
 pub(crate) fn read_shards(path: &Path, device: &Device) -> Result<(StateDict, Metadata)> {
     let (mut tensors, mut metadata) = (StateDict::new(), Metadata::new());
-    for shard in Shards::find(path)?.paths() {
+    let shards = Shards::find(path)?;
+    for shard in shards.paths() {
         let mut load = || {
             let (shard, own) = read(&shard, device)?;
             metadata.extend(own);
@@ -35,6 +36,7 @@ pub(crate) fn read_shards(path: &Path, device: &Device) -> Result<(StateDict, Me
         };
         load().map_err(|e: Error| e.at(&shard))?;
     }
+    shards.check(|name| tensors.contains_key(name))?;
     Ok((tensors, metadata))
 }
 

@@ -18,7 +18,13 @@ const MODEL_NAMES: [&str; 4] = [
 #[derive(Debug)]
 pub(crate) enum Shards {
     One(PathBuf),
-    Many { folder: PathBuf, index: String, names: BTreeSet<String> },
+    Many {
+        folder: PathBuf,
+        index: String,
+        /// The files.
+        names: BTreeSet<String>,
+        tensors: BTreeSet<String>,
+    },
 }
 
 impl Shards {
@@ -36,10 +42,23 @@ impl Shards {
         if !name.ends_with(".index.json") {
             return Ok(Self::One(path));
         }
-        let names = fs::read(&path).map_err(Error::from).and_then(|text| shard_names(&text));
-        let names = names.map_err(|e| e.at(&path))?;
+        let map = fs::read(&path).map_err(Error::from).and_then(|text| weight_map(&text));
+        let map = map.map_err(|e| e.at(&path))?;
         let folder = path.parent().unwrap_or(Path::new("")).to_owned();
-        Ok(Self::Many { folder, index: name, names })
+        let (tensors, names) = map.into_iter().unzip();
+        Ok(Self::Many { folder, index: name, names, tensors })
+    }
+
+    /// An error if the index has a tensor that no file has.
+    pub fn check(&self, has: impl Fn(&str) -> bool) -> Result<()> {
+        let Self::Many { folder, index, tensors, .. } = self else { return Ok(()) };
+        match tensors.iter().find(|name| !has(name)) {
+            None => Ok(()),
+            Some(name) => {
+                let reason = "the index has it, but none of its files";
+                Err(Error::tensor(name, reason).at(&folder.join(index)))
+            }
+        }
     }
 
     pub fn paths(&self) -> Vec<PathBuf> {
@@ -50,8 +69,8 @@ impl Shards {
     }
 }
 
-/// The files of an index, all in its folder.
-fn shard_names(text: &[u8]) -> Result<BTreeSet<String>> {
+/// The tensors of an index with their files, all in its folder.
+fn weight_map(text: &[u8]) -> Result<Vec<(String, String)>> {
     let bad = |reason: String| Error::Format { format: "shard index", reason };
     let json: Value = serde_json::from_slice(text).map_err(|e| bad(e.to_string()))?;
     let Some(map) = json.get("weight_map").and_then(Value::as_object) else {
@@ -60,7 +79,7 @@ fn shard_names(text: &[u8]) -> Result<BTreeSet<String>> {
     map.iter()
         .map(|(tensor, shard)| match shard.as_str() {
             Some(shard) if Path::new(shard).file_name() == Some(shard.as_ref()) => {
-                Ok(shard.to_owned())
+                Ok((tensor.clone(), shard.to_owned()))
             }
             _ => Err(bad(format!(
                 "{tensor:?} is in {shard}, expected a file in the folder of the index"

@@ -7,6 +7,9 @@ use std::io::Read;
 /// The nesting of arrays in a value; no known file has arrays in arrays.
 const DEPTH: usize = 4;
 
+/// The most items of one or two bytes in an array: in memory each takes 32 bytes. Tokenizers have up to 2¹⁸.
+const MOST_SMALL_ITEMS: u64 = 1 << 20;
+
 pub(super) struct Reader<R> {
     inner: R,
     /// The bytes read so far.
@@ -94,6 +97,13 @@ impl<R: Read> Reader<R> {
             8 => Value::String(String::from_utf8_lossy(&self.string_bytes()?).into_owned()),
             9 if depth < DEPTH => {
                 let (kind, count) = (self.u32()?, self.u64()?);
+                let is_many = (MOST_SMALL_ITEMS + 1..=self.length).contains(&count);
+                if matches!(kind, 0..=3 | 7) && is_many {
+                    let reason = "no known metadata has so many, which take much more memory than in the file";
+                    let what =
+                        format!("an array of {count} bytes or 16-bit integers in the metadata");
+                    return Err(Error::unsupported(what, reason));
+                }
                 let mut items = vec![];
                 // An item has a byte at least: a count beyond the file is an error before the end of it.
                 for _ in 0..count {

@@ -53,10 +53,34 @@ pub(super) fn low_rank(
         Some(initial) => update.with_initial(initial.into_factors()),
         None => update,
     };
-    match cfg.use_dora {
-        false => Ok(update),
-        true => Ok(update.with_magnitude(magnitude(cfg, base, placement, vb)?)),
+    if !cfg.use_dora {
+        return Ok(update);
     }
+    let magnitude = magnitude(cfg, base, placement, vb)?;
+    refuse_zero(&update, &magnitude, base, placement)?;
+    Ok(update.with_magnitude(magnitude))
+}
+
+/// An error if an output of W + ΔW is zero: it has no direction, and is 0/0.
+fn refuse_zero(
+    update: &LowRank,
+    magnitude: &Magnitude,
+    base: &Tensor,
+    placement: Placement,
+) -> Result<()> {
+    let has_zero = |squares: &Tensor| squares.min_all()?.to_dtype(DType::F64)?.to_scalar::<f64>();
+    let Some(squares) = &magnitude.base_squares else { return Ok(()) };
+    if squares.elem_count() == 0 || has_zero(squares)? > 0. {
+        return Ok(());
+    }
+    let base = dequantized(base.clone())?;
+    let delta = update.joined()?.detached().delta(base.dtype())?;
+    let delta = match placement {
+        Placement::Transposed => delta.t()?,
+        Placement::AsIs | Placement::Reshaped => delta,
+    };
+    let sum = (base.to_dtype(delta.dtype())? + delta.reshape(base.shape())?)?;
+    norms(&ops::squares(&sum, placement.output_dim())?).map(drop)
 }
 
 /// `lora_magnitude_vector` (out) from `vb`, initialised with the norms of the base's outputs.
@@ -89,7 +113,7 @@ fn norms(squares: &Tensor) -> Result<Tensor> {
     match zero {
         None => squares.sqrt(),
         Some(output) => bail!(
-            "output {output} of the base weight is zero, and use_dora needs its direction: leave the layer out"
+            "output {output} of the weight is zero, and use_dora needs its direction: leave the layer out"
         ),
     }
 }

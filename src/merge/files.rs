@@ -76,6 +76,7 @@ pub fn merge_files(
             }
         }
     }
+    shards.check(|name| shapes.contains_key(name))?;
     let dims = |name: &str| shapes.get(name).cloned()?;
     let plan = Plan::new(adapter, |name| shapes.contains_key(name), dims, false);
     let plan = plan.map_err(|e| e.at(base))?;

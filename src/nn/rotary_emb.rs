@@ -7,7 +7,8 @@ pub use candle_nn::rotary_emb::{rope_i_slow, rope_slow};
 
 type CandleRope = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
 
-/// candle's own kernel for a constant.
+/// candle's own kernel for a constant, but where each row of the batch has more angles than tokens: it takes the next row's
+/// angles for them.
 fn rotate(
     x: &Tensor,
     cos: &Tensor,
@@ -15,7 +16,9 @@ fn rotate(
     rope: Rope,
     candle: CandleRope,
 ) -> Result<Tensor> {
-    if x.track_op() {
+    let tokens = x.dims().get(if rope == Rope::HalvesThd { 1 } else { 2 });
+    let has_more = cos.rank() == 3 && cos.dims().get(1) != tokens;
+    if x.track_op() || has_more {
         ops::rope(x, cos, sin, rope)
     } else {
         candle(x, cos, sin)

@@ -2,10 +2,13 @@
 
 use super::cpu::{exp_nonpositive, map_rows, map_tensor_rows, max, sum};
 use super::op::{if_tracked, run, Fused, Grads, Operand};
-use candle_core::{CpuStorage, Result, Shape, Tensor, D};
+use candle_core::{bail, CpuStorage, Result, Shape, Tensor, D};
 
 /// (.., n) to (.., n), each row summing to 1.
 pub(crate) fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
+    if x.rank() == 0 {
+        bail!("softmax_last_dim: the input is a scalar, expected (.., n)")
+    }
     if x.elem_count() == 0 {
         return Ok(x.clone());
     }

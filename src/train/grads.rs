@@ -16,19 +16,31 @@ use candle_core::{bail, DType, Result, Tensor, Var};
 /// ```
 ///
 /// # Errors
-/// If the norm is not finite: a step would make the variables NaN.
+/// If the norm is not finite: a step would make the variables NaN; and if `max_norm` is negative or NaN.
 pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, max_norm: f64) -> Result<f64> {
-    let squares = vars.iter().filter_map(|var| grads.get(var)).map(|grad| {
-        // In F16 a square of 256 is infinite.
-        let dtype = if grad.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-        grad.to_dtype(dtype)?.sqr()?.sum_all()?.to_dtype(DType::F32)
-    });
-    let squares = squares.collect::<Result<Vec<_>>>()?;
-    if squares.is_empty() {
+    if max_norm.is_nan() || max_norm < 0. {
+        bail!("clip_grad_norm: max_norm is {max_norm}")
+    }
+    let (mut double, mut single) = (vec![], vec![]);
+    for grad in vars.iter().filter_map(|var| grads.get(var)) {
+        match grad.dtype() {
+            DType::F64 => double.push(grad.sqr()?.sum_all()?),
+            // In F16 a square of 256 is infinite.
+            _ => single.push(sum(&grad.to_dtype(DType::F32)?.sqr()?)?),
+        }
+    }
+    if double.is_empty() && single.is_empty() {
         return Ok(0.);
     }
-    let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
-    let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt();
+    let mut squares = vec![];
+    if !double.is_empty() {
+        squares.extend(Tensor::stack(&double, 0)?.to_vec1::<f64>()?);
+    }
+    if !single.is_empty() {
+        let single = Tensor::stack(&single, 0)?.to_vec1::<f32>()?;
+        squares.extend(single.into_iter().map(f64::from));
+    }
+    let norm = squares.into_iter().sum::<f64>().sqrt();
     if !norm.is_finite() {
         bail!("clip_grad_norm: the norm of the gradients is {norm}")
     }
@@ -42,6 +54,18 @@ pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, max_norm: f64) -> Res
         }
     }
     Ok(norm)
+}
+
+/// The sum of all values, a scalar, in parts: after 2²⁴ ones F32 counts no further.
+fn sum(t: &Tensor) -> Result<Tensor> {
+    const PART: usize = 1 << 12;
+    let t = t.flatten_all()?;
+    let (parts, rest) = (t.elem_count() / PART, t.elem_count() % PART);
+    if parts <= 1 {
+        return t.sum_all();
+    }
+    let whole = sum(&t.narrow(0, 0, parts * PART)?.reshape((parts, PART))?.sum(1)?)?;
+    whole + t.narrow(0, parts * PART, rest)?.sum_all()?
 }
 
 /// Adds the gradients of `vars` in `grads` to those in `sum`. With each batch's mean loss multiplied by its
@@ -79,6 +103,36 @@ mod tests {
         let mut kept = grads()?;
         assert_eq!(clip_grad_norm(&vars, &mut kept, 6.)?, 5.);
         assert_eq!(values(&kept, &b)?, [-4.]);
+        Ok(())
+    }
+
+    /// The norm of a gradient of equal values.
+    fn norm(value: f64, count: usize, dtype: DType) -> Result<f64> {
+        let x = Var::zeros(count, dtype, &Device::Cpu)?;
+        let grad = Tensor::full(value, count, &Device::Cpu)?.to_dtype(dtype)?;
+        let mut grads = (x.as_tensor() * grad)?.sum_all()?.backward()?;
+        clip_grad_norm(&[x], &mut grads, f64::INFINITY)
+    }
+
+    #[test]
+    fn norms_are_exact_in_every_dtype_and_size() -> Result<()> {
+        // In F16 the squares are infinite, and in F32 the others.
+        assert_eq!(norm(1024., 4, DType::F16)?, 2048.);
+        assert_eq!(norm(1024., 4, DType::BF16)?, 2048.);
+        assert_eq!(norm(1e30, 4, DType::F64)?, 2e30);
+        let many = norm(1., (1 << 25) + 3, DType::F32)?;
+        assert!((many / f64::from((1 << 25) + 3).sqrt() - 1.).abs() < 1e-6, "{many}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_norm_of_nan_or_less_than_nothing_is_refused() -> Result<()> {
+        let a = Var::new(&[1f32], &Device::Cpu)?;
+        for max_norm in [f64::NAN, -1.] {
+            let mut grads = a.sqr()?.sum_all()?.backward()?;
+            let error = clip_grad_norm(std::slice::from_ref(&a), &mut grads, max_norm).unwrap_err();
+            assert!(error.to_string().contains(&format!("max_norm is {max_norm}")), "{error}");
+        }
         Ok(())
     }
 

@@ -42,8 +42,8 @@ const TOLERANCE: f64 = 0.02;
 /// ```
 ///
 /// # Errors
-/// If a gradient is missing or disagrees, with the names and the values of both; if `loss` fails, is not
-/// finite, or is not the same twice, as with dropout.
+/// If a gradient is missing or disagrees, with the names and the values of both; if one is too small beside the loss to be
+/// compared; if `loss` fails, is not finite, or is not the same twice, as with dropout.
 pub fn check_grads(
     vars: &VarMap,
     grads: &GradStore,
@@ -116,7 +116,7 @@ fn disagreement(
     let most = 0.1 * norm(var.as_tensor())? + 0.01;
     let step = (0.01 * loss.abs() / length.max(1e-12)).clamp(1e-4, most);
     for (direction, name) in directions {
-        let expected = match grad {
+        let expected: f64 = match grad {
             Some(grad) => (grad.to_dtype(DType::F64)? * direction.to_dtype(DType::F64)?)?
                 .sum_all()?
                 .to_scalar()?,
@@ -126,6 +126,12 @@ fn disagreement(
         // Richardson's extrapolation and its error, and the rounding of an F32 loss.
         let slope = fine + (fine - coarse) / 3.;
         let error = (fine - coarse).abs() + 1e-6 * loss.abs() / step;
+        if expected.abs() > 0.5 * length && error > 0.5 * length {
+            return Ok(Some(format!(
+                "its norm {length:.4e} is too small to be compared: a finite difference of a loss near {loss:.4e} has \
+                 errors of {error:.1e}; take a loss of fewer terms, or F64"
+            )));
+        }
         if (slope - expected).abs() > TOLERANCE * length + error {
             let is = if grad.is_some() { "the gradient gives" } else { "no gradient, as if" };
             return Ok(Some(format!("{is} {expected:.4e}, the loss {slope:.4e} along {name}")));

@@ -12,12 +12,13 @@ use lora::{Adapter, LoraWeights};
 use loralib as lora;
 use std::collections::HashMap;
 
-const CASES: [(&str, &str); 5] = [
+const CASES: [(&str, &str); 6] = [
     ("lora_bias", "layers.0.q.weight"),
     ("tokens", "embed.weight"),
     ("tied_tokens", "transformer.wte.weight"),
     ("parameters", "rows.experts.down_proj"),
     ("square_parameters", "columns.experts.down_proj"),
+    ("experts_without_gate", "columns.experts.down_proj"),
 ];
 
 fn vb(tensors: &StateDict) -> VarBuilder<'static> {
@@ -122,7 +123,8 @@ fn parameters_in_another_order_are_refused() -> lora::Result<()> {
             all.insert(key("base_layer."), all[&key("")].clone());
         }
     };
-    let error = parameters(serde_json::json!(all), equal).unwrap_err().to_string();
+    let unknown = ["experts.first", "experts.second", scales, router];
+    let error = parameters(serde_json::json!(unknown), equal).unwrap_err().to_string();
     assert!(error.contains("columns.experts") && error.contains("equal shapes"), "{error}");
     Ok(())
 }

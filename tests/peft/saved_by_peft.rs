@@ -32,12 +32,13 @@ const CASES: [&str; 15] = [
 ];
 
 /// What is merged, and not computed beside the base; and what only training needs.
-const MERGED_CASES: [&str; 10] = [
+const MERGED_CASES: [&str; 11] = [
     "lora_bias",
     "tokens",
     "tied_tokens",
     "parameters",
     "square_parameters",
+    "experts_without_gate",
     "mica",
     "velora",
     "pissa",

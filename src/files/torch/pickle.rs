@@ -99,8 +99,15 @@ impl<'a> Pickle<'a> {
             }
             b'R' | 0x81 => {
                 let (args, class) = (self.pop()?, self.pop()?);
-                self.push(match self.get(class) {
-                    Object::Class("collections", "OrderedDict") => Object::Dict(vec![]),
+                self.push(match (self.get(class), self.get(args)) {
+                    (Object::Class("collections", "OrderedDict"), Object::Tuple(items)) => {
+                        if !items.is_empty() {
+                            let reason =
+                                "an OrderedDict is made of arguments, which torch does not write";
+                            return Err(reason.to_owned());
+                        }
+                        Object::Dict(vec![])
+                    }
                     _ => Object::Call(class, args),
                 });
             }

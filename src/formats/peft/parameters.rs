@@ -40,7 +40,11 @@ pub(super) fn rename(
             return Err(Error::tensor(module, reason));
         }
         let shapes: BTreeSet<_> = wrappers.iter().map(|(_, pair)| pair.sizes()).collect();
-        if shapes.len() < count {
+        let (names, is_known) = match shapes.len() < count {
+            true => in_known_order(names),
+            false => (names, true),
+        };
+        if !is_known {
             let reason = format!(
                 "the factors of {names:?} have equal shapes, which do not tell whose they are: merge the adapter \
                  with PEFT"
@@ -52,6 +56,21 @@ pub(super) fn rename(
         }
     }
     Ok(renamed)
+}
+
+/// The parameters in the order that experts have them in, if their names tell: up before down.
+fn in_known_order(mut names: Vec<&str>) -> (Vec<&str>, bool) {
+    let place = |name: &str| match name {
+        name if name.contains("down") => Some(1),
+        name if name.contains("gate") || name.contains("up") => Some(0),
+        _ => None,
+    };
+    let places: BTreeSet<_> = names.iter().filter_map(|name| place(name)).collect();
+    let is_known = places.len() == names.len();
+    if is_known {
+        names.sort_by_key(|name| place(name));
+    }
+    (names, is_known)
 }
 
 /// The targets that are parameters of a module.

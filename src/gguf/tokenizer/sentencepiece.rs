@@ -8,6 +8,7 @@ use crate::{Error, Result};
 use candle_core::quantized::gguf_file;
 use serde_json::{json, Value};
 use std::cmp::{Ordering::Equal, Reverse};
+use std::collections::BTreeSet;
 
 const SCORES: &str = "tokenizer.ggml.scores";
 
@@ -69,10 +70,14 @@ fn merges<'a>(metadata: Metadata, vocabulary: &Vocabulary<'a>) -> Result<Vec<(&'
         )));
     }
     let mut merges: Vec<(f32, &str, &str)> = vec![];
+    // A long token would be looked up by each of its many parts.
+    let lengths: BTreeSet<usize> = vocabulary.tokens.iter().map(|token| token.len()).collect();
+    let is_length = |length| lengths.contains(&length);
     for (id, (token, score)) in vocabulary.tokens.iter().zip(&scores).enumerate() {
         if is_text(vocabulary, id) {
-            let ends = token.char_indices().skip(1).map(|(end, _)| token.split_at(end));
-            let pairs = ends.filter(|(a, b)| {
+            let ends = lengths.range(1..token.len()).filter(|end| is_length(token.len() - *end));
+            let parts = ends.filter_map(|end| token.split_at_checked(*end));
+            let pairs = parts.filter(|(a, b)| {
                 [a, b]
                     .iter()
                     .all(|t| vocabulary.ids.get(**t).is_some_and(|id| is_text(vocabulary, *id)))

@@ -27,8 +27,20 @@ pub(super) struct Sizes {
 
 impl Sizes {
     pub fn new(geometry: Geometry, x: &Tensor, w: &Tensor) -> Result<Self> {
-        let n = w.rank() - 2;
-        let g = geometry.groups;
+        let (g, n) = (geometry.groups, w.rank().saturating_sub(2));
+        if g == 0 || geometry.stride.contains(&0) || geometry.dilation.contains(&0) {
+            bail!("conv{n}d: groups, strides and dilations are at least 1: {geometry:?}")
+        }
+        if !(1..=3).contains(&n)
+            || w.dims()[2..] != geometry.kernel[3 - n..]
+            || w.dims().contains(&0)
+        {
+            bail!(
+                "a convolution with kernels of {:?} has the weight {:?}, expected (out, in/groups, k..)",
+                geometry.kernel,
+                w.dims()
+            )
+        }
         let (c_out, per_group) = (w.dim(0)?, w.dim(1)?);
         if x.rank() != n + 2 || x.dim(1)? != per_group * g {
             bail!(

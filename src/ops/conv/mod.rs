@@ -42,7 +42,11 @@ pub(crate) fn conv(
             Some(magnitude) => scaled_weight(&w, magnitude, 0),
         }
     };
-    let conv = |x: &Tensor, w: &Tensor| base_conv(x, &w.to_dtype(x.dtype())?, geometry);
+    // In the compute dtype: rounded to half precision, W + ΔW would lose most of a small update.
+    let conv = |x: &Tensor, w: &Tensor| {
+        let y = base_conv(&x.to_dtype(delta.dtype())?, &w.to_dtype(delta.dtype())?, geometry)?;
+        y.to_dtype(x.dtype())
+    };
     match (update.dropout().mask(x, x.dtype())?, update.magnitude()) {
         (None, _) => conv(x, &effective()?),
         (Some(mask), None) => add(&conv(x, w)?, &conv(&mul_frozen(x, &mask)?, &delta)?),
