@@ -1,5 +1,6 @@
 //! A `VarBuilder` that reads the tensors of safetensors files one at a time.
 
+use super::fp8::{scaled, scales_of};
 use super::source::{from_source, Source, Wanted};
 use crate::files::check_finite;
 use crate::files::safetensors_file::SafetensorsFile;
@@ -7,7 +8,7 @@ use crate::files::shards::Shards;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use safetensors::tensor::TensorInfo;
+use safetensors::tensor::{Dtype, TensorInfo};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,7 +18,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 ///
 /// Each tensor is read when a layer asks for it and converted to `dtype`: the peak of memory is the model and
 /// one tensor. Unlike with [`VarBuilder::from_mmaped_safetensors`], no `unsafe` is needed, and a file that is
-/// truncated meanwhile is an error instead of a crash. [`read_state_dict`](crate::read_state_dict) reads other
+/// truncated meanwhile is an error instead of a crash. A weight in FP8 is multiplied by its scales (`weight_scale`,
+/// `weight_scale_inv`, `scale_weight`; of the tensor, each row or each block). [`read_state_dict`](crate::read_state_dict) reads other
 /// formats.
 ///
 /// ```no_run
@@ -101,8 +103,13 @@ impl Safetensors {
 
 impl Source for Safetensors {
     fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
-        self.info(name, wanted)?;
-        wanted.convert(name, &self.read(name)?)
+        let info = self.info(name, wanted)?;
+        let tensor = self.read(name)?;
+        let scale = scales_of(name).find(|scale| self.has(scale));
+        match scale.filter(|_| info.dtype == Dtype::F8_E4M3) {
+            None => wanted.convert(name, &tensor),
+            Some(scale) => wanted.convert(name, &scaled(name, &tensor, &self.read(&scale)?)?),
+        }
     }
 
     fn has(&self, name: &str) -> bool {

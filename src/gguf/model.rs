@@ -50,7 +50,8 @@ impl File {
     ///
     /// # Errors
     /// If the architecture is unknown, the metadata lacks a value or has one that no configuration can tell,
-    /// or `T` needs another one. The error names the file and the metadata.
+    /// or `T` needs another one; and if `T` has no field for the `rope_scaling` that the file has. The error names the file
+    /// and the metadata.
     pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
         let read = || {
             let tied = self.find(HEAD.0).is_none();
@@ -65,7 +66,17 @@ impl File {
             let freqs = rope_freqs.as_deref();
             let (architecture, metadata) = (self.architecture(), self.metadata());
             let json = config(architecture, metadata, tied, vocab_size, freqs)?;
-            serde_json::from_value(json).map_err(|error| {
+            let scaling = json["rope_scaling"].clone();
+            let mut drops = false;
+            let read = serde_ignored::deserialize(json, |field| {
+                drops |= field.to_string() == "rope_scaling";
+            });
+            if drops && !scaling.is_null() {
+                let what = format!("this {architecture} with the rope_scaling {scaling}");
+                let reason = "the type of the configuration has no such field, and the model would compute without it";
+                return Err(Error::unsupported(what, reason));
+            }
+            read.map_err(|error| {
                 Error::Invalid(format!(
                     "the configuration of this {architecture} does not fit: {error}"
                 ))

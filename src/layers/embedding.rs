@@ -14,8 +14,11 @@ use candle_nn::{Init, VarBuilder};
 use std::sync::Arc;
 
 /// The kind of [`Embedding`].
-#[derive(Debug, Clone, Copy)]
-pub struct EmbeddingKind;
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EmbeddingKind {
+    /// The id whose row is not trained.
+    padding_idx: Option<usize>,
+}
 
 impl Sealed for EmbeddingKind {}
 
@@ -53,7 +56,10 @@ impl Embedding {
     /// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`), or `vb` has
     /// tensors of other shapes.
     pub fn new(base: candle_nn::Embedding, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
-        Ok(Self { kind: EmbeddingKind, weight: adapt(base.embeddings(), &cfg, &vb)?.into() })
+        Ok(Self {
+            kind: EmbeddingKind::default(),
+            weight: adapt(base.embeddings(), &cfg, &vb)?.into(),
+        })
     }
 
     /// Wraps a quantised table (num, dim), which stays quantised: only the rows of the ids are decoded, to
@@ -65,6 +71,20 @@ impl Embedding {
         let (_, dim) = table.shape().dims2()?;
         let base = placeholder(table, vb.dtype())?;
         Self::new(candle_nn::Embedding::new(base.tensor.clone(), dim), cfg, vb)
+    }
+
+    /// The same layer with torch's `padding_idx`: an id whose row of the table and whose column of `lora_A` get no
+    /// gradient.
+    ///
+    /// # Errors
+    /// If the table has no such row.
+    pub fn with_padding_idx(mut self, padding_idx: usize) -> Result<Self> {
+        let num = self.weight().dim(0)?;
+        if padding_idx >= num {
+            bail!("embedding: padding_idx {padding_idx} of a table of {num} rows")
+        }
+        self.kind = EmbeddingKind { padding_idx: Some(padding_idx) };
+        Ok(self)
     }
 
     /// The candle_nn layer with the merged table.
@@ -103,7 +123,7 @@ impl Module for Embedding {
                 ids.dims()
             )
         }
-        update.apply(ids, |ids, update| ops::embedding(ids, &weight, update))
+        update.apply(ids, |ids, update| ops::embedding(ids, &weight, update, self.kind.padding_idx))
     }
 }
 

@@ -2,15 +2,16 @@
 
 use super::plan::Plan;
 use super::tensors::merge_into;
+use crate::base::fp8::refuse_scaled;
 use crate::files::safetensors_file::SafetensorsFile;
 use crate::files::shards::Shards;
 use crate::files::{atomic_file, is_torch, read, serialize};
 use crate::weights::LoraWeights;
 use crate::{Error, Result};
 use candle_core::Device;
-use safetensors::tensor::View;
+use safetensors::tensor::{Dtype, View};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::Path;
@@ -65,12 +66,14 @@ pub fn merge_files(
         progress(MergeProgress { done: bytes.len() as u64, total: bytes.len() as u64 });
         return Ok(untied);
     }
-    let (mut shapes, mut total) = (BTreeMap::new(), 0);
+    let (mut shapes, mut fp8, mut total) = (BTreeMap::new(), BTreeSet::new(), 0);
     for path in &paths {
         let shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
         total += shard.length;
         for name in shard.header.offset_keys() {
-            let shape = shard.header.info(&name).map(|info| info.shape.clone());
+            let info = shard.header.info(&name);
+            fp8.extend(info.filter(|info| info.dtype == Dtype::F8_E4M3).map(|_| name.clone()));
+            let shape = info.map(|info| info.shape.clone());
             if shapes.insert(name.clone(), shape).is_some() {
                 return Err(Error::tensor(name, "another shard has it too").at(path));
             }
@@ -80,6 +83,9 @@ pub fn merge_files(
     let dims = |name: &str| shapes.get(name).cloned()?;
     let plan = Plan::new(adapter, |name| shapes.contains_key(name), dims, false);
     let plan = plan.map_err(|e| e.at(base))?;
+    for name in plan.of_base().filter(|name| fp8.contains(*name)) {
+        refuse_scaled(name, |name| shapes.contains_key(name)).map_err(|e| e.at(base))?;
+    }
     let mut added = BTreeMap::new();
     for path in &paths {
         let shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;

@@ -130,6 +130,11 @@ impl Plan {
         self.changes.keys().chain(self.untied.keys()).map(String::as_str).collect()
     }
 
+    /// The tensors of the base whose values are used.
+    pub fn of_base(&self) -> impl Iterator<Item = &str> {
+        self.changes.keys().chain(self.untied.values()).map(String::as_str)
+    }
+
     /// The heads that the base ties to a table, and that have to be tensors of their own, with the table whose values
     /// they have before their [changes](Self::apply).
     pub fn untied(&self) -> impl Iterator<Item = (&str, &str)> {

@@ -1,9 +1,11 @@
 //! Merges of tensors in memory.
 
 use super::plan::Plan;
+use crate::base::fp8::refuse_scaled;
 use crate::files::StateDict;
 use crate::weights::LoraWeights;
 use crate::{Error, Result};
+use candle_core::{DType, Tensor};
 
 /// All tensors of the base, the adapted weights with ΔW added and rounded once, and the biases and
 /// modules of the adapter in place of the base's. Names, shapes and dtypes are the base's.
@@ -33,6 +35,9 @@ use crate::{Error, Result};
 pub fn merge_into(base: &StateDict, adapter: &LoraWeights) -> Result<StateDict> {
     let dims = |name: &str| base.get(name).map(|tensor| tensor.dims().to_vec());
     let plan = Plan::new(adapter, |name| base.contains_key(name), dims, false)?;
+    for name in plan.of_base().filter(|name| base.get(*name).is_some_and(is_fp8)) {
+        refuse_scaled(name, |name| base.contains_key(name))?;
+    }
     let mut merged = base.clone();
     for (name, tensor) in &mut merged {
         if let Some(changed) = plan.apply(name, tensor)? {
@@ -44,4 +49,8 @@ pub fn merge_into(base: &StateDict, adapter: &LoraWeights) -> Result<StateDict> 
         merged.insert(head.to_owned(), plan.apply(head, tensor)?.unwrap_or(tensor.clone()));
     }
     Ok(merged)
+}
+
+fn is_fp8(tensor: &Tensor) -> bool {
+    tensor.dtype() == DType::F8E4M3
 }

@@ -22,7 +22,15 @@ impl Embedding {
             .and_then(|module| module.adapt(&embeddings, None, LayerKind::Embedding));
         let weight =
             adapted.unwrap_or_else(|| Weight::plain(embeddings, None, Placement::Transposed));
-        Self { layer: layers::Embedding::from_parts(EmbeddingKind, weight), hidden_size }
+        Self { layer: layers::Embedding::from_parts(EmbeddingKind::default(), weight), hidden_size }
+    }
+
+    /// The same layer with torch's `padding_idx`; see [`layers::Embedding::with_padding_idx`].
+    ///
+    /// # Errors
+    /// If the table has no such row.
+    pub fn with_padding_idx(self, padding_idx: usize) -> Result<Self> {
+        Ok(Self { layer: self.layer.with_padding_idx(padding_idx)?, ..self })
     }
 
     /// The base table (num, dim).

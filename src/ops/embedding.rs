@@ -12,8 +12,13 @@ use candle_core::{bail, DType, Device, Layout, Result, Shape, Tensor};
 use std::slice;
 
 /// `ids` (..) of any integer dtype to (.., dim), with `w` (num, dim) and an update whose A is
-/// (r, num) and B (dim, r).
-pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> Result<Tensor> {
+/// (r, num) and B (dim, r). The row of `padding`, if there is one, gets no gradient, nor does its column of A.
+pub(crate) fn embedding(
+    ids: &Tensor,
+    w: &Matrix,
+    update: Option<&LowRank>,
+    padding: Option<usize>,
+) -> Result<Tensor> {
     let (table, (num, dim)) = (w, w.dims2()?);
     if !ids.dtype().is_int() {
         bail!("embedding: the ids are {:?}, expected integers", ids.dtype())
@@ -35,8 +40,15 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
         Matrix::Dense(w) => w.contiguous()?.index_select(&ids, 0),
         Matrix::Quantized(w) => w.rows(&ids),
     };
+    // 0 for the rows of padding and 1 for others, (ids, 1).
+    let kept = padding.map(|padding| ids.ne(padding as i64)?.unsqueeze(1)).transpose()?;
     let out = match update {
-        None => rows(w),
+        None => match (rows(w)?, &kept) {
+            (y, Some(kept)) if y.track_op() => {
+                kept.broadcast_as(y.shape())?.where_cond(&y, &y.detach())
+            }
+            (y, _) => Ok(y),
+        },
         Some(update) => {
             let factor = update.detached().factors(w.dtype())?.remove(0);
             let u = factor.a.contiguous()?.index_select(&ids, 1)?.t()?.contiguous()?;
@@ -46,7 +58,7 @@ pub(crate) fn embedding(ids: &Tensor, w: &Matrix, update: Option<&LowRank>) -> R
                 // Its rows are a table in which the i-th id is i.
                 w => (rows(w)?, Tensor::arange(0, ids.elem_count() as i64, ids.device())?),
             };
-            let op = LoraEmbeddingOp { w, at, ids, term, scaling: update.scaling() };
+            let op = LoraEmbeddingOp { w, at, ids, term, scaling: update.scaling(), kept };
             let y = update.a().apply_op2(update.b(), Custom(op))?;
             match update.magnitude() {
                 None => Ok(y),
@@ -89,6 +101,8 @@ struct LoraEmbeddingOp {
     ids: Tensor,
     term: LowRankTerm,
     scaling: f64,
+    /// 0 for ids whose columns of A have no gradient, (ids, 1).
+    kept: Option<Tensor>,
 }
 
 impl Op<2> for LoraEmbeddingOp {
@@ -104,7 +118,12 @@ impl Op<2> for LoraEmbeddingOp {
     fn backward(&self, [a, b]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
         let g = grad.to_dtype(compute_dtype(grad.dtype()))?.contiguous()?;
         let ga = if_tracked(a, || {
-            let h = matmul(&g, &self.term.v.t()?)?.t()?.contiguous()?;
+            let h = matmul(&g, &self.term.v.t()?)?;
+            let h = match &self.kept {
+                Some(kept) => h.broadcast_mul(&kept.to_dtype(h.dtype())?)?,
+                None => h,
+            };
+            let h = h.t()?.contiguous()?;
             Tensor::zeros(a.shape(), h.dtype(), h.device())?
                 .index_add(&self.ids, &h, 1)?
                 .to_dtype(a.dtype())

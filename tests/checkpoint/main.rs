@@ -7,6 +7,7 @@ mod files;
 mod layers;
 mod loading;
 mod misdirected;
+mod replaced;
 mod resume;
 mod seeded;
 mod selection;

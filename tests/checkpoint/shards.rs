@@ -72,3 +72,84 @@ fn errors_name_the_shard() -> lora::Result<()> {
     fails(lora::read_state_dict(dir.path(), &CPU), &[INDEX, "../1.safetensors"]);
     Ok(())
 }
+
+/// A part of a model would be read without an error.
+#[test]
+fn a_tensor_of_the_index_that_no_shard_has_is_an_error() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    shard(dir.path(), "1.safetensors", &["a.weight"])?;
+    index(dir.path(), &[("a.weight", "1.safetensors"), ("b.weight", "1.safetensors")])?;
+    let named = ["b.weight", INDEX];
+    let says = |error: lora::Error| {
+        let error = error.to_string();
+        assert!(named.iter().all(|part| error.contains(part)), "{error}");
+    };
+    says(lora::read_state_dict(dir.path(), &CPU).unwrap_err());
+    says(lora::safetensors_var_builder(dir.path(), DType::F32, &CPU).err().unwrap());
+    says(lora::base::half_var_builder(dir.path(), DType::F32, &CPU).err().unwrap());
+    let cfg = lora::LoraConfig { r: 1, ..Default::default() };
+    let pair = [("a.lora_A", [1, 3]), ("a.lora_B", [2, 1])];
+    let pair = pair.map(|(name, dims)| Ok((name.to_owned(), rnd(1, &dims, DType::F32)?)));
+    let pair = pair.into_iter().collect::<lora::Result<StateDict>>()?;
+    let weights = lora::LoraWeights::new(cfg, pair)?;
+    let out = dir.path().join("out");
+    says(lora::merge::merge_files(dir.path(), &weights, &out, |_| {}).unwrap_err());
+    assert!(!out.exists());
+    Ok(())
+}
+
+#[test]
+fn weights_in_fp8_are_multiplied_by_their_scales() -> lora::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("model.safetensors");
+    let values = rnd(1, &[4, 6], DType::F32)?.to_device(&CPU)?.to_dtype(DType::F8E4M3)?;
+    let wide = values.to_dtype(DType::F32)?;
+    let scale = |dims: &[usize]| -> lora::Result<_> {
+        Ok((rnd(2, dims, DType::F32)?.to_device(&CPU)?.abs()? / 500.)?)
+    };
+    let names = ["weight_scale", "weight_scale_inv", "scale_weight"];
+    for (name, dims) in
+        [(names[0], &[][..]), (names[0], &[4, 1]), (names[1], &[1, 1]), (names[2], &[1])]
+    {
+        let scale = scale(dims)?;
+        let tensors = [("q.weight", values.clone()), (&format!("q.{name}"), scale.clone())];
+        candle_core::safetensors::save(&tensors.map(|(n, t)| (n.to_owned(), t)).into(), &path)?;
+        let expected = match dims.len() {
+            2 => wide.broadcast_mul(&scale)?,
+            _ => wide.broadcast_mul(&scale.reshape(())?)?,
+        };
+        for dtype in [DType::F32, DType::BF16] {
+            for vb in [
+                lora::safetensors_var_builder(&path, dtype, &CPU)?,
+                lora::base::half_var_builder(&path, dtype, &CPU)?,
+                lora::Adapter::new(lora::LoraConfig::default())
+                    .var_builder(lora::safetensors_var_builder(&path, dtype, &CPU)?),
+            ] {
+                let read = vb.get((4, 6), "q.weight")?;
+                assert_eq!(bits(&read)?, bits(&expected.to_dtype(dtype)?)?, "{name} {dims:?}");
+            }
+        }
+        // A merged weight would need other scales.
+        let pair = [("q.lora_A", [1, 6]), ("q.lora_B", [4, 1])];
+        let pair = pair.map(|(name, dims)| Ok((name.to_owned(), rnd(1, &dims, DType::F32)?)));
+        let pair = pair.into_iter().collect::<lora::Result<StateDict>>()?;
+        let weights =
+            lora::LoraWeights::new(lora::LoraConfig { r: 1, ..Default::default() }, pair)?;
+        let base = lora::read_state_dict(&path, &CPU)?.tensors;
+        let out = dir.path().join("out.safetensors");
+        for error in [
+            lora::merge::merge_into(&base, &weights).unwrap_err(),
+            lora::merge::merge_files(&path, &weights, &out, |_| {}).unwrap_err(),
+        ] {
+            let error = error.to_string();
+            assert!(error.contains("q.weight") && error.contains(name), "{error}");
+        }
+        let merged = lora::Adapter::from_weights(&weights)?
+            .merged(lora::safetensors_var_builder(&path, DType::F32, &CPU)?)?
+            .get((4, 6), "q.weight")?;
+        let plain = [("q.weight".to_owned(), expected)].into();
+        let plain = lora::merge::merge_into(&plain, &weights)?;
+        assert_eq!(bits(&merged)?, bits(&plain["q.weight"])?);
+    }
+    Ok(())
+}

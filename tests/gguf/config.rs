@@ -231,3 +231,48 @@ fn errors_name_the_key_or_the_value() {
         assert!(error.is_some_and(|error| error.contains(&key)), "{key}");
     }
 }
+
+/// candle's own configurations of some models have no such field, and ignore what they do not know.
+#[test]
+fn a_configuration_without_a_field_for_the_rope_s_scaling_is_refused() -> Result<()> {
+    #[derive(serde::Deserialize)]
+    #[allow(dead_code)]
+    struct Plain {
+        hidden_size: usize,
+    }
+    #[derive(serde::Deserialize)]
+    #[allow(dead_code)]
+    struct Scaled {
+        rope_scaling: Option<serde_json::Value>,
+    }
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("model.gguf");
+    let write = |more: &[(&str, Value)]| -> Result<File> {
+        let mut metadata = metadata("qwen2", more);
+        metadata.insert("general.architecture".to_owned(), text("qwen2"));
+        let table = QTensor::quantize(&random(0, &[100, 4]), GgmlDType::F32)?;
+        write_file(&path, &metadata, &[("token_embd.weight".to_owned(), table)].into());
+        File::open(&path)
+    };
+    let file =
+        write(&[("rope.scaling.type", text("linear")), ("rope.scaling.factor", Value::F32(4.))])?;
+    let error = file.config::<Plain>().err().unwrap().to_string();
+    assert!(error.contains("rope_scaling") && error.contains("model.gguf"), "{error}");
+    assert!(file.config::<Scaled>()?.rope_scaling.is_some());
+    file.config::<serde_json::Value>()?;
+    write(&[])?.config::<Plain>()?;
+    Ok(())
+}
+
+/// The size that a header tells costs no memory.
+#[test]
+fn a_head_of_any_size_beside_few_divisors_is_an_error() -> Result<()> {
+    let more = [
+        ("attention.key_length", Value::U64(1 << 42)),
+        ("attention.value_length", Value::U64(1 << 42)),
+    ];
+    let metadata = metadata("llama", &more);
+    let error = config("llama", metadata, true, Some(&DIVISORS)).unwrap_err().to_string();
+    assert!(error.contains("32 divisors"), "{error}");
+    Ok(())
+}

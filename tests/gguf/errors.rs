@@ -133,3 +133,23 @@ fn a_file_that_is_cut_off_meanwhile_gives_no_tensor() {
     let error = vb.get(64, "model.norm.weight").unwrap_err().to_string();
     assert!(error.contains("llama.gguf"), "{error}");
 }
+
+/// In memory each item of an array takes 32 bytes.
+#[test]
+fn an_array_of_many_bytes_in_the_metadata_is_refused() -> loralib::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("bytes.gguf");
+    let array = |count: usize| Value::Array(vec![Value::U8(1); count]);
+    for (count, fits) in [(1 << 20, true), ((1 << 20) + 1, false)] {
+        let architecture = ("general.architecture".to_owned(), text("llama"));
+        let metadata = [architecture, ("bytes".to_owned(), array(count))].into();
+        write_file(&path, &metadata, &Default::default());
+        let opened = File::open(&path).map(drop);
+        assert_eq!(opened.is_ok(), fits);
+        if let Err(error) = opened {
+            let error = error.to_string();
+            assert!(error.contains("1048577 bytes") && error.contains("bytes.gguf"), "{error}");
+        }
+    }
+    Ok(())
+}

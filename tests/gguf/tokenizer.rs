@@ -229,3 +229,15 @@ fn errors_name_the_key_and_the_value() -> Result {
     }
     Ok(())
 }
+
+/// Where every part of a token is looked up, this takes minutes.
+#[test]
+fn a_long_token_takes_little_time() -> Result {
+    let long = "ab".repeat(200_000);
+    let pieces = [("a", -1., 1), ("b", -2., 1), ("ab", -3., 1), (&*long, -4., 1)];
+    let start = std::time::Instant::now();
+    let json: serde_json::Value = serde_json::from_str(&tokenizer_json(&sentencepiece(&pieces))?)?;
+    assert_eq!(json["model"]["merges"], serde_json::json!([["a", "b"]]));
+    assert!(start.elapsed().as_secs() < 10, "{:?}", start.elapsed());
+    Ok(())
+}

@@ -15,6 +15,8 @@ mod dora_magnitude;
 mod half;
 #[cfg(feature = "faer")]
 mod initial;
+mod numbers;
 mod operations;
 mod peft_config;
+mod selection;
 mod unread;

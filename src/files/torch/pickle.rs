@@ -169,3 +169,19 @@ impl<'a> Pickle<'a> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Its items would be lost.
+    #[test]
+    fn a_dict_that_is_made_of_arguments_is_an_error() {
+        let read = |args: &[u8]| {
+            let bytes = [b"\x80\x02ccollections\nOrderedDict\n", args, b"R."].concat();
+            Pickle::read(&bytes).map(drop)
+        };
+        assert_eq!(read(b")"), Ok(()));
+        assert!(read(b"]\x85").unwrap_err().contains("OrderedDict"));
+    }
+}
