@@ -37,7 +37,8 @@ impl Adapter {
     /// # Errors
     /// If nothing in it is a factor or in its selection of biases and modules.
     pub fn from_weights(weights: &LoraWeights) -> Result<Self> {
-        let mut weights = weights.joined()?.into_owned();
+        let weights = weights.joined()?.into_owned();
+        let mut weights = weights.with_kernels(|_, layer| layer.conv_rank.is_some())?;
         let tied = take_tied(&mut weights)?;
         let (config, tensors) = (weights.config(), weights.state_dict());
         let selection = Trainable::from(&config);
@@ -126,7 +127,8 @@ impl Adapter {
     /// Methods such as [`targets`](Self::targets) and [`trainable`](Self::trainable) replace what the file
     /// says. PEFT adds heads to `modules_to_save` by the task: both `classifier` and `score` for `SEQ_CLS`. Name
     /// the one that the model has. A name means whole components of a path, and not its end as in PEFT, where
-    /// `classifier` also trains `pre_classifier`. The rank of a convolution is loralib's, times its kernel.
+    /// `classifier` also trains `pre_classifier`. New convolutions have PEFT's factors; see
+    /// [`conv_kernels`](crate::LoraConfig::conv_kernels).
     ///
     /// ```no_run
     /// # fn main() -> loralib::Result<()> {

@@ -75,6 +75,7 @@ impl Layer {
         let sum = weighted_sum(&self.updates)?;
         let b = sum.b().pad_with_zeros(0, 0, self.outputs - sum.b().dim(0)?)?;
         let r = match self.kind {
+            _ if sum.kernel_dims().is_some() => sum.a().dim(0)?,
             // Fused projections have one r, and several times as many rows.
             Some(LayerKind::Linear) => sum.a().dim(0)?,
             _ => self.r,
@@ -83,8 +84,11 @@ impl Layer {
             kind: self.kind,
             r: Some(r),
             lora_alpha: Some(r as f64),
-            fan_in_fan_out: None,
+            ..Default::default()
         };
-        Ok((sum.a().clone(), b, options))
+        match (sum.kernel_dims(), sum.trained()) {
+            (Some(_), [a, b]) => Ok((a.clone(), b.clone(), options)),
+            (None, [a, _]) => Ok((a.clone(), b, options)),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Layers on their way between an adapter and the formats that have PEFT's shapes, one pair of factors a layer.
 
-use super::shapes::{from_peft, kind, to_peft};
+use super::shapes::{kind, layer_from_peft, to_peft};
 use crate::layers::Part;
 use crate::weights::{AdapterConfig, Factors, LayerWeights, LoraWeights};
 use crate::{Error, Result};
@@ -84,8 +84,7 @@ impl FileLayer {
         let read = || {
             let (kind, r) = (kind([&a, &b], embedding, None).map_err(Error::Invalid)?, a.dim(0)?);
             let factors = Factors { a, b, r, lora_alpha: alpha.unwrap_or(r as f64) };
-            let factors = from_peft(&kind, factors, rslora)?;
-            Ok(LayerWeights::new(Some(kind), factors))
+            Ok(layer_from_peft(kind, factors, rslora)?)
         };
         let layer = read().map_err(|e: Error| Error::tensor(key, e))?;
         Ok((path, layer))

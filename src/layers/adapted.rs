@@ -74,12 +74,12 @@ impl<K> Adapted<K> {
 
     /// `lora_A`, e.g. (r, in_features) for [`Linear`](crate::Linear). `None` if r = 0.
     pub fn lora_a(&self) -> Option<&Tensor> {
-        self.weight.update().map(|update| update.a())
+        self.weight.update().map(|update| update.trained()[0])
     }
 
     /// `lora_B`, e.g. (out_features, r) for [`Linear`](crate::Linear). `None` if r = 0.
     pub fn lora_b(&self) -> Option<&Tensor> {
-        self.weight.update().map(|update| update.b())
+        self.weight.update().map(|update| update.trained()[1])
     }
 
     /// `lora_magnitude_vector` (out). `None` without [`use_dora`](crate::LoraConfig::use_dora), or if r = 0.

@@ -36,6 +36,11 @@ pub struct LoraConfig {
     /// in convolutions, and among [`Adapters`](crate::Adapters), each forward does. Default `false`. An error for
     /// [`MergedLinear`](crate::MergedLinear), and for a new layer over a W with an output of zeros.
     pub use_dora: bool,
+    /// Whether a new convolution of one group has PEFT's factors, two kernels whose product is the update: A (r, in, k..),
+    /// initialised with U(±1/√(in·kⁿ)), and B (out, r, 1..). Not in loralib, whose factors have r·k ranks, and not saved.
+    /// Default `false`; [`Adapter::from_peft_config`](crate::Adapter::from_peft_config) sets it, and adapters that PEFT
+    /// saved are trained so.
+    pub conv_kernels: bool,
     /// How new factors are initialised, PEFT's `init_lora_weights`. Not in loralib, and not saved. Of no effect in
     /// an [`Embedding`](crate::Embedding), whose `lora_A` is zero.
     pub init_lora_weights: InitLoraWeights,
@@ -60,6 +65,7 @@ impl LoraConfig {
         fan_in_fan_out: false,
         rslora: false,
         use_dora: false,
+        conv_kernels: false,
         init_lora_weights: InitLoraWeights::Uniform,
         lora_dtype: None,
     };

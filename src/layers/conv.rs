@@ -3,8 +3,9 @@
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
 use super::config::{refuse_options, LoraConfig};
-use super::init::{low_rank, uniform, FactorInit};
+use super::init::{kernels, low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
+use super::names::Part;
 use super::weight::{Effective, MergedCopy, Placement, Weight, WeightTensors};
 use crate::ops::{self, checked_product, Geometry, Matrix};
 use candle_core::{bail, Module, Result, Tensor};
@@ -64,7 +65,8 @@ pub type Conv1d = Adapted<Conv1dConfig>;
 ///
 /// With g groups and a kernel of k in each dimension, `x` is (batch, in, height, width), `W` (out,
 /// in/g, k, k), `A` (r·k, in·k) and `B` (out/g·k, r·k). A is initialised with U(±1/√(in·k)) and B with zeros.
-/// `cudnn_fwd_algo` of candle's configuration has no effect.
+/// `cudnn_fwd_algo` of candle's configuration has no effect. With
+/// [`conv_kernels`](LoraConfig::conv_kernels) the factors have PEFT's shapes instead.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -229,9 +231,25 @@ pub(super) fn adapt(
     let columns = checked_product(&[&[per_group, groups], &[k; 3][..n.div_ceil(2)]].concat())?;
     let rows = out / groups * k.pow(n as u32 / 2);
     let placed = (base, Placement::Reshaped);
-    let update = || low_rank((ranks, columns), rows, FactorInit::RandomA, cfg, placed, vb);
+    let update = || match ranks_of_kernels(n, groups, cfg, vb) {
+        Some(ranks) => kernels(ranks, cfg, base, vb),
+        None => low_rank((ranks, columns), rows, FactorInit::RandomA, cfg, placed, vb),
+    };
     let update = (cfg.r > 0).then(update).transpose()?;
     WeightTensors::new(base.clone(), update, Placement::Reshaped, cfg)
+}
+
+/// The ranks, if the factors are kernels as PEFT's: those that `vb` has, or new ones.
+fn ranks_of_kernels(n: usize, groups: usize, cfg: &LoraConfig, vb: &VarBuilder) -> Option<usize> {
+    let name = Part::A.name();
+    if groups > 1 {
+        return None;
+    }
+    let held = vb.contains_tensor(name).then(|| vb.get_unchecked(name).ok()).flatten();
+    match held {
+        Some(a) => a.dim(0).ok().filter(|_| a.rank() == n + 2),
+        None => cfg.conv_kernels.then_some(cfg.r),
+    }
 }
 
 /// `vb` at the prefix of a convolution's tensor: the layer's own, or loralib's second one, as in

@@ -53,12 +53,58 @@ pub(super) fn low_rank(
         Some(initial) => update.with_initial(initial.into_factors()),
         None => update,
     };
+    with_dora(update, cfg, (base, placement), vb)
+}
+
+/// The update with its magnitude, if it has one.
+fn with_dora(
+    update: LowRank,
+    cfg: &LoraConfig,
+    (base, placement): (&Tensor, Placement),
+    vb: &VarBuilder,
+) -> Result<LowRank> {
     if !cfg.use_dora {
         return Ok(update);
     }
     let magnitude = magnitude(cfg, base, placement, vb)?;
     refuse_zero(&update, &magnitude, base, placement)?;
     Ok(update.with_magnitude(magnitude))
+}
+
+/// The update of a kernel (out, in, k..) by the kernels `lora_A` (ranks, in, k..) and `lora_B` (out, ranks, 1..), as
+/// PEFT's.
+pub(super) fn kernels(
+    ranks: usize,
+    cfg: &LoraConfig,
+    base: &Tensor,
+    vb: &VarBuilder,
+) -> Result<LowRank> {
+    initial::refuse(vb)?;
+    let [a_dims, b_dims] = kernel_dims(ranks, base);
+    checked_product(&[&a_dims[..], &[16]].concat())?;
+    let fan_in = a_dims[1..].iter().product();
+    let (a_init, b_init) = random_a(cfg, fan_in);
+    let dtype = cfg.adapter_dtype(base.dtype());
+    let a = vb.get_with_hints_dtype(a_dims, Part::A.name(), a_init, dtype)?;
+    let b = vb.get_with_hints_dtype(b_dims, Part::B.name(), b_init, dtype)?;
+    let update = LowRank::kernels(a, b, cfg.scaling(), cfg.lora_dropout)?;
+    with_dora(update, cfg, (base, Placement::Reshaped), vb)
+}
+
+/// The dimensions of such kernels.
+fn kernel_dims(ranks: usize, base: &Tensor) -> [Vec<usize>; 2] {
+    let dims = base.dims();
+    let ones = vec![1; dims.len() - 2];
+    [[&[ranks], &dims[1..]].concat(), [&[dims[0], ranks], &ones[..]].concat()]
+}
+
+/// The initialisation of a random A, and of B.
+fn random_a(cfg: &LoraConfig, fan_in: usize) -> (Init, Init) {
+    let a = match cfg.init_lora_weights {
+        InitLoraWeights::Gaussian => Init::Randn { mean: 0., stdev: 1. / cfg.r as f64 },
+        _ => uniform(fan_in),
+    };
+    (a, Init::Const(0.))
 }
 
 /// An error if an output of W + ΔW is zero: it has no direction, and is 0/0.
@@ -150,10 +196,7 @@ fn factors(
     check_sizes([a_shape, b_shape])?;
     let dtype = cfg.adapter_dtype(base);
     let (a_init, b_init) = match init {
-        FactorInit::RandomA if cfg.init_lora_weights == InitLoraWeights::Gaussian => {
-            (Init::Randn { mean: 0., stdev: 1. / cfg.r as f64 }, Init::Const(0.))
-        }
-        FactorInit::RandomA => (uniform(a_shape.1), Init::Const(0.)),
+        FactorInit::RandomA => random_a(cfg, a_shape.1),
         FactorInit::NormalB => (Init::Const(0.), Init::Randn { mean: 0., stdev: 1. }),
     };
     let a = vb.get_with_hints_dtype(a_shape, Part::A.name(), a_init, dtype)?;

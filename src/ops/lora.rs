@@ -4,7 +4,7 @@
 use super::backend::LowRankTerm;
 use super::dropout::{Dropout, DropoutStream};
 use super::op::compute_dtype;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{bail, DType, Result, Tensor};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -54,12 +54,38 @@ pub(crate) struct LowRank {
     magnitude: Option<Magnitude>,
     /// A₀ and B₀, whose product is subtracted from B·A. The update has a single split then.
     initial: Option<[Tensor; 2]>,
+    /// The kernels that A and B are matrices of, if they are.
+    kernels: Option<[Tensor; 2]>,
 }
 
 impl LowRank {
     pub fn new(a: Tensor, b: Tensor, scaling: f64, p: f32, splits: Vec<Split>) -> Self {
         let dropout = Dropout { p, stream: None };
-        Self { a, b, scaling, dropout, splits: splits.into(), magnitude: None, initial: None }
+        let (magnitude, initial, kernels) = (None, None, None);
+        Self { a, b, scaling, dropout, splits: splits.into(), magnitude, initial, kernels }
+    }
+
+    /// The same update, whose A (r, in·kⁿ) and B (out, r) are those of the kernels (r, in, k..) and (out, r, 1..).
+    fn of_kernels(self, kernels: [Tensor; 2]) -> Result<Self> {
+        let [a, b] = &kernels;
+        Ok(Self { a: a.flatten_from(1)?, b: b.flatten_from(1)?, kernels: Some(kernels), ..self })
+    }
+
+    /// The update of a convolution by two others, of the kernels (r, in, k..) and (out, r, 1..).
+    pub fn kernels(a: Tensor, b: Tensor, scaling: f64, p: f32) -> Result<Self> {
+        let (rows, ranks) = (0..b.dim(0)?, 0..a.dim(0)?);
+        let split = Split { outputs: rows.clone(), ranks, b_rows: rows };
+        Self::new(a.clone(), b.clone(), scaling, p, vec![split]).of_kernels([a, b])
+    }
+
+    /// The dimensions of A's kernels, if it has some: (in, k..).
+    pub fn kernel_dims(&self) -> Option<&[usize]> {
+        self.kernels.as_ref().map(|[a, _]| &a.dims()[1..])
+    }
+
+    /// `lora_A` and `lora_B` as they are trained.
+    pub fn trained(&self) -> [&Tensor; 2] {
+        self.kernels.as_ref().map_or([&self.a, &self.b], |[a, b]| [a, b])
     }
 
     pub fn a(&self) -> &Tensor {
@@ -72,7 +98,7 @@ impl LowRank {
 
     /// A, B and the magnitude.
     pub fn variables(&self) -> impl Iterator<Item = &Tensor> {
-        [&self.a, &self.b].into_iter().chain(self.magnitude.as_ref().map(|magnitude| &magnitude.m))
+        self.trained().into_iter().chain(self.magnitude.as_ref().map(|magnitude| &magnitude.m))
     }
 
     pub fn scaling(&self) -> f64 {
@@ -135,7 +161,13 @@ impl LowRank {
             Some(magnitude) => Some(Magnitude { m: copied(&magnitude.m)?, ..magnitude.clone() }),
             None => None,
         };
-        Ok(Self { a: copied(&self.a)?, b: copied(&self.b)?, magnitude, ..self.clone() })
+        let [a, b] = self.trained();
+        let (a, b) = (copied(a)?, copied(b)?);
+        let update = Self { magnitude, ..self.clone() };
+        match self.kernels {
+            Some(_) => update.of_kernels([a, b]),
+            None => Ok(Self { a, b, ..update }),
+        }
     }
 
     /// A copy of the present values for evaluation: joined, and with norms that are computed once.
@@ -206,6 +238,13 @@ impl LowRank {
 /// dropout.
 pub(crate) fn weighted_sum(updates: &[(LowRank, f64)]) -> Result<LowRank> {
     let (mut all_a, mut all_b, mut rows) = (vec![], vec![], 0);
+    let of_kernels = |update: &LowRank| update.kernels.is_some();
+    if updates.iter().any(|(update, _)| of_kernels(update) != of_kernels(&updates[0].0)) {
+        bail!(
+            "the factors of this convolution have PEFT's shapes in one adapter and loralib's in another: convert one by \
+             saving and loading it"
+        )
+    }
     for (update, strength) in updates {
         let update = update.joined()?;
         for f in update.factors(update.a().dtype())? {
@@ -219,5 +258,13 @@ pub(crate) fn weighted_sum(updates: &[(LowRank, f64)]) -> Result<LowRank> {
     };
     let b = Tensor::cat(&all_b.into_iter().map(padded).collect::<Result<Vec<_>>>()?, 1)?;
     let split = Split { outputs: 0..rows, ranks: 0..b.dim(1)?, b_rows: 0..rows };
-    Ok(LowRank::new(Tensor::cat(&all_a, 0)?, b, 1., 0., vec![split]))
+    let a = Tensor::cat(&all_a, 0)?;
+    let sum = LowRank::new(a.clone(), b.clone(), 1., 0., vec![split]);
+    let Some(kernel) = updates.first().and_then(|(update, _)| update.kernel_dims()) else {
+        return Ok(sum);
+    };
+    let ones = vec![1; kernel.len() - 1];
+    let a = a.reshape([&[a.dim(0)?], kernel].concat())?;
+    let b = b.reshape([b.dims(), &ones].concat())?;
+    sum.of_kernels([a, b])
 }

@@ -3,7 +3,7 @@
 use super::state_dict::{load_state_dict, LoadReport, Strict};
 use super::trainable::variables;
 use crate::files::{read_shards, StateDict};
-use crate::layers::LoraConfig;
+use crate::layers::{LoraConfig, Part};
 use crate::weights::{parsed_config, save, AdapterConfig, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Device;
@@ -109,8 +109,12 @@ pub fn load_weights(
     config: impl Into<AdapterConfig>,
     strict: Strict,
 ) -> Result<LoadReport> {
-    weights.check_same_options(&config.into())?;
     let held = variables(vars);
+    let is_kernel = |path: &str, _: &_| {
+        held.get(&Part::A.at(path)).is_some_and(|var: &candle_core::Var| var.rank() > 2)
+    };
+    let weights = weights.clone().with_kernels(is_kernel)?;
+    weights.check_same_options(&config.into())?;
     let (mut tensors, mut tables) = (weights.state_dict(), vec![]);
     tensors.retain(|name, _| {
         let table = weights.is_adapted_weight(name) && !held.contains_key(name);

@@ -64,6 +64,10 @@ pub struct LayerConfig {
     /// Whether the weight is stored as (in, out).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fan_in_fan_out: Option<bool>,
+    /// The rank of a convolution in PEFT's shapes, A (r, in, k..) and B (out, r, 1..), if its factors are copies of
+    /// such: an [`Adapter`](crate::Adapter) trains those.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub conv_rank: Option<usize>,
 }
 
 impl LayerConfig {

@@ -18,6 +18,8 @@ pub struct LayerWeights {
     pub lora_alpha: f64,
     /// Whether the base stores the weight as (in, out); `None` where the adapter's option counts.
     pub fan_in_fan_out: Option<bool>,
+    /// The rank of a convolution in PEFT's shapes; see [`LayerConfig::conv_rank`].
+    pub conv_rank: Option<usize>,
     /// `lora_A`, such as (r, in).
     pub a: Tensor,
     /// `lora_B`, such as (out, r).
@@ -34,8 +36,9 @@ impl LayerWeights {
     /// A layer with two factors.
     pub(crate) fn new(kind: Option<LayerKind>, factors: Factors) -> Self {
         let Factors { a, b, r, lora_alpha } = factors;
-        let (magnitude, initial, bias) = (None, None, None);
-        Self { kind, r, lora_alpha, fan_in_fan_out: None, a, b, magnitude, initial, bias }
+        let (conv_rank, magnitude, initial, bias) = (None, None, None, None);
+        let fan_in_fan_out = None;
+        Self { kind, r, lora_alpha, fan_in_fan_out, conv_rank, a, b, magnitude, initial, bias }
     }
 
     /// The layer's own options; `common` are the adapter's.
@@ -50,6 +53,7 @@ impl LayerWeights {
             r: Some(self.r),
             lora_alpha: Some(self.lora_alpha),
             fan_in_fan_out: self.fan_in_fan_out,
+            conv_rank: self.conv_rank,
         }
     }
 

@@ -2,9 +2,11 @@
 
 use super::common_rank_alpha;
 use super::config::{AdapterConfig, LayerConfig};
+use super::conv;
 use super::layer::LayerWeights;
+use super::pair::Pair;
 use crate::files::StateDict;
-use crate::layers::{LoraConfig, Part};
+use crate::layers::{same_scaling, LayerKind, LoraConfig, Part};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
 use std::borrow::Cow;
@@ -110,6 +112,28 @@ impl LoraWeights {
         let Self { token_rows, others, .. } = self.clone();
         let joined = Self::of_layers(self.options.clone(), layers)?;
         Ok(Cow::Owned(Self { token_rows, others, ..joined }))
+    }
+
+    /// The adapter with the factors of some convolutions as kernels, A (r, in, k..) and B (out, r, 1..) with PEFT's rank:
+    /// to be trained. They are layers of no format.
+    pub(crate) fn with_kernels(
+        mut self,
+        are_kernels: impl Fn(&str, &LayerWeights) -> bool,
+    ) -> Result<Self> {
+        let rslora = self.options.lora.rslora;
+        for (path, layer) in &mut self.layers {
+            let spatial = layer.kind.as_ref().and_then(LayerKind::spatial);
+            let Some((n, 1)) = spatial.filter(|_| are_kernels(path, layer)) else { continue };
+            let pair = Pair { a: layer.a.clone(), b: layer.b.clone(), r: layer.r };
+            let pair = conv::to_peft(n, 1, &pair, layer.conv_rank);
+            let Some(Pair { a, b, r }) = pair.map_err(|e| Error::tensor(Part::A.at(path), e))?
+            else {
+                continue;
+            };
+            let lora_alpha = same_scaling(layer.lora_alpha, layer.r, r, rslora);
+            *layer = LayerWeights { a, b, r, lora_alpha, conv_rank: None, ..layer.clone() };
+        }
+        Ok(self)
     }
 
     /// An error if the adapter has something else than factors, for a `format` that has nothing else, with a `way_out`.

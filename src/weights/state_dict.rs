@@ -1,12 +1,13 @@
 //! From a state dict by loralib's names to an adapter's layers, and back: the door of this crate's own names.
 
 use super::config::AdapterConfig;
+use super::conv;
 use super::foreign::refuse_other_names;
 use super::layer::LayerWeights;
 use super::lora_weights::{LoraWeights, TokenRows};
 use super::selection::contains;
 use crate::files::StateDict;
-use crate::layers::Part;
+use crate::layers::{same_scaling, LayerKind, Part};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::BTreeMap;
@@ -89,13 +90,31 @@ fn grouped(
         (a0, b0) => Some([needed(Part::InitialA, a0)?, needed(Part::InitialB, b0)?]),
     };
     let declared = config.layer(path).map(|(_, layer)| layer.clone()).unwrap_or_default();
+    let (mut a, mut b) = (needed(Part::A, a)?, needed(Part::B, b)?);
+    let mut conv_rank = declared.conv_rank;
+    let mut r = declared.r.unwrap_or(config.lora.r);
+    let mut lora_alpha = declared.lora_alpha.unwrap_or(config.lora.lora_alpha);
+    let in_peft = declared.kind.as_ref().and_then(LayerKind::spatial);
+    if let Some((n, groups)) = in_peft.filter(|(n, _)| [a.rank(), b.rank()] == [n + 2; 2]) {
+        // The rank is PEFT's, too.
+        let own = b.dim(1)?;
+        if own != r {
+            let reason = format!("its rank is {own}, the configuration has r = {r}");
+            return Err(Error::tensor(Part::B.at(path), reason));
+        }
+        let pair = conv::from_peft(groups, a, b).map_err(|e| Error::tensor(Part::A.at(path), e))?;
+        conv_rank = conv::rank_in_peft(n, groups, &pair, own);
+        lora_alpha = same_scaling(lora_alpha, own, pair.r, config.lora.rslora);
+        (a, b, r) = (pair.a, pair.b, pair.r);
+    }
     Ok(LayerWeights {
-        r: declared.r.unwrap_or(config.lora.r),
-        lora_alpha: declared.lora_alpha.unwrap_or(config.lora.lora_alpha),
+        r,
+        lora_alpha,
         fan_in_fan_out: declared.fan_in_fan_out,
         kind: declared.kind,
-        a: needed(Part::A, a)?,
-        b: needed(Part::B, b)?,
+        conv_rank,
+        a,
+        b,
         initial,
         magnitude: take(Part::Magnitude),
         bias: take(Part::BiasOfB),

@@ -128,7 +128,7 @@ fn dora_over_an_output_of_zeros_is_an_error() -> lora::Result<()> {
     let cfg = LoraConfig { use_dora: true, ..CFG };
     let tensors = |b: &[[f32; 2]; 2]| {
         let of = |name: &str, t: Tensor| (format!("fc.{name}"), t);
-        Ok::<_, lora::Error>(lora::LoraWeights::new(
+        lora::LoraWeights::new(
             cfg,
             [
                 of("lora_A", Tensor::new(&[[1f32, 0.], [0., 1.]], &CPU)?),
@@ -136,7 +136,7 @@ fn dora_over_an_output_of_zeros_is_an_error() -> lora::Result<()> {
                 of("lora_magnitude_vector", Tensor::new(&[1f32, 1.], &CPU)?),
             ]
             .into(),
-        )?)
+        )
     };
     let zero = tensors(&[[1., 1.], [0., 0.]])?;
     let adapter = Adapter::from_weights(&zero)?;

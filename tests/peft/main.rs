@@ -13,6 +13,7 @@ mod patterns;
 mod refused;
 mod saved_by_peft;
 mod served;
+mod steps;
 mod tied;
 
 use candle_core::{Device, Tensor};

@@ -143,6 +143,7 @@ impl PeftConfig {
     pub fn fresh(mut self) -> Result<(Self, Selection)> {
         let fields = &self.fields;
         check_trained(fields)?;
+        self.options.lora.conv_kernels = true;
         self.options.lora.init_lora_weights = match &self.init_lora_weights {
             None => InitLoraWeights::Uniform,
             Some(Value::String(name)) => name.parse()?,

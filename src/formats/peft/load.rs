@@ -7,7 +7,7 @@ use super::pairs::{group, Grouped, Pair};
 use super::parameters::rename;
 use super::tokens::token_rows;
 use crate::files::{read, StateDict};
-use crate::formats::shapes::{experts_from_peft, from_peft, from_peft_02, kind};
+use crate::formats::shapes::{experts_from_peft, from_peft_02, kind, layer_from_peft};
 use crate::layers::LayerKind;
 use crate::weights::{AdapterConfig, Factors, LayerWeights, LoraWeights};
 use crate::{Error, Result};
@@ -114,27 +114,27 @@ fn layer(config: &PeftConfig, path: &str, pair: Pair) -> Result<LayerWeights> {
     };
     let of_layer = |e: candle_core::Error| Error::tensor(&a_key, e);
     let declared = config.options.kind(path);
-    let (kind, factors) = match pair.parameter {
+    let layer = match pair.parameter {
         Some(index) => {
             let pair = experts_from_peft(&a, &b, r).map_err(of_layer)?;
             let pair = pair.ok_or_else(|| wrong_rank(&a))?;
             let factors = Factors { a: pair.a, b: pair.b, r: pair.r, lora_alpha };
-            (LayerKind::Parameter { index }, factors)
+            LayerWeights::new(Some(LayerKind::Parameter { index }), factors)
         }
         None if (a.rank(), b.rank()) == (2, 3) => {
             let kind = declared.unwrap_or(&LayerKind::Linear).clone();
             let pair = from_peft_02(&kind, a, b, r).map_err(of_layer)?;
-            (kind, Factors { a: pair.a, b: pair.b, r: pair.r, lora_alpha })
+            let factors = Factors { a: pair.a, b: pair.b, r: pair.r, lora_alpha };
+            LayerWeights::new(Some(kind), factors)
         }
         None if a.dims().first() != Some(&r) => return Err(wrong_rank(&a)),
         None => {
             let kind = kind([&a, &b], pair.embedding, declared)
                 .map_err(|reason| Error::tensor(&a_key, reason))?;
             let factors = Factors { a, b, r, lora_alpha };
-            let factors = from_peft(&kind, factors, common.rslora).map_err(of_layer)?;
-            (kind, factors)
+            layer_from_peft(kind, factors, common.rslora).map_err(of_layer)?
         }
     };
     let magnitude = pair.magnitude.map(|magnitude| magnitude.flatten_all()).transpose()?;
-    Ok(LayerWeights { magnitude, bias: pair.bias, ..LayerWeights::new(Some(kind), factors) })
+    Ok(LayerWeights { magnitude, bias: pair.bias, ..layer })
 }

@@ -2,7 +2,7 @@
 //! (experts·r, in) with an expert's ranks in a row, and B (out, r·experts) with those of all experts in turn. A
 //! parameter without experts counts as one.
 
-use super::pair::Pair;
+use crate::weights::pair::Pair;
 use candle_core::{Result, Tensor};
 
 /// PEFT's factors; `None` if the shapes do not fit.

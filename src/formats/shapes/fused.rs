@@ -1,8 +1,8 @@
 //! A merged linear layer's factors in loralib's shapes and in PEFT's: one Linear of rank r·e whose B is
 //! block-diagonal over the e enabled splits.
 
-use super::pair::{is_zero, Pair};
 use crate::layers::{LayerKind, Total};
+use crate::weights::pair::{is_zero, Pair};
 use candle_core::{bail, Result, Tensor};
 
 /// loralib's factors as PEFT's; `None` if their shapes do not fit.

@@ -1,16 +1,14 @@
 //! Converts factors between loralib's shapes and PEFT's, with the same product. Most other formats have PEFT's shapes:
 //! A (r, in) and B (out, r), or (r, in, k..) and (out, r, 1..) of a convolution.
 
-mod conv;
 mod experts;
 mod fused;
-mod pair;
 
 use crate::layers::{ends_in, LayerKind, Part};
-use crate::weights::{Factors, LayerWeights, LoraWeights};
+use crate::weights::pair::Pair;
+use crate::weights::{conv, Factors, LayerWeights, LoraWeights};
 use crate::{Error, Result};
 use candle_core::{bail, Tensor};
-use pair::Pair;
 
 pub(crate) use experts::from_peft as experts_from_peft;
 pub(crate) use fused::from_peft_02;
@@ -22,9 +20,9 @@ pub(crate) fn to_peft(layer: &LayerWeights, rslora: bool) -> candle_core::Result
     let converted = match *kind {
         LayerKind::Linear | LayerKind::Embedding => unchanged(&pair)?,
         LayerKind::MergedLinear(_) | LayerKind::MergedSplits(_) => fused::to_peft(kind, &pair)?,
-        LayerKind::Conv1d { groups } => conv::to_peft(1, groups, &pair)?,
-        LayerKind::Conv2d { groups } => conv::to_peft(2, groups, &pair)?,
-        LayerKind::Conv3d { groups } => conv::to_peft(3, groups, &pair)?,
+        LayerKind::Conv1d { groups } => conv::to_peft(1, groups, &pair, layer.conv_rank)?,
+        LayerKind::Conv2d { groups } => conv::to_peft(2, groups, &pair, layer.conv_rank)?,
+        LayerKind::Conv3d { groups } => conv::to_peft(3, groups, &pair, layer.conv_rank)?,
         LayerKind::Parameter { .. } => experts::to_peft(&pair)?,
     };
     match converted {
@@ -69,6 +67,21 @@ pub(crate) fn from_peft(
         LayerKind::Parameter { .. } => bail!("a parameter has no layer's factors"),
     };
     Ok(with_alpha(factors, converted, rslora))
+}
+
+/// A layer of this kind with factors in PEFT's shapes.
+pub(crate) fn layer_from_peft(
+    kind: LayerKind,
+    factors: Factors,
+    rslora: bool,
+) -> candle_core::Result<LayerWeights> {
+    let own = factors.b.dims().get(1).copied();
+    let converted = from_peft(&kind, factors, rslora)?;
+    let pair = Pair { a: converted.a.clone(), b: converted.b.clone(), r: converted.r };
+    let conv_rank = kind.spatial().zip(own);
+    let conv_rank =
+        conv_rank.and_then(|((n, groups), own)| conv::rank_in_peft(n, groups, &pair, own));
+    Ok(LayerWeights { conv_rank, ..LayerWeights::new(Some(kind), converted) })
 }
 
 /// The kind of a layer by the shapes of its factors. An error if it contradicts the `given` one.
@@ -140,9 +153,9 @@ impl LoraWeights {
             let embedding = layer.kind == Some(LayerKind::Embedding);
             let kind =
                 self::kind([&factors.a, &factors.b], embedding, Some(&kind)).map_err(wrong)?;
-            let factors = from_peft(&kind, factors, rslora).map_err(|e| wrong(e.to_string()))?;
-            let Factors { a, b, r, lora_alpha } = factors;
-            *layer = LayerWeights { kind: Some(kind), a, b, r, lora_alpha, ..layer.clone() };
+            let LayerWeights { kind, r, lora_alpha, conv_rank, a, b, .. } =
+                layer_from_peft(kind, factors, rslora).map_err(|e| wrong(e.to_string()))?;
+            *layer = LayerWeights { kind, r, lora_alpha, conv_rank, a, b, ..layer.clone() };
         }
         match found {
             true => Self::of_layers(self.options.clone(), self.layers.clone())

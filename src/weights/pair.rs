@@ -11,7 +11,7 @@ pub(crate) struct Pair {
 }
 
 /// Whether every value is zero.
-pub(super) fn is_zero(t: &Tensor) -> Result<bool> {
+pub(crate) fn is_zero(t: &Tensor) -> Result<bool> {
     let t = t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?;
     Ok(t.elem_count() == 0 || t.abs()?.max(0)?.to_scalar::<f64>()? == 0.)
 }

@@ -18,35 +18,52 @@ use candle_core::{bail, Result, Tensor};
 /// The largest factor that is created, 4 GiB of F32: many groups need many zeros.
 const MOST_VALUES: usize = 1 << 30;
 
-/// loralib's factors as PEFT's, for n spatial dimensions; `None` if their shapes do not fit.
-pub(super) fn to_peft(n: usize, groups: usize, factors: &Pair) -> Result<Option<Pair>> {
-    match if groups == 1 { original(n, factors)? } else { None } {
+/// The ranks of a convolution of `own` ranks in PEFT's shapes as loralib's r: its factors are copies for u pieces.
+pub(crate) fn rank_of_copies(n: usize, k: usize, own: usize) -> usize {
+    (k.saturating_pow(n as u32 / 2) * own).div_ceil(k.max(1))
+}
+
+/// The rank in PEFT's shapes, if [`from_peft`] made these factors of B (out, `own`, 1..) as copies.
+pub(crate) fn rank_in_peft(n: usize, groups: usize, factors: &Pair, own: usize) -> Option<usize> {
+    let rows = factors.a.dim(0).ok()?;
+    let k = rows.checked_div(factors.r)?;
+    let is_exact = rows * k.saturating_pow(n as u32 / 2) == own;
+    (groups == 1 && !is_exact).then_some(own)
+}
+
+/// loralib's factors as PEFT's, for n spatial dimensions; `None` if their shapes do not fit. `own` is their
+/// [rank in PEFT](rank_in_peft), if they are copies.
+pub(crate) fn to_peft(
+    n: usize,
+    groups: usize,
+    factors: &Pair,
+    own: Option<usize>,
+) -> Result<Option<Pair>> {
+    let original = own.filter(|_| groups == 1).map(|own| original(n, factors, own));
+    match original.transpose()?.flatten() {
         None => expanded(n, groups, factors),
         original => Ok(original),
     }
 }
 
-/// The factors in PEFT's shapes that [`from_peft`] makes these of, if there are any.
-fn original(n: usize, Pair { a, b, r }: &Pair) -> Result<Option<Pair>> {
+/// The factors in PEFT's shapes, of rank `own`, that [`from_peft`] makes these of, if there are any.
+fn original(n: usize, Pair { a, b, r }: &Pair, own: usize) -> Result<Option<Pair>> {
     let ((rows, columns), (outs, ranks)) = (a.dims2()?, b.dims2()?);
     let k = rows.checked_div(*r).unwrap_or(0);
     let (u, width) = (k.saturating_pow(n as u32 / 2), k.saturating_pow(n.div_ceil(2) as u32));
     let fits = k > 0 && k * r == rows && ranks == rows && outs.checked_rem(u) == Some(0);
-    if !fits || columns.checked_rem(width) != Some(0) {
+    let is_rank = own > 0 && own.saturating_mul(u) <= rows && rank_of_copies(n, k, own) == *r;
+    if !(fits && is_rank) || columns.checked_rem(width) != Some(0) {
         return Ok(None);
     }
-    for own in (r - 1) * k / u + 1..=r * k / u {
-        let kernel = [&[own, columns / width][..], &[k; 3][..n]].concat();
-        let small_a = a.narrow(0, 0, u * own)?.reshape((u, own, columns))?;
-        let small_a = small_a.transpose(0, 1)?.reshape(kernel)?;
-        let small_b = b.reshape((outs / u, u, rows))?.narrow(1, 0, 1)?.narrow(2, 0, own)?;
-        let small_b = small_b.reshape([&[outs / u, own][..], &[1; 3][..n]].concat())?;
-        let again = from_peft(1, small_a.clone(), small_b.clone())?;
-        if again.r == *r && is_zero(&(again.a - a)?)? && is_zero(&(again.b - b)?)? {
-            return Ok(Some(Pair { a: small_a, b: small_b, r: own }));
-        }
-    }
-    Ok(None)
+    let kernel = [&[own, columns / width][..], &[k; 3][..n]].concat();
+    let small_a = a.narrow(0, 0, u * own)?.reshape((u, own, columns))?;
+    let small_a = small_a.transpose(0, 1)?.reshape(kernel)?;
+    let small_b = b.reshape((outs / u, u, rows))?.narrow(1, 0, 1)?.narrow(2, 0, own)?;
+    let small_b = small_b.reshape([&[outs / u, own][..], &[1; 3][..n]].concat())?;
+    let again = from_peft(1, small_a.clone(), small_b.clone())?;
+    let is_same = again.r == *r && is_zero(&(again.a - a)?)? && is_zero(&(again.b - b)?)?;
+    Ok(is_same.then_some(Pair { a: small_a, b: small_b, r: own }))
 }
 
 /// Pair of any values in PEFT's shapes.
@@ -78,7 +95,7 @@ fn expanded(n: usize, groups: usize, factors: &Pair) -> Result<Option<Pair>> {
 }
 
 /// PEFT's factors (ranks, in, k..) and (out, ranks/groups, 1..) as loralib's: the inverse of [`to_peft`].
-pub(super) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Pair> {
+pub(crate) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Pair> {
     let (inputs, n, k) = (a.dim(1)?, a.rank() - 2, a.dims()[2]);
     let (out, own) = (b.dim(0)?, b.dim(1)?);
     if k == 0 || inputs % groups != 0 || out % groups != 0 {
@@ -117,7 +134,7 @@ pub(super) fn from_peft(groups: usize, a: Tensor, b: Tensor) -> Result<Pair> {
         )
     }
     // Each piece of an output uses all ranks: B has the factor on a diagonal.
-    let r = (u * own).div_ceil(k);
+    let r = rank_of_copies(n, k, own);
     let spare = r * k - u * own;
     let a = a.reshape((own, u, columns))?.transpose(0, 1)?.reshape((u * own, columns))?;
     let b = diagonal(&b.reshape((out, 1, own))?, u, 1)?.reshape((out * u, u * own))?;

@@ -1,0 +1,139 @@
+//! Twenty steps of an adapter that PEFT saved, beside PEFT's own (`fixtures/steps.py`).
+
+use crate::common::difference;
+use crate::CPU;
+use candle_core::{DType, Module, Tensor};
+use candle_nn::{Conv1dConfig, Conv2dConfig, Optimizer, ParamsAdamW};
+use lora::nn::{conv1d, conv2d, embedding, linear, VarBuilder};
+use lora::train::AdamW;
+use lora::utils::{read_state_dict, StateDict};
+use lora::{Adapter, Result};
+use loralib as lora;
+use std::path::{Path, PathBuf};
+
+const CASES: [&str; 10] = [
+    "linear",
+    "linear_dora",
+    "embedding",
+    "embedding_dora",
+    "padding",
+    "conv1d",
+    "conv1d_dora",
+    "conv2d",
+    "conv2d_dora",
+    "conv2d_wide",
+];
+
+fn folder(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/steps").join(case)
+}
+
+fn of(case: &str) -> Result<StateDict> {
+    let all = read_state_dict(folder("expected.safetensors"), &CPU)?.tensors;
+    let own =
+        |(name, t): (String, Tensor)| Some((name.strip_prefix(&format!("{case}."))?.to_owned(), t));
+    Ok(all.into_iter().filter_map(own).collect())
+}
+
+fn layer(case: &str, vb: VarBuilder) -> Result<Box<dyn Module>> {
+    let vb = vb.pp("layer");
+    let padding = Conv2dConfig { padding: 1, stride: 2, ..Default::default() };
+    Ok(match case.trim_end_matches("_dora") {
+        "linear" => Box::new(linear(6, 5, vb)?),
+        "embedding" => Box::new(embedding(9, 5, vb)?),
+        "padding" => Box::new(embedding(9, 5, vb)?.with_padding_idx(2)?),
+        "conv1d" => {
+            Box::new(conv1d(4, 6, 3, Conv1dConfig { padding: 1, ..Default::default() }, vb)?)
+        }
+        "conv2d" => Box::new(conv2d(4, 6, 3, padding, vb)?),
+        "conv2d_wide" => Box::new(conv2d(3, 4, 5, Default::default(), vb)?),
+        other => panic!("{other}"),
+    })
+}
+
+/// Trains an adapter, which is saved as PEFT's after the last step.
+fn trains_as_peft(case: &str, adapter: &Adapter) -> Result<()> {
+    let fixture = of(case)?;
+    let base = fixture
+        .iter()
+        .filter_map(|(name, t)| Some((name.strip_prefix("base.")?.to_owned(), t.clone())));
+    let base = VarBuilder::from_tensors(base.collect(), DType::F64, &CPU);
+    let layer = layer(case, adapter.var_builder(base))?;
+    adapter.check()?;
+    adapter.train()?;
+    let params = ParamsAdamW { lr: 0.05, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+    let mut opt = AdamW::named(adapter.named_vars()?, params)?;
+    let losses = fixture["losses"].to_vec1::<f64>()?;
+    for (step, expected) in losses.into_iter().enumerate() {
+        let loss = (layer.forward(&fixture["x"])? - &fixture["y"])?.sqr()?.mean_all()?;
+        let value = loss.to_scalar::<f64>()?;
+        assert!((value - expected).abs() < 1e-6 * expected, "{case} {step}: {value} {expected}");
+        opt.step(&loss.backward()?)?;
+    }
+    let dir = tempfile::tempdir()?;
+    adapter.save_pretrained(dir.path())?;
+    assert_peft_s(case, &fixture, dir.path())?;
+    // And through this crate's own file.
+    let own = dir.path().join("own.safetensors");
+    adapter.save(&own)?;
+    let again = Adapter::load(&own, &CPU)?;
+    again.save_pretrained(dir.path().join("again"))?;
+    assert_peft_s(case, &fixture, &dir.path().join("again"))?;
+    for (name, var) in adapter.named_vars()? {
+        assert_eq!(again.named_vars()?[&name].dims(), var.dims(), "{case} {name}");
+    }
+    for path in [&own as &Path, dir.path()] {
+        let before = adapter.state_dict()?;
+        adapter.named_vars()?.values().try_for_each(|var| var.set(&var.zeros_like()?))?;
+        assert!(adapter.restore(path)?.missing.is_empty());
+        for (name, tensor) in adapter.state_dict()? {
+            assert_eq!(difference(&tensor, &before[&name])?, 0., "{case} {name}");
+        }
+    }
+    Ok(())
+}
+
+/// The folder has PEFT's keys and shapes, and its values after the last step.
+fn assert_peft_s(case: &str, fixture: &StateDict, dir: &Path) -> Result<()> {
+    let saved = read_state_dict(dir.join("adapter_model.safetensors"), &CPU)?.tensors;
+    let after = fixture.iter().filter_map(|(name, t)| Some((name.strip_prefix("after.")?, t)));
+    let after: Vec<_> = after.collect();
+    assert_eq!(saved.len(), after.len(), "{case}");
+    for (key, expected) in after {
+        let ours = &saved[key];
+        assert_eq!(ours.dims(), expected.dims(), "{case} {key}");
+        let apart = difference(ours, expected)?;
+        assert!(apart < 1e-6, "{case} {key}: {apart}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_of_peft_s_trains_as_there() -> Result<()> {
+    for case in CASES {
+        trains_as_peft(case, &Adapter::load(folder(case), &CPU)?)?;
+    }
+    Ok(())
+}
+
+/// A new adapter has PEFT's parameters, and is restored from PEFT's file.
+#[test]
+fn a_new_adapter_of_peft_s_configuration_trains_as_there() -> Result<()> {
+    for case in CASES {
+        let adapter = Adapter::from_peft_config(folder(case))?;
+        let fixture = of(case)?;
+        let base = fixture
+            .iter()
+            .filter_map(|(name, t)| Some((name.strip_prefix("base.")?.to_owned(), t.clone())));
+        let base = VarBuilder::from_tensors(base.collect(), DType::F64, &CPU);
+        let _layer = layer(case, adapter.var_builder(base))?;
+        let dims = |name: &str| Ok::<_, lora::Error>(adapter.named_vars()?[name].dims().to_vec());
+        if let "conv2d" = case {
+            assert_eq!(dims("layer.lora_A")?, [2, 4, 3, 3]);
+            assert_eq!(dims("layer.lora_B")?, [6, 2, 1, 1]);
+        }
+        assert!(adapter.restore(folder(case))?.missing.is_empty());
+        trains_as_peft(case, &adapter)?;
+    }
+    Ok(())
+}
