@@ -3,7 +3,7 @@
 use super::state_dict::{check_finite, StateDict};
 use crate::ops::checked_elem_count;
 use crate::{Error, Result};
-use ::safetensors::tensor::{Metadata as HeaderMetadata, SafeTensors, TensorInfo};
+use ::safetensors::tensor::{Dtype, Metadata as HeaderMetadata, SafeTensors, TensorInfo};
 use candle_core::safetensors::Load;
 use candle_core::Device;
 use std::collections::{BTreeMap, HashMap};
@@ -70,6 +70,10 @@ pub(super) fn parse(bytes: &[u8], device: &Device) -> Result<(StateDict, Metadat
     for (name, view) in SafeTensors::deserialize(bytes).map_err(malformed)?.iter() {
         if checked_elem_count(view.shape()).is_none() {
             return Err(Error::tensor(name, format!("its shape is {:?}", view.shape())));
+        }
+        if view.dtype() == Dtype::BOOL {
+            let reason = "its dtype is BOOL, as of on_input in (IA)\u{b3}, which is not LoRA";
+            return Err(Error::tensor(name, reason));
         }
         let tensor = view.load(device).map_err(|e| Error::tensor(name, e))?;
         check_finite(name, &tensor)?;

@@ -1,5 +1,6 @@
 //! An open safetensors file, of which one tensor at a time is read.
 
+use super::read::refuse_other_kinds;
 use super::safetensors::{self, malformed};
 use crate::ops::checked_elem_count;
 use crate::{Error, Result};
@@ -25,6 +26,7 @@ impl SafetensorsFile {
         let length = file.metadata()?.len();
         let mut start = vec![0; 8];
         file.read_exact(&mut start).map_err(|_| malformed("it has no header"))?;
+        refuse_other_kinds(&start)?;
         let size = start.iter().rev().fold(0u64, |n, &b| (n << 8) | u64::from(b));
         let Some(data) = length.checked_sub(8).and_then(|rest| rest.checked_sub(size)) else {
             return Err(malformed(format!("its header has {size} bytes, the file {length}")));

@@ -7,7 +7,7 @@ use super::layers::{adapter, layers, Pairs, Role};
 use super::peft::shortest;
 use crate::files::{folder, read, serialize, without_byte_order_mark, StateDict};
 use crate::layers::{LayerKind, Part};
-use crate::weights::{uniform, AdapterConfig, LoraWeights};
+use crate::weights::{origin, uniform, AdapterConfig, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Device;
 use serde::Deserialize;
@@ -35,7 +35,7 @@ struct Config {
 #[derive(Deserialize)]
 struct Parameters {
     rank: usize,
-    scale: f64,
+    scale: Option<f64>,
     #[serde(default)]
     dropout: f32,
     alpha: Option<Value>,
@@ -50,7 +50,7 @@ struct Parameters {
 /// factor or has another rank; and if a value is not finite. The error names the file and the tensor.
 pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
     let (config, file) = (dir.as_ref().join(CONFIG), dir.as_ref().join(SAFETENSORS));
-    let Parameters { rank, scale, dropout, .. } =
+    let (Parameters { rank, dropout, .. }, scale) =
         read_config(&config).map_err(|e| e.at(&config))?;
     let load = || {
         let mut pairs = Pairs::default();
@@ -58,7 +58,11 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
             let (path, role) = match key.rsplit_once('.') {
                 Some((path, "lora_a")) => (path.to_owned(), Role::A),
                 Some((path, "lora_b")) => (path.to_owned(), Role::B),
-                _ => return Err(Error::tensor(key, "it is neither lora_a nor lora_b of a layer")),
+                _ => {
+                    let reason = "it is neither lora_a nor lora_b of a layer";
+                    let reason = origin(&key).unwrap_or(reason);
+                    return Err(Error::tensor(key, reason));
+                }
             };
             if tensor.rank() != 2 {
                 let reason = format!("its shape is {:?}, expected a matrix", tensor.dims());
@@ -85,7 +89,8 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
     load().map_err(|e: Error| e.at(&file))
 }
 
-fn read_config(path: &Path) -> Result<Parameters> {
+/// The options, and the scale.
+fn read_config(path: &Path) -> Result<(Parameters, f64)> {
     let malformed =
         |reason: String| Error::Invalid(format!("it is no configuration of MLX: {reason}"));
     let config: Config = serde_json::from_slice(without_byte_order_mark(&fs::read(path)?))
@@ -100,10 +105,13 @@ fn read_config(path: &Path) -> Result<Parameters> {
                       that of yours as `scale` and remove `alpha`";
         return Err(Error::unsupported(format!("the option alpha = {alpha}"), reason));
     }
+    let Some(scale) = parameters.scale else {
+        return Err(malformed("lora_parameters has no scale".to_owned()));
+    };
     if !(0. ..1.).contains(&parameters.dropout) {
         return Err(malformed(format!("dropout = {}", parameters.dropout)));
     }
-    Ok(parameters)
+    Ok((parameters, scale))
 }
 
 /// Writes a folder. Layers of smaller ranks are padded with zeros, and those with another scaling than the

@@ -1,7 +1,7 @@
 //! This crate's files: safetensors with the configuration in the header's metadata.
 
 use super::config::AdapterConfig;
-use super::foreign::refuse_other_names;
+use super::foreign::{foreign_file, refuse_other_names};
 use super::lora_weights::LoraWeights;
 use super::metadata::{from_json, to_json};
 use crate::files::{atomic_file, read_shards, serialize, Metadata};
@@ -31,7 +31,7 @@ pub(crate) fn load(path: &Path, device: &Device) -> Result<LoraWeights> {
         let config = parsed_config(&metadata)?.ok_or_else(|| {
             let reason = "it has no configuration of this crate: of PEFT's format load the folder; read files of \
                           other programs by `formats`, and torch's by `read_state_dict` and `LoraWeights::new`";
-            Error::Invalid(reason.to_owned())
+            foreign_file(tensors.keys()).map_or(Error::Invalid(reason.to_owned()), |(name, reason)| Error::tensor(name, reason))
         })?;
         LoraWeights::new(config, tensors)
     };

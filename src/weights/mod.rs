@@ -25,7 +25,9 @@ pub use bias::Bias;
 pub(crate) use component::{has_component, NO_COMPONENT};
 pub use config::{AdapterConfig, LayerConfig};
 pub(crate) use file::{load, parsed_config, save};
-pub(crate) use foreign::{flattened_hint, refuse_other_names};
+pub(crate) use foreign::{
+    flattened_hint, foreign_file, origin, refuse_other_methods, refuse_other_names,
+};
 pub(crate) use layer::Factors;
 pub use layer::LayerWeights;
 pub use lora_weights::LoraWeights;

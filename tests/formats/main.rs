@@ -7,6 +7,7 @@ mod common;
 mod diffusers;
 mod kohya;
 mod mlx;
+mod origins;
 mod plain;
 mod torch;
 mod trained;

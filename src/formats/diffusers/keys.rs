@@ -2,7 +2,7 @@
 
 use crate::formats::layers::Role;
 use crate::formats::peft::adapter_name;
-use crate::layers::Part;
+use crate::weights::origin;
 use crate::{Error, Result};
 
 /// The meaning of a key.
@@ -65,20 +65,13 @@ fn reason(key: &str) -> String {
         return "the model was compiled when it was saved: remove `_orig_mod` from the names"
             .to_owned();
     }
-    if key.ends_with(".lora_down.weight") || key.ends_with(".lora_up.weight") {
-        return "this is a name of kohya's: read the file with `kohya`".to_owned();
-    }
     if let Some(adapter) = adapter_name(key) {
         return format!(
             "it has the adapter's name {adapter:?}, as in a model's `state_dict()`: remove this component \
              from the names"
         );
     }
-    match Part::parse(key).1.is_lora() {
-        true => "this is a name of loralib's format: read the file by `Adapter::load`",
-        false => "its name is not one of a LoRA adapter in diffusers' format",
-    }
-    .to_owned()
+    origin(key).unwrap_or("its name is not one of a LoRA adapter in diffusers' format").to_owned()
 }
 
 /// `unet.<attention>.processor.to_q_lora.down.weight`.

@@ -11,7 +11,9 @@ mod metadata;
 use self::keys::Key;
 use super::layers::{adapter, layers, Pairs};
 use crate::files::{atomic_file, read, serialize, StateDict};
-use crate::weights::{has_component, refuse_other_names, AdapterConfig, LoraWeights};
+use crate::weights::{
+    has_component, refuse_other_methods, refuse_other_names, AdapterConfig, LoraWeights,
+};
 use crate::{Error, Result};
 use candle_core::Device;
 use metadata::{Components, METADATA};
@@ -38,6 +40,7 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
     let load = || {
         let (tensors, metadata) = read(&path, device)?;
         refuse_other_names(tensors.keys())?;
+        refuse_other_methods(tensors.keys())?;
         let mut pairs = Pairs::default();
         for (key, tensor) in tensors {
             let Key { path, role } = keys::parse(&key)?;

@@ -10,7 +10,7 @@ mod names;
 use super::layers::{adapter, layers, Pairs, Role};
 use crate::files::{atomic_file, read, serialize, StateDict};
 use crate::layers::{LayerKind, Part};
-use crate::weights::{AdapterConfig, LoraWeights};
+use crate::weights::{origin, refuse_other_methods, AdapterConfig, LoraWeights};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use names::{Modules, Names};
@@ -28,7 +28,9 @@ pub fn load(path: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
     let path = path.as_ref();
     let load = || {
         let mut pairs = Pairs::default();
-        for (key, tensor) in read(path, device)?.0 {
+        let tensors = read(path, device)?.0;
+        refuse_other_methods(tensors.keys())?;
+        for (key, tensor) in tensors {
             let (flat, role) = parse(&key)?;
             let flat = flat.to_owned();
             pairs.insert(flat, role, key, tensor)?;
@@ -70,15 +72,9 @@ fn parse(key: &str) -> Result<(&str, Role)> {
         "lora_down.weight" => Role::A,
         "lora_up.weight" => Role::B,
         "alpha" => Role::Alpha,
-        _ if ["lora_A.weight", "lora_B.weight"].iter().any(|name| last.ends_with(name)) => {
-            let reason = "this is a name of PEFT or diffusers: read it by `formats::peft` or `formats::diffusers`";
-            return Err(Error::tensor(key, reason));
-        }
         _ => {
-            let reason =
-                "it is neither lora_down, lora_up nor alpha of a layer: other methods than \
-                          LoRA have to be merged by the program that trained them";
-            return Err(Error::tensor(key, reason));
+            let reason = "it is neither lora_down, lora_up nor alpha of a layer";
+            return Err(Error::tensor(key, origin(key).unwrap_or(reason)));
         }
     };
     Ok((flat, role))

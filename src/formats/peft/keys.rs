@@ -1,7 +1,7 @@
 //! The names of tensors in a PEFT file.
 
-use crate::layers::{is_within, Part};
-use crate::weights::{AdapterConfig, Bias};
+use crate::layers::is_within;
+use crate::weights::{origin, AdapterConfig, Bias};
 use std::iter::successors;
 
 const MAGNITUDE: &str = "lora_magnitude_vector";
@@ -109,7 +109,6 @@ pub(super) fn names_adapter(key: &str) -> bool {
 /// Why a key is no part of an adapter in PEFT's format, and what to do.
 pub(super) fn reason(key: &str) -> String {
     let prefix = ["_orig_mod.", "module."].into_iter().find(|prefix| key.starts_with(prefix));
-    let own = Part::parse(key).1.is_lora();
     match (prefix, adapter_name(key)) {
         (Some(prefix), _) => {
             format!("the model was wrapped when it was saved: remove {prefix:?} from the names")
@@ -118,10 +117,7 @@ pub(super) fn reason(key: &str) -> String {
             "it has the adapter's name {adapter:?}, as in a model's `state_dict()`: save the adapter by \
              `save_pretrained`, or remove this component from the names"
         ),
-        _ if own => {
-            "this is a name of loralib's format: read the file by `Adapter::load` or `load_checkpoint`".to_owned()
-        }
-        _ => "its name is not one of a LoRA adapter in PEFT's format".to_owned(),
+        _ => origin(key).unwrap_or("its name is not one of a LoRA adapter in PEFT's format").to_owned(),
     }
 }
 

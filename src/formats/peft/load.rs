@@ -9,7 +9,7 @@ use super::tokens::token_rows;
 use crate::files::{read, StateDict};
 use crate::formats::shapes::{experts_from_peft, from_peft_02, kind, layer_from_peft};
 use crate::layers::LayerKind;
-use crate::weights::{AdapterConfig, Factors, LayerWeights, LoraWeights};
+use crate::weights::{foreign_file, origin, AdapterConfig, Factors, LayerWeights, LoraWeights};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
@@ -31,9 +31,12 @@ use std::{fs, io};
 pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<LoraWeights> {
     let dir = dir.as_ref();
     if dir.is_file() {
-        let reason = "it is a file, but PEFT's format is a folder; read loralib's files by `Adapter::load` or \
-                      `load_checkpoint`";
-        return Err(Error::Invalid(reason.to_owned()).at(dir));
+        let tensors = read(dir, &Device::Cpu).map_err(|e| e.at(dir))?.0;
+        let foreign = foreign_file(tensors.keys()).map(|(_, reason)| reason);
+        let reason = foreign.or_else(|| tensors.keys().find_map(|name| origin(name)));
+        let reason = reason.unwrap_or("give the folder");
+        let reason = format!("it is a file, but PEFT's format is a folder: {reason}");
+        return Err(Error::Invalid(reason).at(dir));
     }
     refuse_others(dir)?;
     let (text, path, tensors) = read_both(dir, device)?;
