@@ -18,6 +18,9 @@ pub mod formats {}
 #[doc = include_str!("../docs/data-parallel.md")]
 pub mod data_parallel {}
 
+#[doc = include_str!("../docs/combinations.md")]
+pub mod combinations {}
+
 #[doc = include_str!("../DESIGN.md")]
 pub mod design {}
 
