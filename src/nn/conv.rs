@@ -75,7 +75,8 @@ macro_rules! conv {
             cfg: $config,
             vb: VarBuilder,
         ) -> Result<$name> {
-            let base = candle_nn::$with_bias(in_channels, out_channels, kernel_size, cfg, vb)?;
+            // The module is bound to the kernel as long as the last `VarBuilder` lives.
+            let base = candle_nn::$with_bias(in_channels, out_channels, kernel_size, cfg, vb.clone())?;
             Ok($name::new(base.weight().clone(), base.bias().cloned(), cfg))
         }
 
@@ -90,7 +91,7 @@ macro_rules! conv {
             cfg: $config,
             vb: VarBuilder,
         ) -> Result<$name> {
-            let base = candle_nn::$without(in_channels, out_channels, kernel_size, cfg, vb)?;
+            let base = candle_nn::$without(in_channels, out_channels, kernel_size, cfg, vb.clone())?;
             Ok($name::new(base.weight().clone(), None, cfg))
         }
     )*};

@@ -63,6 +63,7 @@ impl Module for Embedding {
 /// # Errors
 /// If `vb` lacks the table or has it in another shape.
 pub fn embedding(num: usize, dim: usize, vb: VarBuilder) -> Result<Embedding> {
-    let base = candle_nn::embedding(num, dim, vb)?;
+    // The module is bound to the table as long as the last `VarBuilder` lives.
+    let base = candle_nn::embedding(num, dim, vb.clone())?;
     Ok(Embedding::new(base.embeddings().clone(), dim))
 }

@@ -68,6 +68,7 @@ pub fn linear_no_bias(in_dim: usize, out_dim: usize, vb: VarBuilder) -> Result<L
 /// # Errors
 /// As [`linear()`].
 pub fn linear_b(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder) -> Result<Linear> {
-    let base = candle_nn::linear_b(in_dim, out_dim, bias, vb)?;
+    // The module is bound to the weight as long as the last `VarBuilder` lives.
+    let base = candle_nn::linear_b(in_dim, out_dim, bias, vb.clone())?;
     Ok(Linear::new(base.weight().clone(), base.bias().cloned()))
 }

@@ -129,6 +129,13 @@ fn weights_in_fp8_are_multiplied_by_their_scales() -> lora::Result<()> {
                 assert_eq!(bits(&read)?, bits(&expected.to_dtype(dtype)?)?, "{name} {dims:?}");
             }
         }
+        // Another weight is as it is.
+        let half = wide.to_dtype(DType::BF16)?;
+        let tensors = [("q.weight", half.clone()), (&format!("q.{name}"), scale.clone())];
+        let other = dir.path().join("half.safetensors");
+        candle_core::safetensors::save(&tensors.map(|(n, t)| (n.to_owned(), t)).into(), &other)?;
+        let read = lora::safetensors_var_builder(&other, DType::F32, &CPU)?;
+        assert_eq!(bits(&read.get((4, 6), "q.weight")?)?, bits(&half.to_dtype(DType::F32)?)?);
         // A merged weight would need other scales.
         let pair = [("q.lora_A", [1, 6]), ("q.lora_B", [4, 1])];
         let pair = pair.map(|(name, dims)| Ok((name.to_owned(), rnd(1, &dims, DType::F32)?)));

@@ -243,6 +243,11 @@ fn caches_store_nothing_while_a_gradient_is_wanted() -> Result<()> {
                 assert_eq!(difference(&all.narrow(2, 0, 3)?, &k)?, 0.);
                 assert_eq!(all.sum_all()?.backward()?.get_ids().count(), 2, "the graph is whole");
             }
+            // One of the two is enough.
+            for (k, v) in [(&tracked, new(false)?), (&k, new(true)?)] {
+                let (all_k, all_v) = cache.append(k, &v)?;
+                assert!(all_k.track_op() || all_v.track_op());
+            }
             assert_eq!(cache.current_seq_len(), 3);
             let token = |t: &Tensor| t.narrow(2, 0, 1);
             let error = cache.append(&token(&tracked)?, &token(&v)?).unwrap_err().to_string();

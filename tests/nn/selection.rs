@@ -112,3 +112,15 @@ fn many_layers_are_built_and_added_in_little_time() -> Result<()> {
     assert!(start.elapsed().as_secs() < 15, "{:?}", start.elapsed());
     Ok(())
 }
+
+/// Of a model of one layer, say.
+#[test]
+fn a_layer_may_take_the_last_var_builder() -> Result<()> {
+    let adapter = Adapter::new(CFG).targets(["q", "wte"]);
+    let vb = adapter.var_builder(base()?).pp("layers.0.q");
+    let q = linear_no_bias(4, 4, vb)?;
+    let vb = adapter.var_builder(base()?).pp("wte");
+    let table = embedding(4, 4, vb)?;
+    assert!(q.lora_a().is_some() && table.lora_a().is_some());
+    adapter.check()
+}

@@ -137,3 +137,17 @@ fn a_new_adapter_of_peft_s_configuration_trains_as_there() -> Result<()> {
     }
     Ok(())
 }
+
+/// A kernel of several groups has loralib's factors: PEFT's have no place in it.
+#[test]
+fn a_new_grouped_convolution_has_loralib_s_factors() -> Result<()> {
+    let adapter = Adapter::from_peft_config(folder("conv2d"))?;
+    let weight = Tensor::ones((4, 2, 3, 3), DType::F32, &CPU)?;
+    let base = [("layer.weight".to_owned(), weight)].into();
+    let vb = adapter.var_builder(VarBuilder::from_tensors(base, DType::F32, &CPU)).pp("layer");
+    let groups = Conv2dConfig { groups: 2, ..Default::default() };
+    let layer = lora::nn::conv2d_no_bias(4, 4, 3, groups, vb)?;
+    adapter.check()?;
+    assert_eq!(layer.lora_a().unwrap().dims(), [6, 12]);
+    Ok(())
+}

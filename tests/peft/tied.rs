@@ -236,3 +236,54 @@ fn a_trained_head_begins_with_the_table() -> Result<()> {
     assert_eq!(difference(model.head.weight(), &base()?[TABLE])?, 0.);
     Ok(())
 }
+
+/// The names of the merged tensors of a base with these names, of which the first is an adapted table.
+fn merged_names(names: &[&str], others: &[(&str, &[usize])]) -> Result<Vec<String>> {
+    let tensor = |dims: &[usize]| randn(dims, DType::F32, &CPU);
+    let base = names.iter().map(|name| Ok(((*name).to_owned(), tensor(&[VOCAB, HIDDEN])?)));
+    let path = names[0].strip_suffix(".weight").unwrap();
+    let pair = [("lora_A", [2, VOCAB]), ("lora_B", [HIDDEN, 2])];
+    let pair = pair.map(|(last, dims)| Ok((format!("{path}.{last}"), tensor(&dims)?)));
+    let others = others.iter().map(|(name, dims)| Ok(((*name).to_owned(), tensor(dims)?)));
+    let tensors = pair.into_iter().chain(others).collect::<Result<StateDict>>()?;
+    let cfg = LoraConfig { r: 2, ..Default::default() };
+    let config = lora::adapter::AdapterConfig::from(cfg)
+        .with_layer(path, lora::layers::LayerKind::Embedding);
+    let base = base.collect::<Result<StateDict>>()?;
+    let merged = merge_into(&base, &lora::LoraWeights::new(config, tensors)?)?;
+    Ok(merged.into_keys().collect())
+}
+
+#[test]
+fn a_base_without_a_tied_head_gets_none() -> Result<()> {
+    let bert = "bert.embeddings.word_embeddings.weight";
+    assert_eq!(merged_names(&[bert], &[])?, [bert], "an encoder");
+    let mlm = ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"];
+    assert!(merged_names(&mlm, &[])?.contains(&"cls.predictions.decoder.weight".to_owned()));
+    assert_eq!(merged_names(&[TABLE, HEAD], &[])?, [HEAD, TABLE], "it has its own");
+    assert_eq!(merged_names(&["embed_tokens.weight"], &[])?, ["embed_tokens.weight"]);
+    // Of a classifier.
+    let score: (&str, &[usize]) = ("score.weight", &[VOCAB, HIDDEN]);
+    let names = merged_names(&[TABLE, "score.weight"], &[score])?;
+    assert_eq!(names, [TABLE, "score.weight"]);
+    let whisper = ["model.decoder.embed_tokens.weight", "model.encoder.conv1.weight"];
+    assert!(merged_names(&whisper, &[])?.contains(&"proj_out.weight".to_owned()));
+    Ok(())
+}
+
+/// PEFT writes a table that it does not train into the base's own, which the head is, too.
+#[test]
+fn a_head_follows_a_table_that_is_written_into_the_base_s() -> Result<()> {
+    let table = randn(&[VOCAB, HIDDEN], DType::F32, &CPU)?;
+    let mut weights = peft::load(folder("lora_table"), &CPU)?.state_dict();
+    let config = peft::load(folder("lora_table"), &CPU)?.config();
+    weights.insert(TABLE.to_owned(), table.clone());
+    let weights = lora::LoraWeights::new(config, weights)?;
+    let merged = merge_into(&base()?, &weights)?;
+    assert_eq!(difference(&merged[HEAD], &table)?, 0.);
+    let adapter = Adapter::from_weights(&weights)?;
+    let vb = adapter.merged(vb(&base()?))?;
+    assert!(vb.contains_tensor(HEAD) && !vb.contains_tensor("model.layers.0.lora_A"));
+    assert_eq!(difference(&vb.get((VOCAB, HIDDEN), HEAD)?, &table)?, 0.);
+    Ok(())
+}
