@@ -128,7 +128,7 @@ impl Case {
         let mut model = (self.copied)(adapters.var_builder(weights.var_builder(DType::F32)))?;
         model()?;
         adapters.add("adapter", adapter)?;
-        Ok(adapters.with("adapter", model)?)
+        Ok(adapters.choice("adapter")?.run_local(model)?)
     }
 
     /// The largest difference of the output and the gradients over quantised weights from those over the
