@@ -28,7 +28,8 @@ impl Adapters {
     /// # Errors
     /// If there is no adapter of a name, or no row; if an adapter [trains](Self::add), since the factors get no
     /// gradient here, or has `use_dora`. And in an adapted layer, if its input has another number of rows, or an
-    /// embedding's ids are (rows), which positions are too.
+    /// embedding's ids are (rows), which positions are too. That the first dimension is the batch is not known: a model
+    /// whose layers get, say, (tokens, rows, ..) with as many tokens as rows computes with the wrong adapters.
     pub fn choice_rows(&self, rows: &[Option<&str>]) -> Result<Choice> {
         self.rows(rows).map(|active| self.chosen(active))
     }

@@ -49,6 +49,13 @@ pub fn add_weighted(adapters: &[(&LoraWeights, f64)]) -> Result<LoraWeights> {
             );
             return Err(Error::Invalid(reason));
         }
+        let tying = |own: &LoraWeights| own.options.ensure_weight_tying;
+        let table = first.tied_without_factors().filter(|_| tying(adapter) != tying(first));
+        if let Some(path) = table {
+            let reason =
+                "a head that is tied to this table follows it in one adapter and not in another";
+            return Err(Error::tensor(Part::A.at(path), reason));
+        }
         if !weight.is_finite() {
             return Err(Error::Invalid(format!("the weight of an adapter is {weight}")));
         }

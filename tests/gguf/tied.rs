@@ -82,6 +82,19 @@ fn merged_files_have_the_heads_of_the_merged_tensors() -> Result<()> {
     Ok(())
 }
 
+/// MLX's head follows its table, PEFT's does not.
+#[test]
+fn adapters_of_which_one_ties_the_head_have_no_sum() -> Result<()> {
+    let (_, table, _) = cases()?.remove(4);
+    let mut config = table.config();
+    config.ensure_weight_tying = true;
+    let tied = LoraWeights::new(config, table.state_dict())?;
+    let error = loralib::merge::add_weighted(&[(&table, 1.), (&tied, 1.)]).unwrap_err().to_string();
+    assert!(error.contains("embed_tokens.lora_A") && error.contains("follows"), "{error}");
+    loralib::merge::add_weighted(&[(&tied, 1.), (&tied, 1.)])?;
+    Ok(())
+}
+
 /// A message of one saver that names another function is followed.
 #[test]
 fn what_llama_cpp_has_no_place_for_can_be_merged() -> Result<()> {
