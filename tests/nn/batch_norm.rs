@@ -70,3 +70,28 @@ fn a_trained_module_moves_and_saves_its_statistics() -> loralib::Result<()> {
     assert!(apart.to_scalar::<f32>()? < 1e-5);
     Ok(())
 }
+
+#[test]
+fn every_constructor_freezes_statistics_that_are_no_variables() -> Result<()> {
+    let (x, dims) = (input()?, &[2usize][..]);
+    let tensor = |offset: f64| randn(dims, DType::F32, &Device::Cpu)?.abs()? + offset;
+    let (mean, var, gain, bias) = (tensor(0.)?, tensor(0.5)?, tensor(0.)?, tensor(0.)?);
+    let candle =
+        candle_nn::BatchNorm::new(2, mean.clone(), var.clone(), gain.clone(), bias.clone(), 1e-5)?;
+    let affine = bits(&candle.forward_t(&x, false)?)?;
+    let plain = candle_nn::BatchNorm::new_no_bias(2, mean.clone(), var.clone(), 1e-5)?;
+    let plain = bits(&plain.forward_t(&x, false)?)?;
+    let frozen = || (mean.clone(), var.clone());
+    let ((m, v), (g, b)) = (frozen(), (gain.clone(), bias.clone()));
+    assert_eq!(bits(&BatchNorm::new(2, m, v, g, b, 1e-5)?.forward_t(&x, true)?)?, affine);
+    let (m, v) = frozen();
+    assert_eq!(bits(&BatchNorm::new_no_bias(2, m, v, 1e-5)?.forward_t(&x, true)?)?, plain);
+    // Variables move.
+    let moving = candle_core::Var::from_tensor(&mean.copy()?)?;
+    let own = candle_core::Var::from_tensor(&var.copy()?)?;
+    let norm =
+        BatchNorm::new_no_bias(2, moving.as_tensor().clone(), own.as_tensor().clone(), 1e-5)?;
+    assert_ne!(bits(&norm.forward_train(&x)?)?, plain);
+    assert_ne!(bits(moving.as_tensor())?, bits(&mean)?);
+    Ok(())
+}

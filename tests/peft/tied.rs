@@ -271,6 +271,20 @@ fn a_base_without_a_tied_head_gets_none() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_base_with_a_head_of_its_own_keeps_it() -> Result<()> {
+    let head = randn(&[VOCAB, HIDDEN], DType::F32, &CPU)?;
+    let mut base = base()?;
+    base.insert(HEAD.to_owned(), head.clone());
+    for case in ["table", "lora_table", "rows"] {
+        let weights = peft::load(folder(case), &CPU)?;
+        assert_eq!(difference(&merge_into(&base, &weights)?[HEAD], &head)?, 0., "{case}");
+        let merged = Adapter::from_weights(&weights)?.merged(vb(&base))?;
+        assert_eq!(difference(&merged.get((VOCAB, HIDDEN), HEAD)?, &head)?, 0., "{case}");
+    }
+    Ok(())
+}
+
 /// PEFT writes a table that it does not train into the base's own, which the head is, too.
 #[test]
 fn a_head_follows_a_table_that_is_written_into_the_base_s() -> Result<()> {
