@@ -39,7 +39,8 @@ impl Choice {
     /// `f` runs on this thread and, if that is a worker of a rayon pool, in a pool of its own: a worker that waits for a
     /// part of its work runs other tasks meanwhile, which must not see this choice. There `f` has as many threads as
     /// the caller's pool, or one if other choices are running, and its own rayon tasks compute with the choice too. `f`
-    /// must not wait for tasks of the caller's pool. The threads that `f` starts elsewhere have no choice, nor do rayon
+    /// must not wait for tasks of the caller's pool, and waits for its own: what it leaves to its pool by `rayon::spawn` may
+    /// find the choice gone. The threads that `f` starts elsewhere have no choice, nor do rayon
     /// tasks that it starts from a thread of no pool: give them one by [`current`](Self::current).
     ///
     /// # Errors

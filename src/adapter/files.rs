@@ -8,6 +8,7 @@ use crate::utils::{load_weights, LoadReport, StateDict, Strict, Trainable};
 use crate::weights::{self, is_equal, LoraWeights};
 use crate::{gguf, Error, Result};
 use candle_core::{DType, Device, Var};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::PoisonError;
 
@@ -168,7 +169,19 @@ impl Adapter {
     pub fn restore(&self, path: impl AsRef<Path>) -> Result<LoadReport> {
         let path = path.as_ref();
         let mut saved = read(path, &Device::Cpu)?;
-        take_tied(&mut saved)?;
+        let (theirs, own) = (take_tied(&mut saved)?, self.tied());
+        let trains = |table: &String| saved.others.contains_key(table);
+        let differs = |one: &BTreeMap<String, String>, other: &BTreeMap<String, String>| {
+            one.iter()
+                .find(|(head, table)| trains(table) && !other.contains_key(*head))
+                .map(|(h, _)| h.clone())
+        };
+        if let Some(head) = differs(&theirs, &own).or_else(|| differs(&own, &theirs)) {
+            let reason =
+                "it is one tensor with the embeddings in one of the saved adapter and the model \
+                          (`tie_word_embeddings`), and two in the other";
+            return Err(Error::tensor(head, reason).at(path));
+        }
         // What replaces the base's already. A table under an adapted embedding is in the report.
         for (name, own) in &self.options.frozen {
             let Some(tensor) = saved.others.get(name) else { continue };

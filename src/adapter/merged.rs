@@ -8,10 +8,10 @@ use crate::base::source::{from_source, Source, Wanted};
 use crate::files::StateDict;
 use crate::layers::Part;
 use crate::merge::Plan;
-use crate::weights::untied_table;
+use crate::weights::{is_equal, untied_table};
 use crate::Result;
 use candle_core::Tensor;
-use candle_nn::VarBuilder;
+use candle_nn::{Init, VarBuilder};
 use std::sync::Arc;
 
 impl Adapter {
@@ -38,10 +38,22 @@ impl Adapter {
         let plan = Plan::new(&weights, exists, dims, true)?;
         let adapter = weights.state_dict();
         let record = Arc::<Record>::default();
-        let changed = plan.changed().into_iter().map(str::to_owned).collect();
+        let mut changed: Vec<_> = plan.changed().into_iter().map(str::to_owned).collect();
+        // Some bases have a tied head a second time, and a model that ties it would compute with the changed table.
+        for (head, table) in plan.heads_beside(|name| base.contains_tensor(name)) {
+            let read = |name: &str| Dense(base.clone()).tensor(name, &any(&base));
+            if is_equal(&read(&head)?, &read(&table)?)? {
+                changed.push(head);
+            }
+        }
         self.state().merged = Some(MergedModel { record: record.clone(), changed });
         Ok(from_source(Merged { base: Dense(base), adapter, plan, record }, dtype, &device))
     }
+}
+
+/// A tensor of any shape, as the base gives it.
+fn any<'a>(base: &'a VarBuilder) -> Wanted<'a> {
+    Wanted { shape: None, init: Init::default(), dtype: base.dtype(), device: base.device() }
 }
 
 struct Merged<'a> {

@@ -16,6 +16,8 @@ pub(crate) struct Record {
 #[derive(Debug, Default)]
 struct Read {
     tensors: BTreeMap<String, Shape>,
+    /// The tables whose values heads have got that the base lacks, because it ties them.
+    tables_of_heads: BTreeSet<String>,
     /// By the paths of the weights.
     modules: BTreeMap<String, ModuleRecord>,
 }
@@ -45,6 +47,16 @@ impl Record {
         if let (path, Part::Base("weight")) = Part::parse(name) {
             read.modules.entry(path.to_owned()).or_default().awaits_layer = true;
         }
+    }
+
+    /// A model has read a head that the base lacks, and has got the values of this table.
+    pub fn read_head(&self, table: &str) {
+        self.lock().tables_of_heads.insert(table.to_owned());
+    }
+
+    /// Whether a head has the values of this table.
+    pub fn has_head_of(&self, table: &str) -> bool {
+        self.lock().tables_of_heads.contains(table)
     }
 
     /// A layer is built around the weight of a module, the first one around this tensor or another.

@@ -12,7 +12,7 @@ use crate::utils::variables;
 use crate::weights::{head_of, LoraWeights};
 use crate::{Error, Result};
 use candle_nn::VarMap;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 impl Adapter {
     /// The weights of heads that are trained as one tensor with a table, and the tables.
@@ -46,11 +46,15 @@ pub(super) fn check_tied(
     record: &Record,
 ) -> Result<()> {
     let follows = options.config.ensure_weight_tying;
-    let mut layers = record.tied().into_iter().filter(|_| follows);
-    if let Some((path, _)) = layers.find(|(path, _)| adapted.layers.contains_key(path)) {
+    let tied: BTreeSet<_> = record.tied().into_iter().map(|(path, _)| path).collect();
+    let has_head = |path: &&String| {
+        let of_own_name = record.has_head_of(&Part::Base("weight").at(path));
+        tied.contains(*path) || (of_own_name && !has_factors_of_head(path, adapted))
+    };
+    if let Some(path) = adapted.layers.keys().filter(|_| follows).find(has_head) {
         let reason = "with ensure_weight_tying the model's head, which is tied to it, has the update too: merge the \
                       adapter, or build the model on `Adapter::merged`";
-        return Err(Error::tensor(Part::A.at(&path), reason));
+        return Err(Error::tensor(Part::A.at(path), reason));
     }
     let mut tied = tied_in_models(vars, record).into_iter();
     let alone = |head: &String| !(follows || options.tied.contains_key(head));
@@ -64,6 +68,11 @@ pub(super) fn check_tied(
             Err(Error::tensor(table, reason))
         }
     }
+}
+
+/// Whether the head of a table is a layer of the adapter, too.
+fn has_factors_of_head(table: &str, adapted: &Adapted) -> bool {
+    head_of(table, |_| false).is_some_and(|head| adapted.layers.contains_key(&head))
 }
 
 /// Takes the heads that are trained as one tensor with a table out of an adapter: the weights' names, and the tables'.

@@ -61,6 +61,9 @@ impl Recorded<'_> {
 impl Source for Recorded<'_> {
     fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
         self.merged_only.refuse(name)?;
+        if let Some(table) = untied_table(name, |name| self.base.has(name)) {
+            self.record.read_head(&table);
+        }
         let tensor = match self.adapter.as_ref().map(|adapter| &adapter.options) {
             None => self.base.tensor(name, wanted)?,
             Some(options) => match self.replacing(name, options) {

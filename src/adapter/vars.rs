@@ -1,7 +1,7 @@
 //! What an adapter trains: its variables, their gradients, and the position of its dropout.
 
 use super::Adapter;
-use crate::utils::{is_initial, require_grads, variables, Trainable};
+use crate::utils::{is_untrained, require_grads, variables, Trainable};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -40,7 +40,7 @@ impl Adapter {
     /// [`InitLoraWeights`](crate::layers::InitLoraWeights), for
     /// [`train::AdamW::with_frozen`](crate::train::AdamW::with_frozen). Mostly none.
     pub fn frozen_vars(&self) -> BTreeMap<String, Var> {
-        variables(&self.vars).into_iter().filter(|(name, _)| is_initial(name)).collect()
+        variables(&self.vars).into_iter().filter(|(name, _)| is_untrained(name)).collect()
     }
 
     /// All variables of the adapter by name, for functions that take a `VarMap`, such as

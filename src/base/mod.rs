@@ -6,7 +6,6 @@
 // placeholders; `layers::binding` has how they reach a layer.
 
 pub(crate) mod cache;
-pub(crate) mod fp8;
 mod half_var_builder;
 pub(crate) mod quantized;
 mod safetensors_var_builder;

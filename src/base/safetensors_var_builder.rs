@@ -1,8 +1,8 @@
 //! A `VarBuilder` that reads the tensors of safetensors files one at a time.
 
-use super::fp8::{scaled, scales_of};
 use super::source::{from_source, Source, Wanted};
 use crate::files::check_finite;
+use crate::files::fp8::{scaled, scales_of};
 use crate::files::safetensors_file::SafetensorsFile;
 use crate::files::shards::Shards;
 use crate::{Error, Result};

@@ -5,6 +5,7 @@
 
 pub(crate) mod atomic_file;
 pub(crate) mod folder;
+pub(crate) mod fp8;
 mod read;
 mod safetensors;
 pub(crate) mod safetensors_file;

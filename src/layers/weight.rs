@@ -283,14 +283,10 @@ impl WeightTensors {
         })
     }
 
-    /// Of an update for which each forward would compute the same again: DoRA's norms, unless the base may change, and
-    /// factors that contain initial ones.
+    /// Of the update: what each forward would compute again is computed once, as DoRA's norms, and an optimizer that
+    /// writes the variables meanwhile waits for no forward.
     fn snapshot(&self) -> Result<Option<Arc<Snapshot>>> {
         let Some(update) = &self.update else { return Ok(None) };
-        let norms = update.magnitude().is_some_and(|own| own.base_squares.is_some());
-        if !norms && update.initial().is_none() {
-            return Ok(None);
-        }
         let snapshot = Snapshot { update: update.snapshot()?, bias: self.copied_bias()? };
         Ok(Some(Arc::new(snapshot)))
     }

@@ -2,7 +2,7 @@
 
 use super::plan::Plan;
 use super::tensors::merge_into;
-use crate::base::fp8::refuse_scaled;
+use crate::files::fp8::refuse_scaled;
 use crate::files::safetensors_file::SafetensorsFile;
 use crate::files::shards::Shards;
 use crate::files::{atomic_file, is_torch, read, serialize};

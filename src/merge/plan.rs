@@ -97,16 +97,17 @@ impl Plan {
                 let head = head_of(path, of_base).filter(|_| part == Part::Base("weight"))?;
                 Some((weight(&head), table.clone()))
             });
-            let new = |head: &String| {
-                !(of_base(head) || tied.contains(head) || changes.contains_key(head))
-            };
-            let heads: Vec<_> = heads.filter(|(head, _)| new(head)).collect();
+            let is_apart = |head: &String| !(of_base(head) || tied.contains(head));
+            let heads: Vec<_> = heads.filter(|(head, _)| is_apart(head)).collect();
             for (head, table) in heads {
                 let of_both =
                     |change: &&Change| change.is_of_tied(|| weights.trains_module(&table));
-                let (all, common): (_, Vec<_>) =
-                    (&changes[&table], changes[&table].iter().filter(of_both).cloned().collect());
-                if common.len() < all.len() {
+                let all = &changes[&table];
+                let mut common: Vec<_> = all.iter().filter(of_both).cloned().collect();
+                let own = changes.get(&head).cloned().unwrap_or_default();
+                if common.len() < all.len() || !own.is_empty() {
+                    // Before those of the head alone.
+                    common.extend(own);
                     if !common.is_empty() {
                         changes.insert(head.clone(), common);
                     }
@@ -139,6 +140,17 @@ impl Plan {
     /// they have before their [changes](Self::apply).
     pub fn untied(&self) -> impl Iterator<Item = (&str, &str)> {
         self.untied.iter().map(|(head, table)| (head.as_str(), table.as_str()))
+    }
+
+    /// The heads that the base has beside tables that change, with the tables.
+    pub fn heads_beside(&self, exists: impl Fn(&str) -> bool) -> Vec<(String, String)> {
+        let heads = self.changes.keys().filter_map(|table| {
+            let (path, Part::Base("weight")) = Part::parse(table) else { return None };
+            let head = head_of(path, &exists)?;
+            let head = Part::Base("weight").at(&head);
+            exists(&head).then(|| (head, table.clone()))
+        });
+        heads.collect()
     }
 
     /// The table of such a head.

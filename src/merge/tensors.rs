@@ -1,7 +1,7 @@
 //! Merges of tensors in memory.
 
 use super::plan::Plan;
-use crate::base::fp8::refuse_scaled;
+use crate::files::fp8::refuse_scaled;
 use crate::files::StateDict;
 use crate::weights::LoraWeights;
 use crate::{Error, Result};

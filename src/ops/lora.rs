@@ -146,7 +146,9 @@ impl LowRank {
     pub fn detached(&self) -> Self {
         let (a, b, dropout) = (self.a.detach(), self.b.detach(), Dropout::default());
         let detached = |magnitude: Magnitude| Magnitude { m: magnitude.m.detach(), ..magnitude };
-        Self { a, b, dropout, magnitude: self.magnitude.clone().map(detached), ..self.clone() }
+        let kernels = self.kernels.as_ref().map(|kernels| kernels.each_ref().map(Tensor::detach));
+        let magnitude = self.magnitude.clone().map(detached);
+        Self { a, b, dropout, magnitude, kernels, ..self.clone() }
     }
 
     /// The same update over copies of its variables, to which their gradients lead. candle locks a tensor while an
@@ -241,8 +243,8 @@ pub(crate) fn weighted_sum(updates: &[(LowRank, f64)]) -> Result<LowRank> {
     let of_kernels = |update: &LowRank| update.kernels.is_some();
     if updates.iter().any(|(update, _)| of_kernels(update) != of_kernels(&updates[0].0)) {
         bail!(
-            "the factors of this convolution have PEFT's shapes in one adapter and loralib's in another: convert one by \
-             saving and loading it"
+            "the factors of this convolution have PEFT's shapes in one adapter and loralib's in another: sum them by \
+             `merge::add_weighted`"
         )
     }
     for (update, strength) in updates {

@@ -49,7 +49,7 @@ pub struct AdamW {
     pub(super) steps: u32,
     params: ParamsAdamW,
     /// Whether a step has found that all variables have gradients.
-    checked: bool,
+    pub(super) checked: bool,
 }
 
 /// A variable with its moments.

@@ -113,7 +113,7 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
 /// many rows, over which the gradient of the weight is a sum.
 fn shift(dtype: DType, rows: usize, count: f64) -> f64 {
     match dtype {
-        DType::F16 | DType::BF16 => (count * (256. / rows as f64).min(1.)).log2().floor().exp2(),
+        DType::F16 | DType::BF16 => (count * (16. / rows as f64).min(1.)).log2().floor().exp2(),
         _ => 1.,
     }
 }

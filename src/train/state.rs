@@ -107,6 +107,8 @@ impl AdamW {
         }
         new.into_iter().try_for_each(|(var, tensor)| var.set(&tensor))?;
         self.steps = state.steps;
+        // The run's first step has found them.
+        self.checked = state.steps > 0;
         Ok(progress)
     }
 }
@@ -166,6 +168,29 @@ mod tests {
             let of = |var: &Var| var.to_dtype(DType::F32)?.flatten_all()?.to_vec1();
             self.vars.iter().map(|(_, var)| Ok(of(var)?)).collect()
         }
+    }
+
+    #[test]
+    fn a_resumed_run_may_lack_a_gradient_as_the_run_may() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("state.safetensors");
+        let new = || -> Result<(AdamW, [Var; 2])> {
+            let vars = [Var::new(&[1f32], &Device::Cpu)?, Var::new(&[1f32], &Device::Cpu)?];
+            let named = ["a", "b"].map(str::to_owned).into_iter().zip(vars.clone());
+            Ok((AdamW::named(named, Default::default())?, vars))
+        };
+        let (mut opt, [a, b]) = new()?;
+        opt.save(&path, &0u32)?;
+        opt.backward_step(&(a.as_tensor() + b.as_tensor())?.sum_all()?)?;
+        let after = dir.path().join("after.safetensors");
+        opt.save(&after, &1u32)?;
+        let (mut opt, [a, _]) = new()?;
+        opt.load::<u32>(&path)?;
+        assert!(opt.backward_step(&a.sum_all()?).is_err(), "before the first step");
+        let (mut opt, [a, _]) = new()?;
+        opt.load::<u32>(&after)?;
+        opt.backward_step(&a.sum_all()?)?;
+        Ok(())
     }
 
     #[test]

@@ -6,8 +6,9 @@ use crate::files::{read_shards, StateDict};
 use crate::layers::{LoraConfig, Part};
 use crate::weights::{parsed_config, save, AdapterConfig, LoraWeights};
 use crate::{Error, Result};
-use candle_core::Device;
+use candle_core::{Device, Var};
 use candle_nn::VarMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The files of a folder in PEFT's format.
@@ -85,8 +86,20 @@ pub fn load_checkpoint(
     let (path, config) = (path.as_ref(), config.into());
     let Checkpoint { tensors, config: saved } = read_state_dict(path, &Device::Cpu)?;
     let load = || {
-        if let Some(saved) = saved {
-            check_same(&LoraWeights::new(saved, tensors.clone())?, &config)?;
+        let held = variables(vars);
+        let has_kernels = held.keys().any(|name| is_kernel(&held, Part::parse(name).0));
+        // What a model trains as kernels has matrices in a file, which tells their kind.
+        let in_form = |weights: LoraWeights| weights.with_kernels(|path, _| is_kernel(&held, path));
+        let of_file = match saved {
+            Some(saved) => {
+                let weights = in_form(LoraWeights::new(saved, tensors.clone())?)?;
+                check_same(&weights, &config)?;
+                weights
+            }
+            None => in_form(LoraWeights::parse(config.clone(), &tensors)?)?,
+        };
+        if has_kernels {
+            return load_state_dict(vars, &of_file.state_dict(), strict);
         }
         LoraWeights::parse(config, &tensors)?;
         load_state_dict(vars, &tensors, strict)
@@ -110,10 +123,7 @@ pub fn load_weights(
     strict: Strict,
 ) -> Result<LoadReport> {
     let held = variables(vars);
-    let is_kernel = |path: &str, _: &_| {
-        held.get(&Part::A.at(path)).is_some_and(|var: &candle_core::Var| var.rank() > 2)
-    };
-    let weights = weights.clone().with_kernels(is_kernel)?;
+    let weights = weights.clone().with_kernels(|path, _| is_kernel(&held, path))?;
     weights.check_same_options(&config.into())?;
     let (mut tensors, mut tables) = (weights.state_dict(), vec![]);
     tensors.retain(|name, _| {
@@ -124,6 +134,11 @@ pub fn load_weights(
     let mut report = load_state_dict(vars, &tensors, strict)?;
     report.unexpected.extend(tables);
     Ok(report)
+}
+
+/// Whether the factors of the layer at `path` are a convolution's kernels.
+fn is_kernel(vars: &BTreeMap<String, Var>, path: &str) -> bool {
+    vars.get(&Part::A.at(path)).is_some_and(|var| var.rank() > 2)
 }
 
 /// An error if the rank, scaling or kind of a layer differs.

@@ -2,11 +2,12 @@
 
 use super::magnitudes::renew;
 use super::trainable::{expected, is_initial, variables, Trainable};
+use crate::files::fp8::refuse_scaled;
 use crate::files::{check_finite, refuse_wrapped_names, StateDict};
 use crate::layers::{without_conv, Part};
 use crate::weights::refuse_other_names;
 use crate::{Error, Result};
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use candle_nn::VarMap;
 use std::collections::BTreeMap;
 
@@ -64,6 +65,9 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
         match find(&vars, name) {
             None => unexpected.push(name.clone()),
             Some((own, var)) => {
+                if tensor.dtype() == DType::F8E4M3 && var.dtype() != DType::F8E4M3 {
+                    refuse_scaled(name, |name| tensors.contains_key(name))?;
+                }
                 if staged.insert(own, (var, converted(name, tensor, var)?)).is_some() {
                     return Err(Error::tensor(own, "the checkpoint has it under two names"));
                 }

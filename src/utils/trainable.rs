@@ -107,7 +107,7 @@ impl Trainable {
 
     /// The selected variables that are trained: all but the initial factors. The errors of [`select`](Self::select).
     pub(crate) fn trained(&self, vars: &VarMap) -> Result<BTreeMap<String, Var>> {
-        Ok(self.select(vars)?.into_iter().filter(|(name, _)| !is_initial(name)).collect())
+        Ok(self.select(vars)?.into_iter().filter(|(name, _)| !is_untrained(name)).collect())
     }
 
     /// The selected variables by name, as they are saved. An error if there are none, or none in a named module.
@@ -149,6 +149,12 @@ const FROZEN_WEIGHT: &str =
 /// Whether this is the name of an initial factor, which is saved and not trained.
 pub(crate) fn is_initial(name: &str) -> bool {
     Part::parse(name).1.is_initial()
+}
+
+/// Whether a variable of this name is saved and not trained: an initial factor, or the statistics of a batch norm.
+pub(crate) fn is_untrained(name: &str) -> bool {
+    let is_statistic = matches!(Part::parse(name).1, Part::Base("running_mean" | "running_var"));
+    is_statistic || is_initial(name)
 }
 
 /// A variable of a map.
@@ -199,7 +205,7 @@ pub fn mark_only_lora_as_trainable(
 pub fn missing_grads(vars: &VarMap, grads: &GradStore) -> Vec<String> {
     let vars = variables(vars);
     expected(&vars, true)
-        .filter(|name| !is_initial(name))
+        .filter(|name| !is_untrained(name))
         .filter(|name| vars.get(*name).is_some_and(|var| grads.get(var).is_none()))
         .map(str::to_owned)
         .collect()

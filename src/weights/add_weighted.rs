@@ -1,9 +1,11 @@
 //! The weighted sum of adapters.
 
 use super::config::AdapterConfig;
+use super::conv;
 use super::layer::{Factors, LayerWeights};
 use super::lora_weights::LoraWeights;
-use crate::layers::Part;
+use super::pair::Pair;
+use crate::layers::{LayerKind, Part};
 use crate::{Error, Result};
 use candle_core::{bail, DType, Tensor};
 
@@ -97,6 +99,9 @@ fn sum(
     summands: &[(&LayerWeights, f64, f64)],
     rslora: bool,
 ) -> candle_core::Result<LayerWeights> {
+    if let Some(sum) = sum_of_kernels(layer, summands, rslora)? {
+        return Ok(sum);
+    }
     let scaling = summands.first().map_or(0., |(.., scaling)| *scaling);
     let (mut all_a, mut all_b, mut common) = (vec![], vec![], None);
     let kind = summands.iter().find_map(|(own, ..)| own.kind.clone());
@@ -140,4 +145,33 @@ fn sum(
         Factors { a, b: Tensor::cat(&all_b, 1)?, r: layer.r, lora_alpha: layer.lora_alpha };
     let fan_in_fan_out = layer.fan_in_fan_out;
     Ok(LayerWeights { fan_in_fan_out, ..LayerWeights::new(kind, factors.with_rank(r, rslora)) })
+}
+
+/// The sum of updates of a convolution whose factors are copies of PEFT's: their ranks add up. `None` for others.
+fn sum_of_kernels(
+    layer: &LayerWeights,
+    summands: &[(&LayerWeights, f64, f64)],
+    rslora: bool,
+) -> candle_core::Result<Option<LayerWeights>> {
+    let Some((n, 1)) = layer.kind.as_ref().and_then(LayerKind::spatial) else { return Ok(None) };
+    let (mut all_a, mut all_b) = (vec![], vec![]);
+    for (own, weight, scaling) in summands {
+        let pair = Pair { a: own.a.clone(), b: own.b.clone(), r: own.r };
+        let (true, Some(rank)) = (own.kind == layer.kind, own.conv_rank) else { return Ok(None) };
+        let Some(pair) = conv::to_peft(n, 1, &pair, Some(rank))? else { return Ok(None) };
+        let wide = |t: &Tensor| match t.dtype() {
+            DType::F16 | DType::BF16 => t.to_dtype(DType::F32),
+            _ => Ok(t.clone()),
+        };
+        all_a.push(wide(&pair.a)?);
+        all_b.push((wide(&pair.b)? * (weight * scaling))?);
+    }
+    let (a, b) = (Tensor::cat(&all_a, 0)?, Tensor::cat(&all_b, 1)?);
+    let own = b.dim(1)?;
+    let pair = conv::from_peft(1, a, b)?;
+    let conv_rank = conv::rank_in_peft(n, 1, &pair, own);
+    // A scaling of 1.
+    let lora_alpha = if rslora { (pair.r as f64).sqrt() } else { pair.r as f64 };
+    let factors = Factors { a: pair.a, b: pair.b, r: pair.r, lora_alpha };
+    Ok(Some(LayerWeights { conv_rank, ..LayerWeights::new(layer.kind.clone(), factors) }))
 }

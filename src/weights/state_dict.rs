@@ -89,8 +89,12 @@ fn grouped(
         (None, None) => None,
         (a0, b0) => Some([needed(Part::InitialA, a0)?, needed(Part::InitialB, b0)?]),
     };
-    let declared = config.layer(path).map(|(_, layer)| layer.clone()).unwrap_or_default();
+    let mut declared = config.layer(path).map(|(_, layer)| layer.clone()).unwrap_or_default();
     let (mut a, mut b) = (needed(Part::A, a)?, needed(Part::B, b)?);
+    if declared.kind.is_none() && a.rank() == b.rank() && a.dim(0)? == b.dim(1)? {
+        // Kernels tell it, unlike matrices.
+        declared.kind = a.rank().checked_sub(2).and_then(|n| LayerKind::conv(n, 1));
+    }
     let mut conv_rank = declared.conv_rank;
     let mut r = declared.r.unwrap_or(config.lora.r);
     let mut lora_alpha = declared.lora_alpha.unwrap_or(config.lora.lora_alpha);

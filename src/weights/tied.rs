@@ -112,15 +112,19 @@ impl LoraWeights {
         self.layers.keys().map(String::as_str).find(|path| lacks_head(path))
     }
 
-    /// The weights of heads and tables that are trained as one tensor, which the adapter has for each.
+    /// The weights of heads and tables that are trained as one tensor, which the adapter has for each: equal ones are not
+    /// enough, since two that are trained apart are equal before the first step.
     pub(crate) fn tied_modules(&self) -> Result<Vec<(String, String)>> {
         let mut tied = vec![];
+        if !self.options.ensure_weight_tying {
+            return Ok(tied);
+        }
         for (table, tensor) in &self.others {
             let (path, Part::Base("weight")) = Part::parse(table) else { continue };
             for head in heads_of(path).map(|(head, _)| weight(&head)) {
                 let Some(own) = self.others.get(&head) else { continue };
-                let are_trained = self.trains_module(table) && self.trains_module(&head);
-                if are_trained && is_equal(own, tensor)? {
+                // PEFT names one of the two.
+                if self.trains_module(table) && is_equal(own, tensor)? {
                     tied.push((head, table.clone()));
                 }
             }
@@ -136,20 +140,23 @@ pub(crate) fn is_tied(
     weights: &LoraWeights,
     exists: impl Fn(&str) -> bool,
 ) -> Result<bool> {
-    if let Some(own) = weights.others.get(&weight(path)) {
-        for (name, other) in &weights.others {
-            if matches!(Part::parse(name), (other, Part::Base("weight")) if other != path)
-                && exists(name)
-                && is_equal(own, other)?
-            {
-                return Ok(
-                    !weights.layers.contains_key(path) || has_tied_factors(path, weights, exists)?
-                );
-            }
+    let Some(own) = weights.others.get(&weight(path)) else {
+        return has_tied_factors(path, weights, exists);
+    };
+    let updated = |path: &str| weights.layers.contains_key(path);
+    for (name, other) in &weights.others {
+        let (table, Part::Base("weight")) = Part::parse(name) else { continue };
+        if table == path || !exists(name) || !is_equal(own, other)? {
+            continue;
         }
-        return Ok(false);
+        // With the same tensor, the updates have to be the same too.
+        return match (updated(path), updated(table)) {
+            (false, false) => Ok(true),
+            (true, true) => has_tied_factors(path, weights, exists),
+            _ => Ok(false),
+        };
     }
-    has_tied_factors(path, weights, exists)
+    Ok(false)
 }
 
 /// Whether a weight of the base has the transposed factors of the layer at `path`.

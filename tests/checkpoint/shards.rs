@@ -136,6 +136,12 @@ fn weights_in_fp8_are_multiplied_by_their_scales() -> lora::Result<()> {
         candle_core::safetensors::save(&tensors.map(|(n, t)| (n.to_owned(), t)).into(), &other)?;
         let read = lora::safetensors_var_builder(&other, DType::F32, &CPU)?;
         assert_eq!(bits(&read.get((4, 6), "q.weight")?)?, bits(&half.to_dtype(DType::F32)?)?);
+        let vars = candle_nn::VarMap::new();
+        let var = candle_core::Var::zeros((4, 6), DType::F32, &CPU)?;
+        vars.data().lock().unwrap().insert("q.weight".to_owned(), var);
+        let stored = lora::read_state_dict(&path, &CPU)?.tensors;
+        let error = lora::load_state_dict(&vars, &stored, lora::utils::Strict::No).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
         // A merged weight would need other scales.
         let pair = [("q.lora_A", [1, 6]), ("q.lora_B", [4, 1])];
         let pair = pair.map(|(name, dims)| Ok((name.to_owned(), rnd(1, &dims, DType::F32)?)));

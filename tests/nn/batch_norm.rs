@@ -2,7 +2,9 @@
 
 use crate::common::{bits, randn};
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor};
+use candle_nn::Optimizer;
 use loralib::nn::{batch_norm, conv2d, BatchNorm, Conv2d, VarBuilder, VarMap};
+use loralib::train::AdamW;
 use loralib::{Adapter, Bias, LoraConfig};
 
 struct Model(Conv2d, BatchNorm);
@@ -93,5 +95,32 @@ fn every_constructor_freezes_statistics_that_are_no_variables() -> Result<()> {
         BatchNorm::new_no_bias(2, moving.as_tensor().clone(), own.as_tensor().clone(), 1e-5)?;
     assert_ne!(bits(&norm.forward_train(&x)?)?, plain);
     assert_ne!(bits(moving.as_tensor())?, bits(&mean)?);
+    Ok(())
+}
+
+/// Statistics are saved, and have no gradient.
+#[test]
+fn a_trained_module_takes_steps() -> loralib::Result<()> {
+    let (x, folder) = (input()?, tempfile::tempdir()?);
+    let base = base()?;
+    let new = || -> loralib::Result<_> {
+        let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).targets(["conv"]);
+        let adapter = adapter.trainable(Bias::None.and("bn"))?;
+        let model = Model::new(adapter.var_builder(base.clone()))?;
+        let opt = AdamW::named(adapter.named_vars()?, Default::default())?;
+        Ok((adapter.clone(), model, opt.with_frozen(adapter.frozen_vars())?))
+    };
+    let (adapter, model, mut opt) = new()?;
+    assert!(!adapter.named_vars()?.contains_key("bn.running_mean"));
+    let grads = model.forward(&x, true)?.sqr()?.mean_all()?.backward()?;
+    adapter.require_grads(&grads)?;
+    opt.step(&grads)?;
+    let path = folder.path().join("state.safetensors");
+    opt.save(&path, &0u32)?;
+    assert!(adapter.state_dict()?.contains_key("bn.running_mean"));
+    let (_resumed, other, mut opt) = new()?;
+    opt.load::<u32>(&path)?;
+    assert_eq!(bits(other.1.running_var())?, bits(model.1.running_var())?);
+    assert_eq!(bits(&other.forward(&x, false)?)?, bits(&model.forward(&x, false)?)?);
     Ok(())
 }

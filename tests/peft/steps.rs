@@ -151,3 +151,75 @@ fn a_new_grouped_convolution_has_loralib_s_factors() -> Result<()> {
     assert_eq!(layer.lora_a().unwrap().dims(), [6, 12]);
     Ok(())
 }
+
+#[test]
+fn kernels_pass_through_the_functions_of_state_dicts() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("adapter.safetensors");
+    let cfg = lora::LoraConfig { r: 2, lora_alpha: 3., conv_kernels: true, ..Default::default() };
+    let vars = candle_nn::VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &CPU);
+    let conv = lora::conv2d(4, 6, 3, Default::default(), cfg, vb.pp("c"))?;
+    assert_eq!(conv.lora_a().unwrap().dims(), [2, 4, 3, 3]);
+    for (name, var) in vars.data().lock().unwrap().iter() {
+        if name.ends_with("lora_B") {
+            var.set(&crate::common::randn(var.dims(), DType::F32, &CPU)?)?;
+        }
+    }
+    let state = lora::lora_state_dict(&vars, lora::Bias::None)?;
+    // Kernels tell the kind.
+    lora::save_state_dict(&state, cfg, &path)?;
+    let before = conv.lora_b().unwrap().copy()?;
+    vars.data().lock().unwrap()["c.lora_B"].set(&before.zeros_like()?)?;
+    let report = lora::load_checkpoint(&path, &vars, cfg, lora::utils::Strict::Yes)?;
+    assert_eq!(report.loaded.len(), 2);
+    assert_eq!(difference(conv.lora_b().unwrap(), &before)?, 0.);
+    let weights = lora::LoraWeights::new(cfg, state)?;
+    let base = [("c.weight".to_owned(), conv.weight().clone())].into();
+    let merged = lora::merge::merge_into(&base, &weights)?;
+    assert!(difference(&merged["c.weight"], conv.into_merged()?.weight())? < 1e-6);
+    lora::formats::peft::save(dir.path(), &weights)?;
+    let saved = read_state_dict(dir.path().join("adapter_model.safetensors"), &CPU)?.tensors;
+    assert_eq!(saved["base_model.model.c.lora_A.weight"].dims(), [2, 4, 3, 3]);
+    Ok(())
+}
+
+#[test]
+fn a_sum_of_peft_s_convolutions_has_the_sum_of_their_ranks() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let weights = lora::formats::peft::load(folder("conv2d"), &CPU)?;
+    let sum = lora::merge::add_weighted(&[(&weights, 0.5), (&weights, -2.)])?;
+    lora::formats::peft::save(dir.path(), &sum)?;
+    let saved = read_state_dict(dir.path().join("adapter_model.safetensors"), &CPU)?.tensors;
+    assert_eq!(saved["base_model.model.layer.lora_A.weight"].dims(), [4, 4, 3, 3]);
+    let base: StateDict =
+        [("layer.weight".to_owned(), of("conv2d")?["base.layer.weight"].clone())].into();
+    let w = &base["layer.weight"];
+    let merged = |weights: &lora::LoraWeights| -> Result<Tensor> {
+        Ok((&lora::merge::merge_into(&base, weights)?["layer.weight"] - w)?)
+    };
+    assert!(difference(&merged(&sum)?, &(merged(&weights)? * -1.5)?)? < 1e-9);
+    Ok(())
+}
+
+#[test]
+fn a_served_convolution_of_peft_s_records_no_graph() -> Result<()> {
+    for case in ["conv2d", "conv2d_dora"] {
+        let fixture = of(case)?;
+        let base = fixture
+            .iter()
+            .filter_map(|(name, t)| Some((name.strip_prefix("base.")?.to_owned(), t.clone())));
+        let set = lora::Adapters::new();
+        let base = VarBuilder::from_tensors(base.collect(), DType::F64, &CPU);
+        let layer = layer(case, set.var_builder(base.clone()))?;
+        set.add("a", &Adapter::load(folder(case), &CPU)?)?;
+        let y =
+            set.choice("a")?.run_local(|| -> Result<_> { Ok(layer.forward(&fixture["x"])?) })?;
+        assert!(!y.track_op(), "{case}");
+        let own = Adapter::load(folder(case), &CPU)?;
+        let alone = self::layer(case, own.var_builder(base))?;
+        own.eval()?;
+        assert!(difference(&y, &alone.forward(&fixture["x"])?)? < 1e-9, "{case}");
+    }
+    Ok(())
+}

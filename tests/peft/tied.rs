@@ -22,10 +22,17 @@ const CASES: [&str; 10] = [
     "lora_table_and_head",
     "rows",
 ];
+/// Further pairs of changes.
+const PAIRS: [&str; 4] = [
+    "rows_and_lora_head",
+    "table_and_lora_head",
+    "lora_table_and_same_head",
+    "before_the_first_step",
+];
 /// The head computes with the embeddings.
 const TIED: [&str; 2] = ["table_tied", "rows"];
 /// Rows of a table are merged alone.
-const MERGED_ALONE: &str = "rows";
+const MERGED_ALONE: [&str; 2] = ["rows", "rows_and_lora_head"];
 
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -68,6 +75,120 @@ fn merged_tables_and_heads_are_those_of_peft() -> Result<()> {
         assert_eq!(merged.contains_key(HEAD), !TIED.contains(&case), "{case}");
         assert_peft_s(case, &merged[TABLE], merged.get(HEAD).unwrap_or(&merged[TABLE]))?;
     }
+    Ok(())
+}
+
+#[test]
+fn pairs_of_changes_are_those_of_peft() -> Result<()> {
+    for case in PAIRS {
+        let merged = merge_into(&base()?, &peft::load(folder(case), &CPU)?)?;
+        assert_peft_s(case, &merged[TABLE], merged.get(HEAD).unwrap_or(&merged[TABLE]))?;
+        // A model that ties its head computes the same, or `check` tells.
+        let adapter = Adapter::load(folder(case), &CPU)?;
+        let merged = Model::new(&adapter.merged(vb(&base()?))?, true)?;
+        if adapter.check().is_ok() {
+            merged.assert_peft_s(case)?;
+        }
+        if !MERGED_ALONE.contains(&case) {
+            let adapter = Adapter::load(folder(case), &CPU)?;
+            let _model = Model::new(&adapter.var_builder(vb(&base()?)), true)?;
+            assert!(adapter.check().is_err(), "{case}");
+        }
+    }
+    Ok(())
+}
+
+/// As `torch.save` and some converters write a tied base: a model that ties its head does not read the second one.
+#[test]
+fn a_tied_head_that_the_base_has_a_second_time_is_not_lost() -> Result<()> {
+    let mut both = base()?;
+    both.insert(HEAD.to_owned(), both[TABLE].clone());
+    for case in ["table", "lora_table", "dora_table", "head", "lora_head"] {
+        for is_tied in [false, true] {
+            let adapter = Adapter::load(folder(case), &CPU)?;
+            let model = Model::new(&adapter.merged(vb(&both))?, is_tied)?;
+            match adapter.check() {
+                Ok(()) => model.assert_peft_s(case)?,
+                Err(e) => assert!(is_tied && e.to_string().contains(HEAD), "{case}: {e}"),
+            }
+            assert_eq!(adapter.check().is_ok(), !is_tied, "{case}");
+        }
+    }
+    Ok(())
+}
+
+/// Two tensors that are trained apart are equal before the first step.
+#[test]
+fn a_table_and_a_head_that_are_trained_apart_stay_two() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cfg = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+    let apart = Bias::None.and("embed_tokens").and("lm_head");
+    let adapter = Adapter::new(cfg).targets(["q_proj"]).trainable(apart)?;
+    let _model = Model::new(&adapter.var_builder(vb(&base()?)), false)?;
+    adapter.save_pretrained(dir.path())?;
+    let own = dir.path().join("own.safetensors");
+    adapter.save(&own)?;
+    for path in [dir.path(), own.as_path(), &folder("before_the_first_step")] {
+        let again = Adapter::load(path, &CPU)?;
+        assert!(again.named_vars()?.contains_key(HEAD));
+        assert!(!again.weights()?.config().ensure_weight_tying);
+    }
+    assert!(adapter.restore(&own)?.missing.is_empty());
+    // One that is tied is one variable also where PEFT's configuration names one of the two.
+    let tied = Adapter::load(folder("table_tied"), &CPU)?;
+    let model = Model::new(&tied.var_builder(vb(&base()?)), false)?;
+    tied.check()?;
+    assert_eq!(model.head.weight().id(), tied.named_vars()?[TABLE].id());
+    Ok(())
+}
+
+#[test]
+fn a_run_is_not_restored_where_the_head_is_another_one() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let cfg = LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+    let new = |is_tied: bool| -> Result<(Adapter, Model)> {
+        let table = Bias::None.and("embed_tokens");
+        let adapter = Adapter::new(cfg).targets(["q_proj"]).trainable(table)?;
+        let model = Model::new(&adapter.var_builder(vb(&base()?)), is_tied)?;
+        Ok((adapter, model))
+    };
+    for is_tied in [false, true] {
+        let (saved, _model) = new(is_tied)?;
+        let path = dir.path().join("adapter.safetensors");
+        saved.save(&path)?;
+        let (other, _model) = new(!is_tied)?;
+        let error = other.restore(&path).unwrap_err().to_string();
+        assert!(error.contains(HEAD) && error.contains("tie_word_embeddings"), "{error}");
+    }
+    let (tied, _model) = new(true)?;
+    assert!(tied.restore(folder("table")).is_err());
+    assert!(tied.restore(folder("table_tied"))?.missing.is_empty());
+    Ok(())
+}
+
+/// As in MLX; a layer of this crate does not follow another.
+#[test]
+fn a_head_that_should_follow_an_update_is_an_error_beside_the_base() -> Result<()> {
+    let weights = peft::load(folder("lora_table"), &CPU)?;
+    let mut config = weights.config();
+    config.ensure_weight_tying = true;
+    let mut tensors = weights.state_dict();
+    tensors.remove(TABLE);
+    let weights = lora::LoraWeights::new(config, tensors)?;
+    for is_tied in [false, true] {
+        let adapter = Adapter::from_weights(&weights)?;
+        let _model = Model::new(&adapter.var_builder(vb(&base()?)), is_tied)?;
+        let error = adapter.check().unwrap_err().to_string();
+        assert!(error.contains("ensure_weight_tying"), "{error}");
+        let set = lora::Adapters::new();
+        let _model = Model::new(&set.var_builder(vb(&base()?)), is_tied)?;
+        assert!(set.add("a", &Adapter::from_weights(&weights)?).is_err());
+    }
+    let adapter = Adapter::from_weights(&weights)?;
+    let model = Model::new(&adapter.merged(vb(&base()?))?, true)?;
+    adapter.check()?;
+    let merged = merge_into(&base()?, &weights)?;
+    assert_eq!(difference(model.head.weight(), &merged[TABLE])?, 0.);
     Ok(())
 }
 
@@ -143,12 +264,12 @@ impl Model {
 
 #[test]
 fn a_model_without_tying_computes_as_peft_s() -> Result<()> {
-    for case in CASES {
+    for case in CASES.into_iter().chain(PAIRS) {
         let adapter = Adapter::load(folder(case), &CPU)?;
         let model = Model::new(&adapter.merged(vb(&base()?))?, false)?;
         adapter.check()?;
         model.assert_peft_s(case)?;
-        if case == MERGED_ALONE {
+        if MERGED_ALONE.contains(&case) {
             continue;
         }
         let adapter = Adapter::load(folder(case), &CPU)?;
@@ -171,7 +292,7 @@ fn a_model_with_tying_computes_as_peft_s_or_check_is_an_error() -> Result<()> {
             Err(e) => assert!(e.to_string().contains("tie_word_embeddings: false"), "{case}: {e}"),
         }
         assert_eq!(adapter.check().is_ok(), TIED.contains(&case), "{case}");
-        if case == MERGED_ALONE {
+        if MERGED_ALONE.contains(&case) {
             continue;
         }
         let adapter = Adapter::load(folder(case), &CPU)?;

@@ -131,3 +131,18 @@ fn a_scaled_loss_of_a_half_precision_head_is_as_exact_as_the_composed_one() -> R
     }
     Ok(())
 }
+
+/// The gradient of a weight is a sum over rows, which must not overflow where the mean does not.
+#[test]
+fn large_half_precision_states_do_not_overflow_the_gradient() -> Result<()> {
+    let (rows, classes) = (256, 64);
+    let x = (Tensor::ones((rows, HIDDEN), DType::F32, &CPU)? * 300.)?.to_dtype(DType::F16)?;
+    let w = (randn(&[classes, HIDDEN], DType::F32, &CPU)? / 1000.)?.to_dtype(DType::F16)?;
+    let (w, labels) = (Var::from_tensor(&w)?, Tensor::zeros(rows, DType::U32, &CPU)?);
+    let head = Linear::new(w.as_tensor().clone(), None);
+    let grad = |loss: Tensor| Ok::<_, loralib::Error>(loss.backward()?.get(&w).unwrap().clone());
+    let fused = grad(linear_cross_entropy(&x, &head, &labels)?)?;
+    let composed = grad(cross_entropy(&head.forward(&x)?.to_dtype(DType::F32)?, &labels)?)?;
+    assert!(difference(&fused, &composed)? < 1e-2);
+    Ok(())
+}

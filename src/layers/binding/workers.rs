@@ -98,6 +98,10 @@ impl Drop for Waiting {
     }
 }
 
+/// The bytes of a thread's stack, of which only what is used takes memory. A backward of candle's is as deep as the graph,
+/// and the caller's stack is not known.
+const STACK: usize = 1 << 27;
+
 /// A pool for one closure at a time.
 struct Pool {
     threads: ThreadPool,
@@ -120,7 +124,11 @@ impl Pool {
         drop(idle);
         let waits = Arc::new(AtomicBool::new(false));
         let belongs = move |_| WAITS.with(|own| drop(own.set(waits.clone())));
-        let pool = ThreadPoolBuilder::new().num_threads(threads).start_handler(belongs).build();
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .stack_size(STACK)
+            .start_handler(belongs)
+            .build();
         match pool {
             Ok(threads) => Ok(Self { threads }),
             Err(e) => Err(Error::Invalid(format!("no thread for a choice of adapters: {e}"))),

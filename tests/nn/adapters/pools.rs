@@ -10,7 +10,7 @@ use candle_nn::{Optimizer, ParamsAdamW};
 use loralib::adapter::Choice;
 use loralib::nn::{linear_no_bias, Linear};
 use loralib::train::AdamW;
-use loralib::{Adapter, Adapters, Result};
+use loralib::{Adapter, Adapters, LoraConfig, Result};
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -258,6 +258,47 @@ fn a_step_runs_beside_forwards() -> Result<()> {
             Ok(AdamW::named(adapter.named_vars()?, params)?.step(&grads)?)
         })
     });
+    Ok(())
+}
+
+/// In evaluation layers compute with copies of the values at `eval()`.
+#[test]
+fn a_step_runs_beside_forwards_in_evaluation_that_are_not_merged() -> Result<()> {
+    let width = 512;
+    let weight = (randn(&[width, width], DType::F32, &Device::Cpu)? / 30.)?;
+    let tensors = HashMap::from([("fc.weight".to_owned(), weight)]);
+    let base = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let adapter = Adapter::new(LoraConfig { merge_weights: false, ..cfg(64, 8.) }).targets(["fc"]);
+    let layer = linear_no_bias(width, width, adapter.var_builder(base).pp("fc"))?;
+    let x = randn(&[128, width], DType::F32, &Device::Cpu)?;
+    let grads = layer.forward(&x)?.sqr()?.mean_all()?.backward()?;
+    adapter.eval()?;
+    let expected = layer.forward(&x)?;
+    in_pools(move || {
+        (0..600).into_par_iter().try_for_each(|i| -> Result<()> {
+            if i % 2 == 0 {
+                assert!(near(&layer.forward(&x)?, &expected)?, "the values at `eval()`");
+                return Ok(());
+            }
+            let params = ParamsAdamW { lr: 1e-3, ..Default::default() };
+            Ok(AdamW::named(adapter.named_vars()?, params)?.step(&grads)?)
+        })
+    });
+    Ok(())
+}
+
+/// A backward of candle's needs a stack as deep as the graph.
+#[test]
+fn a_choice_in_a_pool_has_a_deep_stack() -> Result<()> {
+    let (adapters, model, x) = served()?;
+    let deep = || -> Result<usize> {
+        let mut y = model.forward(&x)?.mean_all()?;
+        for _ in 0..10_000 {
+            y = (y * 1.0001)?;
+        }
+        Ok(y.backward()?.get_ids().count())
+    };
+    assert!(rayon::scope(|_| adapters.with("a", deep))? > 0);
     Ok(())
 }
 
