@@ -131,7 +131,7 @@ pub fn save(dir: impl AsRef<Path>, weights: &LoraWeights) -> Result<()> {
         let apart = weights.tied_without_factors();
         if let Some(path) = apart.filter(|_| !weights.options.ensure_weight_tying) {
             let reason = "in MLX the head follows this table if it is tied to it: merge the adapter or, if the head is \
-                          not tied, set the configuration's ensure_weight_tying";
+                          not tied, set the configuration's ensure_weight_tying (`lora convert --untied-head`)";
             return Err(Error::tensor(Part::A.at(path), reason));
         }
         let (mut keys, mut factors) = (vec![], vec![]);

@@ -35,6 +35,10 @@ pub struct Args {
     /// The alpha, if the file has no configuration
     #[arg(long, allow_negative_numbers = true)]
     pub lora_alpha: Option<f64>,
+    /// The base's head is not tied to its embedding. Needed where the adapter has factors of the embedding and
+    /// one of the two formats is MLX's, in which a tied head follows them
+    #[arg(long)]
+    pub untied_head: bool,
     /// Allow a conversion that rounds the update
     #[arg(long)]
     pub rounded: bool,

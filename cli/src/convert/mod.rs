@@ -37,7 +37,10 @@ pub fn run(args: &Args) -> Result<()> {
     let bases = Bases::open(&args.base)?;
     let weights = read::read(from, args, &bases)?;
     println!("read as {from}: {} layers", weights.layers().count());
-    let weights = renamed(from, args, weights)?;
+    let mut weights = renamed(from, args, weights)?;
+    if args.untied_head {
+        weights = untied(args.to, &weights)?;
+    }
     write::write(args.to, &args.out, &weights, &bases)?;
     let bases = bases.with_names_of(&weights);
     let checked = read::read_again(args.to, &args.out, &weights, &bases).and_then(|again| {
@@ -94,6 +97,20 @@ fn renamed(from: Format, args: &Args, weights: LoraWeights) -> Result<LoraWeight
         println!("left out: {others} layers of other components than {component}");
     }
     Ok(if put { weights.in_component(component) } else { weights })
+}
+
+/// For a base whose head is not tied: it follows the embedding in no format, whichever a tied one would.
+fn untied(to: Format, weights: &LoraWeights) -> Result<LoraWeights> {
+    let mut config = weights.config();
+    let follows = to == Format::Mlx;
+    if config.ensure_weight_tying == follows {
+        return Err(format!(
+            "{to} treats a tied head as the adapter does: leave --untied-head out"
+        )
+        .into());
+    }
+    config.ensure_weight_tying = follows;
+    Ok(LoraWeights::new(config, weights.state_dict())?)
 }
 
 /// The options that the new format lacks. They do not change the update.

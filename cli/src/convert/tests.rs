@@ -44,7 +44,7 @@ fn every_format_is_written_and_read_again() {
         ("formats/diffusers/new", "peft", &unet),
         ("formats/diffusers/new", "kohya", &[]),
         ("formats/diffusers/new", "loralib", &[]),
-        ("formats/mlx", "peft", &[]),
+        ("formats/mlx", "peft", &["--untied-head"]),
     ];
     for (from, to, others) in cases {
         let dir = tempfile::tempdir().unwrap();
@@ -119,6 +119,20 @@ fn gguf(path: &str, width: usize) -> lora::Result<()> {
     )?)
 }
 
+/// In MLX a tied head follows the embedding, in PEFT it does not.
+#[test]
+fn factors_of_an_embedding_need_an_untied_head_where_formats_differ() {
+    let dir = tempfile::tempdir().unwrap();
+    let peft = dir.path().join("peft");
+    let error = run(&fixture("formats/mlx"), "peft", &peft, &[]);
+    assert!(error.as_ref().is_some_and(|error| error.contains("--untied-head")), "{error:?}");
+    assert_eq!(run(&fixture("formats/mlx"), "peft", &peft, &["--untied-head"]), None);
+    let (peft, back) = (peft.to_str().unwrap(), dir.path().join("back"));
+    let error = run(peft, "mlx", &back, &[]);
+    assert!(error.as_ref().is_some_and(|error| error.contains("--untied-head")), "{error:?}");
+    assert_eq!(run(peft, "mlx", &back, &["--untied-head"]), None);
+}
+
 #[test]
 fn options_without_a_use_are_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -126,6 +140,7 @@ fn options_without_a_use_are_refused() {
         (&["--r", "4", "--lora-alpha", "3"][..], "leave --r and --lora-alpha out"),
         (&["--entry", "state_dict"], "leave --entry out"),
         (&["--base", "unet=base.safetensors"], "leave --base out"),
+        (&["--untied-head"], "leave --untied-head out"),
     ] {
         let error = run(&fixture("peft/pattern"), "loralib", &dir.path().join("out"), others);
         assert!(error.as_ref().is_some_and(|error| error.contains(named)), "{error:?}");

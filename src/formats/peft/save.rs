@@ -72,7 +72,8 @@ fn convert(weights: &LoraWeights, plain: bool) -> Result<(StateDict, String)> {
     let mut options = weights.options.clone();
     if let Some(path) = weights.tied_without_factors().filter(|_| options.ensure_weight_tying) {
         let reason = "the base's head follows this table if it is tied to it, which PEFT's file does not tell: merge the \
-                      adapter or, if the head is not tied, set the configuration's ensure_weight_tying to false";
+                      adapter or, if the head is not tied, set the configuration's ensure_weight_tying to false \
+                      (`lora convert --untied-head`)";
         return Err(Error::tensor(Part::A.at(path), reason));
     }
     if plain {
