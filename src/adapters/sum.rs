@@ -75,7 +75,6 @@ impl Layer {
         let sum = weighted_sum(&self.updates)?;
         let b = sum.b().pad_with_zeros(0, 0, self.outputs - sum.b().dim(0)?)?;
         let r = match self.kind {
-            _ if sum.kernel_dims().is_some() => sum.a().dim(0)?,
             // Fused projections have one r, and several times as many rows.
             Some(LayerKind::Linear) => sum.a().dim(0)?,
             _ => self.r,

@@ -105,3 +105,38 @@ fn an_output_of_zeros_is_refused_also_again() -> Result<()> {
     }
     Ok(())
 }
+
+/// In a trained adapter: where W is zero, W + ΔW need not be.
+#[test]
+fn an_output_of_zeros_that_the_update_changes_has_a_direction() -> Result<()> {
+    let transposed = LoraConfig { fan_in_fan_out: true, ..CFG };
+    for (dims, layer) in [([5, 7], "linear"), ([7, 5], "transposed"), ([7, 5], "embedding")] {
+        let (rows, columns) = if layer == "linear" { (2..3, 0..7) } else { (0..7, 2..3) };
+        let zeros = Tensor::zeros((rows.len(), columns.len()), DType::F32, &Device::Cpu)?;
+        let w = rnd(1, &dims, DType::F32)?.slice_assign(&[rows, columns], &zeros)?;
+        let built = |b_of_zero: bool| -> Result<()> {
+            let b = rnd(3, &[5, CFG.r], DType::F32)?;
+            let tensors = [
+                ("lora_A", rnd(2, &[CFG.r, 7], DType::F32)?),
+                ("lora_B", if b_of_zero { b.zeros_like()? } else { b }),
+                ("lora_magnitude_vector", rnd(4, &[5], DType::F32)?),
+            ];
+            let tensors = tensors.map(|(name, t)| (name.to_owned(), t)).into();
+            let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+            let w = w.clone();
+            match layer {
+                "embedding" => {
+                    let base = candle_nn::Embedding::new(w, 5);
+                    lora::Embedding::new(base, CFG, vb).map(drop)
+                }
+                "linear" => lora::Linear::new(candle_nn::Linear::new(w, None), CFG, vb).map(drop),
+                _ => lora::Linear::new(candle_nn::Linear::new(w, None), transposed, vb).map(drop),
+            }?;
+            Ok(())
+        };
+        built(false)?;
+        let error = built(true).unwrap_err().to_string();
+        assert!(error.contains("output 2") && error.contains("use_dora"), "{layer}: {error}");
+    }
+    Ok(())
+}

@@ -174,6 +174,11 @@ fn kernels_pass_through_the_functions_of_state_dicts() -> Result<()> {
     let report = lora::load_checkpoint(&path, &vars, cfg, lora::utils::Strict::Yes)?;
     assert_eq!(report.loaded.len(), 2);
     assert_eq!(difference(conv.lora_b().unwrap(), &before)?, 0.);
+    let other = lora::LoraConfig { r: 3, ..cfg };
+    let error = lora::LoraWeights::new(other, state.clone()).unwrap_err().to_string();
+    for word in ["c.lora_", "rank is 2", "r = 3"] {
+        assert!(error.contains(word), "{error}");
+    }
     let weights = lora::LoraWeights::new(cfg, state)?;
     let base = [("c.weight".to_owned(), conv.weight().clone())].into();
     let merged = lora::merge::merge_into(&base, &weights)?;
