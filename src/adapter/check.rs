@@ -6,7 +6,7 @@ use super::state::Adapted;
 use super::tied::check_tied;
 use super::Adapter;
 use crate::layers::Part;
-use crate::utils::{variables, Trainable};
+use crate::utils::{variable, variables, Trainable};
 use crate::weights::{is_equal, Bias};
 use crate::{Error, Result};
 use candle_core::Tensor;
@@ -72,7 +72,16 @@ pub(crate) fn check(
     options.valid().map_err(Error::Invalid)?;
     let hinted = |reason: String| {
         let (hint, names) = (options.layers.hint(), record.names());
-        Error::Invalid(format!("{reason}{hint}; its layers are named {names}"))
+        let mut whole = record.paths();
+        whole.retain(|path| {
+            let weight = Part::Base("weight").at(path);
+            options.targets.matches(path) && variable(vars, &weight).is_some()
+        });
+        let trained = match whole.first() {
+            Some(first) => format!("; {first:?} is trained as a whole, so it has no factors"),
+            None => String::new(),
+        };
+        Error::Invalid(format!("{reason}{trained}{hint}; its layers are named {names}"))
     };
     let known = adapted.layers.keys().map(String::as_str).chain(read);
     let mut excluded = record.paths();

@@ -15,7 +15,8 @@ impl Adapter {
     /// gradients of this adapter's variables in it arrive in the outer `backward`. The segment owns what it uses (a
     /// clone of the layer, or an `Arc`). It uses all of these variables and no others, and gives the same output
     /// again: the layers' dropout needs a [`seed`](Self::seed), and draws the same masks; other dropout has no place
-    /// in a segment. One thread at a time runs a model with dropout. The segment runs again with the adapter that
+    /// in a segment. One thread at a time runs a model with dropout, or with a batch norm that is trained as a whole, whose
+    /// running statistics move once. The segment runs again with the adapter that
     /// [`Adapters`](crate::Adapters) had chosen.
     ///
     /// ```
@@ -58,21 +59,25 @@ impl Adapter {
         let segment = move |x: &Tensor| active.clone().run(|| segment(x));
         let (inside, outside) = named.into_iter().partition(|(name, _)| within(name));
         let vars = SegmentVars { module: module.to_owned(), inside, outside, foreign };
-        let Some(masks) = self.options.dropout.clone() else {
-            if self.options.config.lora.lora_dropout > 0. {
-                bail!("checkpoint: lora_dropout needs a seed, so that masks can be drawn again")
-            }
-            return ops::recompute(x, vars, Box::new(segment));
-        };
-        let (first, start) = (AtomicBool::new(true), masks.position());
+        let masks = self.options.dropout.clone();
+        if masks.is_none() && self.options.config.lora.lora_dropout > 0. {
+            bail!("checkpoint: lora_dropout needs a seed, so that masks can be drawn again")
+        }
+        // The forward has moved the statistics of batch norms; the backward does not move them again.
+        let statistics = self.statistics();
+        let start = masks.as_ref().map(|masks| masks.position());
+        let first = AtomicBool::new(true);
         let segment = move |x: &Tensor| {
             if first.swap(false, Ordering::Relaxed) {
                 return segment(x);
             }
-            let after = masks.position();
-            masks.seek(start);
+            let after = masks.as_ref().map(|masks| masks.position());
+            let seek = |position| masks.as_ref().zip(position).map(|(masks, at)| masks.seek(at));
+            let before = statistics.iter().map(|var| var.copy()).collect::<Result<Vec<_>>>()?;
+            seek(start);
             let y = segment(x);
-            masks.seek(after);
+            seek(after);
+            statistics.iter().zip(&before).try_for_each(|(var, before)| var.set(before))?;
             y
         };
         ops::recompute(x, vars, Box::new(segment))

@@ -7,10 +7,10 @@ use super::record::Record;
 use super::target::{AdapterParts, Target};
 use crate::base::source::{from_source, Source, Wanted};
 use crate::base::{var_builder, var_builder_with};
-use crate::layers::binding::target::TargetWeights;
+use crate::layers::binding::target::{target_of, TargetWeights};
 use crate::layers::Part;
 use crate::weights::{untied_table, Bias};
-use crate::Result;
+use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::{VarBuilder, VarMap};
 use std::sync::atomic::AtomicBool;
@@ -75,6 +75,11 @@ impl Source for Recorded<'_> {
         let (path, part) = Part::parse(name);
         if part != Part::Base("weight") || tensor.rank() < 2 {
             return Ok(tensor);
+        }
+        if !tensor.is_variable() && target_of(&tensor).is_some() {
+            let reason = "the base gives it as a layer of another adapter, whose update would be lost: give `merged` of that \
+                          adapter as the base, or choose several by `Adapters`";
+            return Err(Error::tensor(name, reason));
         }
         let (path, record, adapter) = (path.to_owned(), self.record.clone(), self.adapter.clone());
         let module = Target { path, record, adapter, is_built: AtomicBool::new(false) };

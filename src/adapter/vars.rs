@@ -1,7 +1,7 @@
 //! What an adapter trains: its variables, their gradients, and the position of its dropout.
 
 use super::Adapter;
-use crate::utils::{is_untrained, require_grads, variables, Trainable};
+use crate::utils::{is_statistic, is_untrained, require_grads, variables, Trainable};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -30,17 +30,33 @@ impl Adapter {
             }
             // Why there are none, where that is known.
             error @ Error::Empty { .. } => {
-                self.check_models().err().unwrap_or(error)
+                self.check_models().err().unwrap_or_else(|| self.all_excluded().unwrap_or(error))
             }
             error => error,
         })
     }
 
-    /// The variables that are saved and not trained, by name: the initial factors of
-    /// [`InitLoraWeights`](crate::layers::InitLoraWeights), for
-    /// [`train::AdamW::with_frozen`](crate::train::AdamW::with_frozen). Mostly none.
+    /// The reason that nothing is trained, if every target is excluded.
+    fn all_excluded(&self) -> Option<Error> {
+        let mut excluded = self.record.paths();
+        excluded.retain(|path| self.options.exclude.matches(path));
+        let first = excluded.first().filter(|_| self.state().adapted.layers.is_empty())?;
+        Some(Error::Invalid(format!(
+            "nothing to train: `exclude` leaves out every layer that the targets match, such as {first:?}"
+        )))
+    }
+
+    /// The variables that are saved and that no optimizer trains, by name: the running statistics of batch norms that
+    /// are trained as a whole, and the initial factors of [`InitLoraWeights`](crate::layers::InitLoraWeights). A run is
+    /// resumed to the bit if [`train::AdamW::with_frozen`](crate::train::AdamW::with_frozen) has them. Mostly none.
     pub fn frozen_vars(&self) -> BTreeMap<String, Var> {
         variables(&self.vars).into_iter().filter(|(name, _)| is_untrained(name)).collect()
+    }
+
+    /// The running statistics of its batch norms.
+    pub(super) fn statistics(&self) -> Vec<Var> {
+        let all = variables(&self.vars).into_iter();
+        all.filter(|(name, _)| is_statistic(name)).map(|(_, var)| var).collect()
     }
 
     /// All variables of the adapter by name, for functions that take a `VarMap`, such as

@@ -17,7 +17,8 @@ pub struct LoraConfig {
     /// The update is scaled by `lora_alpha / r`. Default 1.
     pub lora_alpha: f64,
     /// The dropout probability of the update's input in training, in [0, 1). Default 0. An error for
-    /// [`Embedding`](crate::Embedding), which has no dropout in loralib either.
+    /// [`Embedding`](crate::Embedding), which has no dropout in loralib either; the embeddings that an
+    /// [`Adapter`](crate::Adapter) adapts have none, as in PEFT.
     pub lora_dropout: f32,
     /// Whether evaluation merges the update into a copy of the weight. Default `true`.
     pub merge_weights: bool,

@@ -10,7 +10,8 @@ use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 
 /// [`candle_nn::AdamW`] with names, in place on the CPU, and with a state that
-/// [`save`](Self::save) writes: a run that is stopped and resumed gives the same bits as one that was not.
+/// [`save`](Self::save) writes: a run that is stopped and resumed gives the same bits as one that was not,
+/// if [`with_frozen`](AdamW::with_frozen) has what else the model changes or computes with.
 ///
 /// The step is torch's, with one count of steps for all variables, as candle has it. Moments are in F32 beside F32, F16
 /// and BF16 (F64 beside F64), and so is the step, whose result is rounded once: in candle's, F16 variables become NaN,

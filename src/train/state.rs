@@ -2,7 +2,7 @@
 
 use super::adamw::AdamW;
 use crate::files::{atomic_file, read, serialize, StateDict};
-use crate::utils::is_initial;
+use crate::utils::{is_initial, is_statistic};
 use crate::{Error, Result};
 use candle_core::Device;
 use serde::de::DeserializeOwned;
@@ -115,12 +115,14 @@ impl AdamW {
 
 /// The error for a name that one of file and optimizer lacks.
 fn differs(name: String, what: &str) -> Error {
-    let reason = match is_initial(&name) {
-        true => format!(
-            "{what}: both need the adapter's init_lora_weights, and `with_frozen(adapter.frozen_vars())`"
-        ),
-        false => what.to_owned(),
+    let of_frozen = match () {
+        _ if is_initial(&name) => {
+            ": both need the adapter's init_lora_weights, and `with_frozen(adapter.frozen_vars())`"
+        }
+        _ if is_statistic(&name) => ": both need `with_frozen(adapter.frozen_vars())`",
+        _ => "",
     };
+    let reason = format!("{what}{of_frozen}");
     Error::tensor(name, reason)
 }
 

@@ -153,8 +153,12 @@ pub(crate) fn is_initial(name: &str) -> bool {
 
 /// Whether a variable of this name is saved and not trained: an initial factor, or the statistics of a batch norm.
 pub(crate) fn is_untrained(name: &str) -> bool {
-    let is_statistic = matches!(Part::parse(name).1, Part::Base("running_mean" | "running_var"));
-    is_statistic || is_initial(name)
+    is_statistic(name) || is_initial(name)
+}
+
+/// Whether the name is that of a running statistic of a batch norm.
+pub(crate) fn is_statistic(name: &str) -> bool {
+    matches!(Part::parse(name).1, Part::Base("running_mean" | "running_var"))
 }
 
 /// A variable of a map.

@@ -30,6 +30,32 @@ fn a_target_that_matches_nothing_is_named() {
 }
 
 #[test]
+fn targets_that_are_trained_whole_or_excluded_are_named() -> lora::Result<()> {
+    let error = check(&Adapter::new(cfg()).targets(["head"]).trainable(Bias::None.and("head"))?);
+    assert!(error.contains("\"head\" is trained as a whole"), "{error}");
+    let error = check(&Adapter::new(cfg()).targets(["qkv"]).exclude(["qkv"]));
+    assert!(error.contains("`exclude`") && error.contains("layers.0.qkv"), "{error}");
+    Ok(())
+}
+
+/// The inner adapter's update would be lost.
+#[test]
+fn an_adapter_over_the_var_builder_of_another_is_an_error() -> lora::Result<()> {
+    let [first, trained] = [(); 2].map(|()| Adapter::new(cfg()).targets(["qkv"]));
+    let second = Adapter::new(cfg()).targets(["up_proj"]);
+    let set = lora::Adapters::new();
+    let inner = || first.var_builder(vb(&base()));
+    for outer in [second.var_builder(inner()), set.var_builder(inner())] {
+        let error = Model::new(outer).err().expect("an error").to_string();
+        assert!(error.contains("`merged`") && error.contains(".weight"), "{error}");
+    }
+    Model::new(trained.var_builder(vb(&base())))?;
+    let second = Adapter::new(cfg()).targets(["up_proj"]);
+    Model::new(second.var_builder(trained.merged(vb(&base()))?))?;
+    second.check()
+}
+
+#[test]
 fn a_check_needs_a_model_on_lora_nn_and_something_to_train() {
     let adapter = Adapter::new(cfg()).targets(["qkv"]);
     let error = adapter.check().unwrap_err().to_string();

@@ -6,6 +6,7 @@ use candle_nn::Optimizer;
 use loralib::nn::{batch_norm, conv2d, BatchNorm, Conv2d, VarBuilder, VarMap};
 use loralib::train::AdamW;
 use loralib::{Adapter, Bias, LoraConfig};
+use std::sync::Arc;
 
 struct Model(Conv2d, BatchNorm);
 
@@ -122,5 +123,50 @@ fn a_trained_module_takes_steps() -> loralib::Result<()> {
     opt.load::<u32>(&path)?;
     assert_eq!(bits(other.1.running_var())?, bits(model.1.running_var())?);
     assert_eq!(bits(&other.forward(&x, false)?)?, bits(&model.forward(&x, false)?)?);
+    Ok(())
+}
+
+/// The backward runs a checkpointed segment again.
+#[test]
+fn a_checkpointed_module_moves_its_statistics_once() -> loralib::Result<()> {
+    let (x, base) = (input()?, base()?);
+    let step = |is_checkpointed: bool| -> loralib::Result<_> {
+        let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).targets(["conv"]);
+        let adapter = adapter.trainable(Bias::None.and("bn"))?.seed(1);
+        let model = Arc::new(Model::new(adapter.var_builder(base.clone()))?);
+        let segment = model.clone();
+        let y = match is_checkpointed {
+            true => adapter.checkpoint("", &x, move |x| segment.forward(x, true))?,
+            false => model.forward(&x, true)?,
+        };
+        let moved = bits(model.1.running_var())?;
+        adapter.require_grads(&y.sqr()?.mean_all()?.backward()?)?;
+        assert_eq!(bits(model.1.running_var())?, moved);
+        Ok((bits(model.1.running_mean())?, moved))
+    };
+    assert_ne!(step(true)?.0, bits(&Tensor::zeros(3, DType::F32, &Device::Cpu)?)?);
+    assert_eq!(step(true)?, step(false)?);
+    Ok(())
+}
+
+#[test]
+fn a_state_without_statistics_names_the_way_to_have_them() -> loralib::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).targets(["conv"]);
+    let adapter = adapter.trainable(Bias::None.and("bn"))?;
+    let _model = Model::new(adapter.var_builder(base()?))?;
+    let new = || AdamW::named(adapter.named_vars()?, Default::default());
+    let path = folder.path().join("state.safetensors");
+    for (mut one, mut other) in [
+        (new()?, new()?.with_frozen(adapter.frozen_vars())?),
+        (new()?.with_frozen(adapter.frozen_vars())?, new()?),
+    ] {
+        one.save(&path, &0u32)?;
+        assert_eq!(one.load::<u32>(&path)?, 0);
+        let error = other.load::<u32>(&path).unwrap_err().to_string();
+        for word in ["bn.running_", "with_frozen(adapter.frozen_vars())"] {
+            assert!(error.contains(word), "{error}");
+        }
+    }
     Ok(())
 }
