@@ -84,9 +84,7 @@ pub(crate) fn check(
         Error::Invalid(format!("{reason}{trained}{hint}; its layers are named {names}"))
     };
     let known = adapted.layers.keys().map(String::as_str).chain(read);
-    let mut excluded = record.paths();
-    excluded.retain(|path| options.exclude.matches(path));
-    options.targets.check(known, &excluded).map_err(hinted)?;
+    options.targets.check(known, &excluded(options, record)).map_err(hinted)?;
     // All-linear also reads the weights of norms and other layers.
     let may_be_linear =
         |(path, rank): &&(String, usize)| !all_linear || (*rank == 2 && !is_table(path));
@@ -101,6 +99,13 @@ pub(crate) fn check(
     }
     check_tied(options, vars, adapted, record)?;
     unread(options, vars, adapted, record)
+}
+
+/// The paths of the modules that are targets and excluded.
+pub(super) fn excluded(options: &Options, record: &Record) -> Vec<String> {
+    let mut paths = record.paths();
+    paths.retain(|path| options.targets.matches(path) && options.exclude.matches(path));
+    paths
 }
 
 /// Whether a module is a table by its name, as of positions, which some models read without a layer.

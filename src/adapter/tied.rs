@@ -9,7 +9,7 @@ use super::state::Adapted;
 use super::Adapter;
 use crate::layers::{is_within, LayerKind, Part};
 use crate::utils::variables;
-use crate::weights::{head_of, LoraWeights};
+use crate::weights::{head_of, head_weight, LoraWeights};
 use crate::{Error, Result};
 use candle_nn::VarMap;
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,7 +28,7 @@ fn tied_in_models(vars: &VarMap, record: &Record) -> BTreeMap<String, String> {
     let vars = variables(vars);
     let tied = record.tied().into_iter().filter_map(|(path, kinds)| {
         let table = Part::Base("weight").at(&path);
-        let head = Part::Base("weight").at(&head_of(&path, |name| record.has(name))?);
+        let head = head_weight(&table, |name| record.has(name))?;
         let is_table = [LayerKind::Embedding, LayerKind::Linear].iter().all(|k| kinds.contains(k));
         let one = is_table && vars.contains_key(&table);
         (one && !vars.contains_key(&head) && !record.has(&head)).then_some((head, table))
@@ -37,8 +37,8 @@ fn tied_in_models(vars: &VarMap, record: &Record) -> BTreeMap<String, String> {
 }
 
 /// An error if the adapter is loaded with a table alone, and a model ties a head to it: the head is the base's table in
-/// PEFT's model, and the adapter's here.
-/// And one if a head follows the update of a table, which it does not do here.
+/// PEFT's model, and the adapter's here. Also if the adapter's `ensure_weight_tying` makes a head follow the update of a
+/// table, since a layer of a model on `var_builder` has its own update alone.
 pub(super) fn check_tied(
     options: &Options,
     vars: &VarMap,

@@ -1,5 +1,6 @@
 //! What an adapter trains: its variables, their gradients, and the position of its dropout.
 
+use super::check::excluded;
 use super::Adapter;
 use crate::utils::{is_statistic, is_untrained, require_grads, variables, Trainable};
 use crate::{Error, Result};
@@ -38,8 +39,7 @@ impl Adapter {
 
     /// The reason that nothing is trained, if every target is excluded.
     fn all_excluded(&self) -> Option<Error> {
-        let mut excluded = self.record.paths();
-        excluded.retain(|path| self.options.exclude.matches(path));
+        let excluded = excluded(&self.options, &self.record);
         let first = excluded.first().filter(|_| self.state().adapted.layers.is_empty())?;
         Some(Error::Invalid(format!(
             "nothing to train: `exclude` leaves out every layer that the targets match, such as {first:?}"

@@ -3,7 +3,7 @@
 use super::change::Change;
 use super::experts::set_orientations;
 use crate::layers::{without_conv, LoraConfig, Part};
-use crate::weights::{flattened_hint, has_other_head, head_of, is_tied, table_of, LoraWeights};
+use crate::weights::{flattened_hint, has_other_head, head_weight, is_tied, table_of, LoraWeights};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::collections::{BTreeMap, BTreeSet};
@@ -92,11 +92,9 @@ impl Plan {
                 .push(Change::Rows(rows.clone()));
         }
         if !(has_other_head(&weights) || weights.options.ensure_weight_tying) {
-            let heads = changes.keys().filter_map(|table| {
-                let (path, part) = Part::parse(table);
-                let head = head_of(path, of_base).filter(|_| part == Part::Base("weight"))?;
-                Some((weight(&head), table.clone()))
-            });
+            let heads = changes
+                .keys()
+                .filter_map(|table| Some((head_weight(table, of_base)?, table.clone())));
             let is_apart = |head: &String| !(of_base(head) || tied.contains(head));
             let heads: Vec<_> = heads.filter(|(head, _)| is_apart(head)).collect();
             for (head, table) in heads {
@@ -145,9 +143,7 @@ impl Plan {
     /// The heads that the base has beside tables that change, with the tables.
     pub fn heads_beside(&self, exists: impl Fn(&str) -> bool) -> Vec<(String, String)> {
         let heads = self.changes.keys().filter_map(|table| {
-            let (path, Part::Base("weight")) = Part::parse(table) else { return None };
-            let head = head_of(path, &exists)?;
-            let head = Part::Base("weight").at(&head);
+            let head = head_weight(table, &exists)?;
             exists(&head).then(|| (head, table.clone()))
         });
         heads.collect()

@@ -19,7 +19,7 @@ use candle_core::{bail, DType, Result, Tensor, Var};
 /// If the norm is not finite: a step would make the variables NaN; and if `max_norm` is negative or NaN.
 pub fn clip_grad_norm(vars: &[Var], grads: &mut GradStore, max_norm: f64) -> Result<f64> {
     if max_norm.is_nan() || max_norm < 0. {
-        bail!("clip_grad_norm: max_norm is {max_norm}")
+        bail!("clip_grad_norm: max_norm is {max_norm}, expected a number of at least 0")
     }
     let (mut double, mut single) = (vec![], vec![]);
     for grad in vars.iter().filter_map(|var| grads.get(var)) {

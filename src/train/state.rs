@@ -115,12 +115,12 @@ impl AdamW {
 
 /// The error for a name that one of file and optimizer lacks.
 fn differs(name: String, what: &str) -> Error {
-    let of_frozen = match () {
-        _ if is_initial(&name) => {
-            ": both need the adapter's init_lora_weights, and `with_frozen(adapter.frozen_vars())`"
-        }
-        _ if is_statistic(&name) => ": both need `with_frozen(adapter.frozen_vars())`",
-        _ => "",
+    let of_frozen = if is_initial(&name) {
+        ": both need the adapter's init_lora_weights, and `with_frozen(adapter.frozen_vars())`"
+    } else if is_statistic(&name) {
+        ": both need `with_frozen(adapter.frozen_vars())`"
+    } else {
+        ""
     };
     let reason = format!("{what}{of_frozen}");
     Error::tensor(name, reason)

@@ -75,6 +75,14 @@ pub(crate) fn head_of(path: &str, exists: impl Fn(&str) -> bool) -> Option<Strin
     heads_of(path).find(|(_, witness)| known(witness)).map(|(head, _)| head)
 }
 
+/// The weight of the head that such a model ties to this weight of a table: its name, for that of the table.
+pub(crate) fn head_weight(table: &str, exists: impl Fn(&str) -> bool) -> Option<String> {
+    match Part::parse(table) {
+        (path, Part::Base("weight")) => Some(weight(&head_of(path, exists)?)),
+        _ => None,
+    }
+}
+
 /// The table that the head at `path` is tied to, in a model with these tensors.
 pub(crate) fn table_of(path: &str, exists: impl Fn(&str) -> bool) -> Option<String> {
     TIES.iter().find_map(|Tie { table, head, .. }| {

@@ -195,9 +195,7 @@ impl Activations {
         let _restore = OnDrop(|| std::mem::take(&mut outer).set()); // also when `f` panics
         f()
     }
-}
 
-impl Activations {
     fn innermost(&self, scope: &Scope) -> Option<&Active> {
         self.0.iter().rev().find(|(other, _)| other == scope).map(|(_, active)| &**active)
     }
