@@ -1,13 +1,15 @@
 //! Every feature beside every other: right, or an error. `docs/combinations.md` has the table; with `UPDATE=1` in the
 //! environment this writes it.
 
+mod feature;
 #[path = "../gguf/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
 mod reference;
 mod scenario;
 
-use scenario::{Feature, Scenario, FEATURES};
+use feature::{Feature, FEATURES};
+use scenario::Scenario;
 use std::fmt::Write;
 use std::path::Path;
 
@@ -42,22 +44,21 @@ fn cell(one: Feature, other: Feature) -> Cell {
 }
 
 fn table() -> String {
-    let names = FEATURES.map(Feature::name);
+    let names = FEATURES.map(|(_, name)| name);
     let mut table = format!("| | {} |\n|---|{}\n", names.join(" | "), "---|".repeat(names.len()));
     let mut errors = String::new();
-    for (row, one) in FEATURES.into_iter().enumerate() {
-        let cells =
-            FEATURES.into_iter().enumerate().map(|(column, other)| match cell(one, other) {
-                _ if column > row => String::new(),
-                Cell::Right => "right".to_owned(),
-                Cell::NoMeaning => "–".to_owned(),
-                Cell::Error(error) => {
-                    let (one, other) = (one.name(), other.name());
-                    writeln!(errors, "- {one} with {other}: {error}").unwrap();
-                    "error".to_owned()
-                }
-            });
-        writeln!(table, "| {} | {} |", one.name(), cells.collect::<Vec<_>>().join(" | ")).unwrap();
+    for (row, (one, name)) in FEATURES.into_iter().enumerate() {
+        let others = FEATURES.into_iter().enumerate();
+        let cells = others.map(|(column, (other, other_name))| match cell(one, other) {
+            _ if column > row => String::new(),
+            Cell::Right => "right".to_owned(),
+            Cell::NoMeaning => "–".to_owned(),
+            Cell::Error(error) => {
+                writeln!(errors, "- {name} with {other_name}: {error}").unwrap();
+                "error".to_owned()
+            }
+        });
+        writeln!(table, "| {name} | {} |", cells.collect::<Vec<_>>().join(" | ")).unwrap();
     }
     format!("{table}\n## The errors\n\n{errors}")
 }

@@ -1,5 +1,6 @@
 //! A small model with some features, beside the formula.
 
+use crate::feature::Feature::{self, *};
 use crate::fixture::{self, HIDDEN, VOCAB};
 use crate::reference::{forward, weight, Factors, Layer};
 use candle_core::backprop::GradStore;
@@ -15,76 +16,6 @@ use std::sync::Arc;
 const CPU: Device = Device::Cpu;
 const R: usize = 4;
 const HEAD: &str = "lm_head.weight";
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Feature {
-    Lora,
-    Dora,
-    Pissa,
-    Quantised,
-    Tied,
-    Embedding,
-    Convolution,
-    Dropout,
-    Checkpointing,
-    Adapters,
-    Rows,
-    Sums,
-    Own,
-    Peft,
-    Diffusers,
-    Kohya,
-    Mlx,
-    Gguf,
-}
-
-use Feature::*;
-
-pub const FEATURES: [Feature; 18] = [
-    Lora,
-    Dora,
-    Pissa,
-    Quantised,
-    Tied,
-    Embedding,
-    Convolution,
-    Dropout,
-    Checkpointing,
-    Adapters,
-    Rows,
-    Sums,
-    Own,
-    Peft,
-    Diffusers,
-    Kohya,
-    Mlx,
-    Gguf,
-];
-
-impl Feature {
-    pub fn name(self) -> &'static str {
-        match self {
-            Lora => "LoRA",
-            Dora => "DoRA",
-            Pissa => "PiSSA",
-            Quantised => "quantised base",
-            Tied => "tied head",
-            Embedding => "embedding",
-            Convolution => "convolution",
-            Dropout => "dropout",
-            Checkpointing => "checkpointing",
-            Feature::Adapters => "`Adapters::with`",
-            Rows => "`with_rows`",
-            Sums => "sums",
-            Own => "own file",
-            Peft => "PEFT",
-            Diffusers => "diffusers",
-            Kohya => "kohya",
-            Mlx => "MLX",
-            Gguf => "GGUF adapter",
-        }
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Update {
