@@ -1,7 +1,7 @@
-//! [`candle_nn::attention`] with a backward on the CPU.
+//! [`candle_nn::attention`] with a backward.
 
-use crate::ops::{attention, Mask};
-use candle_core::{bail, Result, Tensor, WithDType};
+use crate::ops::{attention, Scores, Window};
+use candle_core::{bail, DType, Result, Tensor, WithDType};
 
 pub use candle_nn::attention::*;
 
@@ -9,7 +9,7 @@ pub use candle_nn::attention::*;
 /// keys, kv_heads, d) to (batch, heads, queries, d).
 ///
 /// # Errors
-/// If the shapes do not fit, or `max_bias` (ALiBi) is set where a gradient is wanted.
+/// If the shapes do not fit, or `max_bias` (ALiBi) is set without [`AttnMask::Causal`] where a gradient is wanted.
 pub fn flash_attn<T: WithDType + num_traits::Float>(
     q: &Tensor,
     k: &Tensor,
@@ -23,24 +23,41 @@ pub fn flash_attn<T: WithDType + num_traits::Float>(
         let candle = candle_nn::attention::flash_attn::<T>;
         return candle(q, k, v, softmax_scale, attn_mask, max_bias, softcap);
     }
-    if max_bias.is_some_and(|bias| bias != 0.) {
-        bail!("flash_attn: ALiBi (max_bias) has no backward")
+    let (mut window, mut mask) = (Window::default(), None);
+    match attn_mask {
+        AttnMask::None => {}
+        AttnMask::Mask(added) => mask = Some(added),
+        AttnMask::Causal { kv_offset } => {
+            window = Window::causal(i64::try_from(kv_offset).unwrap_or(i64::MAX));
+        }
     }
-    let mask = match &attn_mask {
-        AttnMask::None => Mask::None,
-        AttnMask::Mask(mask) => Mask::Added(mask),
-        AttnMask::Causal { kv_offset } => Mask::Causal { offset: *kv_offset },
+    let slopes = match max_bias.filter(|bias| *bias > 0.) {
+        None => None,
+        Some(_) if window.right.is_none() => {
+            bail!("flash_attn: ALiBi (max_bias) has a backward with AttnMask::Causal alone")
+        }
+        Some(bias) => Some(slopes(bias, q)?),
     };
     let softcap = softcap.filter(|cap| *cap > 0.).map(f64::from);
-    attention(q, k, v, f64::from(softmax_scale), mask, softcap)?.transpose(1, 2)
+    let scores = Scores { scale: f64::from(softmax_scale), softcap, window, slopes, mask };
+    attention(q, k, v, scores)?.transpose(1, 2)
 }
 
-/// Multi-head attention with a fused backward on the CPU: `q` (batch, queries, heads, d), `k` and `v` (batch,
+/// candle's slopes of ALiBi for the heads of `q` (batch, queries, heads, d).
+fn slopes(max_bias: f32, q: &Tensor) -> Result<Tensor> {
+    let heads = q.dim(2)?;
+    let steps = heads.next_power_of_two() as f32;
+    let slopes = (1..=heads).map(|h| 2f32.powf(-max_bias * h as f32 / steps));
+    Tensor::from_vec(slopes.collect(), heads, q.device())?.to_dtype(DType::F32)
+}
+
+/// Multi-head attention with a backward: `q` (batch, queries, heads, d), `k` and `v` (batch,
 /// keys, kv_heads, d) to (batch, queries, heads, d). `mask` is added to the scores, to which (batch, heads,
-/// queries, keys) it broadcasts. Not in candle_nn.
+/// queries, keys) it broadcasts. Not in candle_nn. Memory is linear in the tokens, but for a mask with a gradient;
+/// [`flash_attn`](crate::nn::flash_attn) takes a causal mask without a matrix.
 ///
-/// A query whose mask is -∞ for every key gives zeros where the operation is fused (F32 on an x86-64 CPU with the
-/// feature `faer`), as [`flash_attn`] does, and NaN elsewhere, as [`softmax`](crate::nn::ops::softmax) does.
+/// A query whose mask is -∞ for every key gives zeros where the operation is fused (F32, F16 and BF16 on an x86-64
+/// CPU with the feature `faer`), as [`flash_attn`] does, and NaN elsewhere, as [`softmax`](crate::nn::ops::softmax) does.
 ///
 /// # Errors
 /// If the shapes do not fit.
@@ -51,5 +68,5 @@ pub fn multi_head_attention(
     scale: f64,
     mask: Option<&Tensor>,
 ) -> Result<Tensor> {
-    attention(q, k, v, scale, mask.map_or(Mask::None, Mask::Added), None)
+    attention(q, k, v, Scores { scale, mask: mask.cloned(), ..Scores::default() })
 }

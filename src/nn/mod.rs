@@ -29,6 +29,7 @@ pub mod attention;
 pub mod batch_norm;
 pub mod conv;
 pub mod embedding;
+pub mod flash_attn;
 pub mod kv_cache;
 pub mod layer_norm;
 pub mod linear;

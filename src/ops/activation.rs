@@ -1,8 +1,9 @@
 //! GELU and SiLU as one operation each. candle's backward takes several passes and buffers.
 
 use super::cpu::{exp_nonpositive, map_rows, map_tensor_rows};
-use super::op::{if_tracked, run, Fused, Grads, Operand};
-use candle_core::{CpuStorage, Result, Shape, Tensor};
+use super::op::{compute_dtype, if_tracked, operand, run, Fused, Grads, Operand};
+use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
+use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
 
 /// An activation with its derivative.
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +48,41 @@ impl Fused<1> for Activation {
             Self::Silu => x.silu(),
         }
     }
+
+    fn composed_backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
+        let gx = || {
+            let x = operand(x, compute_dtype(x.dtype()))?;
+            grad.to_dtype(x.dtype())? * self.derivative(&x)?
+        };
+        Ok([if_tracked(x, gx)?])
+    }
+}
+
+impl Activation {
+    fn derivative(self, x: &Tensor) -> Result<Tensor> {
+        /// σ(z) + x·z'·σ(z)·(1 − σ(z))
+        fn of_sigmoid(x: &Tensor, z: &Tensor, slope: Option<Tensor>) -> Result<Tensor> {
+            let s = candle_nn::ops::sigmoid(z)?;
+            let by_x = match slope {
+                Some(slope) => (x * slope)?,
+                None => x.clone(),
+            };
+            &s * ((by_x * s.affine(-1., 1.)?)? + 1.)?
+        }
+        match self {
+            Self::Silu => of_sigmoid(x, x, None),
+            Self::Gelu => {
+                let squares = x.sqr()?;
+                let z = (x * squares.affine(2. * CUBIC, 2. * LINEAR)?)?;
+                of_sigmoid(x, &z, Some(squares.affine(6. * CUBIC, 2. * LINEAR)?))
+            }
+            Self::GeluErf => {
+                let cdf = (x * FRAC_1_SQRT_2)?.erf()?.affine(0.5, 0.5)?;
+                let density = (x.sqr()? * -0.5)?.exp()?;
+                cdf + ((x * density)? * (0.5 * FRAC_2_SQRT_PI * FRAC_1_SQRT_2))?
+            }
+        }
+    }
 }
 
 /// `f` returns the value and the derivative.
@@ -62,7 +98,7 @@ fn map(x: Operand, f: impl Fn(f32) -> (f32, f32) + Sync) -> Result<(CpuStorage, 
 #[inline(always)]
 fn map_grad(x: &Tensor, grad: &Tensor, f: impl Fn(f32) -> (f32, f32) + Sync) -> Result<Tensor> {
     map_tensor_rows(
-        [x, &grad.contiguous()?],
+        [&operand(x, DType::F32)?, grad],
         #[inline(always)]
         |_, [x, g], gx| {
             gx.iter_mut().zip(x).zip(g).for_each(|((gx, x), g)| *gx = g * f(*x).1);
@@ -82,13 +118,15 @@ fn silu(x: f32) -> (f32, f32) {
     (x * s, s + x * s * (1. - s))
 }
 
+/// √(2/π)
+const LINEAR: f64 = 0.797_884_560_802_865_4;
+const CUBIC: f64 = 0.044_715 * LINEAR;
+
 #[inline(always)]
 fn gelu(x: f32) -> (f32, f32) {
-    // √(2/π)
-    const LINEAR: f32 = 0.797_884_6;
-    const CUBIC: f32 = 0.044_715 * LINEAR;
-    let s = sigmoid(2. * x * (LINEAR + CUBIC * x * x));
-    (x * s, s + x * s * (1. - s) * 2. * (LINEAR + 3. * CUBIC * x * x))
+    let (linear, cubic) = (LINEAR as f32, CUBIC as f32);
+    let s = sigmoid(2. * x * (linear + cubic * x * x));
+    (x * s, s + x * s * (1. - s) * 2. * (linear + 3. * cubic * x * x))
 }
 
 /// Φ by Abramowitz and Stegun 7.1.26, to 1e-7.

@@ -4,6 +4,7 @@
 
 use super::cpu::{AdamWMoment, AdamWUpdate};
 use super::op::compute_dtype;
+use super::place::is_fused;
 use candle_core::{Result, Tensor, Var};
 
 /// The numbers of one step.
@@ -36,7 +37,7 @@ pub(crate) fn new_moments(var: &Var) -> Result<(Var, Var)> {
 
 pub(crate) fn adamw(var: &Var, (m, v): (&Var, &Var), g: &Tensor, step: AdamWStep) -> Result<()> {
     let g = g.to_dtype(m.dtype())?.contiguous()?;
-    if var.device().is_cpu() && var.is_contiguous() {
+    if is_fused(var.device()) && var.is_contiguous() {
         m.inplace_op2(&g, &AdamWMoment { beta: step.beta1, squared: false })?;
         v.inplace_op2(&g, &AdamWMoment { beta: step.beta2, squared: true })?;
         let (by_m, by_v) = step.corrections();

@@ -1,69 +1,88 @@
-//! Scaled dot-product attention with grouped heads as one operation: `y = softmax(scale·q·kᵀ + mask)·v`.
+//! Scaled dot-product attention with grouped heads as one operation: `y = softmax(cap(scale·q·kᵀ) + bias)·v`, with
+//! `cap(s) = c·tanh(s/c)`.
 //!
-//! With the probabilities p, which the backward computes again, `gv = pᵀ·g`, `gp = g·vᵀ`,
-//! `gs = scale·p ∘ (gp - Σ p∘gp)`, `gq = gs·k` and `gk = gsᵀ·q`.
+//! Queries are computed in blocks, whose scores alone are in memory; the graph keeps q, k, v and y. With the probabilities
+//! p, which the backward computes again, `gv = pᵀ·g`, `gp = g·vᵀ`, `gs = cap'·p ∘ (gp - Σ p∘gp)`, `gq = scale·gs·k` and
+//! `gk = scale·gsᵀ·q`.
+
+mod blocks;
+mod varlen;
 
 use super::backend::Backend;
-use super::cpu::attention::{backward, forward, Heads, MaskRows};
+use super::cpu::attention::{backward, forward, Bias, Heads, MaskRows};
 use super::cpu::{f32_slices, FUSED_ATTENTION};
-use super::op::{run, Fused, Grads, Operand};
+use super::op::{operand, run, Fused, Grads, Operand};
+use super::place::is_fused;
 use super::softmax::softmax_last_dim;
-use candle_core::{bail, CpuStorage, DType, Device, Result, Shape, Tensor};
+use super::window::Window;
+use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor};
 
-/// What is added to the scores (batch, heads, queries, keys).
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Mask<'a> {
-    None,
-    /// Broadcasts to the scores.
-    Added(&'a Tensor),
-    /// Query i sees the keys up to i + offset.
-    Causal {
-        offset: usize,
-    },
+pub(crate) use varlen::attention_varlen;
+
+/// What the scores (batch, heads, queries, keys) of attention are, beside q·kᵀ.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Scores {
+    pub scale: f64,
+    pub softcap: Option<f64>,
+    /// Which keys a query sees.
+    pub window: Window,
+    /// ALiBi: minus a head's slope (heads) times the distance of key and query.
+    pub slopes: Option<Tensor>,
+    /// Is added, and broadcasts to the scores.
+    pub mask: Option<Tensor>,
 }
 
 /// `q` (batch, queries, heads, d), `k` and `v` (batch, keys, kv_heads, d) to (batch, queries, heads, d).
-/// kv_heads divides heads.
-pub(crate) fn attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    scale: f64,
-    mask: Mask,
-    softcap: Option<f64>,
-) -> Result<Tensor> {
-    let ((batch, queries, count, d), (kb, keys, kv_count, kd)) = (q.dims4()?, k.dims4()?);
-    if kb != batch || kd != d || v.dims() != k.dims() || kv_count == 0 || count % kv_count != 0 {
-        bail!("attention: q is {:?}, k {:?} and v {:?}", q.dims(), k.dims(), v.dims())
+/// kv_heads divides heads. A query that the window leaves no key gives zeros.
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> Result<Tensor> {
+    let op = AttentionOp::new([q, k, v], scores)?;
+    match op.scores.mask.as_ref().is_some_and(Tensor::track_op) {
+        // candle's operations have three operands at most.
+        true => op.whole([q, k, v]),
+        false => run(op, [q, k, v]),
     }
-    let heads = Heads { batch, queries, keys, count, kv_count, d, scale: scale as f32 };
-    let mask = match mask {
-        Mask::None => None,
-        Mask::Added(mask) => Some(mask.clone()),
-        Mask::Causal { offset } => Some(causal(queries, keys, offset, q.device())?),
-    };
-    run(AttentionOp { heads, scale, mask, softcap }, [q, k, v])
-}
-
-/// 0 where query i sees key j, j ≤ i + offset, else -∞.
-fn causal(queries: usize, keys: usize, offset: usize, device: &Device) -> Result<Tensor> {
-    let value = |i, j| if j <= i + offset { 0f32 } else { f32::NEG_INFINITY };
-    let mask = (0..queries).flat_map(|i| (0..keys).map(move |j| value(i, j)));
-    Tensor::from_vec(mask.collect(), (queries, keys), device)
 }
 
 struct AttentionOp {
     heads: Heads,
-    scale: f64,
-    /// Broadcasts to the scores.
-    mask: Option<Tensor>,
-    softcap: Option<f64>,
+    scores: Scores,
 }
 
 impl AttentionOp {
-    fn with_mask<R>(&self, f: impl FnOnce(Option<MaskRows>) -> Result<R>) -> Result<R> {
-        let Some(mask) = &self.mask else { return f(None) };
+    fn new([q, k, v]: [&Tensor; 3], scores: Scores) -> Result<Self> {
+        let ((batch, queries, count, d), (kb, keys, kv_count, kd)) = (q.dims4()?, k.dims4()?);
+        let fits = kb == batch && kd == d && v.dims() == k.dims();
+        if !fits || kv_count == 0 || count % kv_count != 0 {
+            let (q, k, v) = (q.dims(), k.dims(), v.dims());
+            bail!("attention: q is {q:?}, k {k:?} and v {v:?}")
+        }
+        if let Some(slopes) = scores.slopes.as_ref().filter(|slopes| slopes.dims() != [count]) {
+            bail!("attention: the ALiBi slopes are {:?}, expected [{count}]", slopes.dims())
+        }
+        Ok(Self { heads: Heads { batch, queries, keys, count, kv_count, d }, scores })
+    }
+
+    /// The gradients of detached arguments.
+    fn grads(&self, qkv: [&Tensor; 3], g: &Tensor) -> Result<[Tensor; 3]> {
+        match self.fused_dtype(qkv).filter(|_| is_fused(g.device())) {
+            None => blocks::backward(self, qkv, g),
+            Some(dtype) => {
+                let [q, k, v] = qkv.map(|x| operand(x, dtype));
+                let qkvg = [&q?, &k?, &v?, &operand(g, dtype)?];
+                self.with_bias(|bias| backward(&self.heads, qkvg, bias))
+            }
+        }
+    }
+
+    fn with_bias<R>(&self, f: impl FnOnce(&Bias) -> Result<R>) -> Result<R> {
+        let Scores { scale, softcap, window, slopes, mask } = &self.scores;
         let Heads { batch, count, queries, keys, .. } = self.heads;
+        let (scale, softcap) = (*scale as f32, softcap.map(|cap| cap as f32));
+        let slopes = slopes.as_ref().map(|slopes| slopes.to_dtype(DType::F32)?.to_vec1());
+        let slopes = slopes.transpose()?;
+        let slopes = slopes.as_deref();
+        let bias = Bias { scale, softcap, window: *window, slopes, mask: None };
+        let Some(mask) = mask else { return f(&bias) };
         let mask =
             mask.detach().to_dtype(DType::F32)?.broadcast_as((batch, count, queries, keys))?;
         // Rows of keys are contiguous; a mask with one value for a whole row is expanded.
@@ -71,7 +90,31 @@ impl AttentionOp {
         let (storage, layout) = mask.storage_and_layout();
         let values = &CpuStorage::of(&storage)?.as_slice::<f32>()?[layout.start_offset()..];
         let stride = layout.stride();
-        f(Some(MaskRows { values, strides: [stride[0], stride[1], stride[2]] }))
+        let mask = Some(MaskRows { values, strides: [stride[0], stride[1], stride[2]] });
+        f(&Bias { mask, ..bias })
+    }
+
+    /// All scores at once, with a graph.
+    fn whole(&self, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+        let Heads { batch, queries, keys, count, kv_count, d } = self.heads;
+        let by_head = |x: &Tensor| {
+            let x = x.transpose(1, 2)?.contiguous()?;
+            let tokens = x.dim(2)?;
+            let x = x.unsqueeze(2)?.expand((batch, kv_count, count / kv_count, tokens, d))?;
+            x.reshape((batch, count, tokens, d))
+        };
+        let q = (q.transpose(1, 2)?.contiguous()? * self.scores.scale)?;
+        let mut s = q.matmul(&by_head(k)?.t()?)?;
+        if let Some(cap) = self.scores.softcap {
+            s = ((s / cap)?.tanh()? * cap)?;
+        }
+        if let Some(mask) = &self.scores.mask {
+            s = s.broadcast_add(&mask.to_dtype(s.dtype())?)?;
+        }
+        if let Some(bias) = blocks::bias(&self.scores, 0..queries, 0..keys, keys, &q)? {
+            s = s.broadcast_add(&bias.to_dtype(s.dtype())?)?;
+        }
+        softmax_last_dim(&s)?.matmul(&by_head(v)?)?.transpose(1, 2)?.contiguous()
     }
 }
 
@@ -79,45 +122,30 @@ impl Fused<3> for AttentionOp {
     const NAME: &'static str = "attention";
 
     fn fused_dtype(&self, qkv: [&Tensor; 3]) -> Option<DType> {
-        let fused = FUSED_ATTENTION
-            && self.softcap.is_none()
-            && !self.mask.as_ref().is_some_and(Tensor::track_op)
-            && self.heads.keys > 0
-            && qkv.iter().all(|x| x.dtype() == DType::F32);
+        let half_or_f32 = |x: &&Tensor| matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
+        let fused = FUSED_ATTENTION && self.heads.keys > 0 && qkv.iter().all(half_or_f32);
         fused.then_some(DType::F32)
     }
 
     fn forward(&self, qkv: [Operand; 3]) -> Result<(CpuStorage, Shape)> {
         let shape = qkv[0].1.shape().clone();
         let qkv = f32_slices(qkv)?;
-        self.with_mask(|mask| Ok((CpuStorage::F32(forward(&self.heads, qkv, mask)), shape)))
+        self.with_bias(|bias| Ok((CpuStorage::F32(forward(&self.heads, qkv, bias)), shape)))
     }
 
-    fn backward(&self, qkv: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<Grads<3>> {
-        let ([q, k, v], grad) = (qkv, grad.contiguous()?);
-        let grads = self.with_mask(|mask| backward(&self.heads, [q, k, v, &grad], mask))?;
+    fn backward(&self, qkv: [&Tensor; 3], _: &Tensor, g: &Tensor) -> Result<Grads<3>> {
+        self.composed_backward(qkv, g, g)
+    }
+
+    fn composed(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        blocks::forward(self, qkv)
+    }
+
+    fn composed_backward(&self, qkv: [&Tensor; 3], _: &Tensor, g: &Tensor) -> Result<Grads<3>> {
+        let grads = self.grads(qkv.map(Tensor::detach).each_ref(), g)?;
         Ok(std::array::from_fn(|i| qkv[i].track_op().then(|| grads[i].clone())))
     }
-
-    fn composed(&self, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
-        let count = self.heads.count;
-        let by_head = |x: &Tensor| {
-            let x = x.transpose(1, 2)?.contiguous()?;
-            let (batch, heads, tokens, d) = x.dims4()?;
-            let repeat = count / heads;
-            if repeat == 1 {
-                return Ok(x);
-            }
-            let x = x.unsqueeze(2)?.expand((batch, heads, repeat, tokens, d))?;
-            x.reshape((batch, count, tokens, d))
-        };
-        let mut scores = (by_head(q)? * self.scale)?.matmul(&by_head(k)?.t()?)?;
-        if let Some(cap) = self.softcap {
-            scores = ((scores / cap)?.tanh()? * cap)?;
-        }
-        if let Some(mask) = &self.mask {
-            scores = scores.broadcast_add(&mask.to_dtype(scores.dtype())?)?;
-        }
-        softmax_last_dim(&scores)?.matmul(&by_head(v)?)?.transpose(1, 2)?.contiguous()
-    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use super::backend::Backend;
 use super::op::{compute_dtype, if_tracked, Custom, Grads, Op};
-use candle_core::{Layout, Result, Shape, Tensor};
+use candle_core::{Layout, Result, Shape, Tensor, Var};
 
 /// The scalar `value`, with the gradient that is given for each input.
 pub(crate) fn with_grads(value: Tensor, grads: Vec<(Tensor, Tensor)>) -> Result<Tensor> {
@@ -15,6 +15,15 @@ pub(crate) fn with_grads(value: Tensor, grads: Vec<(Tensor, Tensor)>) -> Result<
 pub(crate) fn upstream(y: &Tensor, grad: Tensor) -> Result<Tensor> {
     let zero = Tensor::zeros((), grad.dtype(), grad.device())?;
     zero.apply_op2(y, Custom(CustomGradient::Whole(grad.to_dtype(y.dtype())?)))
+}
+
+/// `x` without its graph, as a variable if it is tracked: for operands that are not tracked, some operations have other
+/// kernels, which round differently.
+pub(super) fn leaf(x: &Tensor) -> Result<Tensor> {
+    match x.track_op() {
+        true => Ok(Var::from_tensor(&x.detach())?.into_inner()),
+        false => Ok(x.detach()),
+    }
 }
 
 /// `y`, whose backward gives zeros to each operand that leads to a variable, as torch does where there are no rows:

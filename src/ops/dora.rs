@@ -8,7 +8,9 @@ use super::linear::matmul::matmul;
 use super::linear::op::linear_no_grad;
 use super::lora::{LowRank, Magnitude};
 use super::matrix::Matrix;
-use super::op::{compute_dtype, if_tracked, is_f32_on_cpu, run, Fused, Grads, Operand};
+use super::norm::sum_rows;
+use super::op::{compute_dtype, if_tracked, is_f32_on_cpu, operand, run, Fused, Grads, Operand};
+use super::place::is_fused;
 use candle_core::backend::BackendStorage;
 use candle_core::op::Div;
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Tensor};
@@ -82,7 +84,7 @@ fn computed_norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result
     let added = (&b * ((w_a.to_dtype(b.dtype())? * 2.)? + matmul(&b, &a_a)?)?)?;
     let squares = (&base_squares + added.sum(1)?)?;
     // On a device this would wait for it.
-    if w.device().is_cpu() && cancels(&squares, &base_squares)? {
+    if is_fused(&w.device()) && cancels(&squares, &base_squares)? {
         return dense_squares(w, &factor.a, &b)?.sqrt();
     }
     squares.sqrt()
@@ -148,24 +150,39 @@ impl Fused<2> for ScaleOp {
     }
 
     fn backward(&self, [x, m]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
-        let grad = grad.contiguous()?;
         let gx = if_tracked(x, || {
             map_tensor_rows(
-                [&grad, &(m.detach() / &self.norms)?],
+                [grad, &(m.detach() / &self.norms)?],
                 #[inline(always)]
                 |_, [g, scale], gx| {
                     gx.iter_mut().zip(g).zip(scale).for_each(|((gx, g), scale)| *gx = g * scale);
                 },
             )
         })?;
-        let gm = if_tracked(m, || sum_of_products([&grad, x])? / &self.norms)?;
+        let gm =
+            if_tracked(m, || sum_of_products([grad, &operand(x, DType::F32)?])? / &self.norms)?;
         Ok([gx, gm])
     }
 
     fn composed(&self, [x, m]: [&Tensor; 2]) -> Result<Tensor> {
-        let scale = div_frozen(m, &self.norms)?;
+        let scale = (m / &self.norms)?;
         let y = x.to_dtype(scale.dtype())?.broadcast_mul(&scale)?.to_dtype(x.dtype())?;
         plus_bias(y, self.bias.as_ref())
+    }
+
+    fn composed_backward(
+        &self,
+        [x, m]: [&Tensor; 2],
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<Grads<2>> {
+        let g = grad.to_dtype(self.norms.dtype())?;
+        let gx = if_tracked(x, || g.broadcast_mul(&(m.detach() / &self.norms)?))?;
+        let gm = if_tracked(m, || {
+            let product = (&g * operand(x, g.dtype())?)?;
+            sum_rows(&product)? / &self.norms
+        })?;
+        Ok([gx, gm])
     }
 }
 

@@ -1,5 +1,6 @@
 //! The weight of a product: a dense matrix, or blocks of quantised values.
 
+use super::place::is_fused;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor};
 use std::sync::Arc;
@@ -85,7 +86,7 @@ impl Matrix {
 /// `x` if the backend's GEMM accepts its layout (CPU: any strides; devices, MKL and Accelerate:
 /// contiguous or transposed contiguous), else a contiguous copy.
 pub(super) fn gemm_layout(x: Tensor) -> Result<Tensor> {
-    let any = x.device().is_cpu() && !cfg!(any(feature = "mkl", feature = "accelerate"));
+    let any = is_fused(x.device()) && !cfg!(any(feature = "mkl", feature = "accelerate"));
     if any || x.is_contiguous() || x.t()?.is_contiguous() {
         Ok(x)
     } else {

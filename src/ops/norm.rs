@@ -5,9 +5,8 @@
 //! over the rows. A frozen gain or bias costs no gradient.
 
 use super::cpu::{map_rows, map_tensor_rows, sum};
-use super::elementwise::{mul_frozen, plus_bias};
 use super::linear::matmul::matmul;
-use super::op::{compute_dtype, if_tracked, run, Fused, Grads, Operand};
+use super::op::{compute_dtype, if_tracked, operand, run, Fused, Grads, Operand};
 use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor, D};
 use std::array;
 
@@ -92,7 +91,7 @@ impl NormOp {
 }
 
 /// The sum of all rows, as a product with ones.
-fn sum_rows(x: &Tensor) -> Result<Tensor> {
+pub(super) fn sum_rows(x: &Tensor) -> Result<Tensor> {
     let n = x.dim(D::Minus1)?;
     let x = x.reshape(((), n))?;
     matmul(&Tensor::ones((1, x.dim(0)?), x.dtype(), x.device())?, &x)?.reshape(n)
@@ -127,29 +126,71 @@ impl<const N: usize> Fused<N> for NormOp {
     }
 
     fn backward(&self, args: [&Tensor; N], _: &Tensor, grad: &Tensor) -> Result<Grads<N>> {
-        let (x, w, grad) = (args[0], args[1], grad.contiguous()?);
-        let gx = if_tracked(x, || self.grad_x(x, w, &grad))?;
-        let gw = if_tracked(w, || self.grad_w(x, &grad))?;
-        let gb = args.get(2).map(|b| if_tracked(b, || sum_rows(&grad))).transpose()?.flatten();
-        let mut grads = [gx, gw, gb];
-        Ok(array::from_fn(|i| grads[i].take()))
+        let (x, w) = (operand(args[0], DType::F32)?, operand(args[1], DType::F32)?);
+        let grad_x = || self.grad_x(&x, &w, grad);
+        grads_of(args, grad, grad_x, || self.grad_w(&x, grad))
     }
 
-    /// In the compute dtype.
     fn composed(&self, args: [&Tensor; N]) -> Result<Tensor> {
-        let (x, w) = (args[0], args[1]);
+        let (x, others) = (args[0], &args[1..]);
         if x.elem_count() == 0 {
             return Ok(x.clone());
         }
-        let dtype = x.dtype();
-        let mut x = x.to_dtype(compute_dtype(dtype))?;
+        let others = others.iter().map(|t| operand(t, x.dtype())).collect::<Result<Vec<_>>>()?;
+        match &others[..] {
+            [w] if x.dtype() != DType::F64 && !self.remove_mean => {
+                candle_nn::ops::rms_norm(&x.contiguous()?, w, self.eps)
+            }
+            [w, b] if x.dtype() != DType::F64 => {
+                candle_nn::ops::layer_norm(&x.contiguous()?, w, b, self.eps)
+            }
+            [w, b @ ..] => {
+                let y = self.normalized(x)?.0.to_dtype(x.dtype())?.broadcast_mul(w)?;
+                b.iter().try_fold(y, |y, b| y.broadcast_add(b))
+            }
+            [] => bail!("norm: {N} arguments"),
+        }
+    }
+
+    fn composed_backward(&self, args: [&Tensor; N], _: &Tensor, g: &Tensor) -> Result<Grads<N>> {
+        let (y, s) = self.normalized(&args[0].detach())?;
+        let g = g.to_dtype(y.dtype())?;
+        let grad_x = || {
+            let h = g.broadcast_mul(&operand(args[1], y.dtype())?)?;
+            let along = (&h * &y)?.mean_keepdim(D::Minus1)?;
+            let across = (&h - y.broadcast_mul(&along)?)?;
+            let across = match self.remove_mean {
+                true => across.broadcast_sub(&h.mean_keepdim(D::Minus1)?)?,
+                false => across,
+            };
+            across.broadcast_mul(&s)
+        };
+        grads_of(args, &g, grad_x, || sum_rows(&(&g * &y)?))
+    }
+}
+
+impl NormOp {
+    /// x̂ and s, in the compute dtype.
+    fn normalized(self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let mut x = x.to_dtype(compute_dtype(x.dtype()))?;
         if self.remove_mean {
             x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
         }
         let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let x = x.broadcast_div(&(variance + f64::from(self.eps))?.sqrt()?)?.to_dtype(dtype)?;
-        let w = w.to_dtype(dtype)?;
-        let y = if w.track_op() { x.broadcast_mul(&w)? } else { mul_frozen(&x, &w)? };
-        plus_bias(y, args.get(2).map(|b| b.to_dtype(dtype)).transpose()?.as_ref())
+        let s = (variance + f64::from(self.eps))?.sqrt()?.recip()?;
+        Ok((x.broadcast_mul(&s)?, s))
     }
+}
+
+/// The gradients of x, w and, if there is one, b.
+fn grads_of<const N: usize>(
+    args: [&Tensor; N],
+    grad: &Tensor,
+    grad_x: impl FnOnce() -> Result<Tensor>,
+    grad_w: impl FnOnce() -> Result<Tensor>,
+) -> Result<Grads<N>> {
+    let (gx, gw) = (if_tracked(args[0], grad_x)?, if_tracked(args[1], grad_w)?);
+    let gb = args.get(2).map(|b| if_tracked(b, || sum_rows(grad))).transpose()?.flatten();
+    let mut grads = [gx, gw, gb];
+    Ok(array::from_fn(|i| grads[i].take()))
 }

@@ -1,7 +1,7 @@
 //! Activation checkpointing: a segment of a model keeps none of its activations, and runs again in the backward.
 
 use super::backend::Backend;
-use super::custom_gradient::upstream;
+use super::custom_gradient::{leaf, upstream};
 use super::op::{if_tracked, Custom, Grads, Op};
 use candle_core::{bail, DType, Layout, Result, Shape, Tensor, Var};
 use std::sync::{Mutex, PoisonError};
@@ -96,15 +96,6 @@ impl RecomputeOp {
         }
         };
         Ok((gx, self.vars.inside.iter().map(of).collect::<Result<_>>()?))
-    }
-}
-
-/// `x` without its graph, as a variable if it is tracked: for operands that are not tracked, some operations have other
-/// kernels, which round differently.
-fn leaf(x: &Tensor) -> Result<Tensor> {
-    match x.track_op() {
-        true => Ok(Var::from_tensor(&x.detach())?.into_inner()),
-        false => Ok(x.detach()),
     }
 }
 

@@ -2,9 +2,9 @@
 
 use super::backend::Backend;
 use super::cpu::{f32_slices, map_rows, on_cpu};
-use super::elementwise::mul_frozen;
 use super::op::{if_tracked, run, Fused, Grads, Operand};
 use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor, D};
+use candle_nn::rotary_emb;
 
 /// Which values form a pair, and where the positions are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,31 +93,32 @@ impl Fused<1> for RopeOp {
     }
 
     fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
-        let gx = || on_cpu([&grad.contiguous()?], |[g]| self.rotate::<true>(g));
+        let gx = || on_cpu([grad], |[g]| self.rotate::<true>(g));
         Ok([if_tracked(x, gx)?])
     }
 
     fn composed(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
-        let tokens = if self.rope == Rope::HalvesThd { self.dims.0 } else { self.dims.1 };
-        // (1 or batch, 1, tokens, d/2), or (1 or batch, tokens, 1, d/2).
-        let angles = |t: &Tensor| {
-            let t = t.narrow(D::Minus2, 0, tokens)?.to_dtype(x.dtype())?;
-            let t = if t.rank() == 2 { t.unsqueeze(0)? } else { t };
-            t.unsqueeze(if self.rope == Rope::HalvesThd { 2 } else { 1 })
-        };
-        let (cos, sin, half) = (angles(&self.cos)?, angles(&self.sin)?, x.dim(D::Minus1)? / 2);
-        let (x0, x1) = if self.rope == Rope::Interleaved {
-            let pairs = x.reshape([&x.dims()[..3], &[half, 2]].concat())?;
-            (pairs.narrow(4, 0, 1)?.squeeze(4)?, pairs.narrow(4, 1, 1)?.squeeze(4)?)
-        } else {
-            (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?)
-        };
-        let y0 = (mul_frozen(&x0, &cos)? - mul_frozen(&x1, &sin)?)?;
-        let y1 = (mul_frozen(&x0, &sin)? + mul_frozen(&x1, &cos)?)?;
-        if self.rope == Rope::Interleaved {
-            Tensor::stack(&[y0, y1], 4)?.reshape(x.shape())
-        } else {
-            Tensor::cat(&[y0, y1], D::Minus1)
+        self.by_candle(x, &self.sin)
+    }
+
+    fn composed_backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
+        Ok([if_tracked(x, || self.by_candle(grad, &self.sin.neg()?))?])
+    }
+}
+
+impl RopeOp {
+    fn by_candle(&self, x: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        if x.elem_count() == 0 {
+            return Ok(x.clone());
         }
+        let tokens = if self.rope == Rope::HalvesThd { self.dims.0 } else { self.dims.1 };
+        // candle takes the rows of the next item for those that are too many.
+        let angles = |t: &Tensor| t.narrow(D::Minus2, 0, tokens)?.to_dtype(x.dtype())?.contiguous();
+        let rotate = match self.rope {
+            Rope::Halves => rotary_emb::rope,
+            Rope::Interleaved => rotary_emb::rope_i,
+            Rope::HalvesThd => rotary_emb::rope_thd,
+        };
+        rotate(&x.contiguous()?, &angles(&self.cos)?, &angles(sin)?)
     }
 }

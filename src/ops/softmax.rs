@@ -1,21 +1,23 @@
 //! Softmax over the last dimension, with a backward: `gx = y ∘ (g - Σ y∘g)`.
 
 use super::cpu::{exp_nonpositive, map_rows, map_tensor_rows, max, sum};
-use super::op::{if_tracked, run, Fused, Grads, Operand};
-use candle_core::{bail, CpuStorage, Result, Shape, Tensor, D};
+use super::op::{compute_dtype, if_tracked, operand, run, Fused, Grads, Operand};
+use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor, D};
 
 /// (.., n) to (.., n), each row summing to 1.
 pub(crate) fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
     if x.rank() == 0 {
         bail!("softmax_last_dim: the input is a scalar, expected (.., n)")
     }
-    if x.elem_count() == 0 {
-        return Ok(x.clone());
-    }
-    if !x.track_op() {
+    if !x.track_op() && x.elem_count() > 0 {
         return candle_nn::ops::softmax_last_dim(x);
     }
     run(SoftmaxOp, [x])
+}
+
+/// The gradient of the scores from that of the probabilities `y`.
+pub(super) fn softmax_grad(y: &Tensor, g: &Tensor) -> Result<Tensor> {
+    y * g.broadcast_sub(&(y * g)?.sum_keepdim(D::Minus1)?)?
 }
 
 struct SoftmaxOp;
@@ -39,7 +41,7 @@ impl Fused<1> for SoftmaxOp {
     fn backward(&self, [x]: [&Tensor; 1], y: &Tensor, g: &Tensor) -> Result<Grads<1>> {
         let gx = || {
             map_tensor_rows(
-                [y, &g.contiguous()?],
+                [&operand(y, DType::F32)?, g],
                 #[inline(always)]
                 |_, [y, g], gx| {
                     let dot = sum(y, g, |y, g| y * g);
@@ -51,6 +53,14 @@ impl Fused<1> for SoftmaxOp {
     }
 
     fn composed(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
-        candle_nn::ops::softmax(x, D::Minus1)
+        if x.elem_count() == 0 {
+            return Ok(x.clone());
+        }
+        candle_nn::ops::softmax_last_dim(&x.contiguous()?)
+    }
+
+    fn composed_backward(&self, [x]: [&Tensor; 1], y: &Tensor, g: &Tensor) -> Result<Grads<1>> {
+        let dtype = compute_dtype(y.dtype());
+        Ok([if_tracked(x, || softmax_grad(&y.to_dtype(dtype)?, &g.to_dtype(dtype)?))?])
     }
 }

@@ -28,6 +28,21 @@ pub fn device() -> Device {
         .clone()
 }
 
+/// Whether the crate's own kernels compute, and not candle's as on a device.
+pub fn fused() -> bool {
+    device().is_cpu() && std::env::var_os("LORALIB_COMPOSED").is_none()
+}
+
+/// Whether matrix products are the crate's own too.
+pub fn faer() -> bool {
+    let built = cfg!(all(
+        feature = "faer",
+        target_arch = "x86_64",
+        not(any(feature = "mkl", feature = "accelerate"))
+    ));
+    built && fused()
+}
+
 /// Pseudo-random values in [-1, 1).
 pub fn rnd(seed: u64, shape: &[usize], dtype: DType) -> Result<Tensor> {
     random::uniform(seed, &shape.into())?.to_dtype(dtype)?.to_device(&device())

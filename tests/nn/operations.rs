@@ -1,6 +1,6 @@
 //! Each replaced operation has the values of candle's fused one and the gradients of candle's composed one.
 
-use crate::common::{device, difference, randn};
+use crate::common::{device, difference, faer, fused, randn};
 use candle_core::{DType, Result, Tensor, Var, D};
 use loralib::nn;
 use nn::attention::{flash_attn, AttnMask};
@@ -13,7 +13,9 @@ fn compare(
     ours: impl Fn(&[Tensor]) -> Result<Tensor>,
     theirs: impl Fn(&[Tensor]) -> Result<Tensor>,
 ) -> Result<()> {
-    for (dtype, tolerance) in [(DType::F32, 5e-6), (DType::F64, 1e-12), (DType::BF16, 4e-2)] {
+    // candle's own kernels on the CPU sum in half precision.
+    let half = if device().is_cpu() && !fused() { 0.1 } else { 4e-2 };
+    for (dtype, tolerance) in [(DType::F32, 5e-6), (DType::F64, 1e-12), (DType::BF16, half)] {
         for trained in 1..1u32 << shapes.len() {
             let inputs = shapes.iter().map(|dims| {
                 Var::from_tensor(&randn(*dims, DType::F64, &device())?.to_dtype(dtype)?)
@@ -112,8 +114,14 @@ fn norms_have_a_backward_for_input_gain_and_bias() -> Result<()> {
 fn activations_equal_candles() -> Result<()> {
     type Op = fn(&Tensor) -> Result<Tensor>;
     let all: [(&str, Op, Op); 4] = [
-        ("gelu", nn::ops::gelu, |x| x.gelu()),
-        ("gelu_erf", nn::ops::gelu_erf, |x| x.gelu_erf()),
+        // candle's own backward rounds its constants.
+        ("gelu", nn::ops::gelu, |x| {
+            let z = ((x * 0.044_715)? * x.sqr()?)? + x;
+            x * ((z? * (2. / std::f64::consts::PI).sqrt())?.tanh()? + 1.)?.affine(0.5, 0.)?
+        }),
+        ("gelu_erf", nn::ops::gelu_erf, |x| {
+            x * ((x / std::f64::consts::SQRT_2)?.erf()? + 1.)?.affine(0.5, 0.)?
+        }),
         ("silu", nn::ops::silu, |x| x.silu()),
         ("swiglu", nn::ops::swiglu, candle_nn::ops::swiglu),
     ];
@@ -210,13 +218,7 @@ fn attention_keeps_nan_and_refuses_other_shapes() -> Result<()> {
     assert!(values(&nan, None)?.iter().all(|y| y.is_nan()));
     // A query without a key gives zeros where attention is fused, and NaN where it is composed.
     let mask = Tensor::full(f32::NEG_INFINITY, (3, 3), &device())?;
-    let faer = cfg!(all(
-        feature = "faer",
-        target_arch = "x86_64",
-        not(any(feature = "mkl", feature = "accelerate"))
-    ));
-    let fused = faer && device().is_cpu();
-    assert!(values(&q, Some(&mask))?.iter().all(|y| if fused { *y == 0. } else { y.is_nan() }));
+    assert!(values(&q, Some(&mask))?.iter().all(|y| if faer() { *y == 0. } else { y.is_nan() }));
     for dims in [[1, 3, 0, 4], [1, 3, 3, 4], [2, 3, 2, 4], [1, 3, 2, 5]] {
         let error = attention(&q, &x(&dims)?, &x(&dims)?, 0.5, None).unwrap_err();
         assert!(error.to_string().contains("attention: "), "{error}");

@@ -11,10 +11,11 @@ mod geometry;
 mod unfold;
 
 use crate::ops::cpu::on_cpu;
+use crate::ops::custom_gradient::{leaf, upstream};
 use crate::ops::dora::scaled_weight;
 use crate::ops::elementwise::{add, mul_frozen, split};
 use crate::ops::lora::LowRank;
-use crate::ops::op::{compute_dtype, if_tracked, run, Fused, Grads, Operand};
+use crate::ops::op::{compute_dtype, if_tracked, operand, run, Fused, Grads, Operand};
 use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
 use cpu::Compute;
 use geometry::Sizes;
@@ -80,9 +81,9 @@ impl Fused<2> for ConvOp {
     }
 
     fn backward(&self, [x, w]: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
-        let grad = grad.contiguous()?;
         let to = |x: &Tensor, from: &Tensor, compute: Compute| {
-            let gx = || on_cpu([&grad, from], |operands| compute.run(&self.0, operands));
+            let from = || operand(from, grad.dtype());
+            let gx = || on_cpu([grad, &from()?], |operands| compute.run(&self.0, operands));
             if_tracked(x, || gx()?.reshape(x.shape()))
         };
         Ok([to(x, w, Compute::Input)?, to(w, x, Compute::Kernel)?])
@@ -90,6 +91,15 @@ impl Fused<2> for ConvOp {
 
     fn composed(&self, [x, w]: [&Tensor; 2]) -> Result<Tensor> {
         device::conv(x, w, &self.0)
+    }
+
+    /// The columns are gathered again: they are kⁿ times the input.
+    fn composed_backward(&self, xw: [&Tensor; 2], _: &Tensor, grad: &Tensor) -> Result<Grads<2>> {
+        let [x, w] = xw.map(leaf);
+        let (x, w) = (x?, w?);
+        let y = device::conv(&x, &w, &self.0)?;
+        let mut grads = upstream(&y, grad.clone())?.backward()?;
+        Ok([grads.remove(&x), grads.remove(&w)])
     }
 }
 

@@ -25,6 +25,7 @@ use crate::ops::backend::{
     add_low_rank_by_passes, candle_gemm, candle_round_to, dequantized_gemm, Backend, LowRankTerm,
 };
 use crate::ops::matrix::Quantized;
+use crate::ops::place::is_composed;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor};
 
 pub(super) use adamw::{AdamWMoment, AdamWUpdate};
@@ -45,13 +46,16 @@ impl Backend for CpuStorage {
     }
 
     fn gemm(&self, l: &Layout, rhs: &Self, rl: &Layout) -> Result<Self> {
-        match gemm::gemm((self, l), (rhs, rl)) {
+        match (!is_composed()).then(|| gemm::gemm((self, l), (rhs, rl))).flatten() {
             Some(y) => Ok(y),
             None => candle_gemm(self, l, rhs, rl),
         }
     }
 
     fn gemm_quantized(&self, l: &Layout, rhs: &Quantized) -> Result<Self> {
+        if is_composed() {
+            return dequantized_gemm(self, l, rhs);
+        }
         if let Some(y) = gemv::gemm_quantized(self, l, rhs)? {
             return Ok(y);
         }
@@ -63,6 +67,7 @@ impl Backend for CpuStorage {
 
     fn round_to(self, shape: &Shape, dtype: DType) -> Result<Self> {
         match (&self, dtype) {
+            _ if is_composed() => candle_round_to(self, shape, dtype),
             (CpuStorage::F32(y), DType::BF16) => Ok(CpuStorage::BF16(low_rank::to_half(y))),
             (CpuStorage::F32(y), DType::F16) => Ok(CpuStorage::F16(low_rank::to_half(y))),
             _ => candle_round_to(self, shape, dtype),
@@ -76,6 +81,7 @@ impl Backend for CpuStorage {
         terms: &[LowRankTerm],
     ) -> Result<Self> {
         match &mut self {
+            _ if is_composed() => return add_low_rank_by_passes(self, dims, bias, terms),
             CpuStorage::F32(y) => low_rank::add(y, dims.1, bias, terms)?,
             CpuStorage::F64(y) => low_rank::add(y, dims.1, bias, terms)?,
             CpuStorage::F16(y) => low_rank::add(y, dims.1, bias, terms)?,

@@ -1,0 +1,149 @@
+//! Each implementation against all scores at once in F64. Blocks are small here: each input has several.
+
+use super::*;
+use crate::random::normal;
+use candle_core::{Device, Var};
+
+/// The output and the gradients of q, k and v.
+fn results(
+    x: &[Tensor; 3],
+    g: &Tensor,
+    f: impl Fn([&Tensor; 3]) -> Result<Tensor>,
+) -> Result<Vec<Tensor>> {
+    let vars = x.each_ref().map(Var::from_tensor);
+    let [q, k, v] = vars;
+    let vars = [q?, k?, v?];
+    let y = f([&vars[0], &vars[1], &vars[2]])?;
+    let grads = (&y * g)?.sum_all()?.backward()?;
+    let grads = vars.iter().map(|var| grads.get(var).cloned().unwrap());
+    Ok([y.clone()].into_iter().chain(grads).collect())
+}
+
+fn apart(a: &Tensor, b: &Tensor) -> Result<f64> {
+    (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.max_all()?.to_scalar()
+}
+
+/// Every pattern of scores for queries and keys whose last ones are beside each other.
+fn patterns(heads: usize, queries: usize, keys: usize) -> Result<Vec<Scores>> {
+    let offset = keys as i64 - queries as i64;
+    let bounds =
+        [(None, None), (None, Some(0)), (Some(3), Some(0)), (Some(2), Some(1)), (Some(70), None)];
+    let windows = bounds.map(|(left, right)| Window { offset, left, right });
+    let mut all = vec![];
+    for window in windows {
+        for (softcap, sloped, masked) in [
+            (None, false, false),
+            (Some(1.5), false, false),
+            (None, true, false),
+            (Some(2.), true, true),
+        ] {
+            let slopes = sloped.then(|| Tensor::arange(0f32, heads as f32, &Device::Cpu)? * 0.1);
+            let mask = masked.then(|| normal((2, 1, queries, keys)));
+            let (slopes, mask) = (slopes.transpose()?, mask.transpose()?);
+            all.push(Scores { scale: 0.7, softcap, window, slopes, mask });
+        }
+    }
+    Ok(all)
+}
+
+#[test]
+fn blocks_have_the_values_and_gradients_of_all_scores_at_once() -> Result<()> {
+    for (heads, kv_heads, queries, keys) in [(4, 2, 37, 37), (2, 2, 5, 40), (3, 1, 40, 33)] {
+        let dims = [(2, queries, heads, 8), (2, keys, kv_heads, 8), (2, keys, kv_heads, 8)];
+        let [q, k, v] = dims.map(normal);
+        let (x, g) = ([q?, k?, v?], normal(dims[0])?);
+        for scores in patterns(heads, queries, keys)? {
+            let op = |x: [&Tensor; 3]| AttentionOp::new(x, scores.clone());
+            // The composition gives NaN where a query sees no key.
+            let window = scores.window;
+            let seen = window.seeing(queries, keys);
+            let seeing = |t: &Tensor, i: usize| match i < 2 {
+                true => t.narrow(1, seen.start, seen.len()),
+                false => Ok(t.clone()),
+            };
+            let expected = results(&x, &g, |[q, k, v]| {
+                let mut scores = scores.clone();
+                scores.window.offset += seen.start as i64;
+                scores.mask = match &scores.mask {
+                    Some(mask) => Some(mask.narrow(2, seen.start, seen.len())?),
+                    None => None,
+                };
+                let y = AttentionOp::new([&seeing(q, 0)?, k, v], scores)?.whole([
+                    &seeing(q, 0)?,
+                    k,
+                    v,
+                ])?;
+                y.pad_with_zeros(1, seen.start, queries - seen.end)
+            })?;
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-5), (DType::BF16, 0.15)]
+            {
+                let in_dtype = |t: &Tensor| t.to_dtype(dtype);
+                let [q, k, v] = x.each_ref().map(in_dtype);
+                let (x, g) = ([q?, k?, v?], in_dtype(&g)?);
+                let fused = results(&x, &g, |x| run(op(x)?, x))?;
+                let x = x.each_ref();
+                let y = blocks::forward(&op(x)?, x)?;
+                let grads = blocks::backward(&op(x)?, x, &g)?;
+                let composed: Vec<_> = [y].into_iter().chain(grads).collect();
+                for (i, expected) in expected.iter().enumerate() {
+                    for (name, found) in [("fused", &fused[i]), ("composed", &composed[i])] {
+                        let apart = apart(&found.contiguous()?, expected)?;
+                        assert!(apart < tolerance, "{name} {dtype:?} {i}: {apart:e}, {scores:?}");
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sequences_are_computed_apart() -> Result<()> {
+    let (heads, kv_heads, all) = (4, 2, 23);
+    let bounds = [[0u32, 9, 9, 14, 23], [0, 8, 10, 20, 23]];
+    let x = [heads, kv_heads, kv_heads].map(|heads| normal((all, heads, 8)));
+    let [q, k, v] = x;
+    let (x, g) = ([q?, k?, v?], normal((all, heads, 8))?);
+    for scores in patterns(heads, 1, 1)?.into_iter().filter(|scores| scores.mask.is_none()) {
+        let lens = bounds.map(|bounds| Tensor::new(&bounds, &Device::Cpu));
+        let [queries, keys] = lens;
+        let lens = [(&queries?, 9), (&keys?, 10)];
+        let expected = results(&x, &g, |x| {
+            let rows = |i: usize| {
+                bounds[i].windows(2).map(|pair| (pair[0] as usize, (pair[1] - pair[0]) as usize))
+            };
+            let parts = rows(0).zip(rows(1)).filter(|((_, queries), _)| *queries > 0);
+            let parts = parts.map(|(queries, keys)| {
+                let part = |x: &Tensor, (from, len)| x.narrow(0, from, len)?.unsqueeze(0);
+                let mut scores = scores.clone();
+                scores.window.offset = keys.1 as i64 - queries.1 as i64;
+                attention(&part(x[0], queries)?, &part(x[1], keys)?, &part(x[2], keys)?, scores)?
+                    .squeeze(0)
+            });
+            Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
+        })?;
+        for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {
+            let [q, k, v] = x.each_ref().map(|x| x.to_dtype(dtype));
+            let found = results(&[q?, k?, v?], &g.to_dtype(dtype)?, |x| {
+                attention_varlen(x, lens, scores.clone())
+            })?;
+            for (found, expected) in found.iter().zip(&expected) {
+                let apart = apart(found, expected)?;
+                assert!(apart < tolerance, "{dtype:?}: {apart:e}, {scores:?}");
+            }
+        }
+        for (queries, keys, most) in [
+            (vec![0u32, 23], vec![0u32, 22], 23),
+            (vec![1, 23], vec![0, 23], 23),
+            (vec![0, 9, 8, 23], vec![0, 8, 10, 23], 23),
+            (vec![0, 9, 23], vec![0, 23], 23),
+            (vec![0, 23], vec![0, 23], 22),
+        ] {
+            let [queries, keys] = [queries, keys].map(|lens| Tensor::new(lens, &Device::Cpu));
+            let lens = [(&queries?, most), (&keys?, 23)];
+            let error = attention_varlen(x.each_ref(), lens, scores.clone()).unwrap_err();
+            assert!(error.to_string().contains("attention: "), "{error}");
+        }
+    }
+    Ok(())
+}

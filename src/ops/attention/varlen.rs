@@ -1,0 +1,119 @@
+//! Attention within each of several sequences that lie one after another.
+
+use super::{AttentionOp, Scores};
+use crate::ops::op::{operand, run, Fused, Grads, Operand};
+use candle_core::{bail, CpuStorage, DType, Device, Result, Shape, Tensor};
+use std::ops::Range;
+
+/// `q` (all queries, heads, d), `k` and `v` (all keys, kv_heads, d) to (all queries, heads, d). `lens` are, for queries
+/// and for keys, where each sequence begins and where the last one ends, and the length of the longest. The last query of
+/// a sequence is beside its last key.
+pub(crate) fn attention_varlen(
+    qkv: [&Tensor; 3],
+    lens: [(&Tensor, usize); 2],
+    scores: Scores,
+) -> Result<Tensor> {
+    let [q, k, v] = qkv;
+    let ((all_queries, ..), (all_keys, ..)) = (q.dims3()?, k.dims3()?);
+    let [queries, keys] = lens.map(|(lens, _)| lens);
+    let sequences = ranges(queries, all_queries)?.zip(ranges(keys, all_keys)?);
+    let sequences: Vec<_> = sequences.collect();
+    if queries.dims() != keys.dims() {
+        let (queries, keys) = (queries.dims(), keys.dims());
+        bail!("attention: the sequences' lengths are {queries:?} for queries and {keys:?} for keys")
+    }
+    for (queries, keys) in &sequences {
+        let [(_, most_queries), (_, most_keys)] = lens;
+        if queries.len() > most_queries || keys.len() > most_keys {
+            bail!(
+                "attention: a sequence has {} queries and {} keys, expected at most {most_queries} and {most_keys}",
+                queries.len(),
+                keys.len()
+            )
+        }
+    }
+    let op = VarlenOp { sequences, scores };
+    let batch = |x: &Tensor| x.unsqueeze(0);
+    run(op, [&batch(q)?, &batch(k)?, &batch(v)?])?.squeeze(0)
+}
+
+/// The sequences whose bounds are `lens`.
+fn ranges(lens: &Tensor, all: usize) -> Result<impl Iterator<Item = Range<usize>>> {
+    if !lens.dtype().is_int() {
+        bail!("attention: the sequences' lengths are {:?}, expected integers", lens.dtype())
+    }
+    let lens = lens.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
+    let ends = lens.first() == Some(&0) && lens.last() == Some(&(all as i64));
+    if lens.len() < 2 || !ends || !lens.is_sorted() {
+        bail!("attention: the sequences' bounds are {lens:?}, expected from 0 to {all}, each not less than the one before")
+    }
+    let pairs: Vec<_> = lens.windows(2).map(|pair| pair[0] as usize..pair[1] as usize).collect();
+    Ok(pairs.into_iter())
+}
+
+/// The arguments have a batch of one.
+struct VarlenOp {
+    /// The queries and keys of each.
+    sequences: Vec<(Range<usize>, Range<usize>)>,
+    scores: Scores,
+}
+
+impl VarlenOp {
+    /// Each sequence with queries, as an operation and its arguments.
+    fn parts<'a>(
+        &'a self,
+        qkv: [&'a Tensor; 3],
+    ) -> impl Iterator<Item = Result<(&'a Range<usize>, &'a Range<usize>, AttentionOp, [Tensor; 3])>>
+    {
+        let with_queries = self.sequences.iter().filter(|(queries, _)| !queries.is_empty());
+        with_queries.map(move |(queries, keys)| {
+            let narrow = |x: &Tensor, rows: &Range<usize>| x.narrow(1, rows.start, rows.len());
+            let qkv = [narrow(qkv[0], queries)?, narrow(qkv[1], keys)?, narrow(qkv[2], keys)?];
+            let mut scores = self.scores.clone();
+            scores.window.offset = keys.len() as i64 - queries.len() as i64;
+            Ok((queries, keys, AttentionOp::new(qkv.each_ref(), scores)?, qkv))
+        })
+    }
+}
+
+impl Fused<3> for VarlenOp {
+    const NAME: &'static str = "attention-varlen";
+
+    /// Each sequence's attention chooses.
+    fn fused_dtype(&self, _: [&Tensor; 3]) -> Option<DType> {
+        None
+    }
+
+    fn forward(&self, _: [Operand; 3]) -> Result<(CpuStorage, Shape)> {
+        bail!("attention: sequences are computed one by one")
+    }
+
+    fn backward(&self, _: [&Tensor; 3], _: &Tensor, _: &Tensor) -> Result<Grads<3>> {
+        bail!("attention: sequences are computed one by one")
+    }
+
+    fn composed(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        let y = qkv[0].zeros_like()?;
+        for part in self.parts(qkv) {
+            let (queries, _, op, part) = part?;
+            y.slice_set(&run(op, part.each_ref())?, 1, queries.start)?;
+        }
+        Ok(y)
+    }
+
+    fn composed_backward(&self, qkv: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<Grads<3>> {
+        let detached = qkv.map(Tensor::detach);
+        let grads = detached.each_ref().map(Tensor::zeros_like);
+        let [gq, gk, gv] = grads;
+        let grads = [gq?, gk?, gv?];
+        for part in self.parts(detached.each_ref()) {
+            let (queries, keys, op, part) = part?;
+            let g = operand(&grad.narrow(1, queries.start, queries.len())?, grad.dtype())?;
+            let parts = op.grads(part.each_ref(), &g)?;
+            for ((grad, part), rows) in grads.iter().zip(parts).zip([queries, keys, keys]) {
+                grad.slice_set(&operand(&part, grad.dtype())?, 1, rows.start)?;
+            }
+        }
+        Ok(std::array::from_fn(|i| qkv[i].track_op().then(|| grads[i].clone())))
+    }
+}
