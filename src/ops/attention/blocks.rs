@@ -1,7 +1,7 @@
 //! Attention composed of candle's operations, in blocks of queries: the arrays of one block are in memory, and its key
 //! heads are not repeated.
 
-use super::{AttentionOp, Scores};
+use super::scores::Scores;
 use crate::ops::cpu::attention::Heads;
 use crate::ops::op::compute_dtype;
 use crate::ops::softmax::softmax_grad;
@@ -13,9 +13,9 @@ const BLOCK: usize = if cfg!(test) { 1 << 6 } else { 1 << 21 };
 const BLOCK_IN_ALL: usize = if cfg!(test) { 1 << 8 } else { 1 << 25 };
 
 /// The queries of each block: those that see a key.
-fn blocks(op: &AttentionOp) -> impl Iterator<Item = Range<usize>> {
-    let Heads { batch, queries, keys, count, kv_count, .. } = op.heads;
-    let (window, width) = (op.scores.window, op.scores.window.width(keys));
+fn blocks(heads: &Heads, scores: &Scores) -> impl Iterator<Item = Range<usize>> {
+    let Heads { batch, queries, keys, count, kv_count, .. } = *heads;
+    let (window, width) = (scores.window, scores.window.width(keys));
     let scores = BLOCK.saturating_mul(batch * kv_count).min(BLOCK_IN_ALL);
     let step = scores / (batch * count * width).max(1);
     // A block's window is as wide as a query's and the block together.
@@ -26,13 +26,13 @@ fn blocks(op: &AttentionOp) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// The output (batch, queries, heads, d).
-pub(super) fn forward(op: &AttentionOp, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+pub(super) fn forward(heads: &Heads, scores: &Scores, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
     let [k, v] = [by_head(k)?.contiguous()?, by_head(v)?.contiguous()?];
     let y = by_head(q)?.zeros_like()?;
-    for queries in blocks(op) {
-        let block = Block::new(op, queries, q, &k)?;
-        let part = op.by_key_head(&block.p.to_dtype(v.dtype())?)?.matmul(&block.of_keys(&v)?)?;
-        let part = op.by_query_head(&part)?;
+    for queries in blocks(heads, scores) {
+        let block = Block::new(heads, scores, queries, q, &k)?;
+        let part = heads.by_key_head(&block.p.to_dtype(v.dtype())?)?.matmul(&block.of_keys(&v)?)?;
+        let part = heads.by_query_head(&part)?;
         if part.dims() == y.dims() {
             return by_head(&part);
         }
@@ -42,25 +42,30 @@ pub(super) fn forward(op: &AttentionOp, [q, k, v]: [&Tensor; 3]) -> Result<Tenso
 }
 
 /// The gradients of q, k and v, from the output's gradient.
-pub(super) fn backward(op: &AttentionOp, qkv: [&Tensor; 3], g: &Tensor) -> Result<[Tensor; 3]> {
+pub(super) fn backward(
+    heads: &Heads,
+    scores: &Scores,
+    qkv: [&Tensor; 3],
+    g: &Tensor,
+) -> Result<[Tensor; 3]> {
     let [q, k, v] = qkv;
     let [k, v] = [by_head(k)?.contiguous()?, by_head(v)?.contiguous()?];
     let sums = |t: &Tensor| Tensor::zeros(t.shape(), compute_dtype(t.dtype()), t.device());
     let (gq, gk, gv) = (by_head(q)?.zeros_like()?, sums(&k)?, sums(&v)?);
-    for queries in blocks(op) {
-        let block = Block::new(op, queries, q, &k)?;
-        let g = op.by_key_head(&block.of_queries(g)?)?;
-        let p = op.by_key_head(&block.p.to_dtype(g.dtype())?)?;
+    for queries in blocks(heads, scores) {
+        let block = Block::new(heads, scores, queries, q, &k)?;
+        let g = heads.by_key_head(&block.of_queries(g)?)?;
+        let p = heads.by_key_head(&block.p.to_dtype(g.dtype())?)?;
         block.add_to(&gv, p.t()?.matmul(&g)?)?;
         let gp = g.matmul(&block.of_keys(&v)?.t()?)?.to_dtype(block.p.dtype())?;
         let mut gs = softmax_grad(&block.p, &gp.reshape(block.p.shape())?)?;
         if let Some(capped) = &block.capped {
             gs = (gs * capped.sqr()?.affine(-1., 1.)?)?;
         }
-        let gs = op.by_key_head(&gs.to_dtype(g.dtype())?)?;
-        block.add_to(&gk, gs.t()?.matmul(&op.by_key_head(&block.q)?)?)?;
-        let part = (gs.matmul(&block.of_keys(&k)?)? * op.scores.scale)?;
-        gq.slice_set(&op.by_query_head(&part)?, 2, block.queries.start)?;
+        let gs = heads.by_key_head(&gs.to_dtype(g.dtype())?)?;
+        block.add_to(&gk, gs.t()?.matmul(&heads.by_key_head(&block.q)?)?)?;
+        let part = (gs.matmul(&block.of_keys(&k)?)? * scores.scale)?;
+        gq.slice_set(&heads.by_query_head(&part)?, 2, block.queries.start)?;
     }
     Ok([by_head(&gq)?, by_head(&gk)?, by_head(&gv)?])
 }
@@ -80,14 +85,20 @@ struct Block {
 
 impl Block {
     /// `k` is (batch, kv_heads, keys, d).
-    fn new(op: &AttentionOp, queries: Range<usize>, q: &Tensor, k: &Tensor) -> Result<Self> {
-        let Scores { scale, softcap, window, mask, .. } = &op.scores;
-        let Heads { batch, count, queries: all_queries, keys: all_keys, .. } = op.heads;
+    fn new(
+        sizes: &Heads,
+        scores: &Scores,
+        queries: Range<usize>,
+        q: &Tensor,
+        k: &Tensor,
+    ) -> Result<Self> {
+        let Scores { scale, softcap, window, mask, .. } = scores;
+        let Heads { batch, count, queries: all_queries, keys: all_keys, .. } = *sizes;
         let keys = window.keys_of(&queries, all_keys);
         let narrow = |t: &Tensor| t.narrow(2, queries.start, queries.len());
         let q = (narrow(&by_head(q)?)?.contiguous()? * *scale)?;
         let kt = k.narrow(2, keys.start, keys.len())?.t()?;
-        let s = op.by_key_head(&q)?.matmul(&kt)?.to_dtype(compute_dtype(q.dtype()))?;
+        let s = sizes.by_key_head(&q)?.matmul(&kt)?.to_dtype(compute_dtype(q.dtype()))?;
         let mut s = s.reshape((batch, count, queries.len(), keys.len()))?;
         let mut capped = None;
         if let Some(cap) = softcap {
@@ -100,7 +111,7 @@ impl Block {
             let mask = narrow(&mask)?.narrow(3, keys.start, keys.len())?;
             s = (s + mask.to_dtype(q.dtype())?.to_dtype(compute_dtype(q.dtype()))?)?;
         }
-        if let Some(bias) = bias(&op.scores, queries.clone(), keys.clone(), all_keys, &q)? {
+        if let Some(bias) = bias(scores, queries.clone(), keys.clone(), all_keys, &q)? {
             s = s.broadcast_add(&bias)?;
         }
         let p = candle_nn::ops::softmax_last_dim(&s)?;
@@ -124,15 +135,15 @@ impl Block {
     }
 }
 
-impl AttentionOp {
+impl Heads {
     /// (batch, heads, n, m) to (batch, kv_heads, n of each head, m): the heads that share keys are rows of one matrix.
     fn by_key_head(&self, t: &Tensor) -> Result<Tensor> {
-        t.reshape((self.heads.batch, self.heads.kv_count, (), t.dim(D::Minus1)?))
+        t.reshape((self.batch, self.kv_count, (), t.dim(D::Minus1)?))
     }
 
     /// The reverse.
     fn by_query_head(&self, t: &Tensor) -> Result<Tensor> {
-        t.reshape((self.heads.batch, self.heads.count, (), t.dim(D::Minus1)?))
+        t.reshape((self.batch, self.count, (), t.dim(D::Minus1)?))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Attention within each of several sequences that lie one after another.
 
-use super::{AttentionOp, Scores};
+use super::op::AttentionOp;
+use super::scores::Scores;
 use crate::ops::op::{operand, run, Fused, Grads, Operand};
 use candle_core::{bail, CpuStorage, DType, Device, Result, Shape, Tensor};
 use std::ops::Range;
@@ -60,20 +61,24 @@ struct VarlenOp {
 
 impl VarlenOp {
     /// Each sequence with queries, as an operation and its arguments.
-    fn parts<'a>(
-        &'a self,
-        qkv: [&'a Tensor; 3],
-    ) -> impl Iterator<Item = Result<(&'a Range<usize>, &'a Range<usize>, AttentionOp, [Tensor; 3])>>
-    {
+    fn parts<'a>(&'a self, qkv: [&'a Tensor; 3]) -> impl Iterator<Item = Result<Part<'a>>> {
         let with_queries = self.sequences.iter().filter(|(queries, _)| !queries.is_empty());
         with_queries.map(move |(queries, keys)| {
             let narrow = |x: &Tensor, rows: &Range<usize>| x.narrow(1, rows.start, rows.len());
             let qkv = [narrow(qkv[0], queries)?, narrow(qkv[1], keys)?, narrow(qkv[2], keys)?];
             let mut scores = self.scores.clone();
             scores.window.offset = keys.len() as i64 - queries.len() as i64;
-            Ok((queries, keys, AttentionOp::new(qkv.each_ref(), scores)?, qkv))
+            Ok(Part { queries, keys, op: AttentionOp::new(qkv.each_ref(), scores)?, qkv })
         })
     }
+}
+
+/// One of the sequences.
+struct Part<'a> {
+    queries: &'a Range<usize>,
+    keys: &'a Range<usize>,
+    op: AttentionOp,
+    qkv: [Tensor; 3],
 }
 
 impl Fused<3> for VarlenOp {
@@ -95,8 +100,8 @@ impl Fused<3> for VarlenOp {
     fn composed(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
         let y = qkv[0].zeros_like()?;
         for part in self.parts(qkv) {
-            let (queries, _, op, part) = part?;
-            y.slice_set(&run(op, part.each_ref())?, 1, queries.start)?;
+            let Part { queries, op, qkv, .. } = part?;
+            y.slice_set(&run(op, qkv.each_ref())?, 1, queries.start)?;
         }
         Ok(y)
     }
@@ -107,9 +112,9 @@ impl Fused<3> for VarlenOp {
         let [gq, gk, gv] = grads;
         let grads = [gq?, gk?, gv?];
         for part in self.parts(detached.each_ref()) {
-            let (queries, keys, op, part) = part?;
+            let Part { queries, keys, op, qkv } = part?;
             let g = operand(&grad.narrow(1, queries.start, queries.len())?, grad.dtype())?;
-            let parts = op.grads(part.each_ref(), &g)?;
+            let parts = op.grads(qkv.each_ref(), &g)?;
             for ((grad, part), rows) in grads.iter().zip(parts).zip([queries, keys, keys]) {
                 grad.slice_set(&operand(&part, grad.dtype())?, 1, rows.start)?;
             }

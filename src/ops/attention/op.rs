@@ -1,0 +1,299 @@
+//! Attention as an operation, fused on the CPU.
+
+use super::blocks;
+use super::scores::Scores;
+use crate::ops::backend::Backend;
+use crate::ops::cpu::attention::{backward, forward, Bias, Heads, MaskRows};
+use crate::ops::cpu::{f32_slices, FUSED_ATTENTION};
+use crate::ops::op::{operand, run, Fused, Grads, Operand};
+use crate::ops::place::is_fused;
+use crate::ops::softmax::softmax_last_dim;
+use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor};
+
+/// `q` (batch, queries, heads, d), `k` and `v` (batch, keys, kv_heads, d) to (batch, queries, heads, d).
+/// kv_heads divides heads. A query that the window leaves no key gives zeros.
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> Result<Tensor> {
+    let op = AttentionOp::new([q, k, v], scores)?;
+    match op.scores.mask.as_ref().is_some_and(Tensor::track_op) {
+        // candle's operations have three operands at most.
+        true => op.whole([q, k, v]),
+        false => run(op, [q, k, v]),
+    }
+}
+
+pub(super) struct AttentionOp {
+    heads: Heads,
+    scores: Scores,
+}
+
+impl AttentionOp {
+    pub fn new([q, k, v]: [&Tensor; 3], scores: Scores) -> Result<Self> {
+        let ((batch, queries, count, d), (kb, keys, kv_count, kd)) = (q.dims4()?, k.dims4()?);
+        let fits = kb == batch && kd == d && v.dims() == k.dims();
+        if !fits || kv_count == 0 || count % kv_count != 0 {
+            let (q, k, v) = (q.dims(), k.dims(), v.dims());
+            bail!("attention: q is {q:?}, k {k:?} and v {v:?}")
+        }
+        if let Some(slopes) = scores.slopes.as_ref().filter(|slopes| slopes.dims() != [count]) {
+            bail!("attention: the ALiBi slopes are {:?}, expected [{count}]", slopes.dims())
+        }
+        Ok(Self { heads: Heads { batch, queries, keys, count, kv_count, d }, scores })
+    }
+
+    /// The gradients of detached arguments.
+    pub fn grads(&self, qkv: [&Tensor; 3], g: &Tensor) -> Result<[Tensor; 3]> {
+        match self.fused_dtype(qkv).filter(|_| is_fused(g.device())) {
+            None => blocks::backward(&self.heads, &self.scores, qkv, g),
+            Some(dtype) => {
+                let [q, k, v] = qkv.map(|x| operand(x, dtype));
+                let qkvg = [&q?, &k?, &v?, &operand(g, dtype)?];
+                self.with_bias(|bias| backward(&self.heads, qkvg, bias))
+            }
+        }
+    }
+
+    fn with_bias<R>(&self, f: impl FnOnce(&Bias) -> Result<R>) -> Result<R> {
+        let Scores { scale, softcap, window, slopes, mask } = &self.scores;
+        let Heads { batch, count, queries, keys, .. } = self.heads;
+        let (scale, softcap) = (*scale as f32, softcap.map(|cap| cap as f32));
+        let slopes = slopes.as_ref().map(|slopes| slopes.to_dtype(DType::F32)?.to_vec1());
+        let slopes = slopes.transpose()?;
+        let slopes = slopes.as_deref();
+        let bias = Bias { scale, softcap, window: *window, slopes, mask: None };
+        let Some(mask) = mask else { return f(&bias) };
+        let mask =
+            mask.detach().to_dtype(DType::F32)?.broadcast_as((batch, count, queries, keys))?;
+        // Rows of keys are contiguous; a mask with one value for a whole row is expanded.
+        let mask = if mask.stride()[3] == 1 { mask } else { mask.contiguous()? };
+        let (storage, layout) = mask.storage_and_layout();
+        let values = &CpuStorage::of(&storage)?.as_slice::<f32>()?[layout.start_offset()..];
+        let stride = layout.stride();
+        let mask = Some(MaskRows { values, strides: [stride[0], stride[1], stride[2]] });
+        f(&Bias { mask, ..bias })
+    }
+
+    /// All scores at once, with a graph.
+    fn whole(&self, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+        let Heads { batch, queries, keys, count, kv_count, d } = self.heads;
+        let by_head = |x: &Tensor| {
+            let x = x.transpose(1, 2)?.contiguous()?;
+            let tokens = x.dim(2)?;
+            let x = x.unsqueeze(2)?.expand((batch, kv_count, count / kv_count, tokens, d))?;
+            x.reshape((batch, count, tokens, d))
+        };
+        let q = (q.transpose(1, 2)?.contiguous()? * self.scores.scale)?;
+        let mut s = q.matmul(&by_head(k)?.t()?)?;
+        if let Some(cap) = self.scores.softcap {
+            s = ((s / cap)?.tanh()? * cap)?;
+        }
+        if let Some(mask) = &self.scores.mask {
+            s = s.broadcast_add(&mask.to_dtype(s.dtype())?)?;
+        }
+        if let Some(bias) = blocks::bias(&self.scores, 0..queries, 0..keys, keys, &q)? {
+            s = s.broadcast_add(&bias.to_dtype(s.dtype())?)?;
+        }
+        softmax_last_dim(&s)?.matmul(&by_head(v)?)?.transpose(1, 2)?.contiguous()
+    }
+}
+
+impl Fused<3> for AttentionOp {
+    const NAME: &'static str = "attention";
+
+    fn fused_dtype(&self, qkv: [&Tensor; 3]) -> Option<DType> {
+        let half_or_f32 = |x: &&Tensor| matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16);
+        let fused = FUSED_ATTENTION && self.heads.keys > 0 && qkv.iter().all(half_or_f32);
+        fused.then_some(DType::F32)
+    }
+
+    fn forward(&self, qkv: [Operand; 3]) -> Result<(CpuStorage, Shape)> {
+        let shape = qkv[0].1.shape().clone();
+        let qkv = f32_slices(qkv)?;
+        self.with_bias(|bias| Ok((CpuStorage::F32(forward(&self.heads, qkv, bias)), shape)))
+    }
+
+    fn backward(&self, qkv: [&Tensor; 3], _: &Tensor, g: &Tensor) -> Result<Grads<3>> {
+        self.composed_backward(qkv, g, g)
+    }
+
+    fn composed(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
+        blocks::forward(&self.heads, &self.scores, qkv)
+    }
+
+    fn composed_backward(&self, qkv: [&Tensor; 3], _: &Tensor, g: &Tensor) -> Result<Grads<3>> {
+        let grads = self.grads(qkv.map(Tensor::detach).each_ref(), g)?;
+        Ok(std::array::from_fn(|i| qkv[i].track_op().then(|| grads[i].clone())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Each implementation against all scores at once in F64. Blocks are small here: each input has several.
+
+    use super::*;
+    use crate::ops::attention::varlen::attention_varlen;
+    use crate::ops::window::Window;
+    use crate::random::normal;
+    use candle_core::{Device, Var};
+
+    /// The output and the gradients of q, k and v.
+    fn results(
+        x: &[Tensor; 3],
+        g: &Tensor,
+        f: impl Fn([&Tensor; 3]) -> Result<Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        let vars = x.each_ref().map(Var::from_tensor);
+        let [q, k, v] = vars;
+        let vars = [q?, k?, v?];
+        let y = f([&vars[0], &vars[1], &vars[2]])?;
+        let grads = (&y * g)?.sum_all()?.backward()?;
+        let grads = vars.iter().map(|var| grads.get(var).cloned().unwrap());
+        Ok([y.clone()].into_iter().chain(grads).collect())
+    }
+
+    fn apart(a: &Tensor, b: &Tensor) -> Result<f64> {
+        (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.max_all()?.to_scalar()
+    }
+
+    /// Every pattern of scores for queries and keys whose last ones are beside each other.
+    fn patterns(heads: usize, queries: usize, keys: usize) -> Result<Vec<Scores>> {
+        let offset = keys as i64 - queries as i64;
+        let bounds = [
+            (None, None),
+            (None, Some(0)),
+            (Some(3), Some(0)),
+            (Some(2), Some(1)),
+            (Some(70), None),
+        ];
+        let windows = bounds.map(|(left, right)| Window { offset, left, right });
+        let mut all = vec![];
+        for window in windows {
+            for (softcap, sloped, masked) in [
+                (None, false, false),
+                (Some(1.5), false, false),
+                (None, true, false),
+                (Some(2.), true, true),
+            ] {
+                let slopes =
+                    sloped.then(|| Tensor::arange(0f32, heads as f32, &Device::Cpu)? * 0.1);
+                let mask = masked.then(|| normal((2, 1, queries, keys)));
+                let (slopes, mask) = (slopes.transpose()?, mask.transpose()?);
+                all.push(Scores { scale: 0.7, softcap, window, slopes, mask });
+            }
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn blocks_have_the_values_and_gradients_of_all_scores_at_once() -> Result<()> {
+        for (heads, kv_heads, queries, keys) in [(4, 2, 37, 37), (2, 2, 5, 40), (3, 1, 40, 33)] {
+            let dims = [(2, queries, heads, 8), (2, keys, kv_heads, 8), (2, keys, kv_heads, 8)];
+            let [q, k, v] = dims.map(normal);
+            let (x, g) = ([q?, k?, v?], normal(dims[0])?);
+            for scores in patterns(heads, queries, keys)? {
+                let op = |x: [&Tensor; 3]| AttentionOp::new(x, scores.clone());
+                // The composition gives NaN where a query sees no key.
+                let window = scores.window;
+                let seen = window.seeing(queries, keys);
+                let seeing = |t: &Tensor, i: usize| match i < 2 {
+                    true => t.narrow(1, seen.start, seen.len()),
+                    false => Ok(t.clone()),
+                };
+                let expected = results(&x, &g, |[q, k, v]| {
+                    let mut scores = scores.clone();
+                    scores.window.offset += seen.start as i64;
+                    scores.mask = match &scores.mask {
+                        Some(mask) => Some(mask.narrow(2, seen.start, seen.len())?),
+                        None => None,
+                    };
+                    let y = AttentionOp::new([&seeing(q, 0)?, k, v], scores)?.whole([
+                        &seeing(q, 0)?,
+                        k,
+                        v,
+                    ])?;
+                    y.pad_with_zeros(1, seen.start, queries - seen.end)
+                })?;
+                for (dtype, tolerance) in
+                    [(DType::F64, 1e-12), (DType::F32, 2e-5), (DType::BF16, 0.15)]
+                {
+                    let in_dtype = |t: &Tensor| t.to_dtype(dtype);
+                    let [q, k, v] = x.each_ref().map(in_dtype);
+                    let (x, g) = ([q?, k?, v?], in_dtype(&g)?);
+                    let fused = results(&x, &g, |x| run(op(x)?, x))?;
+                    let x = x.each_ref();
+                    let y = op(x)?.composed(x)?;
+                    let AttentionOp { heads, scores } = &op(x)?;
+                    let grads = blocks::backward(heads, scores, x, &g)?;
+                    let composed: Vec<_> = [y].into_iter().chain(grads).collect();
+                    for (i, expected) in expected.iter().enumerate() {
+                        for (name, found) in [("fused", &fused[i]), ("composed", &composed[i])] {
+                            let apart = apart(&found.contiguous()?, expected)?;
+                            assert!(
+                                apart < tolerance,
+                                "{name} {dtype:?} {i}: {apart:e}, {scores:?}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn sequences_are_computed_apart() -> Result<()> {
+        let (heads, kv_heads, all) = (4, 2, 23);
+        let bounds = [[0u32, 9, 9, 14, 23], [0, 8, 10, 20, 23]];
+        let x = [heads, kv_heads, kv_heads].map(|heads| normal((all, heads, 8)));
+        let [q, k, v] = x;
+        let (x, g) = ([q?, k?, v?], normal((all, heads, 8))?);
+        for scores in patterns(heads, 1, 1)?.into_iter().filter(|scores| scores.mask.is_none()) {
+            let lens = bounds.map(|bounds| Tensor::new(&bounds, &Device::Cpu));
+            let [queries, keys] = lens;
+            let lens = [(&queries?, 9), (&keys?, 10)];
+            let expected = results(&x, &g, |x| {
+                let rows = |i: usize| {
+                    bounds[i]
+                        .windows(2)
+                        .map(|pair| (pair[0] as usize, (pair[1] - pair[0]) as usize))
+                };
+                let parts = rows(0).zip(rows(1)).filter(|((_, queries), _)| *queries > 0);
+                let parts = parts.map(|(queries, keys)| {
+                    let part = |x: &Tensor, (from, len)| x.narrow(0, from, len)?.unsqueeze(0);
+                    let mut scores = scores.clone();
+                    scores.window.offset = keys.1 as i64 - queries.1 as i64;
+                    attention(
+                        &part(x[0], queries)?,
+                        &part(x[1], keys)?,
+                        &part(x[2], keys)?,
+                        scores,
+                    )?
+                    .squeeze(0)
+                });
+                Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
+            })?;
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 2e-5)] {
+                let [q, k, v] = x.each_ref().map(|x| x.to_dtype(dtype));
+                let found = results(&[q?, k?, v?], &g.to_dtype(dtype)?, |x| {
+                    attention_varlen(x, lens, scores.clone())
+                })?;
+                for (found, expected) in found.iter().zip(&expected) {
+                    let apart = apart(found, expected)?;
+                    assert!(apart < tolerance, "{dtype:?}: {apart:e}, {scores:?}");
+                }
+            }
+            for (queries, keys, most) in [
+                (vec![0u32, 23], vec![0u32, 22], 23),
+                (vec![1, 23], vec![0, 23], 23),
+                (vec![0, 9, 8, 23], vec![0, 8, 10, 23], 23),
+                (vec![0, 9, 23], vec![0, 23], 23),
+                (vec![0, 23], vec![0, 23], 22),
+            ] {
+                let [queries, keys] = [queries, keys].map(|lens| Tensor::new(lens, &Device::Cpu));
+                let lens = [(&queries?, most), (&keys?, 23)];
+                let error = attention_varlen(x.each_ref(), lens, scores.clone()).unwrap_err();
+                assert!(error.to_string().contains("attention: "), "{error}");
+            }
+        }
+        Ok(())
+    }
+}
