@@ -1,5 +1,5 @@
 //! Copies the sources of candle-transformers from the registry's folder into the build folder, with
-//! `use loralib::nn as candle_nn;` at the top of each file.
+//! `use loralib::nn as candle_nn;` at the top of each file, and a second line in those that know flash attention.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -7,6 +7,7 @@ use std::process::Command;
 use std::{env, fs};
 
 const LINE: &str = "#[allow(unused_imports)]\nuse loralib::nn as candle_nn;\n";
+const FLASH: &str = "#[allow(unused_imports)]\nuse loralib::nn::flash_attn as candle_flash_attn;\n";
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");
@@ -63,6 +64,10 @@ fn copy(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
             let head = lines.iter().rposition(|line| inner(line)).map_or(0, |last| last + 1);
             let head: usize = lines[..head].iter().map(|line| line.len()).sum();
             let (head, rest) = text.split_at(head);
+            // qwen3.rs imports the crate's name itself.
+            let own = "#[cfg(feature = \"flash-attn\")]\nuse candle_flash_attn;\n";
+            let rest = rest.replace(own, "");
+            let flash = if rest.contains("candle_flash_attn::") { FLASH } else { "" };
             let text = match entry.file_name().to_str() {
                 // Its inner module has `use super::*` and names candle_nn in a function: ambiguous.
                 Some("metavoice.rs") => text,
@@ -78,7 +83,7 @@ fn copy(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
                 _ if rest.contains("pub use candle_nn;") => {
                     text.replace("pub use candle_nn;", "pub use loralib::nn as candle_nn;")
                 }
-                _ => format!("{head}{LINE}{rest}"),
+                _ => format!("{head}{LINE}{flash}{rest}"),
             };
             fs::write(target, text)?;
         }

@@ -8,7 +8,7 @@ use serde_json::json;
 const UNET: [&str; 8] =
     ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "time_emb_proj", "conv1", "conv_shortcut"];
 
-model!(stable_diffusion, UNET, |m, vb| {
+model!(stable_diffusion, UNET, |m, vb, flash| {
     let block = |out_channels, use_cross_attn| m::unet_2d::BlockConfig {
         out_channels,
         use_cross_attn,
@@ -20,7 +20,7 @@ model!(stable_diffusion, UNET, |m, vb| {
         cross_attention_dim: 24,
         ..Default::default()
     };
-    let model = m::unet_2d::UNet2DConditionModel::new(vb.clone(), 4, 4, false, cfg)?;
+    let model = m::unet_2d::UNet2DConditionModel::new(vb.clone(), 4, 4, flash, cfg)?;
     let (image, text) = (input((1, 4, 8, 8), &vb)?, input((1, 5, 24), &vb)?);
     forward(move || model.forward(&image, 7., &text))
 });
@@ -38,8 +38,8 @@ const PRIOR: [&str; 9] = [
 ];
 
 // The prior alone. It divides by values near 0.
-model!(wuerstchen, PRIOR, F32, |m, vb| {
-    let model = m::prior::WPrior::new(4, 32, 24, 16, 1, 4, false, vb.clone())?;
+model!(wuerstchen, PRIOR, F32, |m, vb, flash| {
+    let model = m::prior::WPrior::new(4, 32, 24, 16, 1, 4, flash, vb.clone())?;
     let (image, text) = (input((1, 4, 6, 6), &vb)?, input((1, 5, 24), &vb)?);
     let time = (input(1, &vb)?.abs()? * 0.1)?;
     forward(move || model.forward(&image, &time, &text)?.clamp(-10., 10.))
@@ -72,8 +72,8 @@ model!(flux, FLUX, |m, vb| {
 });
 
 // The blocks alone: the embedding of the time is in F16, whatever the weights are in.
-model!(mmdit, ["qkv", "proj", "fc1", "fc2", "adaLN_modulation.1", "linear"], |m, vb| {
-    let model = m::model::MMDiTCore::new(2, 32, 4, 2, 4, false, vb.clone())?;
+model!(mmdit, ["qkv", "proj", "fc1", "fc2", "adaLN_modulation.1", "linear"], |m, vb, flash| {
+    let model = m::model::MMDiTCore::new(2, 32, 4, 2, 4, flash, vb.clone())?;
     let (image, text) = (input((1, 9, 32), &vb)?, input((1, 5, 32), &vb)?);
     let time = input((1, 32), &vb)?;
     forward(move || model.forward(&text, &image, &time, None))
@@ -82,7 +82,7 @@ model!(mmdit, ["qkv", "proj", "fc1", "fc2", "adaLN_modulation.1", "linear"], |m,
 const Z_IMAGE: [&str; 9] =
     ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "cap_embedder.1", "adaLN_modulation.0"];
 
-model!(z_image, Z_IMAGE, |m, vb| {
+model!(z_image, Z_IMAGE, |m, vb, flash| {
     let cfg: m::transformer::Config = config(json!({
         "in_channels": 4,
         "dim": 32,
@@ -93,7 +93,7 @@ model!(z_image, Z_IMAGE, |m, vb| {
         "cap_feat_dim": 24,
         "axes_dims": [4, 6, 6],
         "axes_lens": [32, 16, 16],
-        "use_accelerated_attn": false,
+        "use_accelerated_attn": flash,
     }))?;
     let model = m::transformer::ZImageTransformer2DModel::new(&cfg, vb.clone())?;
     let (image, text) = (input((1, 4, 1, 8, 8), &vb)?, input((1, 5, 24), &vb)?);

@@ -45,8 +45,8 @@ model!(qwen3_moe, EXPERTS, F32, |m, vb| {
     })
 });
 
-model!(mixtral, ["w1", "w2", "w3"], F32, |m, vb| {
-    let cfg: m::Config = config(experts(json!({})))?;
+model!(mixtral, ["w1", "w2", "w3"], F32, |m, vb, flash| {
+    let cfg: m::Config = config(experts(json!({ "use_flash_attn": flash })))?;
     forward(move || m::Model::new(&cfg, vb.clone())?.forward(&ids(2, 7)?, 0))
 });
 

@@ -13,8 +13,8 @@ use std::collections::HashMap;
 /// A model on its input.
 pub type Forward = Box<dyn FnMut() -> Result<Tensor>>;
 
-/// A model's constructor.
-pub type Build = fn(VarBuilder<'static>) -> Result<Forward>;
+/// A model's constructor, and whether it takes the branch of flash attention.
+pub type Build = fn(VarBuilder<'static>, bool) -> Result<Forward>;
 
 /// See [`Case::dense`].
 pub fn dense(model: &str) -> &'static [&'static str] {
@@ -36,6 +36,8 @@ pub struct Case {
     pub double: bool,
     /// Parts of the names of matrices that the model's own code computes with, so that they cannot be quantised.
     pub dense: &'static [&'static str],
+    /// Whether it has a branch of flash attention.
+    pub flash: bool,
     pub copied: Build,
     pub unmodified: Build,
 }
@@ -47,23 +49,41 @@ macro_rules! model {
         $crate::harness::model!($name, $targets, F64, |$m, $vb| $body);
     };
     ($name:ident, $targets:expr, $dtype:ident, |$m:ident, $vb:ident| $body:expr) => {
+        $crate::harness::model!($name, $targets, $dtype, false, |$m, $vb, _flash| $body);
+    };
+    ($name:ident, $targets:expr, |$m:ident, $vb:ident, $flash:ident| $body:expr) => {
+        $crate::harness::model!($name, $targets, F64, true, |$m, $vb, $flash| $body);
+    };
+    ($name:ident, $targets:expr, $dtype:ident, |$m:ident, $vb:ident, $flash:ident| $body:expr) => {
+        $crate::harness::model!($name, $targets, $dtype, true, |$m, $vb, $flash| $body);
+    };
+    ($name:ident, $targets:expr, $dtype:ident, $has:expr, |$m:ident, $vb:ident, $flash:ident| $body:expr) => {
         mod $name {
             use super::*;
 
             #[test]
             fn trains_and_serves() -> loralib::Result<()> {
-                fn copied($vb: VarBuilder<'static>) -> Result<Forward> {
+                fn copied($vb: VarBuilder<'static>, $flash: bool) -> Result<Forward> {
                     use transformers::models::$name as $m;
                     $body
                 }
-                fn unmodified($vb: VarBuilder<'static>) -> Result<Forward> {
+                fn unmodified($vb: VarBuilder<'static>, $flash: bool) -> Result<Forward> {
                     use candle_transformers::models::$name as $m;
                     $body
                 }
                 let double = candle::DType::$dtype == candle::DType::F64;
                 let (name, targets) = (stringify!($name), &$targets);
-                let dense = $crate::harness::dense(name);
-                $crate::harness::Case { name, targets, double, dense, copied, unmodified }.check()
+                let (dense, flash) = ($crate::harness::dense(name), $has);
+                let case = $crate::harness::Case {
+                    name,
+                    targets,
+                    double,
+                    dense,
+                    flash,
+                    copied,
+                    unmodified,
+                };
+                case.check()
             }
         }
     };
@@ -83,12 +103,12 @@ impl Case {
     pub fn check(&self) -> lora::Result<()> {
         let weights = Weights::default();
         // Names and initialisations of all weights.
-        let before = (self.unmodified)(weights.var_builder(DType::F32))?()?;
-        let single = Adapted::new(self, weights.var_builder(DType::F32), DType::F32)?;
+        let before = (self.unmodified)(weights.var_builder(DType::F32), false)?()?;
+        let single = Adapted::new(self, weights.var_builder(DType::F32), DType::F32, false)?;
         let (output, grads) = single.backward()?;
         assert!(relative(&output, &before)? > 1e-3, "the adapter has an effect");
         let gradients = if self.double {
-            let double = Adapted::new(self, weights.var_builder(DType::F64), DType::F64)?;
+            let double = Adapted::new(self, weights.var_builder(DType::F64), DType::F64, false)?;
             let (_, expected) = double.backward()?;
             lora::utils::check_grads(double.adapter.var_map(), &expected, || double.loss())?;
             let (grads, expected) = (single.by_name(&grads), double.by_name(&expected));
@@ -103,6 +123,23 @@ impl Case {
             lora::utils::check_grads(single.adapter.var_map(), &grads, || single.loss())?;
             "-".to_owned()
         };
+        if self.flash {
+            let flash = Adapted::new(self, weights.var_builder(DType::F32), DType::F32, true)?;
+            let (other, other_grads) = flash.backward()?;
+            // These two round queries, keys and values to F16.
+            let half = matches!(self.name, "stable_diffusion" | "wuerstchen");
+            let (outputs, gradients) = if half { (1e-3, 1e-2) } else { (OUTPUTS, GRADIENTS) };
+            let difference = relative(&other, &output)?;
+            assert!(difference < outputs, "flash attention: {difference:.1e}");
+            let other_grads = flash.by_name(&other_grads);
+            for (name, grad) in single.by_name(&grads) {
+                // An expert without a token has none.
+                if grad.abs()?.sum_all()?.to_scalar::<f32>()? > 0. {
+                    let difference = relative(&other_grads[&name], &grad)?;
+                    assert!(difference < gradients, "flash attention, {name}: {difference:.1e}");
+                }
+            }
+        }
         if !REBUILT.contains(&self.name) {
             let chosen = self.chosen(&weights, &single.adapter)?;
             assert_eq!(relative(&chosen, &output)?, 0., "chosen among several");
@@ -111,7 +148,7 @@ impl Case {
         let evaluated = single.output()?;
         assert!(!evaluated.track_op(), "no graph in evaluation");
         let merged = single.adapter.merged(weights.var_builder(DType::F32))?;
-        let served = (self.unmodified)(merged)?()?;
+        let served = (self.unmodified)(merged, false)?()?;
         let (eval, merged) = (relative(&evaluated, &output)?, relative(&served, &output)?);
         assert!(eval < OUTPUTS && merged < OUTPUTS, "eval {eval:.1e}, merged {merged:.1e}");
         let quantized = self.quantized(&weights)?;
@@ -125,7 +162,8 @@ impl Case {
     /// The output of a model on `Adapters` that chooses this adapter.
     fn chosen(&self, weights: &Weights, adapter: &Adapter) -> lora::Result<Tensor> {
         let adapters = Adapters::new();
-        let mut model = (self.copied)(adapters.var_builder(weights.var_builder(DType::F32)))?;
+        let mut model =
+            (self.copied)(adapters.var_builder(weights.var_builder(DType::F32)), false)?;
         model()?;
         adapters.add("adapter", adapter)?;
         Ok(adapters.choice("adapter")?.run_local(model)?)
@@ -139,8 +177,8 @@ impl Case {
         let dense = blocks.iter().map(|(name, w)| Ok((name.clone(), w.dequantize(cpu)?)));
         let dense = VarBuilder::from_tensors(dense.collect::<Result<_>>()?, DType::F32, cpu);
         let blocks = lora::gguf::var_builder(blocks, DType::F32, cpu);
-        let quantized = Adapted::new(self, blocks, DType::F32)?;
-        let dense = Adapted::new(self, dense, DType::F32)?;
+        let quantized = Adapted::new(self, blocks, DType::F32, false)?;
+        let dense = Adapted::new(self, dense, DType::F32, false)?;
         let (output, expected) = (quantized.output()?, dense.output()?);
         let mut most = relative(&output, &expected)?;
         let grads = quantized.by_name(&loss(&output)?.backward()?);
@@ -165,9 +203,14 @@ struct Adapted {
 }
 
 impl Adapted {
-    fn new(case: &Case, base: VarBuilder<'static>, dtype: DType) -> lora::Result<Self> {
+    fn new(
+        case: &Case,
+        base: VarBuilder<'static>,
+        dtype: DType,
+        flash: bool,
+    ) -> lora::Result<Self> {
         let adapter = Adapter::new(CFG).targets(case.targets);
-        let model = (case.copied)(adapter.var_builder(base))?;
+        let model = (case.copied)(adapter.var_builder(base), flash)?;
         let new = Self { adapter, model: RefCell::new(model) };
         // Some build the model here, to have an empty cache.
         new.output()?;

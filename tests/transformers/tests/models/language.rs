@@ -40,8 +40,8 @@ pub fn tiny(more: Value) -> Value {
     keys
 }
 
-model!(llama, LLAMA, |m, vb| {
-    let cfg = config::<m::LlamaConfig>(tiny(json!({})))?.into_config(false);
+model!(llama, LLAMA, |m, vb, flash| {
+    let cfg = config::<m::LlamaConfig>(tiny(json!({})))?.into_config(flash);
     let model = m::Llama::load(vb.clone(), &cfg)?;
     let mut cache = m::Cache::new(false, vb.dtype(), &cfg, vb.device())?;
     forward(move || model.forward(&ids(2, 7)?, 0, &mut cache))
@@ -63,8 +63,8 @@ model!(llama2_c, LLAMA, F32, |m, vb| {
     forward(move || model.forward(&ids(2, 7)?, 0, &mut cache))
 });
 
-model!(granite, LLAMA, |m, vb| {
-    let cfg = config::<m::GraniteConfig>(tiny(json!({})))?.into_config(false);
+model!(granite, LLAMA, |m, vb, flash| {
+    let cfg = config::<m::GraniteConfig>(tiny(json!({})))?.into_config(flash);
     let model = m::Granite::load(vb.clone(), &cfg)?;
     let mut cache = m::Cache::new(false, vb.dtype(), &cfg, vb.device())?;
     forward(move || model.forward(&ids(2, 7)?, 0, &mut cache))
@@ -72,9 +72,11 @@ model!(granite, LLAMA, |m, vb| {
 
 /// A decoder from config.json whose cache can be cleared.
 macro_rules! decoder {
-    ($name:ident, $targets:expr, $model:ident, $config:ident, $more:tt) => {
-        model!($name, $targets, |m, vb| {
-            let cfg: m::$config = config(tiny(json!($more)))?;
+    ($name:ident, $targets:expr, $model:ident, $config:ident, $more:tt $(, $flash:ident)?) => {
+        model!($name, $targets, |m, vb $(, $flash)?| {
+            #[allow(unused_mut)]
+            let mut cfg: m::$config = config(tiny(json!($more)))?;
+            $(cfg.use_flash_attn = $flash;)?
             let mut model = m::$model::new(&cfg, vb)?;
             forward(move || {
                 model.clear_kv_cache();
@@ -84,8 +86,8 @@ macro_rules! decoder {
     };
 }
 
-decoder!(mistral, LLAMA, Model, Config, {});
-decoder!(helium, LLAMA, Model, Config, { "bos_token_id": 1, "eos_token_id": 2, "mlp_bias": false });
+decoder!(mistral, LLAMA, Model, Config, {}, flash);
+decoder!(helium, LLAMA, Model, Config, { "bos_token_id": 1, "eos_token_id": 2, "mlp_bias": false }, flash);
 decoder!(olmo, LLAMA, Model, Config, { "clip_qkv": 2. });
 decoder!(olmo2, LLAMA, Model, Config, {});
 decoder!(phi3, PHI3, Model, Config, {});
@@ -104,7 +106,7 @@ const STARCODER2: [&str; 6] = ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "
 
 const HYBRID: [&str; 6] = ["q_proj", "k_proj", "v_proj", "o_proj", "input_linear", "output_linear"];
 
-model!(granitemoehybrid, HYBRID, |m, vb| {
+model!(granitemoehybrid, HYBRID, |m, vb, flash| {
     let cfg: m::GraniteMoeHybridConfig = config(tiny(json!({
         "layer_types": ["attention", "attention"],
         "attention_multiplier": 0.3,
@@ -112,7 +114,7 @@ model!(granitemoehybrid, HYBRID, |m, vb| {
         "residual_multiplier": 0.5,
         "logits_scaling": 2.,
     })))?;
-    let cfg = cfg.into_config(false);
+    let cfg = cfg.into_config(flash);
     let model = m::GraniteMoeHybrid::load(vb.clone(), &cfg)?;
     let mut cache = m::GraniteMoeHybridCache::new(false, vb.dtype(), &cfg, vb.device())?;
     forward(move || model.forward(&ids(2, 7)?, 0, &mut cache))
@@ -157,12 +159,12 @@ model!(phi, ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2", "embed_tokens"
     })
 });
 
-/// Gemma's constructors ask for flash attention.
+/// The branch of flash attention is gemma's alone: gemma2's leaves out the softcap, and gemma3's the window.
 macro_rules! gemma {
-    ($name:ident, $more:tt) => {
-        model!($name, TIED, |m, vb| {
+    ($name:ident, $more:tt $(, $flash:ident)?) => {
+        model!($name, TIED, |m, vb $(, $flash)?| {
             let cfg: m::Config = config(tiny(json!($more)))?;
-            let mut model = m::Model::new(false, &cfg, vb)?;
+            let mut model = m::Model::new(false $(|| $flash)?, &cfg, vb)?;
             forward(move || {
                 model.clear_kv_cache();
                 model.forward(&ids(2, 7)?, 0)
@@ -171,7 +173,7 @@ macro_rules! gemma {
     };
 }
 
-gemma!(gemma, { "hidden_act": null, "hidden_activation": "gelu" });
+gemma!(gemma, { "hidden_act": null, "hidden_activation": "gelu" }, flash);
 gemma!(gemma2, {
     "hidden_activation": "gelu",
     "final_logit_softcapping": 30.,
@@ -190,8 +192,9 @@ gemma!(gemma3, {
     "sliding_window_pattern": 2,
 });
 
-model!(stable_lm, LLAMA, |m, vb| {
-    let more = json!({ "partial_rotary_factor": 0.5, "use_qkv_bias": true });
+model!(stable_lm, LLAMA, |m, vb, flash| {
+    let more =
+        json!({ "partial_rotary_factor": 0.5, "use_qkv_bias": true, "use_flash_attn": flash });
     let cfg: m::Config = config(tiny(more))?;
     forward(move || m::Model::new(&cfg, vb.clone())?.forward(&ids(2, 7)?, 0))
 });

@@ -67,7 +67,7 @@ rwkv!(rwkv_v6);
 const LFM2: [&str; 9] =
     ["q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3", "embed_tokens"];
 
-model!(lfm2, LFM2, |m, vb| {
+model!(lfm2, LFM2, |m, vb, flash| {
     let cfg: m::Lfm2Config = config(json!({
         "vocab_size": 40,
         "hidden_size": 32,
@@ -78,7 +78,7 @@ model!(lfm2, LFM2, |m, vb| {
         "max_position_embeddings": 16,
         "block_multiple_of": 16,
     }))?;
-    let cfg = cfg.into_config(false);
+    let cfg = cfg.into_config(flash);
     let model = m::Model::new(&cfg, vb.clone())?;
     let mut cache = m::Cache::new(false, vb.dtype(), &cfg, vb.device())?;
     forward(move || model.forward(&ids(2, 7)?, 0, &mut cache))

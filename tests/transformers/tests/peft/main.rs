@@ -21,7 +21,8 @@ const CPU: Device = Device::Cpu;
 const TOLERANCE: [f64; 3] = [2e-6, 5e-6, 2e-6];
 
 type Tensors = HashMap<String, Tensor>;
-type Forward = fn(VarBuilder, &Config, &Tensors) -> Result<Tensor>;
+/// The last argument says whether the model takes its branch of flash attention.
+type Forward = fn(VarBuilder, &Config, &Tensors, bool) -> Result<Tensor>;
 
 /// config.json, from which each model reads what it needs.
 struct Config(String);
@@ -34,6 +35,8 @@ impl Config {
 
 struct Case {
     name: &'static str,
+    /// Whether it has a branch of flash attention.
+    flash: bool,
     /// On `lora::nn`, and candle-transformers' own.
     models: [Forward; 2],
 }
@@ -41,7 +44,10 @@ struct Case {
 /// The same code for the copied models and for candle-transformers'.
 #[macro_export]
 macro_rules! case {
-    ($name:expr, $forward:expr) => {{
+    ($name:expr, |$vb:pat_param, $config:pat_param, $x:pat_param| $body:expr) => {
+        case!($name, false, |$vb, $config, $x, _| $body)
+    };
+    ($name:expr, $flash:expr, $forward:expr) => {{
         let on_lora: Forward = {
             use transformers::models;
             $forward
@@ -50,7 +56,7 @@ macro_rules! case {
             use candle_transformers::models;
             $forward
         };
-        Case { name: $name, models: [on_lora, unmodified] }
+        Case { name: $name, flash: $flash, models: [on_lora, unmodified] }
     }};
 }
 
@@ -71,8 +77,18 @@ fn difference(actual: &Tensor, expected: &Tensor) -> Result<f64> {
     Ok(max(abs(&difference)?) / max(abs(expected)?))
 }
 
+/// The same with the branch of flash attention where there is one.
+fn compare_branches(case: &Case) -> loralib::Result<(usize, [f64; 3])> {
+    let (adapters, found) = compare(case, false)?;
+    if !case.flash {
+        return Ok((adapters, found));
+    }
+    let (_, flash) = compare(case, true)?;
+    Ok((adapters, std::array::from_fn(|i| max([found[i], flash[i]]))))
+}
+
 /// The number of adapters, and the largest differences of output, gradients and the merged model's output.
-fn compare(case: &Case) -> loralib::Result<(usize, [f64; 3])> {
+fn compare(case: &Case, flash: bool) -> loralib::Result<(usize, [f64; 3])> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(case.name);
     let config = Config(std::fs::read_to_string(folder.join("config.json")).unwrap());
     let x = safetensors::load(folder.join("expected.safetensors"), &CPU)?;
@@ -81,7 +97,7 @@ fn compare(case: &Case) -> loralib::Result<(usize, [f64; 3])> {
     let [on_lora, unmodified] = case.models;
 
     let adapter = Adapter::load(&folder, &CPU)?;
-    let output = on_lora(adapter.var_builder(base()), &config, &x)?;
+    let output = on_lora(adapter.var_builder(base()), &config, &x, flash)?;
     adapter.check()?;
     let batch = output.dim(0)? as f64;
     let grads = (output.reshape(x["G"].shape())? * &x["G"])?.sum_all()?.affine(1. / batch, 0.)?;
@@ -98,7 +114,7 @@ fn compare(case: &Case) -> loralib::Result<(usize, [f64; 3])> {
     drop(vars);
     assert_eq!(found.len(), 2 * adapter.adapted().len());
 
-    let merged = unmodified(adapter.merged(base())?, &config, &x)?;
+    let merged = unmodified(adapter.merged(base())?, &config, &x, false)?;
     let output = difference(&output, &x["output"])?;
     Ok((adapter.adapted().len(), [output, max(found), difference(&merged, &x["output"])?]))
 }
@@ -108,7 +124,7 @@ fn check(cases: &[Case]) {
     println!("{:12} {:>8} {:>8} {:>9} {:>8}", "model", "adapters", "output", "gradients", "merged");
     let mut failed = vec![];
     for case in cases {
-        match compare(case) {
+        match compare_branches(case) {
             Ok((adapters, found)) => {
                 let [output, grads, merged] = found;
                 println!("{:12} {adapters:8} {output:8.1e} {grads:9.1e} {merged:8.1e}", case.name);
