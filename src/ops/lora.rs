@@ -4,6 +4,7 @@
 use super::backend::LowRankTerm;
 use super::dropout::{Dropout, DropoutStream};
 use super::op::compute_dtype;
+use super::place::is_fused;
 use candle_core::{bail, DType, Result, Tensor};
 use std::borrow::Cow;
 use std::ops::Range;
@@ -155,7 +156,7 @@ impl LowRank {
     /// operation reads it. A thread of a pool that waits for a part of the operation may run a task that writes the
     /// variable, as an optimizer's step, or that reads it behind a waiting writer: it would wait for itself.
     pub fn copied(&self) -> Result<Self> {
-        let copied = |t: &Tensor| match t.is_variable() && t.device().is_cpu() {
+        let copied = |t: &Tensor| match t.is_variable() && is_fused(t.device()) {
             true => t.copy(),
             false => Ok(t.clone()),
         };

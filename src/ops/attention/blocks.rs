@@ -4,102 +4,138 @@
 use super::scores::Scores;
 use crate::ops::cpu::attention::Heads;
 use crate::ops::op::compute_dtype;
-use crate::ops::softmax::softmax_grad;
+use crate::ops::softmax::softmax_last_dim;
 use candle_core::{Result, Tensor, D};
 use std::ops::Range;
 
-/// Scores of a block, for each head of keys and in all: up to 128 MiB in F32, of which a few arrays are in memory.
-const BLOCK: usize = if cfg!(test) { 1 << 6 } else { 1 << 21 };
+/// Scores of a block, for each head of keys and in all: up to 128 MiB in F32, of which three arrays are in memory.
+const BLOCK: usize = if cfg!(test) { 1 << 6 } else { 1 << 22 };
 const BLOCK_IN_ALL: usize = if cfg!(test) { 1 << 8 } else { 1 << 25 };
-
-/// The queries of each block: those that see a key.
-fn blocks(heads: &Heads, scores: &Scores) -> impl Iterator<Item = Range<usize>> {
-    let Heads { batch, queries, keys, count, kv_count, .. } = *heads;
-    let (window, width) = (scores.window, scores.window.width(keys));
-    let scores = BLOCK.saturating_mul(batch * kv_count).min(BLOCK_IN_ALL);
-    let step = scores / (batch * count * width).max(1);
-    // A block's window is as wide as a query's and the block together.
-    let most = if width < keys { width.max(64) } else { queries };
-    let step = step.clamp(1, most.max(1));
-    let Range { start, end } = window.seeing(queries, keys);
-    (start..end).step_by(step).map(move |from| from..(from + step).min(end))
-}
 
 /// The output (batch, queries, heads, d).
 pub(super) fn forward(heads: &Heads, scores: &Scores, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
-    let [k, v] = [by_head(k)?.contiguous()?, by_head(v)?.contiguous()?];
-    let y = by_head(q)?.zeros_like()?;
-    for queries in blocks(heads, scores) {
-        let block = Block::new(heads, scores, queries, q, &k)?;
-        let part = heads.by_key_head(&block.p.to_dtype(v.dtype())?)?.matmul(&block.of_keys(&v)?)?;
-        let part = heads.by_query_head(&part)?;
-        if part.dims() == y.dims() {
+    let all = Attention::new(heads, scores, q, k)?;
+    let v = by_head(v)?.contiguous()?;
+    let mut y = None;
+    for block in all.blocks() {
+        let p = heads.by_key_head(&all.probabilities(&block)?.0.to_dtype(v.dtype())?)?;
+        let part = heads.by_query_head(&p.matmul(&block.of_keys(&v)?)?)?;
+        if block.queries.len() == heads.queries {
             return by_head(&part);
         }
-        y.slice_set(&part, 2, block.queries.start)?;
+        let y = match &mut y {
+            Some(y) => y,
+            None => y.insert(all.q.zeros_like()?),
+        };
+        set(y, part, block.queries.start)?;
     }
-    by_head(&y)
+    by_head(&y.map_or_else(|| all.q.zeros_like(), Ok)?)
 }
 
-/// The gradients of q, k and v, from the output's gradient.
+/// The output from all scores at once, with a graph that leads to the mask too.
+pub(super) fn whole(heads: &Heads, scores: &Scores, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+    let all = Attention::new(heads, scores, q, k)?;
+    let block = Block { queries: 0..heads.queries, keys: 0..heads.keys };
+    let v = by_head(v)?.contiguous()?;
+    let p = heads.by_key_head(&all.probabilities(&block)?.0.to_dtype(v.dtype())?)?;
+    by_head(&heads.by_query_head(&p.matmul(&v)?)?)
+}
+
+/// The gradients of q, k and v, from the output `y` and its gradient.
 pub(super) fn backward(
     heads: &Heads,
     scores: &Scores,
-    qkv: [&Tensor; 3],
+    [q, k, v]: [&Tensor; 3],
+    y: &Tensor,
     g: &Tensor,
 ) -> Result<[Tensor; 3]> {
-    let [q, k, v] = qkv;
-    let [k, v] = [by_head(k)?.contiguous()?, by_head(v)?.contiguous()?];
-    let sums = |t: &Tensor| Tensor::zeros(t.shape(), compute_dtype(t.dtype()), t.device());
-    let (gq, gk, gv) = (by_head(q)?.zeros_like()?, sums(&k)?, sums(&v)?);
-    for queries in blocks(heads, scores) {
-        let block = Block::new(heads, scores, queries, q, &k)?;
-        let g = heads.by_key_head(&block.of_queries(g)?)?;
-        let p = heads.by_key_head(&block.p.to_dtype(g.dtype())?)?;
-        block.add_to(&gv, p.t()?.matmul(&g)?)?;
-        let gp = g.matmul(&block.of_keys(&v)?.t()?)?.to_dtype(block.p.dtype())?;
-        let mut gs = softmax_grad(&block.p, &gp.reshape(block.p.shape())?)?;
-        if let Some(capped) = &block.capped {
+    let all = Attention::new(heads, scores, q, k)?;
+    let (v, g) = (by_head(v)?.contiguous()?, by_head(g)?);
+    let dtype = compute_dtype(q.dtype());
+    // Σ p∘gp, which is Σ y∘g over the values of a head, (batch, heads, queries, 1).
+    let dots = (by_head(y)?.to_dtype(dtype)? * g.to_dtype(dtype)?)?.sum_keepdim(D::Minus1)?;
+    let zeros = |t: &Tensor| Tensor::zeros(t.shape(), dtype, t.device());
+    let [mut gq, mut gk, mut gv] = [zeros(&all.q)?, zeros(&all.k)?, zeros(&v)?];
+    for block in all.blocks() {
+        let (p, capped) = all.probabilities(&block)?;
+        let (q, g) = (block.of_queries(&all.q)?, block.of_queries(&g)?);
+        let (q, g) = (heads.by_key_head(&q)?, heads.by_key_head(&g)?);
+        let part = heads.by_key_head(&p.to_dtype(g.dtype())?)?.t()?.matmul(&g)?;
+        block.add_to_keys(&mut gv, part)?;
+        let dots = dots.narrow(2, block.queries.start, block.queries.len())?;
+        // Each array is dropped as soon as the next one is there.
+        let mut gs = g.matmul(&block.of_keys(&v)?.t()?)?.to_dtype(dtype)?.reshape(p.shape())?;
+        gs = gs.broadcast_sub(&dots)?;
+        gs = (p * gs)?;
+        if let Some(capped) = capped {
             gs = (gs * capped.sqr()?.affine(-1., 1.)?)?;
         }
-        let gs = heads.by_key_head(&gs.to_dtype(g.dtype())?)?;
-        block.add_to(&gk, gs.t()?.matmul(&heads.by_key_head(&block.q)?)?)?;
-        let part = (gs.matmul(&block.of_keys(&k)?)? * scores.scale)?;
-        gq.slice_set(&heads.by_query_head(&part)?, 2, block.queries.start)?;
+        gs = heads.by_key_head(&gs.to_dtype(g.dtype())?)?;
+        block.add_to_keys(&mut gk, gs.t()?.matmul(&q)?)?;
+        let part = heads.by_query_head(&(gs.matmul(&block.of_keys(&all.k)?)? * scores.scale)?)?;
+        set(&mut gq, part.to_dtype(dtype)?, block.queries.start)?;
     }
     Ok([by_head(&gq)?, by_head(&gk)?, by_head(&gv)?])
 }
 
-/// Some queries of all heads.
-struct Block {
-    queries: Range<usize>,
-    /// The keys that some of the queries see.
-    keys: Range<usize>,
+/// The scores of all queries, of which a block's are computed at a time.
+struct Attention<'a> {
+    heads: &'a Heads,
+    scores: &'a Scores,
     /// Times the scale, (batch, heads, queries, d).
     q: Tensor,
-    /// (batch, heads, queries, keys), in the compute dtype.
-    p: Tensor,
-    /// With a softcap, tanh(s/cap).
-    capped: Option<Tensor>,
+    /// (batch, kv_heads, keys, d)
+    k: Tensor,
+    /// Each query's position among the keys, (queries, 1), and each key's (keys).
+    positions: [Tensor; 2],
+    /// The score of a key that is not seen.
+    hidden: Tensor,
 }
 
-impl Block {
-    /// `k` is (batch, kv_heads, keys, d).
-    fn new(
-        sizes: &Heads,
-        scores: &Scores,
-        queries: Range<usize>,
-        q: &Tensor,
-        k: &Tensor,
-    ) -> Result<Self> {
-        let Scores { scale, softcap, window, mask, .. } = scores;
-        let Heads { batch, count, queries: all_queries, keys: all_keys, .. } = *sizes;
-        let keys = window.keys_of(&queries, all_keys);
-        let narrow = |t: &Tensor| t.narrow(2, queries.start, queries.len());
-        let q = (narrow(&by_head(q)?)?.contiguous()? * *scale)?;
-        let kt = k.narrow(2, keys.start, keys.len())?.t()?;
-        let s = sizes.by_key_head(&q)?.matmul(&kt)?.to_dtype(compute_dtype(q.dtype()))?;
-        let mut s = s.reshape((batch, count, queries.len(), keys.len()))?;
+/// Some queries, and the keys that some of them see.
+struct Block {
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+impl<'a> Attention<'a> {
+    fn new(heads: &'a Heads, scores: &'a Scores, q: &Tensor, k: &Tensor) -> Result<Self> {
+        let device = q.device();
+        let numbers = |from: i64, len: usize| {
+            let numbers =
+                (0..len as i64).map(|i| from.saturating_add(i) as f32).collect::<Vec<_>>();
+            Tensor::from_vec(numbers, len, device)
+        };
+        let of_queries = numbers(scores.window.position(0), heads.queries)?;
+        let positions = [of_queries.unsqueeze(1)?, numbers(0, heads.keys)?];
+        let hidden = Tensor::new(f32::NEG_INFINITY, device)?.to_dtype(compute_dtype(q.dtype()))?;
+        let (q, k) = ((by_head(q)?.contiguous()? * scores.scale)?, by_head(k)?.contiguous()?);
+        Ok(Self { heads, scores, q, k, positions, hidden })
+    }
+
+    /// The queries that see a key, in blocks.
+    fn blocks(&self) -> impl Iterator<Item = Block> {
+        let Heads { batch, queries, keys, count, kv_count, .. } = *self.heads;
+        let (window, width) = (self.scores.window, self.scores.window.width(keys));
+        let scores = BLOCK.saturating_mul(batch * kv_count).min(BLOCK_IN_ALL);
+        let step = scores / (batch * count * width).max(1);
+        // A block's window is as wide as a query's and the block together.
+        let most = if width < keys { width.max(64) } else { queries };
+        let step = step.clamp(1, most.max(1));
+        let Range { start, end } = window.seeing(queries, keys);
+        (start..end).step_by(step).map(move |from| {
+            let queries = from..(from + step).min(end);
+            Block { keys: window.keys_of(&queries, keys), queries }
+        })
+    }
+
+    /// The probabilities (batch, heads, queries, keys) of a block in the compute dtype, and tanh(s/cap) with a softcap.
+    fn probabilities(&self, block: &Block) -> Result<(Tensor, Option<Tensor>)> {
+        let Scores { softcap, window, slopes, mask, .. } = self.scores;
+        let Heads { batch, count, queries, keys, .. } = *self.heads;
+        let q = self.heads.by_key_head(&block.of_queries(&self.q)?)?;
+        let mut s = q.matmul(&block.of_keys(&self.k)?.t()?)?.to_dtype(self.hidden.dtype())?;
+        s = s.reshape((batch, count, block.queries.len(), block.keys.len()))?;
         let mut capped = None;
         if let Some(cap) = softcap {
             let tanh = (s / *cap)?.tanh()?;
@@ -107,32 +143,57 @@ impl Block {
             capped = Some(tanh);
         }
         if let Some(mask) = mask {
-            let mask = mask.detach().broadcast_as((batch, count, all_queries, all_keys))?;
-            let mask = narrow(&mask)?.narrow(3, keys.start, keys.len())?;
-            s = (s + mask.to_dtype(q.dtype())?.to_dtype(compute_dtype(q.dtype()))?)?;
+            let mask = mask.broadcast_as((batch, count, queries, keys))?;
+            let mask = mask.narrow(2, block.queries.start, block.queries.len())?;
+            let mask = mask.narrow(3, block.keys.start, block.keys.len())?;
+            s = (s + mask.to_dtype(self.hidden.dtype())?)?;
         }
-        if let Some(bias) = bias(scores, queries.clone(), keys.clone(), all_keys, &q)? {
-            s = s.broadcast_add(&bias)?;
+        let [positions, numbers] = &self.positions;
+        let positions = positions.narrow(0, block.queries.start, block.queries.len())?;
+        let numbers = numbers.narrow(0, block.keys.start, block.keys.len())?;
+        if let Some(slopes) = slopes {
+            let distances = numbers.broadcast_sub(&positions)?.abs()?.to_dtype(s.dtype())?;
+            let slopes = slopes.detach().to_dtype(s.dtype())?.reshape((count, 1, 1))?;
+            s = s.broadcast_sub(&distances.broadcast_mul(&slopes)?)?;
         }
-        let p = candle_nn::ops::softmax_last_dim(&s)?;
-        Ok(Self { queries, keys, q, p, capped })
+        if !window.is_full(&block.queries, keys) {
+            let right =
+                window.right.map(|right| numbers.broadcast_le(&(&positions + right as f64)?));
+            let left = window.left.map(|left| numbers.broadcast_ge(&(&positions - left as f64)?));
+            for seen in [right, left].into_iter().flatten() {
+                let hidden = self.hidden.broadcast_as(s.shape())?;
+                s = seen?.broadcast_as(s.shape())?.where_cond(&s, &hidden)?;
+            }
+        }
+        Ok((softmax_last_dim(&s)?, capped))
     }
+}
 
+impl Block {
     /// `t` (batch, kv_heads, keys, d) of this block's keys.
     fn of_keys(&self, t: &Tensor) -> Result<Tensor> {
         t.narrow(2, self.keys.start, self.keys.len())
     }
 
-    /// `t` (batch, queries, heads, d) of this block's queries, by head.
+    /// `t` (batch, heads, queries, d) of this block's queries.
     fn of_queries(&self, t: &Tensor) -> Result<Tensor> {
-        by_head(t)?.narrow(2, self.queries.start, self.queries.len())?.contiguous()
+        t.narrow(2, self.queries.start, self.queries.len())?.contiguous()
     }
 
     /// Adds to the rows of `sums` that are this block's keys.
-    fn add_to(&self, sums: &Tensor, part: Tensor) -> Result<()> {
+    fn add_to_keys(&self, sums: &mut Tensor, part: Tensor) -> Result<()> {
         let sum = (self.of_keys(sums)? + part.to_dtype(sums.dtype())?)?;
-        sums.slice_set(&sum, 2, self.keys.start)
+        set(sums, sum, self.keys.start)
     }
+}
+
+/// Replaces rows of `t` from `start` on.
+fn set(t: &mut Tensor, rows: Tensor, start: usize) -> Result<()> {
+    match rows.dims() == t.dims() {
+        true => *t = rows,
+        false => t.slice_set(&rows.contiguous()?, 2, start)?,
+    }
+    Ok(())
 }
 
 impl Heads {
@@ -150,42 +211,4 @@ impl Heads {
 /// (batch, tokens, heads, d) to (batch, heads, tokens, d), and back.
 fn by_head(x: &Tensor) -> Result<Tensor> {
     x.transpose(1, 2)
-}
-
-/// What is added to the scores of some queries and keys beside a mask: -∞ outside of the window, and ALiBi's share.
-/// Broadcasts to (batch, heads, queries, keys), and is in the compute dtype beside `x`.
-pub(super) fn bias(
-    scores: &Scores,
-    queries: Range<usize>,
-    keys: Range<usize>,
-    all_keys: usize,
-    x: &Tensor,
-) -> Result<Option<Tensor>> {
-    let (window, device, dtype) = (scores.window, x.device(), compute_dtype(x.dtype()));
-    let full = window.is_full(&queries, all_keys);
-    if full && scores.slopes.is_none() {
-        return Ok(None);
-    }
-    // The distance of each key from each query's position, (queries, keys).
-    let first = window.position(queries.start) - keys.start as i64;
-    let positions = Tensor::arange(first, first + queries.len() as i64, device)?.unsqueeze(1)?;
-    let apart = Tensor::arange(0, keys.len() as i64, device)?.broadcast_sub(&positions)?;
-    let mut bias = match &scores.slopes {
-        None => Tensor::zeros(apart.shape(), dtype, device)?,
-        Some(slopes) => {
-            let slopes = slopes.detach().to_dtype(dtype)?.neg()?;
-            apart.to_dtype(dtype)?.abs()?.broadcast_mul(&slopes.reshape(((), 1, 1))?)?
-        }
-    };
-    if !full {
-        let hidden = Tensor::new(f32::NEG_INFINITY, device)?.to_dtype(dtype)?;
-        for (bound, below) in [(window.left, true), (window.right, false)] {
-            let Some(bound) = bound else { continue };
-            let bound = i64::try_from(bound).unwrap_or(i64::MAX);
-            let sees = if below { apart.ge(-bound)? } else { apart.le(bound)? };
-            let shape = bias.shape().clone();
-            bias = sees.broadcast_as(&shape)?.where_cond(&bias, &hidden.broadcast_as(&shape)?)?;
-        }
-    }
-    Ok(Some(bias))
 }

@@ -7,7 +7,6 @@ use crate::ops::cpu::attention::{backward, forward, Bias, Heads, MaskRows};
 use crate::ops::cpu::{f32_slices, FUSED_ATTENTION};
 use crate::ops::op::{operand, run, Fused, Grads, Operand};
 use crate::ops::place::is_fused;
-use crate::ops::softmax::softmax_last_dim;
 use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor};
 
 /// `q` (batch, queries, heads, d), `k` and `v` (batch, keys, kv_heads, d) to (batch, queries, heads, d).
@@ -16,7 +15,7 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> R
     let op = AttentionOp::new([q, k, v], scores)?;
     match op.scores.mask.as_ref().is_some_and(Tensor::track_op) {
         // candle's operations have three operands at most.
-        true => op.whole([q, k, v]),
+        true => blocks::whole(&op.heads, &op.scores, [q, k, v]),
         false => run(op, [q, k, v]),
     }
 }
@@ -40,10 +39,10 @@ impl AttentionOp {
         Ok(Self { heads: Heads { batch, queries, keys, count, kv_count, d }, scores })
     }
 
-    /// The gradients of detached arguments.
-    pub fn grads(&self, qkv: [&Tensor; 3], g: &Tensor) -> Result<[Tensor; 3]> {
+    /// The gradients of detached arguments, from the output and its gradient.
+    pub fn grads(&self, qkv: [&Tensor; 3], y: &Tensor, g: &Tensor) -> Result<[Tensor; 3]> {
         match self.fused_dtype(qkv).filter(|_| is_fused(g.device())) {
-            None => blocks::backward(&self.heads, &self.scores, qkv, g),
+            None => blocks::backward(&self.heads, &self.scores, qkv, y, g),
             Some(dtype) => {
                 let [q, k, v] = qkv.map(|x| operand(x, dtype));
                 let qkvg = [&q?, &k?, &v?, &operand(g, dtype)?];
@@ -71,29 +70,6 @@ impl AttentionOp {
         let mask = Some(MaskRows { values, strides: [stride[0], stride[1], stride[2]] });
         f(&Bias { mask, ..bias })
     }
-
-    /// All scores at once, with a graph.
-    fn whole(&self, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
-        let Heads { batch, queries, keys, count, kv_count, d } = self.heads;
-        let by_head = |x: &Tensor| {
-            let x = x.transpose(1, 2)?.contiguous()?;
-            let tokens = x.dim(2)?;
-            let x = x.unsqueeze(2)?.expand((batch, kv_count, count / kv_count, tokens, d))?;
-            x.reshape((batch, count, tokens, d))
-        };
-        let q = (q.transpose(1, 2)?.contiguous()? * self.scores.scale)?;
-        let mut s = q.matmul(&by_head(k)?.t()?)?;
-        if let Some(cap) = self.scores.softcap {
-            s = ((s / cap)?.tanh()? * cap)?;
-        }
-        if let Some(mask) = &self.scores.mask {
-            s = s.broadcast_add(&mask.to_dtype(s.dtype())?)?;
-        }
-        if let Some(bias) = blocks::bias(&self.scores, 0..queries, 0..keys, keys, &q)? {
-            s = s.broadcast_add(&bias.to_dtype(s.dtype())?)?;
-        }
-        softmax_last_dim(&s)?.matmul(&by_head(v)?)?.transpose(1, 2)?.contiguous()
-    }
 }
 
 impl Fused<3> for AttentionOp {
@@ -111,16 +87,16 @@ impl Fused<3> for AttentionOp {
         self.with_bias(|bias| Ok((CpuStorage::F32(forward(&self.heads, qkv, bias)), shape)))
     }
 
-    fn backward(&self, qkv: [&Tensor; 3], _: &Tensor, g: &Tensor) -> Result<Grads<3>> {
-        self.composed_backward(qkv, g, g)
+    fn backward(&self, qkv: [&Tensor; 3], y: &Tensor, g: &Tensor) -> Result<Grads<3>> {
+        self.composed_backward(qkv, y, g)
     }
 
     fn composed(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
         blocks::forward(&self.heads, &self.scores, qkv)
     }
 
-    fn composed_backward(&self, qkv: [&Tensor; 3], _: &Tensor, g: &Tensor) -> Result<Grads<3>> {
-        let grads = self.grads(qkv.map(Tensor::detach).each_ref(), g)?;
+    fn composed_backward(&self, qkv: [&Tensor; 3], y: &Tensor, g: &Tensor) -> Result<Grads<3>> {
+        let grads = self.grads(qkv.map(Tensor::detach).each_ref(), &y.detach(), g)?;
         Ok(std::array::from_fn(|i| qkv[i].track_op().then(|| grads[i].clone())))
     }
 }
@@ -152,6 +128,49 @@ mod tests {
 
     fn apart(a: &Tensor, b: &Tensor) -> Result<f64> {
         (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.max_all()?.to_scalar()
+    }
+
+    /// All scores at once; a query that sees no key gives zeros.
+    fn reference([q, k, v]: [&Tensor; 3], scores: &Scores) -> Result<Tensor> {
+        let Heads { batch, queries, keys, count, kv_count, d } =
+            AttentionOp::new([q, k, v], scores.clone())?.heads;
+        let by_head = |x: &Tensor| {
+            let x = x.transpose(1, 2)?.contiguous()?;
+            let tokens = x.dim(2)?;
+            let x = x.unsqueeze(2)?.expand((batch, kv_count, count / kv_count, tokens, d))?;
+            x.reshape((batch, count, tokens, d))
+        };
+        let q = q.transpose(1, 2)?.contiguous()?;
+        let mut s = (q.matmul(&by_head(k)?.t()?)? * scores.scale)?;
+        if let Some(cap) = scores.softcap {
+            s = ((s / cap)?.tanh()? * cap)?;
+        }
+        if let Some(mask) = &scores.mask {
+            s = s.broadcast_add(mask)?;
+        }
+        let slopes = match &scores.slopes {
+            Some(slopes) => slopes.to_vec1::<f32>()?,
+            None => vec![0.; count],
+        };
+        let Window { offset, left, right } = scores.window;
+        let (mut bias, mut seeing) = (vec![], vec![]);
+        for slope in slopes {
+            for i in 0..queries {
+                let mut sees = false;
+                for j in 0..keys {
+                    let apart = j as i64 - (i as i64 + offset);
+                    let seen = left.is_none_or(|left| apart >= -(left as i64))
+                        && right.is_none_or(|right| apart <= right as i64);
+                    bias.push(if seen { -f64::from(slope) * apart.abs() as f64 } else { -1e9 });
+                    sees |= seen;
+                }
+                seeing.push(f64::from(u8::from(sees)));
+            }
+        }
+        let bias = Tensor::from_vec(bias, (count, queries, keys), &Device::Cpu)?;
+        let p = candle_nn::ops::softmax(&s.broadcast_add(&bias)?, 3)?;
+        let seeing = Tensor::from_vec(seeing, (count, queries, 1), &Device::Cpu)?;
+        p.broadcast_mul(&seeing)?.matmul(&by_head(v)?)?.transpose(1, 2)?.contiguous()
     }
 
     /// Every pattern of scores for queries and keys whose last ones are beside each other.
@@ -191,27 +210,7 @@ mod tests {
             let (x, g) = ([q?, k?, v?], normal(dims[0])?);
             for scores in patterns(heads, queries, keys)? {
                 let op = |x: [&Tensor; 3]| AttentionOp::new(x, scores.clone());
-                // The composition gives NaN where a query sees no key.
-                let window = scores.window;
-                let seen = window.seeing(queries, keys);
-                let seeing = |t: &Tensor, i: usize| match i < 2 {
-                    true => t.narrow(1, seen.start, seen.len()),
-                    false => Ok(t.clone()),
-                };
-                let expected = results(&x, &g, |[q, k, v]| {
-                    let mut scores = scores.clone();
-                    scores.window.offset += seen.start as i64;
-                    scores.mask = match &scores.mask {
-                        Some(mask) => Some(mask.narrow(2, seen.start, seen.len())?),
-                        None => None,
-                    };
-                    let y = AttentionOp::new([&seeing(q, 0)?, k, v], scores)?.whole([
-                        &seeing(q, 0)?,
-                        k,
-                        v,
-                    ])?;
-                    y.pad_with_zeros(1, seen.start, queries - seen.end)
-                })?;
+                let expected = results(&x, &g, |x| reference(x, &scores))?;
                 for (dtype, tolerance) in
                     [(DType::F64, 1e-12), (DType::F32, 2e-5), (DType::BF16, 0.15)]
                 {
@@ -222,7 +221,7 @@ mod tests {
                     let x = x.each_ref();
                     let y = op(x)?.composed(x)?;
                     let AttentionOp { heads, scores } = &op(x)?;
-                    let grads = blocks::backward(heads, scores, x, &g)?;
+                    let grads = blocks::backward(heads, scores, x, &y, &g)?;
                     let composed: Vec<_> = [y].into_iter().chain(grads).collect();
                     for (i, expected) in expected.iter().enumerate() {
                         for (name, found) in [("fused", &fused[i]), ("composed", &composed[i])] {

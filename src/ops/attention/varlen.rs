@@ -106,15 +106,16 @@ impl Fused<3> for VarlenOp {
         Ok(y)
     }
 
-    fn composed_backward(&self, qkv: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<Grads<3>> {
+    fn composed_backward(&self, qkv: [&Tensor; 3], y: &Tensor, grad: &Tensor) -> Result<Grads<3>> {
         let detached = qkv.map(Tensor::detach);
         let grads = detached.each_ref().map(Tensor::zeros_like);
         let [gq, gk, gv] = grads;
         let grads = [gq?, gk?, gv?];
         for part in self.parts(detached.each_ref()) {
             let Part { queries, keys, op, qkv } = part?;
-            let g = operand(&grad.narrow(1, queries.start, queries.len())?, grad.dtype())?;
-            let parts = op.grads(qkv.each_ref(), &g)?;
+            let of_queries =
+                |t: &Tensor| operand(&t.narrow(1, queries.start, queries.len())?, t.dtype());
+            let parts = op.grads(qkv.each_ref(), &of_queries(y)?, &of_queries(grad)?)?;
             for ((grad, part), rows) in grads.iter().zip(parts).zip([queries, keys, keys]) {
                 grad.slice_set(&operand(&part, grad.dtype())?, 1, rows.start)?;
             }
