@@ -1,7 +1,9 @@
 //! Inverted dropout as a mask that forward and backward share.
 
-use super::cpu::filled;
-use candle_core::{DType, Result, Tensor};
+use super::backend::Backend;
+use super::cpu::{filled, map_rows, on_cpu};
+use super::op::{if_tracked, run, Fused, Grads, Operand};
+use candle_core::{CpuStorage, Result, Shape, Tensor};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -40,28 +42,83 @@ impl DropoutStream {
 }
 
 impl Dropout {
-    /// A mask of `x`'s shape: 0 with probability `p`, else 1 / (1 - p). `None` if `p` is 0, or `x` has no
-    /// values.
-    pub fn mask(&self, x: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+    /// A mask of `x`'s shape. `None` if `p` is 0, or `x` has no values.
+    pub fn mask(&self, x: &Tensor) -> Result<Option<Mask>> {
         if self.p == 0. || x.elem_count() == 0 {
             return Ok(None);
         }
-        if let Some(stream) = &self.stream {
-            let index = stream.position.fetch_add(1, Ordering::Relaxed);
-            let mask = seeded_mask(stream.seed, index, x.elem_count(), self.p);
-            return Tensor::from_vec(mask, x.shape(), x.device())?.to_dtype(dtype).map(Some);
-        }
-        let kept = Tensor::rand(0f32, 1f32, x.shape(), x.device())?.ge(self.p)?;
-        Ok(Some((kept.to_dtype(dtype)? * (1. / (1. - f64::from(self.p))))?))
+        let kept = match &self.stream {
+            Some(stream) => {
+                let index = stream.position.fetch_add(1, Ordering::Relaxed);
+                let kept = seeded_mask(stream.seed, index, x.elem_count(), self.p);
+                Tensor::from_vec(kept, x.shape(), x.device())?
+            }
+            None => Tensor::rand(0f32, 1f32, x.shape(), x.device())?.ge(self.p)?,
+        };
+        Ok(Some(Mask { kept, scale: 1. / (1. - f64::from(self.p)) }))
+    }
+}
+
+/// What a dropout keeps, one byte a value: 0, or 1 with the probability 1 - p.
+#[derive(Debug, Clone)]
+pub(crate) struct Mask {
+    kept: Tensor,
+    /// 1 / (1 - p)
+    scale: f64,
+}
+
+impl Mask {
+    /// x̃ of the mask's shape, with a gradient for `x`.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        run(self.clone(), [x])
+    }
+
+    /// x̃ and x − x̃.
+    pub fn split(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let kept = self.apply(x)?;
+        let rest = (x - &kept)?;
+        Ok((kept, rest))
+    }
+}
+
+impl Fused<1> for Mask {
+    const NAME: &'static str = "dropout";
+
+    fn forward(&self, x: [Operand; 1]) -> Result<(CpuStorage, Shape)> {
+        let (kept, _) = self.kept.storage_and_layout();
+        let kept = CpuStorage::of(&kept)?.as_slice::<u8>()?;
+        let scale = self.scale as f32;
+        map_rows(
+            x,
+            #[inline(always)]
+            |row, [x], y| {
+                let kept = &kept[row * x.len()..][..x.len()];
+                for ((y, x), kept) in y.iter_mut().zip(x).zip(kept) {
+                    *y = if *kept == 0 { 0. } else { x * scale };
+                }
+            },
+        )
+    }
+
+    fn backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
+        Ok([if_tracked(x, || on_cpu([grad], |grad| self.forward(grad)))?])
+    }
+
+    fn composed(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        (x * self.kept.to_dtype(x.dtype())?)? * self.scale
+    }
+
+    fn composed_backward(&self, [x]: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
+        Ok([if_tracked(x, || self.composed([grad]))?])
     }
 }
 
 /// Values that one thread draws at a time: the mask does not depend on the number of threads.
 const BLOCK: usize = 1 << 14;
 
-/// The mask number `index` of a seed: 0 with probability `p`, to within 2⁻¹⁷, else 1 / (1 - p).
-fn seeded_mask(seed: u64, index: u64, len: usize, p: f32) -> Vec<f32> {
-    let (mut mask, kept) = (filled(0., len), 1. / (1. - p));
+/// The mask number `index` of a seed: 0 with probability `p`, to within 2⁻¹⁷, else 1.
+fn seeded_mask(seed: u64, index: u64, len: usize, p: f32) -> Vec<u8> {
+    let mut mask = filled(0, len);
     // 16 bits for each value.
     let dropped = (f64::from(p) * 65536.).round() as u32;
     mask.par_chunks_mut(BLOCK).enumerate().for_each(|(block, mask)| {
@@ -71,7 +128,7 @@ fn seeded_mask(seed: u64, index: u64, len: usize, p: f32) -> Vec<f32> {
         for pair in mask.chunks_mut(2) {
             let mut bits = rng.next_u32();
             for value in pair {
-                *value = if (bits & 0xffff) < dropped { 0. } else { kept };
+                *value = u8::from((bits & 0xffff) >= dropped);
                 bits >>= 16;
             }
         }
@@ -90,9 +147,9 @@ mod tests {
         assert!(mask(1, 2) != mask(1, 3) && mask(1, 2) != mask(2, 2));
         // A longer one begins with the shorter.
         assert_eq!(seeded_mask(1, 2, 7, 0.1), mask(1, 2)[..7]);
-        let dropped = mask(1, 2).iter().filter(|value| **value == 0.).count();
+        let dropped = mask(1, 2).iter().filter(|value| **value == 0).count();
         assert!((9_500..10_500).contains(&dropped), "{dropped}");
-        assert!(mask(1, 2).iter().all(|value| *value == 0. || *value == 1. / 0.9));
-        assert!(seeded_mask(1, 2, 100, 0.).iter().all(|value| *value == 1.));
+        assert!(mask(1, 2).iter().all(|value| *value <= 1));
+        assert!(seeded_mask(1, 2, 100, 0.).iter().all(|value| *value == 1));
     }
 }

@@ -4,7 +4,7 @@
 use super::backend::Backend;
 use super::custom_gradient::with_zero_grads;
 use super::op::{compute_dtype, if_tracked, Custom, Grads, Op};
-use candle_core::op::{Add, Div, Mul};
+use candle_core::op::{Add, Div};
 use candle_core::{bail, Layout, Result, Shape, Tensor};
 
 /// `x + c` of one shape, with a gradient for each operand that is tracked.
@@ -70,25 +70,14 @@ fn same_device(x: &Tensor, c: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// `x ∘ c`, with `c` of any shape that broadcasts to `x`'s.
-pub(crate) fn mul_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
-    x.apply_op1(Custom(FrozenOp::Mul(c.detach().broadcast_as(x.shape())?)))
-}
-
 /// `x / c` of one shape.
 pub(crate) fn div_frozen(x: &Tensor, c: &Tensor) -> Result<Tensor> {
     x.apply_op1(Custom(FrozenOp::Div(c.detach())))
 }
 
-/// `x ∘ mask` and `x − x ∘ mask`.
-pub(crate) fn split(x: &Tensor, mask: &Tensor) -> Result<(Tensor, Tensor)> {
-    Ok((mul_frozen(x, mask)?, mul_frozen(x, &mask.affine(-1., 1.)?)?))
-}
-
 /// `x` with a frozen operand of its shape.
 enum FrozenOp {
     Add(Tensor),
-    Mul(Tensor),
     Div(Tensor),
 }
 
@@ -96,12 +85,11 @@ impl Op<1> for FrozenOp {
     const NAME: &'static str = "frozen-operand";
 
     fn forward<S: Backend>(&self, [(x, l)]: [(&S, &Layout); 1]) -> Result<(S, Shape)> {
-        let (Self::Add(c) | Self::Mul(c) | Self::Div(c)) = self;
+        let (Self::Add(c) | Self::Div(c)) = self;
         let (c, cl) = c.storage_and_layout();
         let c = S::of(&c)?;
         let y = match self {
             Self::Add(_) => x.binary_impl::<Add>(c, l, cl),
-            Self::Mul(_) => x.binary_impl::<Mul>(c, l, cl),
             Self::Div(_) => x.binary_impl::<Div>(c, l, cl),
         };
         Ok((y?, l.shape().clone()))
@@ -110,7 +98,6 @@ impl Op<1> for FrozenOp {
     fn backward(&self, _: [&Tensor; 1], _: &Tensor, grad: &Tensor) -> Result<Grads<1>> {
         Ok([Some(match self {
             Self::Add(_) => grad.clone(),
-            Self::Mul(c) => (grad * c)?,
             Self::Div(c) => (grad / c)?,
         })])
     }

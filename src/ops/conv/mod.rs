@@ -13,7 +13,7 @@ mod unfold;
 use crate::ops::cpu::on_cpu;
 use crate::ops::custom_gradient::{leaf, upstream};
 use crate::ops::dora::scaled_weight;
-use crate::ops::elementwise::{add, mul_frozen, split};
+use crate::ops::elementwise::add;
 use crate::ops::lora::LowRank;
 use crate::ops::op::{compute_dtype, if_tracked, operand, run, Fused, Grads, Operand};
 use candle_core::{CpuStorage, DType, Result, Shape, Tensor};
@@ -48,11 +48,11 @@ pub(crate) fn conv(
         let y = base_conv(&x.to_dtype(delta.dtype())?, &w.to_dtype(delta.dtype())?, geometry)?;
         y.to_dtype(x.dtype())
     };
-    match (update.dropout().mask(x, x.dtype())?, update.magnitude()) {
+    match (update.dropout().mask(x)?, update.magnitude()) {
         (None, _) => conv(x, &effective()?),
-        (Some(mask), None) => add(&conv(x, w)?, &conv(&mul_frozen(x, &mask)?, &delta)?),
+        (Some(mask), None) => add(&conv(x, w)?, &conv(&mask.apply(x)?, &delta)?),
         (Some(mask), Some(_)) => {
-            let (kept, rest) = split(x, &mask)?;
+            let (kept, rest) = mask.split(x)?;
             add(&conv(&rest, w)?, &conv(&kept, &effective()?)?)
         }
     }

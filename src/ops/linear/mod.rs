@@ -11,7 +11,7 @@ pub(super) mod op;
 use super::backend::LowRankTerm;
 use super::custom_gradient::with_zero_grads;
 use super::dora;
-use super::elementwise::{add, plus_bias, split};
+use super::elementwise::{add, plus_bias};
 use super::lora::{LowRank, Magnitude};
 use super::matrix::Matrix;
 use super::op::{compute_dtype, Custom};
@@ -44,7 +44,7 @@ pub(crate) fn linear(
     if let Some(magnitude) = update.magnitude() {
         return with_magnitude(&x, m, w, bias, update, magnitude);
     }
-    match update.dropout().mask(&x, compute_dtype(x.dtype()))? {
+    match update.dropout().mask(&x)? {
         None => product(&x, m, w, bias, Some(&*update.joined()?), None),
         mask => {
             let y = product(&x, m, w, bias, Some(update), mask)?;
@@ -80,10 +80,10 @@ fn with_magnitude(
         let y = product(x, m, w.clone(), None, Some(joined), None)?;
         dora::scaled(&y, magnitude, &norms, bias)
     };
-    match update.dropout().mask(x, x.dtype())? {
+    match update.dropout().mask(x)? {
         None => scaled(x, bias),
         Some(mask) => {
-            let (kept, rest) = split(x, &mask)?;
+            let (kept, rest) = mask.split(x)?;
             let y = product(&rest, m, w.clone(), bias, None, None)?;
             add(&scaled(&kept, None)?, &add_initial(y, &rest, m, update)?)
         }

@@ -7,6 +7,7 @@
 
 use super::matmul::matmul;
 use crate::ops::backend::{Backend, LowRankTerm};
+use crate::ops::dropout::Mask;
 use crate::ops::elementwise::with_frozen_bias;
 use crate::ops::lora::{LowRank, ScaledFactors};
 use crate::ops::matrix::{gemm_layout, Matrix};
@@ -20,7 +21,7 @@ pub(super) fn product(
     w: Matrix,
     bias: Option<&Tensor>,
     update: Option<&LowRank>,
-    mask: Option<Tensor>,
+    mask: Option<Mask>,
 ) -> Result<Tensor> {
     with_frozen_bias(bias, |bias| {
         let linear = LinearOp { m, bias: bias.map(Tensor::detach), terms: vec![] };
@@ -46,10 +47,10 @@ pub(super) fn product(
 }
 
 /// x̃ as a matrix of `m` rows in the compute dtype.
-pub(super) fn masked(x: &Tensor, m: usize, mask: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn masked(x: &Tensor, m: usize, mask: Option<&Mask>) -> Result<Tensor> {
     let x = x.detach().to_dtype(compute_dtype(x.dtype()))?;
     let x = match mask {
-        Some(mask) => (x * mask)?,
+        Some(mask) => mask.apply(&x)?,
         None => x,
     };
     x.reshape((m, x.dim(D::Minus1)?))
@@ -163,7 +164,7 @@ struct LoraLinearOp {
     /// In the compute dtype.
     a: Tensor,
     scaling: f64,
-    mask: Option<Tensor>,
+    mask: Option<Mask>,
 }
 
 impl Op<3> for LoraLinearOp {
@@ -197,7 +198,7 @@ impl Op<3> for LoraLinearOp {
                     linear_no_grad(&grad, wt, m, vec![term])
                 }
                 Some(mask) => {
-                    let through = (matmul(&h, &self.a)?.reshape(x.shape())? * mask)?;
+                    let through = mask.apply(&matmul(&h, &self.a)?.reshape(x.shape())?)?;
                     linear_no_grad(&grad, wt, m, vec![])? + through.to_dtype(x.dtype())?
                 }
             }
