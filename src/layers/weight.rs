@@ -162,12 +162,12 @@ impl Weight {
                     update: BatchUpdate::Whole(None),
                 },
                 (State::Unmerged { snapshot: Some(snapshot) }, None) => Effective {
-                    weight: base.matrix()?.for_evaluation(),
+                    weight: base.matrix()?.detach(),
                     bias: snapshot.bias.clone(),
                     update: BatchUpdate::Whole(Some(snapshot.update.clone())),
                 },
                 (State::Merged(_) | State::Unmerged { .. }, active) => Effective {
-                    weight: base.matrix()?.for_evaluation(),
+                    weight: base.matrix()?.detach(),
                     bias: bias.as_ref().map(Tensor::detach),
                     update: active.unwrap_or_else(|| {
                         BatchUpdate::Whole(update.as_ref().map(LowRank::detached))

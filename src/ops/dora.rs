@@ -76,7 +76,7 @@ fn computed_norms(w: &Matrix, update: &LowRank, magnitude: &Magnitude) -> Result
     let factor = update.detached().factors(w.dtype())?.remove(0);
     let (a, b) = (factor.a.to_dtype(w.dtype())?, factor.b.contiguous()?);
     // (out, r)
-    let w_a = match w.exact() {
+    let w_a = match w.detach() {
         Matrix::Dense(w) => matmul(&w.t()?, &a.t()?)?,
         quantized => linear_no_grad(&a, quantized, a.dim(0)?, vec![])?.t()?,
     };

@@ -28,22 +28,6 @@ impl Matrix {
         }
     }
 
-    /// The same values for a layer in evaluation, which needs no graph and no gradient.
-    pub fn for_evaluation(&self) -> Self {
-        match self {
-            Self::Dense(w) => Self::Dense(w.detach()),
-            Self::Quantized(w) => Self::Quantized(Quantized { evaluation: true, ..w.clone() }),
-        }
-    }
-
-    /// The same values, and not rounded to 8 bits beside one row.
-    pub fn exact(&self) -> Self {
-        match self {
-            Self::Dense(w) => Self::Dense(w.detach()),
-            Self::Quantized(w) => Self::Quantized(Quantized { evaluation: false, ..w.clone() }),
-        }
-    }
-
     /// The same values in a layout of [`gemm_layout`].
     pub fn gemm_operand(&self) -> Result<Self> {
         Ok(match self {
@@ -100,13 +84,12 @@ pub(crate) struct Quantized {
     blocks: Arc<QTensor>,
     transposed: bool,
     dtype: DType,
-    evaluation: bool,
 }
 
 impl Quantized {
     /// The matrix as it is stored, beside operands of `dtype`.
     pub fn new(blocks: Arc<QTensor>, dtype: DType) -> Self {
-        Self { blocks, transposed: false, dtype, evaluation: false }
+        Self { blocks, transposed: false, dtype }
     }
 
     fn t(&self) -> Self {
@@ -126,11 +109,6 @@ impl Quantized {
     /// Whether this is the transpose of the stored matrix.
     pub fn is_transposed(&self) -> bool {
         self.transposed
-    }
-
-    /// Whether a product may round its other operand to 8 bits, as candle's does.
-    pub fn in_evaluation(&self) -> bool {
-        self.evaluation
     }
 
     /// The values, in the dtype.

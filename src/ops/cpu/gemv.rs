@@ -1,13 +1,12 @@
-//! The product of one row or a few with a quantised weight, as in generation: each row of the weight is decoded
-//! in a core's cache and multiplied there.
+//! The product of one row or a few with a quantised weight, as in generation: the weight is read once, and is not
+//! decoded where its format has integers.
 
 use super::buffer::filled;
-use super::decode::Blocks;
+use super::decode::{Blocks, Rows};
 use super::rows::{sum, vectorized};
 use crate::ops::matrix::Quantized;
 use candle_core::backend::BackendStorage;
-use candle_core::quantized::GgmlDType;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result};
+use candle_core::{CpuStorage, DType, Layout, Result};
 use rayon::prelude::*;
 
 /// Up to this many rows it is faster than decoding parts of the weight for a GEMM.
@@ -26,24 +25,12 @@ pub(super) fn gemm_quantized(
     l: &Layout,
     w: &Quantized,
 ) -> Result<Option<CpuStorage>> {
-    let (m, k) = l.shape().dims2()?;
+    let (m, _) = l.shape().dims2()?;
     if m > FEW || !w.is_transposed() || x.dtype() == DType::F64 {
         return Ok(None);
     }
-    let blocks = w.blocks();
-    if m == 1 && w.in_evaluation() && l.is_contiguous() && faster_by_candle(blocks.dtype(), k) {
-        return Ok(Some(blocks.cpu_fwd(x, l)?.0));
-    }
     let CpuStorage::F32(x) = x.to_dtype(l, DType::F32)? else { return Ok(None) };
-    Ok(Some(CpuStorage::F32(few_rows(&x, &Blocks::new(blocks)?)?)))
-}
-
-/// Whether candle has kernels on 8-bit integers for the product of one row with this format. Its others are scalar on
-/// x86-64.
-fn faster_by_candle(dtype: GgmlDType, k: usize) -> bool {
-    use GgmlDType::{Q2K, Q3K, Q4K, Q4_0, Q5K, Q6K, Q8K, Q8_0};
-    // Its kernels take two blocks at a time, and a debug build panics at an odd one.
-    k.is_multiple_of(64) && matches!(dtype, Q4_0 | Q8_0 | Q2K | Q3K | Q4K | Q5K | Q6K | Q8K)
+    Ok(Some(CpuStorage::F32(few_rows(&x, &Blocks::new(w.blocks())?)?)))
 }
 
 /// `x·Wᵀ`, with `x` the values of (m, columns), as (m, rows).
@@ -56,6 +43,21 @@ fn few_rows(x: &[f32], w: &Blocks) -> Result<Vec<f32>> {
     let (step, share) = ((DECODED / k).max(1), (PER_THREAD / k).max(1));
     // Transposed, so that each thread has its own outputs.
     let mut y = filled(0., m * n);
+    if let Some(x) = Rows::new(x, w) {
+        let shares = y.par_chunks_mut(share * m).enumerate();
+        shares.for_each(|(i, y)| x.dot(w, i * share, y));
+    } else {
+        decoded(x, w, &mut y, (step, share))?;
+    }
+    if m == 1 {
+        return Ok(y);
+    }
+    Ok((0..m).flat_map(|row| y.iter().skip(row).step_by(m).copied()).collect())
+}
+
+/// The same by decoding `step` rows at a time, with a `share` of rows for each thread.
+fn decoded(x: &[f32], w: &Blocks, y: &mut [f32], (step, share): (usize, usize)) -> Result<()> {
+    let (k, m) = (w.columns, x.len() / w.columns);
     y.par_chunks_mut(share * m).enumerate().try_for_each_init(
         || filled(0., step * k),
         |decoded, (i, y)| {
@@ -73,11 +75,7 @@ fn few_rows(x: &[f32], w: &Blocks) -> Result<Vec<f32>> {
                     },
                 );
             }
-            Ok::<_, candle_core::Error>(())
+            Ok(())
         },
-    )?;
-    if m == 1 {
-        return Ok(y);
-    }
-    Ok((0..m).flat_map(|row| y.iter().skip(row).step_by(m).copied()).collect())
+    )
 }

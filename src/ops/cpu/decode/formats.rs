@@ -1,16 +1,39 @@
-//! The values of one block of each of ggml's formats. The order of the operations is ggml's, so that the
-//! values are the same to the bit.
+//! ggml's formats of blocks: small integers, and for each group of them a scale and what is added.
 
-/// F16 to F32 by arithmetic and a selection, so that a loop around it is vectorized. Exact, subnormals
-/// included.
+/// Blocks of `VALUES` values in `BYTES` bytes. The value of the integer q in group g is `q·scale + offset`, rounded as ggml
+/// does.
+pub(super) trait Format<const BYTES: usize, const VALUES: usize, const GROUPS: usize> {
+    /// Whether a group has an offset: without one nothing is added, which keeps -0.
+    const OFFSET: bool;
+
+    fn integers(b: &[u8; BYTES], q: &mut [i8; VALUES]);
+
+    /// The scale of each group of VALUES / GROUPS values, and the offset.
+    fn scales(b: &[u8; BYTES]) -> [[f32; GROUPS]; 2];
+}
+
+pub(super) struct Q4_0;
+pub(super) struct Q4_1;
+pub(super) struct Q5_0;
+pub(super) struct Q5_1;
+pub(super) struct Q8_0;
+pub(super) struct Q4K;
+pub(super) struct Q5K;
+pub(super) struct Q6K;
+
+/// F16 to F32 by arithmetic and selections, so that a loop around it is vectorized. Exact, and without an F32 that is
+/// subnormal, on which processors take a hundred times as long: scales of small weights are subnormal in F16.
 #[inline(always)]
 fn half(low: u8, high: u8) -> f32 {
     let h = u32::from(u16::from_le_bytes([low, high]));
-    let (sign, rest) = ((h & 0x8000) << 16, (h & 0x7fff) << 13);
-    // 2¹¹²: the exponent's bias grows from 15 to 127.
-    let finite = (f32::from_bits(rest) * f32::from_bits(0x7780_0000)).to_bits();
+    let (sign, exponent, rest) = ((h & 0x8000) << 16, h & 0x7c00, (h & 0x7fff) << 13);
+    // The exponent's bias grows from 15 to 127.
+    let normal = rest + (112 << 23);
+    // Multiples of 2⁻²⁴.
+    let subnormal = ((h & 0x3ff) as f32 * f32::from_bits(103 << 23)).to_bits();
     let infinite_or_nan = rest | 0x7f80_0000;
-    f32::from_bits(sign | if h & 0x7c00 == 0x7c00 { infinite_or_nan } else { finite })
+    let finite = if exponent == 0 { subnormal } else { normal };
+    f32::from_bits(sign | if exponent == 0x7c00 { infinite_or_nan } else { finite })
 }
 
 #[inline(always)]
@@ -28,129 +51,167 @@ pub(super) fn bf16(b: &[u8; 2], y: &mut [f32; 1]) {
     y[0] = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
 }
 
+/// The halves of each byte: the low ones first.
 #[inline(always)]
-pub(super) fn q4_0(b: &[u8; 18], y: &mut [f32; 32]) {
-    let d = half(b[0], b[1]);
-    for j in 0..16 {
-        y[j] = (i32::from(b[2 + j] & 15) - 8) as f32 * d;
-        y[j + 16] = (i32::from(b[2 + j] >> 4) - 8) as f32 * d;
+fn nibbles<const N: usize>(bytes: &[u8], q: &mut [i8], f: impl Fn(usize, u8) -> u8) {
+    for j in 0..N {
+        q[j] = f(j, bytes[j] & 15) as i8;
+        q[j + N] = f(j + N, bytes[j] >> 4) as i8;
     }
 }
 
+/// The fifth bit of value `j` of a block, as 16 or 0, from the bits of all 32.
 #[inline(always)]
-pub(super) fn q4_1(b: &[u8; 20], y: &mut [f32; 32]) {
+fn fifth(bits: &[u8], j: usize) -> u8 {
+    if bits[j / 8] & (1 << (j % 8)) == 0 {
+        0
+    } else {
+        16
+    }
+}
+
+impl Format<18, 32, 1> for Q4_0 {
+    const OFFSET: bool = false;
+
+    #[inline(always)]
+    fn integers(b: &[u8; 18], q: &mut [i8; 32]) {
+        nibbles::<16>(&b[2..], q, |_, q| q.wrapping_sub(8));
+    }
+
+    #[inline(always)]
+    fn scales(b: &[u8; 18]) -> [[f32; 1]; 2] {
+        [[half(b[0], b[1])], [0.]]
+    }
+}
+
+impl Format<20, 32, 1> for Q4_1 {
+    const OFFSET: bool = true;
+
+    #[inline(always)]
+    fn integers(b: &[u8; 20], q: &mut [i8; 32]) {
+        nibbles::<16>(&b[4..], q, |_, q| q);
+    }
+
+    #[inline(always)]
+    fn scales(b: &[u8; 20]) -> [[f32; 1]; 2] {
+        [[half(b[0], b[1])], [half(b[2], b[3])]]
+    }
+}
+
+impl Format<22, 32, 1> for Q5_0 {
+    const OFFSET: bool = false;
+
+    #[inline(always)]
+    fn integers(b: &[u8; 22], q: &mut [i8; 32]) {
+        nibbles::<16>(&b[6..], q, |j, q| (q + fifth(&b[2..6], j)).wrapping_sub(16));
+    }
+
+    #[inline(always)]
+    fn scales(b: &[u8; 22]) -> [[f32; 1]; 2] {
+        [[half(b[0], b[1])], [0.]]
+    }
+}
+
+impl Format<24, 32, 1> for Q5_1 {
+    const OFFSET: bool = true;
+
+    #[inline(always)]
+    fn integers(b: &[u8; 24], q: &mut [i8; 32]) {
+        nibbles::<16>(&b[8..], q, |j, q| q + fifth(&b[4..8], j));
+    }
+
+    #[inline(always)]
+    fn scales(b: &[u8; 24]) -> [[f32; 1]; 2] {
+        [[half(b[0], b[1])], [half(b[2], b[3])]]
+    }
+}
+
+impl Format<34, 32, 1> for Q8_0 {
+    const OFFSET: bool = false;
+
+    #[inline(always)]
+    fn integers(b: &[u8; 34], q: &mut [i8; 32]) {
+        q.iter_mut().zip(&b[2..]).for_each(|(q, b)| *q = *b as i8);
+    }
+
+    #[inline(always)]
+    fn scales(b: &[u8; 34]) -> [[f32; 1]; 2] {
+        [[half(b[0], b[1])], [0.]]
+    }
+}
+
+/// The scales and the offsets of the eight groups of a block that begins with its scale, its minimum and 12 bytes
+/// with six bits for each.
+#[inline(always)]
+fn k_scales(b: &[u8]) -> [[f32; 8]; 2] {
     let (d, min) = (half(b[0], b[1]), half(b[2], b[3]));
-    for j in 0..16 {
-        y[j] = f32::from(b[4 + j] & 15) * d + min;
-        y[j + 16] = f32::from(b[4 + j] >> 4) * d + min;
+    // Four of the bytes at a time.
+    let word = |i: usize| u32::from_le_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
+    let (first, second, third) = (word(4), word(8), word(12));
+    let low = |word: u32| word & 0x3f3f_3f3f;
+    let high = |four: u32, word: u32| (four & 0x0f0f_0f0f) | (word >> 6 & 0x0303_0303) << 4;
+    let bytes = |low: u32, high: u32| (u64::from(high) << 32 | u64::from(low)).to_le_bytes();
+    let scales = bytes(low(first), high(third, first));
+    let minima = bytes(low(second), high(third >> 4, second));
+    [scales.map(|scale| d * f32::from(scale)), minima.map(|minimum| -(min * f32::from(minimum)))]
+}
+
+impl Format<144, 256, 8> for Q4K {
+    const OFFSET: bool = true;
+
+    #[inline(always)]
+    fn integers(b: &[u8; 144], q: &mut [i8; 256]) {
+        for (b, q) in b[16..].chunks_exact(32).zip(q.chunks_exact_mut(64)) {
+            nibbles::<32>(b, q, |_, q| q);
+        }
+    }
+
+    #[inline(always)]
+    fn scales(b: &[u8; 144]) -> [[f32; 8]; 2] {
+        k_scales(b)
     }
 }
 
-/// The fifth bit of value `j` of a block, as 16 or 0.
-#[inline(always)]
-fn fifth(bits: u32, j: usize) -> i32 {
-    ((bits >> j) & 1) as i32 * 16
-}
+impl Format<176, 256, 8> for Q5K {
+    const OFFSET: bool = true;
 
-#[inline(always)]
-pub(super) fn q5_0(b: &[u8; 22], y: &mut [f32; 32]) {
-    let (d, bits) = (half(b[0], b[1]), u32::from_le_bytes([b[2], b[3], b[4], b[5]]));
-    for j in 0..16 {
-        y[j] = (i32::from(b[6 + j] & 15) + fifth(bits, j) - 16) as f32 * d;
-        y[j + 16] = (i32::from(b[6 + j] >> 4) + fifth(bits, j + 16) - 16) as f32 * d;
+    #[inline(always)]
+    fn integers(b: &[u8; 176], q: &mut [i8; 256]) {
+        let bits = &b[16..48];
+        for (i, (b, q)) in b[48..].chunks_exact(32).zip(q.chunks_exact_mut(64)).enumerate() {
+            nibbles::<32>(b, q, |j, q| q + ((bits[j % 32] >> (2 * i + j / 32)) & 1) * 16);
+        }
+    }
+
+    #[inline(always)]
+    fn scales(b: &[u8; 176]) -> [[f32; 8]; 2] {
+        k_scales(b)
     }
 }
 
-#[inline(always)]
-pub(super) fn q5_1(b: &[u8; 24], y: &mut [f32; 32]) {
-    let (d, min) = (half(b[0], b[1]), half(b[2], b[3]));
-    let bits = u32::from_le_bytes([b[4], b[5], b[6], b[7]]);
-    for j in 0..16 {
-        y[j] = (i32::from(b[8 + j] & 15) + fifth(bits, j)) as f32 * d + min;
-        y[j + 16] = (i32::from(b[8 + j] >> 4) + fifth(bits, j + 16)) as f32 * d + min;
-    }
-}
+impl Format<210, 256, 16> for Q6K {
+    const OFFSET: bool = false;
 
-#[inline(always)]
-pub(super) fn q8_0(b: &[u8; 34], y: &mut [f32; 32]) {
-    let d = half(b[0], b[1]);
-    for j in 0..32 {
-        y[j] = f32::from(b[2 + j] as i8) * d;
-    }
-}
-
-/// The six bits of scale and of minimum of sub-block `j` of 32 values, as floats.
-#[inline(always)]
-fn scale_min(j: usize, s: &[u8; 12]) -> (f32, f32) {
-    let (scale, min) = match j < 4 {
-        true => (s[j] & 63, s[j + 4] & 63),
-        false => ((s[j + 4] & 15) | (s[j - 4] >> 6) << 4, (s[j + 4] >> 4) | (s[j] >> 6) << 4),
-    };
-    (f32::from(scale), f32::from(min))
-}
-
-/// 64 values from 32 bytes, low halves first, each half with its own scale and minimum. `high` gives the
-/// fifth bits, as 16 or 0, of byte `l` and half 0 or 1.
-#[inline(always)]
-fn k_values(
-    (q, y): (&[u8], &mut [f32]),
-    scales: [(f32, f32); 2],
-    high: impl Fn(usize, usize) -> i32,
-) {
-    let [(d1, m1), (d2, m2)] = scales;
-    let (low_values, high_values) = y.split_at_mut(32);
-    for l in 0..32 {
-        low_values[l] = d1 * (i32::from(q[l] & 15) + high(l, 0)) as f32 - m1;
-        high_values[l] = d2 * (i32::from(q[l] >> 4) + high(l, 1)) as f32 - m2;
-    }
-}
-
-/// The scales and minima of the `j`-th 64 values.
-#[inline(always)]
-fn k_scales(j: usize, head: &[u8; 16]) -> [(f32, f32); 2] {
-    let (d, min) = (half(head[0], head[1]), half(head[2], head[3]));
-    let s: [u8; 12] = std::array::from_fn(|i| head[4 + i]);
-    [2 * j, 2 * j + 1].map(|j| {
-        let (scale, minimum) = scale_min(j, &s);
-        (d * scale, min * minimum)
-    })
-}
-
-#[inline(always)]
-pub(super) fn q4_k(b: &[u8; 144], y: &mut [f32; 256]) {
-    let head: [u8; 16] = std::array::from_fn(|i| b[i]);
-    for j in 0..4 {
-        let (q, y) = (&b[16 + 32 * j..][..32], &mut y[64 * j..][..64]);
-        k_values((q, y), k_scales(j, &head), |_, _| 0);
-    }
-}
-
-#[inline(always)]
-pub(super) fn q5_k(b: &[u8; 176], y: &mut [f32; 256]) {
-    let head: [u8; 16] = std::array::from_fn(|i| b[i]);
-    let bits = &b[16..48];
-    for j in 0..4 {
-        let (q, y) = (&b[48 + 32 * j..][..32], &mut y[64 * j..][..64]);
-        k_values((q, y), k_scales(j, &head), |l, half| fifth(u32::from(bits[l]), 2 * j + half));
-    }
-}
-
-#[inline(always)]
-pub(super) fn q6_k(b: &[u8; 210], y: &mut [f32; 256]) {
-    let d = half(b[208], b[209]);
-    for i in 0..2 {
-        let (low, high) = (&b[64 * i..][..64], &b[128 + 32 * i..][..32]);
-        let (scales, y) = (&b[192 + 8 * i..][..8], &mut y[128 * i..][..128]);
-        for part in 0..2 {
-            let [s0, s1, s2, s3] = [0, 2, 4, 6].map(|i| d * f32::from(scales[part + i] as i8));
-            let value = |low: u8, high: u8| f32::from(((low & 15) | (high & 3) << 4) as i8 - 32);
-            for l in 16 * part..16 * part + 16 {
+    #[inline(always)]
+    fn integers(b: &[u8; 210], q: &mut [i8; 256]) {
+        for (i, q) in q.chunks_exact_mut(128).enumerate() {
+            let (low, high) = (&b[64 * i..][..64], &b[128 + 32 * i..][..32]);
+            let value = |low: u8, high: u8| ((low & 15) | (high & 3) << 4) as i8 - 32;
+            for l in 0..32 {
                 let (a, b, h) = (low[l], low[l + 32], high[l]);
-                y[l] = s0 * value(a, h);
-                y[l + 32] = s1 * value(b, h >> 2);
-                y[l + 64] = s2 * value(a >> 4, h >> 4);
-                y[l + 96] = s3 * value(b >> 4, h >> 6);
+                q[l] = value(a, h);
+                q[l + 32] = value(b, h >> 2);
+                q[l + 64] = value(a >> 4, h >> 4);
+                q[l + 96] = value(b >> 4, h >> 6);
             }
         }
+    }
+
+    #[inline(always)]
+    fn scales(b: &[u8; 210]) -> [[f32; 16]; 2] {
+        let d = half(b[208], b[209]);
+        let mut scales = [0.; 16];
+        scales.iter_mut().zip(&b[192..]).for_each(|(s, b)| *s = d * f32::from(*b as i8));
+        [scales, [0.; 16]]
     }
 }

@@ -1,12 +1,16 @@
 //! Quantised blocks to F32, where they lie. candle decodes whole tensors in one thread.
 
+mod dot;
 mod formats;
 
 use super::rows::vectorized;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{bail, CpuStorage, Result};
+use formats::{Format, Q4K, Q4_0, Q4_1, Q5K, Q5_0, Q5_1, Q6K, Q8_0};
 use rayon::prelude::*;
 use std::borrow::Cow;
+
+pub(super) use dot::Rows;
 
 /// Values that a thread decodes at a time: a multiple of every format's block.
 const SHARE: usize = 1 << 15;
@@ -59,14 +63,14 @@ fn decode(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
         GgmlDType::F32 => by_blocks(bytes, out, formats::f32),
         GgmlDType::F16 => by_blocks(bytes, out, formats::f16),
         GgmlDType::BF16 => by_blocks(bytes, out, formats::bf16),
-        GgmlDType::Q4_0 => by_blocks(bytes, out, formats::q4_0),
-        GgmlDType::Q4_1 => by_blocks(bytes, out, formats::q4_1),
-        GgmlDType::Q5_0 => by_blocks(bytes, out, formats::q5_0),
-        GgmlDType::Q5_1 => by_blocks(bytes, out, formats::q5_1),
-        GgmlDType::Q8_0 => by_blocks(bytes, out, formats::q8_0),
-        GgmlDType::Q4K => by_blocks(bytes, out, formats::q4_k),
-        GgmlDType::Q5K => by_blocks(bytes, out, formats::q5_k),
-        GgmlDType::Q6K => by_blocks(bytes, out, formats::q6_k),
+        GgmlDType::Q4_0 => values::<_, _, _, Q4_0>(bytes, out),
+        GgmlDType::Q4_1 => values::<_, _, _, Q4_1>(bytes, out),
+        GgmlDType::Q5_0 => values::<_, _, _, Q5_0>(bytes, out),
+        GgmlDType::Q5_1 => values::<_, _, _, Q5_1>(bytes, out),
+        GgmlDType::Q8_0 => values::<_, _, _, Q8_0>(bytes, out),
+        GgmlDType::Q4K => values::<_, _, _, Q4K>(bytes, out),
+        GgmlDType::Q5K => values::<_, _, _, Q5K>(bytes, out),
+        GgmlDType::Q6K => values::<_, _, _, Q6K>(bytes, out),
         GgmlDType::Q8_1 | GgmlDType::Q2K | GgmlDType::Q3K | GgmlDType::Q8K => {
             let size = out.len() / dtype.block_size() * dtype.type_size();
             match dtype.from_data(Cow::Borrowed(&bytes[..size])).dequantize(out.len())? {
@@ -76,6 +80,32 @@ fn decode(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The values of blocks of integers.
+fn values<const BYTES: usize, const VALUES: usize, const GROUPS: usize, F>(
+    bytes: &[u8],
+    out: &mut [f32],
+) where
+    F: Format<BYTES, VALUES, GROUPS>,
+{
+    by_blocks(
+        bytes,
+        out,
+        #[inline(always)]
+        |b: &[u8; BYTES], y: &mut [f32; VALUES]| {
+            let (mut q, [scales, offsets]) = ([0; VALUES], F::scales(b));
+            F::integers(b, &mut q);
+            let len = VALUES / GROUPS;
+            let groups = y.chunks_exact_mut(len).zip(q.chunks_exact(len));
+            for ((y, q), (scale, offset)) in groups.zip(scales.into_iter().zip(offsets)) {
+                for (y, q) in y.iter_mut().zip(q) {
+                    let product = f32::from(*q) * scale;
+                    *y = if F::OFFSET { product + offset } else { product };
+                }
+            }
+        },
+    );
 }
 
 #[inline(always)]
