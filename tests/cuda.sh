@@ -1,25 +1,34 @@
 #!/usr/bin/env bash
 # The device tests, the examples and the benches on a GPU.
 #
-#   tests/cuda.sh                builds and runs them; needs Rust, a CUDA toolkit and a GPU
-#   tests/cuda.sh build FOLDER   only builds, the programs into FOLDER; needs no GPU
-#   tests/cuda.sh run FOLDER     only runs them; needs no Rust and no toolkit, but the driver, CUDA's
-#                                libraries (PyTorch's will do) and this repository's tests/fixtures
+#   tests/cuda.sh                       builds and runs them; needs Rust, a CUDA toolkit and a GPU
+#   tests/cuda.sh build FOLDER          only builds, the programs into FOLDER; needs no GPU
+#   tests/cuda.sh run FOLDER [PART..]   only runs them; needs no Rust and no toolkit, but the driver, CUDA's
+#                                       libraries (PyTorch's will do) and this repository's tests/fixtures
 #
-# FEATURES are the crate's features, `cuda` by default or `cudnn`. Measurements are printed.
+# The parts, each of which takes at most eight minutes:
+#   tests      the device tests, and what is copied to the host
+#   models     steps of Llama with 0.5, 1.5 and 7 billion values, beside plain candle and, if it is there, PEFT
+#   layers     steps of linear layers, and the loss of a large head
+#   examples   the examples in their quick form
+#   ratios     the benches of single layers
+#
+# FEATURES are the crate's features, `cuda` by default, `cudnn`, or none for the CPU. With SMALL=1 the parts run with small sizes, on the CPU
+# if there is no GPU: it shows that they run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 EXAMPLES="finetune classify"
-BENCHES="ratios model"
+BENCHES="ratios model steps"
+PARTS="tests models layers examples ratios"
 
 step() { printf '\n== %s\n' "$*"; }
 
 build() {
   local folder=$1 program name
   mkdir -p "$folder"
-  step "build with ${FEATURES:-cuda}"
-  CARGO_PROFILE_RELEASE_STRIP=true cargo build --release --features "${FEATURES:-cuda}" \
+  step "build with ${FEATURES-cuda}"
+  CARGO_PROFILE_RELEASE_STRIP=true cargo build --release --features "${FEATURES-cuda}" \
     -p loralib -p classify --test device --test nn --bins --examples --benches --message-format=json-render-diagnostics |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' |
     while read -r program; do
@@ -41,21 +50,35 @@ print(":".join(d for p in nvidia.__path__ for d in sorted(glob.glob(p + "/*/lib"
 }
 
 run() {
-  local folder=$1 name
-  folder=$(cd "$folder" && pwd)
-  # Everything below must run on the GPU, and F32 must not become TF32.
-  export LORALIB_DEVICE=cuda
+  local folder part
+  folder=$(cd "$1" && pwd)
+  shift
+  # F32 must not become TF32.
   unset NVIDIA_TF32_OVERRIDE
-  step "device and driver"
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  libraries "$folder/device"
+  device=cuda
+  if [ -n "${SMALL-}" ] && ! nvidia-smi >/dev/null 2>&1; then
+    device=cpu
+  else
+    # Everything below must run on the GPU.
+    export LORALIB_DEVICE=cuda
+    step "device and driver"
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    libraries "$folder/device"
+  fi
+  for part in ${@:-$PARTS}; do
+    "part_$part" "$folder"
+  done
+}
 
+part_tests() {
   step "tests in F32, F64, BF16 and F16"
-  "$folder/device" --test-threads=1
-  "$folder/nn" --test-threads=1
-
+  "$1/device" --test-threads=1
+  "$1/nn" --test-threads=1
+  if [ "$device" = cpu ]; then
+    return
+  fi
   step "nothing of the base's size is copied to the host"
-  local watched=(env LD_PRELOAD="$folder/to_host.so" MAX_TO_HOST=4096 "$folder/device" --exact)
+  local watched=(env LD_PRELOAD="$1/to_host.so" MAX_TO_HOST=4096 "$1/device" --exact)
   local ended=0
   "${watched[@]}" --ignored transfers::a_copy_of_the_base_s_size || ended=$?
   if [ "$ended" != 99 ]; then
@@ -63,13 +86,39 @@ run() {
     return 1
   fi
   "${watched[@]}" transfers::steps_and_merges_leave_the_base_on_the_device
+}
 
+part_models() {
+  program "$1/steps" models ${SMALL:+--small}
+  peft models
+}
+
+part_layers() {
+  program "$1/steps" layers head ${SMALL:+--small}
+  peft layers
+}
+
+part_examples() {
+  local name
   for name in $EXAMPLES; do
-    program "$folder/$name" --device cuda --quick --out "$(mktemp -d)"
+    program "$1/$name" --device "$device" --quick --out "$(mktemp -d)"
   done
-  for name in $BENCHES; do
-    program "$folder/$name"
-  done
+}
+
+part_ratios() {
+  program "$1/ratios" ${SMALL:+"Linear 512x768"}
+  if [ -z "${SMALL-}" ]; then
+    program "$1/model"
+  fi
+}
+
+peft() {
+  step "PEFT on torch"
+  if python3 -c 'import peft, torch, transformers' 2>/dev/null; then
+    python3 benches/compare/steps.py "$1" --device "$device" ${SMALL:+--small}
+  else
+    echo "skipped: python3 has no PEFT"
+  fi
 }
 
 program() {
@@ -84,6 +133,6 @@ program() {
 case "${1-}" in
   "") build target/cuda; run target/cuda ;;
   build) build "${2:?the folder for the programs}" ;;
-  run) run "${2:?the folder of the programs}" ;;
+  run) shift; run "${@:?the folder of the programs}" ;;
   *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

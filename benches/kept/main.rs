@@ -8,60 +8,22 @@
 //! that is written. (BF16 is the same, but candle's product of it on the CPU writes three arrays more.) `benches/compare/kept.py` prints the same for PEFT on torch.
 
 mod count;
+#[path = "../llama/layer.rs"]
 mod layer;
+#[path = "../llama/shapes.rs"]
+mod shapes;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use count::{now, peak, Count};
-use layer::{stages, By, Layer, Shape, Stages, RANK};
+use layer::{By, Layer, Observer, RANK};
 use loralib::nn::flash_attn::flash_attn;
 use loralib::train::linear_cross_entropy;
 use loralib::LoraConfig;
+use shapes::{Shape, SHAPES};
+use std::cell::RefCell;
 
 #[global_allocator]
 static COUNTING: count::Counting = count::Counting;
-
-const SHAPES: [Shape; 4] = [
-    Shape {
-        name: "0.5B",
-        hidden: 896,
-        intermediate: 4864,
-        heads: 14,
-        kv_heads: 2,
-        d: 64,
-        layers: 24,
-        vocabulary: 151_936,
-    },
-    Shape {
-        name: "1.5B",
-        hidden: 1536,
-        intermediate: 8960,
-        heads: 12,
-        kv_heads: 2,
-        d: 128,
-        layers: 28,
-        vocabulary: 151_936,
-    },
-    Shape {
-        name: "7B",
-        hidden: 4096,
-        intermediate: 11_008,
-        heads: 32,
-        kv_heads: 32,
-        d: 128,
-        layers: 32,
-        vocabulary: 32_000,
-    },
-    Shape {
-        name: "14B",
-        hidden: 5120,
-        intermediate: 13_824,
-        heads: 40,
-        kv_heads: 8,
-        d: 128,
-        layers: 48,
-        vocabulary: 152_064,
-    },
-];
 
 const DTYPE: DType = DType::F16;
 const MIB: f64 = (1 << 20) as f64;
@@ -121,6 +83,28 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// What each operation has kept and written, in the order of their first use.
+type Stages = Vec<(&'static str, Count)>;
+
+#[derive(Default)]
+struct Counted(RefCell<Stages>);
+
+impl Observer for Counted {
+    fn stage<T>(&self, name: &'static str, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        let before = now();
+        let y = f()?;
+        let after = now();
+        let mut stages = self.0.borrow_mut();
+        let at = stages.iter().position(|(of, _)| *of == name).unwrap_or_else(|| {
+            stages.push((name, Count::default()));
+            stages.len() - 1
+        });
+        stages[at].1.bytes += after.bytes - before.bytes;
+        stages[at].1.arrays += after.arrays - before.arrays;
+        Ok(y)
+    }
+}
+
 /// A layer's share of a step, from two layers.
 struct Step {
     stages: Stages,
@@ -138,24 +122,24 @@ impl Step {
         let layers = [layer()?, layer()?];
         let x = Tensor::rand(-1f32, 1., (1, tokens, shape.hidden), device)?.to_dtype(DTYPE)?;
         let x = Var::from_tensor(&x)?;
-        let loss = |tokens: usize| -> Result<(Count, Count, Count, i64)> {
+        let step = |tokens: usize| -> Result<(Count, Count, Count, i64, Stages)> {
+            let counted = Counted::default();
             let x = x.narrow(1, 0, tokens)?;
             peak();
             let before = now();
-            let y = layers.iter().try_fold(x, |x, layer| layer.forward(&x))?;
+            let y = layers.iter().try_fold(x, |x, layer| layer.forward(&x, &counted))?;
             let middle = now();
             let grads = y.sum_all()?.backward()?;
             let after = now();
             drop(grads);
-            Ok((before, middle, after, peak()))
+            Ok((before, middle, after, peak(), counted.0.into_inner()))
         };
         // The GEMM's own buffers are kept by the threads.
-        loss(8)?;
-        stages();
-        let (before, middle, after, peak) = loss(tokens)?;
+        step(8)?;
+        let (before, middle, after, peak, stages) = step(tokens)?;
         let kept = middle.bytes - before.bytes;
         Ok(Self {
-            stages: stages(),
+            stages,
             kept: kept as f64 / 2.,
             beyond: (peak - middle.bytes) as f64,
             forward: (middle.arrays - before.arrays) / 2,
@@ -188,8 +172,9 @@ fn print_stages(shape: &Shape, tokens: usize, lora: &Step, candle: Option<&Step>
 fn print_model(shape: &Shape, tokens: usize, layer: &Step) -> Result<()> {
     const GIB: f64 = (1 << 30) as f64;
     let layers = shape.layers as f64;
+    let weights: usize = shape.linears().iter().map(|(_, out, inputs)| out * inputs).sum();
     // A table and a head.
-    let values = layers * shape.weights() as f64 + (2 * shape.vocabulary * shape.hidden) as f64;
+    let values = layers * weights as f64 + (2 * shape.vocabulary * shape.hidden) as f64;
     let (half, blocks) = (2. * values, 4.5 / 8. * values);
     let ranks: usize = shape.linears().iter().map(|(_, out, inputs)| RANK * (out + inputs)).sum();
     // In F32: the factors, their gradients and two moments.

@@ -10,6 +10,8 @@ mod device;
 mod memory;
 #[path = "../cases/naive.rs"]
 mod naive;
+#[path = "../cases/peak.rs"]
+mod peak;
 mod plot;
 mod training;
 

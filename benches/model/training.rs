@@ -3,6 +3,7 @@
 use super::device::device;
 use super::memory;
 use super::naive::Naive;
+use super::peak;
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::init::{DEFAULT_KAIMING_NORMAL, ZERO};
 use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
@@ -70,7 +71,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 pub fn run(method: Method, size: Size) -> Result<Figures> {
-    let before = memory::peak()?;
+    let before = peak::peak()?;
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, size.dtype, device());
     let layers = (0..size.layers).map(|i| layer(method, &size, vb.pp(i)));
@@ -89,7 +90,7 @@ pub fn run(method: Method, size: Size) -> Result<Figures> {
         optimizer.step(&grads)?;
         if i == 0 {
             // Before a device is waited for, which makes its allocator give back what is free.
-            peak = memory::peak()? - before;
+            peak = peak::peak()? - before;
             gradients = memory::kept(&grads);
         }
         drop(grads);

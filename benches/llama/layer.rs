@@ -1,75 +1,18 @@
 //! A decoder layer of Llama with adapters on all linear layers, twice: of `lora::nn`, and of candle's operations that have
 //! a backward, as one writes it without a library.
 
-use super::count::{now, Count};
+use super::shapes::Shape;
 use candle_core::{DType, Device, Module, Result, Tensor, Var, D};
 use loralib::nn::{self, flash_attn::flash_attn, ops, rotary_emb::rope_thd};
 use loralib::{Adapter, LoraConfig};
-use std::cell::RefCell;
 use std::collections::HashMap;
-
-/// The sizes of a model.
-#[derive(Debug, Clone, Copy)]
-pub struct Shape {
-    pub name: &'static str,
-    pub hidden: usize,
-    pub intermediate: usize,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub d: usize,
-    pub layers: usize,
-    pub vocabulary: usize,
-}
-
-impl Shape {
-    /// Each linear layer: its name, outputs and inputs.
-    pub fn linears(&self) -> [(&'static str, usize, usize); 7] {
-        let (q, kv) = (self.heads * self.d, self.kv_heads * self.d);
-        [
-            ("q_proj", q, self.hidden),
-            ("k_proj", kv, self.hidden),
-            ("v_proj", kv, self.hidden),
-            ("o_proj", self.hidden, q),
-            ("gate_proj", self.intermediate, self.hidden),
-            ("up_proj", self.intermediate, self.hidden),
-            ("down_proj", self.hidden, self.intermediate),
-        ]
-    }
-
-    /// Values of a layer's matrices.
-    pub fn weights(&self) -> usize {
-        self.linears().iter().map(|(_, out, inputs)| out * inputs).sum()
-    }
-}
 
 /// The rank of the adapters.
 pub const RANK: usize = 16;
 
-/// What each operation of a forward has kept and written, in the order of their first use.
-pub type Stages = Vec<(&'static str, Count)>;
-
-thread_local! {
-    static STAGES: RefCell<Stages> = const { RefCell::new(vec![]) };
-}
-
-/// The stages since the last call.
-pub fn stages() -> Stages {
-    STAGES.take()
-}
-
-fn stage<T>(name: &'static str, f: impl FnOnce() -> Result<T>) -> Result<T> {
-    let before = now();
-    let y = f()?;
-    let after = now();
-    STAGES.with_borrow_mut(|stages| {
-        let at = stages.iter().position(|(of, _)| *of == name).unwrap_or_else(|| {
-            stages.push((name, Count::default()));
-            stages.len() - 1
-        });
-        stages[at].1.bytes += after.bytes - before.bytes;
-        stages[at].1.arrays += after.arrays - before.arrays;
-    });
-    Ok(y)
+/// Runs an operation of a layer, whose name it is given.
+pub trait Observer {
+    fn stage<T>(&self, name: &'static str, f: impl FnOnce() -> Result<T>) -> Result<T>;
 }
 
 /// How a layer computes.
@@ -104,8 +47,7 @@ pub struct Layer {
     cos: Tensor,
     sin: Tensor,
     mask: Option<Tensor>,
-    /// Keeps the variables.
-    _adapter: Option<Adapter>,
+    adapter: Option<Adapter>,
 }
 
 fn random(dims: (usize, usize), dtype: DType, device: &Device) -> Result<Tensor> {
@@ -160,25 +102,41 @@ impl Layer {
             cos: angles.cos()?.to_dtype(dtype)?,
             sin: angles.sin()?.to_dtype(dtype)?,
             mask,
-            _adapter: adapter,
+            adapter,
         })
     }
 
+    /// That of a layer of `lora::nn`.
+    #[allow(dead_code)] // Not every bench trains.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
+    #[allow(dead_code)]
+    pub fn vars(&self) -> Vec<Var> {
+        let plain = self.linears.values().flat_map(|linear| match linear {
+            Linear::Plain { a, b, .. } => vec![a.clone(), b.clone()],
+            Linear::Lora(_) => vec![],
+        });
+        let adapted = self.adapter.iter().flat_map(|adapter| adapter.var_map().all_vars());
+        plain.chain(adapted).collect()
+    }
+
     /// (1, tokens, hidden) to the same.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = stage("norm", || self.norm(x, 0))?;
-        let y = self.attention(&h)?;
-        let y = stage("o_proj", || self.linear("o_proj", &y))?;
-        let x = stage("residual", || x + y)?;
-        let h = stage("norm", || self.norm(&x, 1))?;
-        let gate = stage("gate_proj, up_proj", || self.linear("gate_proj", &h))?;
-        let up = stage("gate_proj, up_proj", || self.linear("up_proj", &h))?;
-        let y = stage("silu, product", || match self.by {
+    pub fn forward(&self, x: &Tensor, o: &impl Observer) -> Result<Tensor> {
+        let h = o.stage("norm", || self.norm(x, 0))?;
+        let y = self.attention(&h, o)?;
+        let y = o.stage("o_proj", || self.linear("o_proj", &y))?;
+        let x = o.stage("residual", || x + y)?;
+        let h = o.stage("norm", || self.norm(&x, 1))?;
+        let gate = o.stage("gate_proj, up_proj", || self.linear("gate_proj", &h))?;
+        let up = o.stage("gate_proj, up_proj", || self.linear("up_proj", &h))?;
+        let y = o.stage("silu, product", || match self.by {
             By::Lora => ops::silu(&gate)? * up,
             By::Candle => gate.silu()? * up,
         })?;
-        let y = stage("down_proj", || self.linear("down_proj", &y))?;
-        stage("residual", || x + y)
+        let y = o.stage("down_proj", || self.linear("down_proj", &y))?;
+        o.stage("residual", || x + y)
     }
 
     fn linear(&self, name: &'static str, x: &Tensor) -> Result<Tensor> {
@@ -192,28 +150,30 @@ impl Layer {
         }
     }
 
-    fn attention(&self, h: &Tensor) -> Result<Tensor> {
+    fn attention(&self, h: &Tensor, o: &impl Observer) -> Result<Tensor> {
         let Shape { heads, kv_heads, d, .. } = self.shape;
         let tokens = h.dim(1)?;
         let project = |name, heads| {
-            stage("q_proj, k_proj, v_proj", || self.linear(name, h)?.reshape((1, tokens, heads, d)))
+            o.stage("q_proj, k_proj, v_proj", || {
+                self.linear(name, h)?.reshape((1, tokens, heads, d))
+            })
         };
         let (q, k, v) =
             (project("q_proj", heads)?, project("k_proj", kv_heads)?, project("v_proj", kv_heads)?);
         let scale = (d as f64).powf(-0.5);
         match self.by {
             By::Lora => {
-                let q = stage("rope", || rope_thd(&q, &self.cos, &self.sin))?;
-                let k = stage("rope", || rope_thd(&k, &self.cos, &self.sin))?;
-                let y = stage("attention", || flash_attn(&q, &k, &v, scale as f32, true))?;
+                let q = o.stage("rope", || rope_thd(&q, &self.cos, &self.sin))?;
+                let k = o.stage("rope", || rope_thd(&k, &self.cos, &self.sin))?;
+                let y = o.stage("attention", || flash_attn(&q, &k, &v, scale as f32, true))?;
                 y.flatten_from(2)
             }
             By::Candle => {
                 let by_head = |x: &Tensor| x.transpose(1, 2)?.contiguous();
                 let slow = candle_nn::rotary_emb::rope_slow;
-                let q = stage("rope", || slow(&by_head(&q)?, &self.cos, &self.sin))?;
-                let k = stage("rope", || slow(&by_head(&k)?, &self.cos, &self.sin))?;
-                stage("attention", || {
+                let q = o.stage("rope", || slow(&by_head(&q)?, &self.cos, &self.sin))?;
+                let k = o.stage("rope", || slow(&by_head(&k)?, &self.cos, &self.sin))?;
+                o.stage("attention", || {
                     let repeated = |x: &Tensor| {
                         let dims = (1, kv_heads, heads / kv_heads, tokens, d);
                         x.unsqueeze(2)?.expand(dims)?.reshape((1, heads, tokens, d))
