@@ -10,18 +10,19 @@
 //!
 //! Replaced are the operations without a backward ([`ops::softmax_last_dim`], [`ops::rms_norm`],
 //! [`ops::layer_norm`], [`RmsNorm`], [`LayerNorm`], [`rotary_emb`], the caches of [`kv_cache`] and
-//! [`attention::flash_attn`] on the CPU), the layers that an [`Adapter`](crate::Adapter) can adapt
+//! [`attention::flash_attn`]), the layers that an [`Adapter`](crate::Adapter) can adapt
 //! ([`Linear`], [`Embedding`], [`Conv1d`], [`Conv2d`]), and [`BatchNorm`], whose statistics are frozen with the base.
 //! Everything else is candle_nn's.
 //!
 //! - A frozen weight, gain or bias gets no gradient; a variable gets its own.
-//! - On the CPU the replaced operations are fused, forward and backward, in F32; norms, softmax, activations and
-//!   rotations also compute F16 and BF16 in F32. In F64 and on devices they are composed of candle's operations.
+//! - On the CPU the replaced operations are fused, forward and backward, in F32, and compute F16 and BF16 in F32. In F64
+//!   and on devices they are candle's kernels with a backward of a few operations.
+//! - [`flash_attn`](mod@flash_attn) has the functions of the crate `candle_flash_attn`.
 //! - Without a variable behind their inputs softmax, norms, rotations and attention are candle's own.
 //!
-//! Not replaced, and without a backward: `ops::sdpa`, `moe`, `attention::cpu_flash`, the attention of variable
-//! lengths, and the caches that [`kv_cache`] does not list. `Tensor::conv1d`, pooling and other methods of
-//! candle_core are beyond the reach of this module.
+//! Not replaced, and without a backward: `ops::sdpa`, `moe`, `attention::cpu_flash`, `attention::varlen`, and the caches
+//! that [`kv_cache`] does not list. `Tensor::conv1d`, pooling and other methods of candle_core are beyond the reach of this
+//! module.
 
 pub use candle_nn::*;
 
