@@ -13,8 +13,8 @@
 #   examples   the examples in their quick form
 #   ratios     the benches of single layers
 #
-# FEATURES are the crate's features, `cuda` by default, `cudnn`, or none for the CPU. With SMALL=1 the parts run with small sizes, on the CPU
-# if there is no GPU: it shows that they run.
+# FEATURES are the crate's features, `cuda` by default, `cudnn`, or none for the CPU. With SMALL=1 the parts run with small
+# sizes, on the CPU if there is no GPU: it shows that they run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,6 +30,7 @@ build() {
   step "build with ${FEATURES-cuda}"
   CARGO_PROFILE_RELEASE_STRIP=true cargo build --release --features "${FEATURES-cuda}" \
     -p loralib -p classify --test device --test nn --bins --examples --benches --message-format=json-render-diagnostics |
+    grep -v '"kind":\["bin"\].*"profile":{[^}]*"test":true' | # the unit tests of a program, which have its name
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' |
     while read -r program; do
       name=$(basename "$program" | sed 's/-[0-9a-f]\{16\}$//')
