@@ -43,6 +43,7 @@ pub struct Count {
     /// In use now.
     pub bytes: i64,
     /// Arrays that were allocated since the program began: each operation of candle writes one.
+    #[allow(dead_code)] // Not for a test of memory.
     pub arrays: u64,
 }
 

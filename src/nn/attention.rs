@@ -19,7 +19,7 @@ pub fn flash_attn<T: WithDType + num_traits::Float>(
     max_bias: Option<f32>,
     softcap: Option<f32>,
 ) -> Result<Tensor> {
-    if !(q.track_op() || k.track_op() || v.track_op()) {
+    if by_candle(q, k, v, &attn_mask, max_bias, softcap)? {
         let candle = candle_nn::attention::flash_attn::<T>;
         return candle(q, k, v, softmax_scale, attn_mask, max_bias, softcap);
     }
@@ -43,6 +43,32 @@ pub fn flash_attn<T: WithDType + num_traits::Float>(
     attention(q, k, v, scores)?.transpose(1, 2)
 }
 
+/// Whether candle's own kernel computes it: without a gradient, on the CPU, and for what it computes as it says. In a batch it
+/// takes no mask, no softcap and no BF16, and aligns the last query with the last key whatever the offset.
+fn by_candle(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: &AttnMask,
+    max_bias: Option<f32>,
+    softcap: Option<f32>,
+) -> Result<bool> {
+    let tracked = matches!(mask, AttnMask::Mask(mask) if mask.track_op());
+    let tracked = tracked || [q, k, v].iter().any(|x| x.track_op());
+    let (batch, queries, keys) = (q.dim(0)?, q.dim(1)?, k.dim(1)?);
+    let fits = match mask {
+        AttnMask::None => true,
+        AttnMask::Mask(_) => batch == 1,
+        AttnMask::Causal { kv_offset } => {
+            keys >= queries && (batch == 1 || *kv_offset == keys - queries)
+        }
+    };
+    let plain = softcap.is_none() && matches!(q.dtype(), DType::F32 | DType::F16);
+    // Without a causal mask candle multiplies the mask by ALiBi's slopes.
+    let only = max_bias.is_some_and(|bias| bias > 0.) && !mask.is_causal();
+    Ok(!tracked && q.device().is_cpu() && (only || fits && (batch == 1 || plain)))
+}
+
 /// candle's slopes of ALiBi for the heads of `q` (batch, queries, heads, d).
 fn slopes(max_bias: f32, q: &Tensor) -> Result<Tensor> {
     let heads = q.dim(2)?;
@@ -57,10 +83,11 @@ fn slopes(max_bias: f32, q: &Tensor) -> Result<Tensor> {
 /// [`flash_attn`](crate::nn::flash_attn) takes a causal mask without a matrix.
 ///
 /// A query whose mask is -∞ for every key gives zeros where the operation is fused (F32, F16 and BF16 on an x86-64
-/// CPU with the feature `faer`), as [`flash_attn`] does, and NaN elsewhere, as [`softmax`](crate::nn::ops::softmax) does.
+/// CPU with the feature `faer`, and a mask without a gradient), as [`flash_attn`] does, and NaN elsewhere, as
+/// [`softmax`](crate::nn::ops::softmax) does.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not fit, or q, k and v are not of one dtype of floats, or the mask not of floats.
 pub fn multi_head_attention(
     q: &Tensor,
     k: &Tensor,

@@ -26,7 +26,7 @@ use candle_core::{Result, Tensor};
 /// Attention of `q` (batch, queries, heads, d), `k` and `v` (batch, keys, kv_heads, d) to (batch, queries, heads, d).
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not fit, or q, k and v are not of one dtype of floats.
 pub fn flash_attn(
     q: &Tensor,
     k: &Tensor,
@@ -40,7 +40,7 @@ pub fn flash_attn(
 /// [`flash_attn`] with a window.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not fit, or q, k and v are not of one dtype of floats.
 pub fn flash_attn_windowed(
     q: &Tensor,
     k: &Tensor,
@@ -55,7 +55,7 @@ pub fn flash_attn_windowed(
 /// [`flash_attn`] with ALiBi: minus `alibi_slopes` (heads) times the distance of query and key is added to the scores.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// As [`flash_attn`], and if the slopes lead to a variable.
 pub fn flash_attn_alibi(
     q: &Tensor,
     k: &Tensor,
@@ -70,7 +70,7 @@ pub fn flash_attn_alibi(
 /// [`flash_attn_alibi`] with a window.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not fit, or q, k and v are not of one dtype of floats.
 pub fn flash_attn_alibi_windowed(
     q: &Tensor,
     k: &Tensor,
@@ -88,7 +88,7 @@ pub fn flash_attn_alibi_windowed(
 /// none.
 ///
 /// # Errors
-/// If the shapes do not fit.
+/// If the shapes do not fit, or q, k and v are not of one dtype of floats.
 #[allow(clippy::too_many_arguments)]
 pub fn flash_attn_alibi_windowed_softcap(
     q: &Tensor,

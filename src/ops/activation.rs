@@ -42,9 +42,11 @@ impl Fused<1> for Activation {
     }
 
     fn composed(&self, [x]: [&Tensor; 1]) -> Result<Tensor> {
+        // candle's kernels compute in the dtype, where the tails of GELU are a small difference.
+        let wide = || x.to_dtype(compute_dtype(x.dtype()));
         match self {
-            Self::Gelu => x.gelu(),
-            Self::GeluErf => x.gelu_erf(),
+            Self::Gelu => wide()?.gelu()?.to_dtype(x.dtype()),
+            Self::GeluErf => wide()?.gelu_erf()?.to_dtype(x.dtype()),
             Self::Silu => x.silu(),
         }
     }

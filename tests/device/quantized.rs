@@ -1,6 +1,6 @@
 //! A layer over a quantised weight computes as one over the dequantised weight.
 
-use crate::common::{bits, device, difference, rnd, CFG};
+use crate::common::{bits, device, difference, rnd, values, CFG};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -257,6 +257,28 @@ fn one_row_is_multiplied_as_it_is_beside_others_in_every_format() -> Result<()> 
                 let apart = difference(&few, &all.narrow(1, 2, rows)?)?;
                 assert!(apart < 1e-6, "{format:?}, {rows} rows: {apart}");
             }
+        }
+    }
+    Ok(())
+}
+
+/// Infinities give what they give over the dequantised weight, whatever the number of rows.
+#[test]
+fn infinite_inputs_are_not_lost_in_a_row_s_sums() -> Result<()> {
+    let none = LoraConfig { r: 0, ..CFG };
+    for format in FORMATS {
+        let w = quantize(1, &[OUT, IN], format)?;
+        let vb = factors(&[2, IN], &[OUT, 2], DType::F32)?;
+        let layer = lora::Linear::quantized(w, None, none, vb)?;
+        for value in [f64::INFINITY, f64::NAN] {
+            let mut x = vec![1f32; 9 * IN];
+            x.chunks_mut(IN).for_each(|x| (x[3], x[40]) = (value as f32, value as f32));
+            let x = Tensor::from_vec(x, (9, IN), &device())?;
+            let all = values(&layer.forward(&x)?)?;
+            let one = values(&layer.forward(&x.narrow(0, 0, 1)?)?)?;
+            let same =
+                |a: &f64, b: &f64| a == b || a.is_nan() && b.is_nan() || (a / b - 1.).abs() < 1e-5;
+            assert!(all.iter().zip(&one).all(|(a, b)| same(a, b)), "{format:?} of {value}");
         }
     }
     Ok(())

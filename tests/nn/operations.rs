@@ -283,3 +283,42 @@ fn a_frozen_layer_gets_no_gradient_and_equals_candles() -> Result<()> {
     assert!(difference(&y, &x.conv2d(&w, 1, 1, 1, 1)?)? < 1e-4);
     Ok(())
 }
+
+/// candle's own kernel serves what it computes as it says, and this crate's the rest.
+#[test]
+fn attention_gives_the_same_with_and_without_a_gradient() -> Result<()> {
+    for (batch, queries, keys) in [(1, 5, 7), (2, 5, 7), (2, 7, 5), (2, 1, 9)] {
+        let x = |tokens| randn((batch, tokens, 2, 8), DType::F32, &device());
+        let (q, k) = (x(queries)?, x(keys)?);
+        let tracked = Var::from_tensor(&q)?;
+        let added = randn((1, 1, queries, keys), DType::F32, &device())?;
+        let masks = [0, 2, 4].map(|offset| AttnMask::Causal { kv_offset: offset });
+        for mask in [AttnMask::None, AttnMask::Mask(added)].into_iter().chain(masks) {
+            for (softcap, bias) in
+                [(None, None), (Some(0.), None), (Some(2.), None), (None, Some(8.))]
+            {
+                if bias.is_some() && !mask.is_causal() {
+                    continue;
+                }
+                let attention =
+                    |q: &Tensor| flash_attn::<f32>(q, &k, &k, 0.5, mask.clone(), bias, softcap);
+                let apart = difference(&attention(&q)?, &attention(&tracked)?)?;
+                assert!(apart < 1e-5, "{batch}, {queries}, {keys}, {softcap:?} {bias:?}: {apart}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_mask_has_a_gradient_beside_frozen_operands() -> Result<()> {
+    let x = randn((1, 3, 2, 4), DType::F32, &device())?;
+    let mask = Var::from_tensor(&randn((3, 3), DType::F32, &device())?)?;
+    let added = AttnMask::Mask(mask.as_tensor().clone());
+    let y = flash_attn::<f32>(&x, &x, &x, 1., added, None, None)?.transpose(1, 2)?;
+    let other = nn::attention::multi_head_attention(&x, &x, &x, 1., Some(&mask))?;
+    for y in [y, other] {
+        assert!(y.sqr()?.sum_all()?.backward()?.get(&mask).is_some());
+    }
+    Ok(())
+}

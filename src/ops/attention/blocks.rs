@@ -4,7 +4,7 @@
 use super::scores::Scores;
 use crate::ops::cpu::attention::Heads;
 use crate::ops::op::compute_dtype;
-use crate::ops::softmax::softmax_last_dim;
+use crate::ops::softmax::{softmax_grad, softmax_last_dim};
 use candle_core::{Result, Tensor, D};
 use std::ops::Range;
 
@@ -25,11 +25,11 @@ pub(super) fn forward(heads: &Heads, scores: &Scores, [q, k, v]: [&Tensor; 3]) -
         }
         let y = match &mut y {
             Some(y) => y,
-            None => y.insert(all.q.zeros_like()?),
+            None => y.insert(by_head(q)?.zeros_like()?),
         };
         set(y, part, block.queries.start)?;
     }
-    by_head(&y.map_or_else(|| all.q.zeros_like(), Ok)?)
+    by_head(&y.map_or_else(|| by_head(q)?.zeros_like(), Ok)?)
 }
 
 /// The output from all scores at once, with a graph that leads to the mask too.
@@ -41,44 +41,46 @@ pub(super) fn whole(heads: &Heads, scores: &Scores, [q, k, v]: [&Tensor; 3]) -> 
     by_head(&heads.by_query_head(&p.matmul(&v)?)?)
 }
 
-/// The gradients of q, k and v, from the output `y` and its gradient.
+/// The gradients of q, k and v, from the output's gradient. As in the forward, scores are in F32 for half precision, and the
+/// operands of other products are rounded.
 pub(super) fn backward(
     heads: &Heads,
     scores: &Scores,
     [q, k, v]: [&Tensor; 3],
-    y: &Tensor,
     g: &Tensor,
 ) -> Result<[Tensor; 3]> {
     let all = Attention::new(heads, scores, q, k)?;
-    let (v, g) = (by_head(v)?.contiguous()?, by_head(g)?);
-    let dtype = compute_dtype(q.dtype());
-    // Σ p∘gp, which is Σ y∘g over the values of a head, (batch, heads, queries, 1).
-    let dots = (by_head(y)?.to_dtype(dtype)? * g.to_dtype(dtype)?)?.sum_keepdim(D::Minus1)?;
+    let (half, dtype) = (q.dtype(), all.k.dtype());
+    let wide = |t: &Tensor| by_head(t)?.to_dtype(dtype)?.contiguous();
+    let (v, g) = (wide(v)?, wide(g)?);
+    let rounded_k = all.k.to_dtype(half)?;
     let zeros = |t: &Tensor| Tensor::zeros(t.shape(), dtype, t.device());
     let [mut gq, mut gk, mut gv] = [zeros(&all.q)?, zeros(&all.k)?, zeros(&v)?];
     for block in all.blocks() {
         let (p, capped) = all.probabilities(&block)?;
         let (q, g) = (block.of_queries(&all.q)?, block.of_queries(&g)?);
         let (q, g) = (heads.by_key_head(&q)?, heads.by_key_head(&g)?);
-        let part = heads.by_key_head(&p.to_dtype(g.dtype())?)?.t()?.matmul(&g)?;
+        let (q, rounded_g) = (q.to_dtype(half)?, g.to_dtype(half)?);
+        let part = heads.by_key_head(&p.to_dtype(half)?)?.t()?.matmul(&rounded_g)?;
         block.add_to_keys(&mut gv, part)?;
-        let dots = dots.narrow(2, block.queries.start, block.queries.len())?;
         // Each array is dropped as soon as the next one is there.
-        let mut gs = g.matmul(&block.of_keys(&v)?.t()?)?.to_dtype(dtype)?.reshape(p.shape())?;
-        gs = gs.broadcast_sub(&dots)?;
-        gs = (p * gs)?;
+        let mut gs = g.matmul(&block.of_keys(&v)?.t()?)?.reshape(p.shape())?;
+        gs = softmax_grad(&p, &gs)?;
+        drop(p);
         if let Some(capped) = capped {
             gs = (gs * capped.sqr()?.affine(-1., 1.)?)?;
         }
-        gs = heads.by_key_head(&gs.to_dtype(g.dtype())?)?;
+        gs = heads.by_key_head(&gs.to_dtype(half)?)?;
         block.add_to_keys(&mut gk, gs.t()?.matmul(&q)?)?;
-        let part = heads.by_query_head(&(gs.matmul(&block.of_keys(&all.k)?)? * scores.scale)?)?;
+        let part =
+            heads.by_query_head(&(gs.matmul(&block.of_keys(&rounded_k)?)? * scores.scale)?)?;
         set(&mut gq, part.to_dtype(dtype)?, block.queries.start)?;
     }
     Ok([by_head(&gq)?, by_head(&gk)?, by_head(&gv)?])
 }
 
-/// The scores of all queries, of which a block's are computed at a time.
+/// The scores of all queries, of which a block's are computed at a time, in F32 for half precision: rounded to it they
+/// would lose their digits, or overflow.
 struct Attention<'a> {
     heads: &'a Heads,
     scores: &'a Scores,
@@ -109,7 +111,8 @@ impl<'a> Attention<'a> {
         let of_queries = numbers(scores.window.position(0), heads.queries)?;
         let positions = [of_queries.unsqueeze(1)?, numbers(0, heads.keys)?];
         let hidden = Tensor::new(f32::NEG_INFINITY, device)?.to_dtype(compute_dtype(q.dtype()))?;
-        let (q, k) = ((by_head(q)?.contiguous()? * scores.scale)?, by_head(k)?.contiguous()?);
+        let wide = |t: &Tensor| by_head(t)?.to_dtype(hidden.dtype())?.contiguous();
+        let (q, k) = ((wide(q)? * scores.scale)?, wide(k)?);
         Ok(Self { heads, scores, q, k, positions, hidden })
     }
 
@@ -134,7 +137,7 @@ impl<'a> Attention<'a> {
         let Scores { softcap, window, slopes, mask, .. } = self.scores;
         let Heads { batch, count, queries, keys, .. } = *self.heads;
         let q = self.heads.by_key_head(&block.of_queries(&self.q)?)?;
-        let mut s = q.matmul(&block.of_keys(&self.k)?.t()?)?.to_dtype(self.hidden.dtype())?;
+        let mut s = q.matmul(&block.of_keys(&self.k)?.t()?)?;
         s = s.reshape((batch, count, block.queries.len(), block.keys.len()))?;
         let mut capped = None;
         if let Some(cap) = softcap {

@@ -5,6 +5,7 @@ use super::scores::Scores;
 use crate::ops::backend::Backend;
 use crate::ops::cpu::attention::{backward, forward, Bias, Heads, MaskRows};
 use crate::ops::cpu::{f32_slices, FUSED_ATTENTION};
+use crate::ops::custom_gradient::with_zero_grads;
 use crate::ops::op::{operand, run, Fused, Grads, Operand};
 use crate::ops::place::is_fused;
 use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor};
@@ -13,6 +14,9 @@ use candle_core::{bail, CpuStorage, DType, Result, Shape, Tensor};
 /// kv_heads divides heads. A query that the window leaves no key gives zeros.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> Result<Tensor> {
     let op = AttentionOp::new([q, k, v], scores)?;
+    if q.elem_count() == 0 {
+        return with_zero_grads(q.zeros_like()?, [q, k, v]);
+    }
     match op.scores.mask.as_ref().is_some_and(Tensor::track_op) {
         // candle's operations have three operands at most.
         true => blocks::whole(&op.heads, &op.scores, [q, k, v]),
@@ -22,7 +26,7 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> R
 
 pub(super) struct AttentionOp {
     heads: Heads,
-    scores: Scores,
+    pub scores: Scores,
 }
 
 impl AttentionOp {
@@ -33,16 +37,30 @@ impl AttentionOp {
             let (q, k, v) = (q.dims(), k.dims(), v.dims());
             bail!("attention: q is {q:?}, k {k:?} and v {v:?}")
         }
-        if let Some(slopes) = scores.slopes.as_ref().filter(|slopes| slopes.dims() != [count]) {
-            bail!("attention: the ALiBi slopes are {:?}, expected [{count}]", slopes.dims())
+        if !q.dtype().is_float() || k.dtype() != q.dtype() || v.dtype() != q.dtype() {
+            let (q, k, v) = (q.dtype(), k.dtype(), v.dtype());
+            bail!("attention: q is {q:?}, k {k:?} and v {v:?}, expected one dtype of floats")
         }
+        if let Some(mask) = scores.mask.as_ref().filter(|mask| !mask.dtype().is_float()) {
+            bail!("attention: the mask is {:?}, expected floats, which are added", mask.dtype())
+        }
+        if let Some(slopes) = &scores.slopes {
+            if slopes.dims() != [count] {
+                bail!("attention: the ALiBi slopes are {:?}, expected [{count}]", slopes.dims())
+            }
+            if slopes.track_op() {
+                bail!("attention: the ALiBi slopes lead to a variable, and have no gradient")
+            }
+        }
+        let softcap = scores.softcap.filter(|cap| cap.is_finite());
+        let scores = Scores { softcap, ..scores };
         Ok(Self { heads: Heads { batch, queries, keys, count, kv_count, d }, scores })
     }
 
-    /// The gradients of detached arguments, from the output and its gradient.
-    pub fn grads(&self, qkv: [&Tensor; 3], y: &Tensor, g: &Tensor) -> Result<[Tensor; 3]> {
+    /// The gradients of detached arguments, from that of the output.
+    pub fn grads(&self, qkv: [&Tensor; 3], g: &Tensor) -> Result<[Tensor; 3]> {
         match self.fused_dtype(qkv).filter(|_| is_fused(g.device())) {
-            None => blocks::backward(&self.heads, &self.scores, qkv, y, g),
+            None => blocks::backward(&self.heads, &self.scores, qkv, g),
             Some(dtype) => {
                 let [q, k, v] = qkv.map(|x| operand(x, dtype));
                 let qkvg = [&q?, &k?, &v?, &operand(g, dtype)?];
@@ -60,14 +78,13 @@ impl AttentionOp {
         let slopes = slopes.as_deref();
         let bias = Bias { scale, softcap, window: *window, slopes, mask: None };
         let Some(mask) = mask else { return f(&bias) };
-        let mask =
-            mask.detach().to_dtype(DType::F32)?.broadcast_as((batch, count, queries, keys))?;
-        // Rows of keys are contiguous; a mask with one value for a whole row is expanded.
-        let mask = if mask.stride()[3] == 1 { mask } else { mask.contiguous()? };
+        let mask = operand(mask, DType::F32)?.broadcast_as((batch, count, queries, keys))?;
         let (storage, layout) = mask.storage_and_layout();
         let values = &CpuStorage::of(&storage)?.as_slice::<f32>()?[layout.start_offset()..];
-        let stride = layout.stride();
-        let mask = Some(MaskRows { values, strides: [stride[0], stride[1], stride[2]] });
+        // A contiguous mask has 1, or 0 where it is the same for all keys, as the last stride.
+        let [of_b, of_h, of_i, of_j] = [0, 1, 2, 3].map(|dim| layout.stride()[dim]);
+        let same = of_j == 0 || keys == 1;
+        let mask = Some(MaskRows { values, strides: [of_b, of_h, of_i], same });
         f(&Bias { mask, ..bias })
     }
 }
@@ -95,8 +112,8 @@ impl Fused<3> for AttentionOp {
         blocks::forward(&self.heads, &self.scores, qkv)
     }
 
-    fn composed_backward(&self, qkv: [&Tensor; 3], y: &Tensor, g: &Tensor) -> Result<Grads<3>> {
-        let grads = self.grads(qkv.map(Tensor::detach).each_ref(), &y.detach(), g)?;
+    fn composed_backward(&self, qkv: [&Tensor; 3], _: &Tensor, g: &Tensor) -> Result<Grads<3>> {
+        let grads = self.grads(qkv.map(Tensor::detach).each_ref(), g)?;
         Ok(std::array::from_fn(|i| qkv[i].track_op().then(|| grads[i].clone())))
     }
 }
@@ -221,7 +238,7 @@ mod tests {
                     let x = x.each_ref();
                     let y = op(x)?.composed(x)?;
                     let AttentionOp { heads, scores } = &op(x)?;
-                    let grads = blocks::backward(heads, scores, x, &y, &g)?;
+                    let grads = blocks::backward(heads, scores, x, &g)?;
                     let composed: Vec<_> = [y].into_iter().chain(grads).collect();
                     for (i, expected) in expected.iter().enumerate() {
                         for (name, found) in [("fused", &fused[i]), ("composed", &composed[i])] {
@@ -293,6 +310,124 @@ mod tests {
                 assert!(error.to_string().contains("attention: "), "{error}");
             }
         }
+        Ok(())
+    }
+
+    /// The exact gradients of q and k are zero. In half precision the sum over a row must cancel too.
+    #[test]
+    fn a_query_with_one_key_moves_neither_of_them() -> Result<()> {
+        for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+            let new = |dims: (usize, usize, usize, usize)| normal(dims)?.to_dtype(dtype);
+            let (q, k, v) = (new((1, 9, 2, 8))?, new((1, 1, 2, 8))?, new((1, 1, 2, 8))?);
+            let g = new((1, 9, 2, 8))?;
+            let op = AttentionOp::new([&q, &k, &v], Scores { scale: 0.4, ..Scores::default() })?;
+            let composed = blocks::backward(&op.heads, &op.scores, [&q, &k, &v], &g)?;
+            for [gq, gk, _] in [op.grads([&q, &k, &v], &g)?, composed] {
+                for grad in [gq, gk] {
+                    let most = grad.abs()?.max_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+                    assert!(most < 1e-6, "{dtype:?}: {most}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn scores_beyond_half_precision_are_finite() -> Result<()> {
+        let large = Tensor::full(40f32, (1, 2, 1, 64), &Device::Cpu)?.to_dtype(DType::F16)?;
+        let v = normal((1, 2, 1, 64))?.to_dtype(DType::F16)?;
+        let op = AttentionOp::new([&large, &large, &v], Scores { scale: 1., ..Scores::default() })?;
+        let y = op.composed([&large, &large, &v])?;
+        assert!(apart(&y.narrow(1, 0, 1)?, &v.mean_keepdim(1)?)? < 1e-3);
+        Ok(())
+    }
+
+    #[test]
+    fn a_softcap_of_any_size_keeps_its_digits() -> Result<()> {
+        let x = [normal((1, 7, 2, 8))?, normal((1, 7, 2, 8))?, normal((1, 7, 2, 8))?];
+        for cap in [1e-2, 0.5, 30., 1e4, 1e8, f64::INFINITY] {
+            let scores = Scores { scale: 1., softcap: Some(cap), ..Scores::default() };
+            let finite = Scores { softcap: Some(cap.min(1e12)), ..scores.clone() };
+            let expected = reference(x.each_ref(), &finite)?;
+            let [q, k, v] = x.each_ref().map(|x| x.to_dtype(DType::F32));
+            let y = attention(&q?, &k?, &v?, scores)?;
+            assert!(apart(&y, &expected)? < 2e-6, "{cap}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_mask_of_any_shape_is_added() -> Result<()> {
+        let (q, k) = (normal((2, 5, 4, 8))?, normal((2, 7, 2, 8))?);
+        let (t, mask) = (5, normal((2, 4, 5, 7))?);
+        let masks = [
+            mask.clone(),
+            mask.narrow(0, 0, 1)?,
+            mask.narrow(1, 0, 1)?,
+            mask.narrow(2, 0, 1)?,
+            mask.narrow(3, 0, 1)?,
+            mask.get(0)?.get(0)?,
+            mask.get(0)?.get(0)?.narrow(1, 0, 1)?,
+            normal((7, t))?.t()?,
+            normal(7)?,
+            normal(1)?,
+        ];
+        for mask in masks {
+            let scores = Scores { scale: 0.3, mask: Some(mask.clone()), ..Scores::default() };
+            let expected = reference([&q, &k, &k], &scores)?;
+            let [a, b] = [&q, &k].map(|x| x.to_dtype(DType::F32));
+            let (a, b) = (a?, b?);
+            let y = attention(&a, &b, &b, scores)?;
+            assert!(apart(&y, &expected)? < 2e-6, "{:?}", mask.shape());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn empty_inputs_have_empty_outputs_and_zero_gradients() -> Result<()> {
+        for (batch, queries, heads, d) in [(0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 0, 4), (2, 3, 2, 0)] {
+            let q = Var::from_tensor(&Tensor::zeros(
+                (batch, queries, heads, d),
+                DType::F32,
+                &Device::Cpu,
+            )?)?;
+            let k = Var::from_tensor(&Tensor::zeros((batch, 5, 2, d), DType::F32, &Device::Cpu)?)?;
+            let y = attention(&q, &k, &k, Scores::default())?;
+            assert_eq!(y.dims(), q.dims());
+            let grads = y.sum_all()?.backward()?;
+            assert!(grads.get(&q).is_some() && grads.get(&k).is_some(), "{:?}", q.dims());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn operands_that_do_not_fit_are_errors() -> Result<()> {
+        let x = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, &Device::Cpu);
+        let f32 = |dims: &[usize]| x(dims, DType::F32);
+        let q = f32(&[1, 3, 2, 4])?;
+        let slopes = Some(Var::zeros(2, DType::F32, &Device::Cpu)?.into_inner());
+        let with = |scores: Scores, q: &Tensor, k: &Tensor| {
+            attention(q, k, k, scores).unwrap_err().to_string()
+        };
+        let plain = Scores::default;
+        for (error, part) in [
+            (with(plain(), &q, &x(&[1, 3, 2, 4], DType::BF16)?), "one dtype"),
+            (with(plain(), &x(&[1, 3, 2, 4], DType::U8)?, &x(&[1, 3, 2, 4], DType::U8)?), "floats"),
+            (with(plain(), &q, &f32(&[1, 3, 3, 4])?), "attention: q is"),
+            (
+                with(Scores { mask: Some(x(&[3, 3], DType::U8)?), ..plain() }, &q, &q),
+                "the mask is U8",
+            ),
+            (with(Scores { slopes: Some(f32(&[3])?), ..plain() }, &q, &q), "slopes are [3]"),
+            (with(Scores { slopes, ..plain() }, &q, &q), "no gradient"),
+        ] {
+            assert!(error.contains(part), "{error}");
+        }
+        let lens = Tensor::new(&[0u32, 3], &Device::Cpu)?;
+        let (q, k, v) = (f32(&[3, 2, 4])?, f32(&[3, 2, 4])?, f32(&[8, 2, 4])?);
+        let lens = [(&lens, 3), (&lens, 3)];
+        let error = attention_varlen([&q, &k, &v], lens, plain()).unwrap_err().to_string();
+        assert!(error.contains("attention: q is"), "{error}");
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use super::op::AttentionOp;
 use super::scores::Scores;
+use crate::ops::custom_gradient::with_zero_grads;
 use crate::ops::op::{operand, run, Fused, Grads, Operand};
 use candle_core::{bail, CpuStorage, DType, Device, Result, Shape, Tensor};
 use std::ops::Range;
@@ -14,8 +15,18 @@ pub(crate) fn attention_varlen(
     lens: [(&Tensor, usize); 2],
     scores: Scores,
 ) -> Result<Tensor> {
-    let [q, k, v] = qkv;
-    let ((all_queries, ..), (all_keys, ..)) = (q.dims3()?, k.dims3()?);
+    for x in qkv {
+        x.dims3()?;
+    }
+    let [q, k, v] = qkv.map(|x| x.unsqueeze(0));
+    let qkv = [q?, k?, v?];
+    let [q, k, v] = qkv.each_ref();
+    // Of all sequences together, for its checks.
+    let scores = AttentionOp::new([q, k, v], scores)?.scores;
+    if q.elem_count() == 0 {
+        return with_zero_grads(q.zeros_like()?, [q, k, v])?.squeeze(0);
+    }
+    let (all_queries, all_keys) = (q.dim(1)?, k.dim(1)?);
     let [queries, keys] = lens.map(|(lens, _)| lens);
     let sequences = ranges(queries, all_queries)?.zip(ranges(keys, all_keys)?);
     let sequences: Vec<_> = sequences.collect();
@@ -34,8 +45,7 @@ pub(crate) fn attention_varlen(
         }
     }
     let op = VarlenOp { sequences, scores };
-    let batch = |x: &Tensor| x.unsqueeze(0);
-    run(op, [&batch(q)?, &batch(k)?, &batch(v)?])?.squeeze(0)
+    run(op, qkv.each_ref())?.squeeze(0)
 }
 
 /// The sequences whose bounds are `lens`.
@@ -106,7 +116,7 @@ impl Fused<3> for VarlenOp {
         Ok(y)
     }
 
-    fn composed_backward(&self, qkv: [&Tensor; 3], y: &Tensor, grad: &Tensor) -> Result<Grads<3>> {
+    fn composed_backward(&self, qkv: [&Tensor; 3], _: &Tensor, grad: &Tensor) -> Result<Grads<3>> {
         let detached = qkv.map(Tensor::detach);
         let grads = detached.each_ref().map(Tensor::zeros_like);
         let [gq, gk, gv] = grads;
@@ -115,7 +125,7 @@ impl Fused<3> for VarlenOp {
             let Part { queries, keys, op, qkv } = part?;
             let of_queries =
                 |t: &Tensor| operand(&t.narrow(1, queries.start, queries.len())?, t.dtype());
-            let parts = op.grads(qkv.each_ref(), &of_queries(y)?, &of_queries(grad)?)?;
+            let parts = op.grads(qkv.each_ref(), &of_queries(grad)?)?;
             for ((grad, part), rows) in grads.iter().zip(parts).zip([queries, keys, keys]) {
                 grad.slice_set(&operand(&part, grad.dtype())?, 1, rows.start)?;
             }

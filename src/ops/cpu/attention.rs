@@ -73,6 +73,8 @@ pub(in crate::ops) struct MaskRows<'a> {
     pub values: &'a [f32],
     /// The strides of batch, heads and queries.
     pub strides: [usize; 3],
+    /// Whether a row has one value for all keys.
+    pub same: bool,
 }
 
 /// Scores of some queries and the keys that they see, for one head at a time.
@@ -132,9 +134,13 @@ impl Bias<'_> {
         keys: &Range<usize>,
         all: usize,
     ) {
-        if let Some(MaskRows { values, strides: [of_b, of_h, of_i] }) = self.mask {
-            let mask = &values[b * of_b + h * of_h + i * of_i..][keys.clone()];
-            row.iter_mut().zip(mask).for_each(|(s, m)| *s += m);
+        if let Some(MaskRows { values, strides: [of_b, of_h, of_i], same }) = self.mask {
+            let mask = &values[b * of_b + h * of_h + i * of_i..];
+            if same {
+                row.iter_mut().for_each(|s| *s += mask[0]);
+            } else {
+                row.iter_mut().zip(&mask[keys.clone()]).for_each(|(s, m)| *s += m);
+            }
         }
         if let Some(slopes) = self.slopes {
             let (slope, at) = (slopes[h], self.window.position(i) - keys.start as i64);
@@ -266,6 +272,15 @@ fn softmax_grad(grads: &mut [f32], p: &[f32], capped: &[f32], n: usize) {
 
 #[inline(always)]
 fn tanh(x: f32) -> f32 {
-    let e = exp_nonpositive(-2. * x.abs());
-    ((1. - e) / (1. + e)).copysign(x)
+    let (e, squares) = (exp_nonpositive(-2. * x.abs()), x * x);
+    let far = ((1. - e) / (1. + e)).copysign(x);
+    // Near 0 the difference of 1 and e has few digits.
+    const SERIES: [f32; 4] = [-1. / 3., 2. / 15., -17. / 315., 62. / 2835.];
+    let [a, b, c, d] = SERIES;
+    let near = x + x * squares * (a + squares * (b + squares * (c + squares * d)));
+    if squares < 0.09 {
+        near
+    } else {
+        far
+    }
 }

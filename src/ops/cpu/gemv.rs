@@ -43,10 +43,13 @@ fn few_rows(x: &[f32], w: &Blocks) -> Result<Vec<f32>> {
     let (step, share) = ((DECODED / k).max(1), (PER_THREAD / k).max(1));
     // Transposed, so that each thread has its own outputs.
     let mut y = filled(0., m * n);
-    if let Some(x) = Rows::new(x, w) {
+    let rows = Rows::new(x, w);
+    if let Some(rows) = &rows {
         let shares = y.par_chunks_mut(share * m).enumerate();
-        shares.for_each(|(i, y)| x.dot(w, i * share, y));
-    } else {
+        shares.for_each(|(i, y)| rows.dot(w, i * share, y));
+    }
+    // Sums of integers overflow before those of values, and infinities of both signs meet in them.
+    if rows.is_none() || y.iter().any(|y| !y.is_finite()) {
         decoded(x, w, &mut y, (step, share))?;
     }
     if m == 1 {
