@@ -16,7 +16,7 @@ pub(crate) fn softmax_last_dim(x: &Tensor) -> Result<Tensor> {
 }
 
 /// The gradient of the scores from that of the probabilities `y`.
-pub(super) fn softmax_grad(y: &Tensor, g: &Tensor) -> Result<Tensor> {
+fn softmax_grad(y: &Tensor, g: &Tensor) -> Result<Tensor> {
     y * g.broadcast_sub(&(y * g)?.sum_keepdim(D::Minus1)?)?
 }
 

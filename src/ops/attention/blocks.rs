@@ -4,7 +4,7 @@
 use super::scores::Scores;
 use crate::ops::cpu::attention::Heads;
 use crate::ops::op::compute_dtype;
-use crate::ops::softmax::{softmax_grad, softmax_last_dim};
+use crate::ops::softmax::softmax_last_dim;
 use candle_core::{Result, Tensor, D};
 use std::ops::Range;
 
@@ -65,8 +65,9 @@ pub(super) fn backward(
         block.add_to_keys(&mut gv, part)?;
         // Each array is dropped as soon as the next one is there.
         let mut gs = g.matmul(&block.of_keys(&v)?.t()?)?.reshape(p.shape())?;
-        gs = softmax_grad(&p, &gs)?;
-        drop(p);
+        let dots = (&p * &gs)?.sum_keepdim(D::Minus1)?;
+        gs = gs.broadcast_sub(&dots)?;
+        gs = (p * gs)?;
         if let Some(capped) = capped {
             gs = (gs * capped.sqr()?.affine(-1., 1.)?)?;
         }

@@ -1,8 +1,8 @@
 //! Products of a few rows with rows of blocks, which are not decoded: a group's integers are multiplied, and its scale and
 //! offset applied to the sums.
 
+use super::blocks::Blocks;
 use super::formats::{Format, Q4K, Q4_0, Q4_1, Q5K, Q5_0, Q5_1, Q6K, Q8_0};
-use super::Blocks;
 use crate::ops::cpu::rows::vectorized;
 use candle_core::quantized::GgmlDType;
 use std::hint::black_box;
