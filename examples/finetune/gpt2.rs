@@ -3,9 +3,8 @@
 //! The model is written on candle_nn's names, and `use loralib::nn as candle_nn` makes of its layers those that an
 //! `Adapter` adapts by name. Nothing else in this file knows of adapters.
 
-use crate::causal_mask::causal_mask;
 use candle_core::{bail, Module, Result, Tensor, D};
-use candle_nn::attention::multi_head_attention;
+use candle_nn::flash_attn::flash_attn;
 use candle_nn::{layer_norm, ops::gelu, Embedding, Init, LayerNorm, Linear, VarBuilder};
 use loralib::nn as candle_nn;
 
@@ -63,8 +62,7 @@ impl Gpt2 {
         }
         let positions = Tensor::arange(0, tokens as u32, ids.device())?;
         let x = self.wte.forward(ids)?.broadcast_add(&self.wpe.forward(&positions)?)?;
-        let mask = causal_mask(0, tokens, ids.device())?;
-        self.ln_f.forward(&self.h.iter().try_fold(x, |x, block| block.forward(&x, &mask))?)
+        self.ln_f.forward(&self.h.iter().try_fold(x, |x, block| block.forward(&x))?)
     }
 }
 
@@ -86,8 +84,8 @@ impl Block {
         })
     }
 
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attn.forward(&self.ln_1.forward(x)?, mask)?)?;
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = (x + self.attn.forward(&self.ln_1.forward(x)?)?)?;
         &x + self.mlp.forward(&self.ln_2.forward(&x)?)?
     }
 }
@@ -113,13 +111,13 @@ impl Attention {
         Ok(Self { c_attn, c_proj: linear(n, n, vb.pp("c_proj"))?, heads: cfg.n_head })
     }
 
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, tokens, n) = x.dims3()?;
         let qkv = self.c_attn.forward(x)?;
         let heads = (batch, tokens, self.heads, n / self.heads);
         let split = |i: usize| qkv.narrow(D::Minus1, i * n, n)?.reshape(heads);
-        let scale = (self.heads as f64 / n as f64).sqrt();
-        let y = multi_head_attention(&split(0)?, &split(1)?, &split(2)?, scale, Some(mask))?;
+        let scale = (self.heads as f32 / n as f32).sqrt();
+        let y = flash_attn(&split(0)?, &split(1)?, &split(2)?, scale, true)?;
         self.c_proj.forward(&y.flatten_from(2)?)
     }
 }

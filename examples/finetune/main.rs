@@ -14,8 +14,6 @@ mod gpt2;
 mod options;
 mod slots;
 
-#[path = "../common/causal_mask.rs"]
-mod causal_mask;
 #[path = "../common/corpus.rs"]
 mod corpus;
 #[path = "../common/rng.rs"]

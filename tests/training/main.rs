@@ -2,8 +2,6 @@
 
 #[path = "../../examples/classify/src/bert.rs"]
 mod bert;
-#[path = "../../examples/common/causal_mask.rs"]
-mod causal_mask;
 #[path = "../../examples/classify/src/classifier.rs"]
 mod classifier;
 #[path = "../common/mod.rs"]

@@ -4,7 +4,6 @@
 //! `Adapter` adapts by name. Nothing else in this file knows of adapters.
 
 use super::attention::Attention;
-use super::causal_mask::causal_mask;
 use super::config::Config;
 use super::rope::Rope;
 use candle_core::{bail, Module, Result, Tensor};
@@ -90,9 +89,7 @@ impl Llama {
             bail!("{} tokens, the model takes {}", first + tokens, self.longest)
         }
         let (cos, sin) = self.rope.tables(first, tokens, ids.device())?;
-        // A single token sees all that is before it.
-        let mask = (tokens > 1).then(|| causal_mask(first, tokens, ids.device())).transpose()?;
-        Ok(Positions { cos, sin, mask })
+        Ok(Positions { cos, sin })
     }
 
     /// An empty cache, with room for `tokens` before it grows.
@@ -110,8 +107,6 @@ pub struct Positions {
     /// (tokens, head_dim / 2)
     pub cos: Tensor,
     pub sin: Tensor,
-    /// (tokens, all tokens so far)
-    pub mask: Option<Tensor>,
 }
 
 struct Layer {

@@ -10,9 +10,6 @@ mod rope;
 mod template;
 mod tokens;
 
-#[path = "../../../examples/common/causal_mask.rs"]
-mod causal_mask;
-
 pub use base::Base;
 pub use config::Config;
 pub use llama::{Llama, Segment};

@@ -12,8 +12,6 @@ mod nccl;
 mod train;
 mod world;
 
-#[path = "../../common/causal_mask.rs"]
-mod causal_mask;
 #[path = "../../common/corpus.rs"]
 #[allow(dead_code)] // hotels
 mod corpus;

@@ -1,9 +1,8 @@
 //! A small decoder over bytes, written on candle_nn's names: `use loralib::nn as candle_nn` makes of its layers those
 //! that an `Adapter` adapts by name.
 
-use crate::causal_mask::causal_mask;
 use candle_core::{Module, Result, Tensor};
-use candle_nn::attention::multi_head_attention;
+use candle_nn::flash_attn::flash_attn;
 use candle_nn::{embedding, linear_no_bias, rms_norm, Embedding, Linear, RmsNorm, VarBuilder};
 use loralib::nn as candle_nn;
 
@@ -51,9 +50,8 @@ impl Decoder {
         let length = ids.dim(1)?;
         let positions = Tensor::arange(0, length as u32, ids.device())?;
         let positions = self.positions.forward(&positions)?;
-        let mask = causal_mask(0, length, ids.device())?;
         let x = self.bytes.forward(ids)?.broadcast_add(&positions)?;
-        self.norm.forward(&self.blocks.iter().try_fold(x, |x, block| block.forward(&x, &mask))?)
+        self.norm.forward(&self.blocks.iter().try_fold(x, |x, block| block.forward(&x))?)
     }
 }
 
@@ -83,14 +81,14 @@ impl Block {
         })
     }
 
-    fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (batch, length, width) = x.dims3()?;
         let y = self.norm_1.forward(x)?;
         let heads = |projection: &Linear| {
             projection.forward(&y)?.reshape((batch, length, width / HEAD_DIM, HEAD_DIM))
         };
         let (q, k, v) = (heads(&self.q)?, heads(&self.k)?, heads(&self.v)?);
-        let y = multi_head_attention(&q, &k, &v, (HEAD_DIM as f64).powf(-0.5), Some(mask))?;
+        let y = flash_attn(&q, &k, &v, (HEAD_DIM as f32).powf(-0.5), true)?;
         let x = (x + self.o.forward(&y.flatten_from(2)?)?)?;
         let y = candle_nn::ops::silu(&self.up.forward(&self.norm_2.forward(&x)?)?)?;
         &x + self.down.forward(&y)?
