@@ -6,6 +6,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{bail, CpuStorage, Result};
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::hint::black_box;
 
 /// Values that a thread decodes at a time: a multiple of every format's block.
 const SHARE: usize = 1 << 15;
@@ -91,9 +92,12 @@ fn values<const BYTES: usize, const VALUES: usize, const GROUPS: usize, F>(
         |b: &[u8; BYTES], y: &mut [f32; VALUES]| {
             let (mut q, [scales, offsets]) = ([0; VALUES], F::scales(b));
             F::integers(b, &mut q);
+            // Hidden from the compiler, which would decode blocks with offsets beside each other and scatter their values.
+            let q = if F::OFFSET { black_box(q) } else { q };
             let len = VALUES / GROUPS;
             let groups = y.chunks_exact_mut(len).zip(q.chunks_exact(len));
-            for ((y, q), (scale, offset)) in groups.zip(scales.into_iter().zip(offsets)) {
+            for (i, (y, q)) in groups.enumerate() {
+                let (scale, offset) = (scales[i], offsets[i]);
                 for (y, q) in y.iter_mut().zip(q) {
                     let product = f32::from(*q) * scale;
                     *y = if F::OFFSET { product + offset } else { product };
