@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor, D};
 use std::ops::Range;
 
 /// Scores of a block, for each head of keys and in all: up to 128 MiB in F32, of which three arrays are in memory.
-const BLOCK: usize = if cfg!(test) { 1 << 6 } else { 1 << 22 };
+const BLOCK: usize = if cfg!(test) { 1 << 6 } else { 3 << 20 };
 const BLOCK_IN_ALL: usize = if cfg!(test) { 1 << 8 } else { 1 << 25 };
 
 /// The output (batch, queries, heads, d).
@@ -51,31 +51,28 @@ pub(super) fn backward(
 ) -> Result<[Tensor; 3]> {
     let all = Attention::new(heads, scores, q, k)?;
     let (half, dtype) = (q.dtype(), all.k.dtype());
-    let wide = |t: &Tensor| by_head(t)?.to_dtype(dtype)?.contiguous();
-    let (v, g) = (wide(v)?, wide(g)?);
-    let rounded_k = all.k.to_dtype(half)?;
-    let zeros = |t: &Tensor| Tensor::zeros(t.shape(), dtype, t.device());
-    let [mut gq, mut gk, mut gv] = [zeros(&all.q)?, zeros(&all.k)?, zeros(&v)?];
+    let (g, rounded_k) = (by_head(g)?, by_head(k)?.contiguous()?);
+    let v = by_head(v)?.to_dtype(dtype)?.contiguous()?;
+    let mut gq = all.q.zeros_like()?;
+    let [mut gk, mut gv] = [all.k.zeros_like()?, v.zeros_like()?];
     for block in all.blocks() {
         let (p, capped) = all.probabilities(&block)?;
         let (q, g) = (block.of_queries(&all.q)?, block.of_queries(&g)?);
         let (q, g) = (heads.by_key_head(&q)?, heads.by_key_head(&g)?);
-        let (q, rounded_g) = (q.to_dtype(half)?, g.to_dtype(half)?);
-        let part = heads.by_key_head(&p.to_dtype(half)?)?.t()?.matmul(&rounded_g)?;
+        let part = heads.by_key_head(&p.to_dtype(half)?)?.t()?.matmul(&g)?;
         block.add_to_keys(&mut gv, part)?;
         // Each array is dropped as soon as the next one is there.
-        let mut gs = g.matmul(&block.of_keys(&v)?.t()?)?.reshape(p.shape())?;
+        let mut gs = g.to_dtype(dtype)?.matmul(&block.of_keys(&v)?.t()?)?.reshape(p.shape())?;
         let dots = (&p * &gs)?.sum_keepdim(D::Minus1)?;
         gs = gs.broadcast_sub(&dots)?;
         gs = (p * gs)?;
         if let Some(capped) = capped {
             gs = (gs * capped.sqr()?.affine(-1., 1.)?)?;
         }
-        gs = heads.by_key_head(&gs.to_dtype(half)?)?;
+        gs = heads.by_key_head(&(gs * scores.scale)?.to_dtype(half)?)?;
         block.add_to_keys(&mut gk, gs.t()?.matmul(&q)?)?;
-        let part =
-            heads.by_query_head(&(gs.matmul(&block.of_keys(&rounded_k)?)? * scores.scale)?)?;
-        set(&mut gq, part.to_dtype(dtype)?, block.queries.start)?;
+        let part = heads.by_query_head(&gs.matmul(&block.of_keys(&rounded_k)?)?)?;
+        set(&mut gq, part, block.queries.start)?;
     }
     Ok([by_head(&gq)?, by_head(&gk)?, by_head(&gv)?])
 }
@@ -85,9 +82,9 @@ pub(super) fn backward(
 struct Attention<'a> {
     heads: &'a Heads,
     scores: &'a Scores,
-    /// Times the scale, (batch, heads, queries, d).
+    /// (batch, heads, queries, d)
     q: Tensor,
-    /// (batch, kv_heads, keys, d)
+    /// (batch, kv_heads, keys, d), in the compute dtype.
     k: Tensor,
     /// Each query's position among the keys, (queries, 1), and each key's (keys).
     positions: [Tensor; 2],
@@ -112,8 +109,7 @@ impl<'a> Attention<'a> {
         let of_queries = numbers(scores.window.position(0), heads.queries)?;
         let positions = [of_queries.unsqueeze(1)?, numbers(0, heads.keys)?];
         let hidden = Tensor::new(f32::NEG_INFINITY, device)?.to_dtype(compute_dtype(q.dtype()))?;
-        let wide = |t: &Tensor| by_head(t)?.to_dtype(hidden.dtype())?.contiguous();
-        let (q, k) = ((wide(q)? * scores.scale)?, wide(k)?);
+        let (q, k) = (by_head(q)?, by_head(k)?.to_dtype(hidden.dtype())?.contiguous()?);
         Ok(Self { heads, scores, q, k, positions, hidden })
     }
 
@@ -137,7 +133,8 @@ impl<'a> Attention<'a> {
     fn probabilities(&self, block: &Block) -> Result<(Tensor, Option<Tensor>)> {
         let Scores { softcap, window, slopes, mask, .. } = self.scores;
         let Heads { batch, count, queries, keys, .. } = *self.heads;
-        let q = self.heads.by_key_head(&block.of_queries(&self.q)?)?;
+        let q = block.of_queries(&self.q)?.to_dtype(self.hidden.dtype())?;
+        let q = self.heads.by_key_head(&(q * self.scores.scale)?)?;
         let mut s = q.matmul(&block.of_keys(&self.k)?.t()?)?;
         s = s.reshape((batch, count, block.queries.len(), block.keys.len()))?;
         let mut capped = None;
