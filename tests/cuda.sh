@@ -6,7 +6,7 @@
 #   tests/cuda.sh run FOLDER [PART..]   only runs them; needs no Rust and no toolkit, but the driver, CUDA's
 #                                       libraries (PyTorch's will do) and this repository's tests/fixtures
 #
-# The parts, each of which takes at most eight minutes:
+# The parts, each sized for less than eight minutes (a row of a table ends after 20 seconds):
 #   tests      the device tests, and what is copied to the host
 #   models     steps of Llama with 0.5, 1.5 and 7 billion values, beside plain candle and, if it is there, PEFT
 #   layers     steps of linear layers, and the loss of a large head

@@ -20,6 +20,8 @@
 //! bound, where 0 is the query's own position and `None` no bound; a query that sees no key gives zeros. Head sizes are not
 //! limited.
 
+#![allow(clippy::too_many_arguments)] // as candle_flash_attn's functions have
+
 use crate::ops::{attention, attention_varlen, Scores, Window};
 use candle_core::{Result, Tensor};
 
@@ -89,7 +91,6 @@ pub fn flash_attn_alibi_windowed(
 ///
 /// # Errors
 /// If the shapes do not fit, or q, k and v are not of one dtype of floats.
-#[allow(clippy::too_many_arguments)]
 pub fn flash_attn_alibi_windowed_softcap(
     q: &Tensor,
     k: &Tensor,
@@ -110,7 +111,6 @@ pub fn flash_attn_alibi_windowed_softcap(
 ///
 /// # Errors
 /// If the shapes or the lengths do not fit, or a sequence is longer than its maximum.
-#[allow(clippy::too_many_arguments)]
 pub fn flash_attn_varlen(
     q: &Tensor,
     k: &Tensor,
@@ -131,7 +131,6 @@ pub fn flash_attn_varlen(
 ///
 /// # Errors
 /// As [`flash_attn_varlen`].
-#[allow(clippy::too_many_arguments)]
 pub fn flash_attn_varlen_windowed(
     q: &Tensor,
     k: &Tensor,
@@ -153,7 +152,6 @@ pub fn flash_attn_varlen_windowed(
 ///
 /// # Errors
 /// As [`flash_attn_varlen`].
-#[allow(clippy::too_many_arguments)]
 pub fn flash_attn_varlen_alibi(
     q: &Tensor,
     k: &Tensor,
@@ -175,7 +173,6 @@ pub fn flash_attn_varlen_alibi(
 ///
 /// # Errors
 /// As [`flash_attn_varlen`].
-#[allow(clippy::too_many_arguments)]
 pub fn flash_attn_varlen_alibi_windowed(
     q: &Tensor,
     k: &Tensor,
@@ -198,7 +195,6 @@ pub fn flash_attn_varlen_alibi_windowed(
 ///
 /// # Errors
 /// As [`flash_attn_varlen`].
-#[allow(clippy::too_many_arguments)]
 pub fn flash_attn_varlen_alibi_windowed_softcap(
     q: &Tensor,
     k: &Tensor,
