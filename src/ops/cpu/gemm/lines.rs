@@ -44,6 +44,17 @@ impl<'a, T: Copy> Lines<'a, T> {
         }
     }
 
+    /// The same for gemmkit.
+    pub fn view(self) -> gemmkit::MatRef<'a, T> {
+        let Self { values, count, len, stride, columns } = self;
+        let stride = stride as isize;
+        if columns {
+            gemmkit::MatRef::new(values, len, count, 1, stride)
+        } else {
+            gemmkit::MatRef::new(values, count, len, stride, 1)
+        }
+    }
+
     /// The same matrix in F32, stored in `buffer`.
     pub fn upcast(self, buffer: &mut Vec<f32>) -> Lines<'_, f32>
     where

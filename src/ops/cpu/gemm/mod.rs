@@ -1,6 +1,7 @@
 //! Matrix products by faer, whose micro-kernels use AVX-512 where the machine has it. candle's GEMM
-//! uses it only if it was compiled for it.
+//! uses it only if it was compiled for it. BF16 operands are multiplied by gemmkit where the machine has AVX512-BF16.
 
+mod bf16;
 mod in_parts;
 mod lines;
 mod schedule;
@@ -18,7 +19,7 @@ pub(in crate::ops) use schedule::Real;
 pub(in crate::ops) use view::FUSED_ATTENTION;
 pub(super) use view::{gemm_view, View};
 
-/// `a·b`, in F32 for half-precision operands. `None` for other dtypes, and for layouts in which neither
+/// `a·b`, in F32 for half-precision operands that are upcast. `None` for other dtypes, and for layouts in which neither
 /// rows nor columns are contiguous.
 pub(in crate::ops) fn gemm(
     (a, al): (&CpuStorage, &Layout),
@@ -29,6 +30,9 @@ pub(in crate::ops) fn gemm(
         (F32(a), F32(b)) => F32(full_precision(Lines::new(a, al)?, Lines::new(b, bl)?)),
         (F64(a), F64(b)) => F64(full_precision(Lines::new(a, al)?, Lines::new(b, bl)?)),
         (F16(a), F16(b)) => F32(half_precision(Lines::new(a, al)?, Lines::new(b, bl)?)),
+        (BF16(a), BF16(b)) if bf16::is_available() => {
+            BF16(bf16::product(Lines::new(a, al)?, Lines::new(b, bl)?))
+        }
         (BF16(a), BF16(b)) => F32(half_precision(Lines::new(a, al)?, Lines::new(b, bl)?)),
         _ => return None,
     })
