@@ -24,6 +24,7 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores) -> R
     }
 }
 
+#[derive(Clone)]
 pub(super) struct AttentionOp {
     heads: Heads,
     pub scores: Scores,

@@ -4,7 +4,9 @@ use super::op::AttentionOp;
 use super::scores::Scores;
 use crate::ops::custom_gradient::with_zero_grads;
 use crate::ops::op::{operand, run, Fused, Grads, Operand};
+use crate::ops::place::is_fused;
 use candle_core::{bail, CpuStorage, DType, Device, Result, Shape, Tensor};
+use rayon::prelude::*;
 use std::ops::Range;
 
 /// `q` (all queries, heads, d), `k` and `v` (all keys, kv_heads, d) to (all queries, heads, d). `lens` are, for queries
@@ -109,9 +111,15 @@ impl Fused<3> for VarlenOp {
 
     fn composed(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
         let y = qkv[0].zeros_like()?;
-        for part in self.parts(qkv) {
-            let Part { queries, op, qkv, .. } = part?;
-            y.slice_set(&run(op, qkv.each_ref())?, 1, queries.start)?;
+        let parts: Vec<_> = self.parts(qkv).collect::<Result<_>>()?;
+        let output = |part: &Part| run(part.op.clone(), part.qkv.each_ref());
+        // A short sequence is work for a single thread.
+        let outputs: Vec<_> = match is_fused(y.device()) {
+            true => parts.par_iter().map(output).collect::<Result<_>>()?,
+            false => parts.iter().map(output).collect::<Result<_>>()?,
+        };
+        for (part, output) in parts.iter().zip(outputs) {
+            y.slice_set(&output, 1, part.queries.start)?;
         }
         Ok(y)
     }

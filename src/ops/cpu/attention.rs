@@ -12,6 +12,9 @@ use std::ops::Range;
 /// Scores of a block: they stay in a core's second cache.
 const BLOCK: usize = if cfg!(test) { 1 << 5 } else { 1 << 17 };
 
+/// The least multiplications with keys for a block of a single query.
+const WORK: usize = if cfg!(test) { 1 << 5 } else { 1 << 16 };
+
 /// The sizes: `count` query heads of `d` values, `kv_count` heads of keys and values.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ops) struct Heads {
@@ -53,6 +56,16 @@ impl Heads {
     fn block(&self, window: &Window) -> usize {
         let width = window.width(self.keys).max(1);
         (BLOCK / width).max(if cfg!(test) { 2 } else { 16 }).min(self.queries.max(1))
+    }
+
+    /// Heads of a block: all of them, but of a single query some, so that all threads have a block.
+    fn heads_of_block(&self, window: &Window) -> usize {
+        let work = (window.width(self.keys) * self.d).max(1);
+        if self.queries == 1 {
+            WORK.div_ceil(work).clamp(1, self.count)
+        } else {
+            self.count
+        }
     }
 }
 
@@ -159,22 +172,26 @@ impl Bias<'_> {
 pub(in crate::ops) fn forward(s: &Heads, [q, k, v]: [&[f32]; 3], bias: &Bias) -> Vec<f32> {
     let ((q_len, kv_len), step) = (s.lens(), s.block(&bias.window));
     let mut y = filled(0., q.len());
-    let width = s.count * s.d;
+    let heads = s.heads_of_block(&bias.window);
+    let (width, of_block) = (s.count * s.d, heads * s.d);
     let blocks = y.par_chunks_mut(q_len).enumerate().flat_map(|(b, y)| {
-        y.par_chunks_mut(step * width).enumerate().map(move |(i, y)| (b, i * step, y))
+        let blocks = y.par_chunks_mut(step * of_block).enumerate();
+        blocks.map(move |(i, y)| (b, i * step * of_block, y))
     });
-    blocks.for_each(|(b, from, y)| {
+    blocks.for_each(|(b, at, y)| {
         let q = &q[b * q_len..][..q_len];
         let (k, v) = (&k[b * kv_len..][..kv_len], &v[b * kv_len..][..kv_len]);
-        let rows = 0..y.len() / width;
-        let mut block = Block::new(s, bias, from..from + rows.len());
+        let (from, first, rows) = (at / width, at % width / s.d, y.len().div_ceil(of_block));
+        let mut block = Block::new(s, bias, from..from + rows);
         if block.keys.is_empty() {
             return;
         }
-        for h in 0..s.count {
+        for i in 0..heads.min(s.count - first) {
+            let h = first + i;
             block.fill(s, bias, (b, h), [q, k]);
             let v = (v, s.kv(h, &block.keys));
-            gemm_view((y, s.q(h, &rows)), false, (&block.p, block.view()), v, 1.);
+            let yv = View::new(i * s.d, rows, s.d, of_block);
+            gemm_view((y, yv), false, (&block.p, block.view()), v, 1.);
         }
     });
     y
