@@ -6,7 +6,7 @@
     python llama.py train FOLDER TRAIN VALID ADAPTER [STEPS] [RATE]
 
 `step` trains r 8 on all linear layers with 2 x 128 random tokens, in 2 threads. `train` repeats
-`lora train FOLDER TRAIN --valid VALID --batch 2 --length 128 --steps STEPS --lr RATE`: the same
+`lora train FOLDER TRAIN --valid VALID --batch 2 --length 128 --no-packing --steps STEPS --lr RATE`: the same
 conversations in the same order, the same rates and clipping, from the factors in ADAPTER. `lora train` with the same
 options and `--steps 1 --lr 0 --out ADAPTER` writes those that it begins with.
 """
@@ -91,14 +91,11 @@ def examples(file, tokenizer, length):
     return found
 
 
-def buckets(examples, size, rng):
-    """As in cli/src/train/batch.rs."""
+def shuffled(examples, rng):
+    """As `lora train --no-packing` orders them."""
     examples = list(examples)
     rng.shuffle(examples)
-    examples.sort(key=lambda example: len(example[0]))
-    groups = [examples[i : i + size] for i in range(0, len(examples), size)]
-    rng.shuffle(groups)
-    return groups
+    return examples
 
 
 def loss(model, group):
@@ -132,11 +129,11 @@ def train(folder, data, valid, adapter, steps="300", rate="2e-4"):
     data = examples(data, tokenizer, 128)
     measure(0)
     for step in range(steps):
-        if not waiting:
-            waiting = buckets(data, 2, rng)
+        while len(waiting) < 2:
+            waiting.extend(shuffled(data, rng))
         factor = step / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
         optimizer.param_groups[0]["lr"] = rate * factor
-        loss(model, waiting.pop(0))[0].backward()
+        loss(model, [waiting.pop(0), waiting.pop(0)])[0].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

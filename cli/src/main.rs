@@ -1,11 +1,15 @@
 //! The program `lora`: fine-tunes a language model with LoRA, talks to it, and converts and merges adapters.
 
+mod adapter;
 mod chat;
 mod convert;
 mod error;
+mod format;
+mod interrupt;
 mod merge;
 mod model;
 mod place;
+mod report;
 mod train;
 
 #[path = "../../examples/common/corpus.rs"]
@@ -14,26 +18,46 @@ mod corpus;
 #[path = "../../examples/common/rng.rs"]
 mod rng;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
 use error::Result;
+use report::Report;
 use std::process::ExitCode;
 
 /// LoRA for language models
 #[derive(Parser)]
 #[command(name = "lora", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+    /// Tells what happens in JSON, an object a line
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
 enum Command {
     Train(Box<train::Args>),
     Chat(chat::Args),
-    Convert(convert::Args),
     Merge(merge::Args),
+    Convert(convert::Args),
+    /// Writes a shell's completions to the standard output
+    Completions {
+        shell: Shell,
+    },
 }
 
 fn main() -> ExitCode {
-    let command = Command::parse();
+    let Args { command, json } = Args::parse();
+    let report = Report::new(json);
     error::reported(|| match &command {
-        Command::Train(args) => train::run(args),
-        Command::Chat(args) => chat::run(args),
-        Command::Convert(args) => convert::run(args),
-        Command::Merge(args) => merge::run(args),
+        Command::Train(args) => train::run(args, report),
+        Command::Chat(args) => chat::run(args, report),
+        Command::Merge(args) => merge::run(args, report),
+        Command::Convert(args) => convert::run(args, report),
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Args::command(), "lora", &mut std::io::stdout());
+            Ok(())
+        }
     })
 }

@@ -4,13 +4,14 @@
 //! The base is a checkpoint, the index of a sharded one, or a folder with either. The adapter is a folder
 //! in PEFT's format or a file with a loralib state dict.
 
+use crate::report::Report;
 use crate::Result;
 use candle_core::Device;
-use indicatif::{ProgressBar, ProgressStyle};
 use lora::layers::LayerKind;
 use lora::utils::{Checkpoint, StateDict};
 use lora::{adapter::AdapterConfig, formats::peft, merge, LoraConfig, LoraWeights};
 use loralib as lora;
+use serde_json::json;
 use std::path::PathBuf;
 
 /// Merges a LoRA adapter into its base model
@@ -66,19 +67,19 @@ impl Args {
     }
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args, report: Report) -> Result<()> {
     let weights = renamed(read(args)?, &args.strip_prefix)?;
-    let bar = ProgressBar::no_length().with_style(ProgressStyle::with_template(
-        "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left",
-    )?);
+    let bar = report.progress("merging", 0).of_bytes();
     let untied = merge::merge_files(&args.base, &weights, &args.out, |progress| {
-        bar.set_length(progress.total);
-        bar.set_position(progress.done);
+        bar.bytes(progress.done, progress.total);
     })?;
     bar.finish();
-    println!("{} layers merged into {}", weights.layers().count(), args.out.display());
+    let layers = weights.layers().count();
+    let line = format!("{layers} layers merged into {}", args.out.display());
+    report.tell(line, "merged", json!({ "layers": layers, "out": args.out }));
     for head in untied {
-        println!("{head} is not tied to the embeddings any more: set tie_word_embeddings to false in config.json");
+        let line = format!("{head} is not tied to the embeddings any more: set tie_word_embeddings to false in config.json");
+        report.tell(line, "untied", json!({ "head": head }));
     }
     Ok(())
 }

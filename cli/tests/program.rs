@@ -29,7 +29,8 @@ fn options_that_mean_nothing_are_refused() {
         ("train --resume", "DATA"),
         ("train model", "DATA"),
         ("train model data --quick", "--quick"),
-        ("chat model", "--adapter"),
+        ("train model data --resume --overwrite", "--resume"),
+        ("train model data --columns body", "NAME=COLUMN"),
         ("chat --adapter adapter", "MODEL"),
     ] {
         let (code, error) = refused(options);

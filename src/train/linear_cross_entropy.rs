@@ -35,6 +35,34 @@ const LOGITS: usize = if cfg!(test) { 100 } else { 1 << 23 };
 /// If the labels do not fit `x`, one is not less than the number of classes, or none counts; and if the weight is
 /// computed from a variable, as a transposed one is.
 pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Result<Tensor> {
+    linear_cross_entropy_with(x, head, labels, |logits| Ok(logits.clone()))
+}
+
+/// [`linear_cross_entropy`] of logits that the model changes before the loss, such as Gemma 2's, which have a cap, or
+/// Granite's, which are divided by a constant: `logits` gets those of some rows (rows, classes), and gives as many.
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_nn::{VarBuilder, VarMap};
+/// # use loralib as lora;
+/// # let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+/// # let head = lora::linear_no_bias(4, 10, lora::LoraConfig::default(), vb)?;
+/// # let hidden = Tensor::ones((3, 4), DType::F32, &Device::Cpu)?;
+/// # let labels = Tensor::new(&[7i64, 9, -100], &Device::Cpu)?;
+/// let cap = 30.;
+/// let capped = |logits: &Tensor| (logits / cap)?.tanh()? * cap;
+/// let loss = lora::train::linear_cross_entropy_with(&hidden, &head, &labels, capped)?;
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`linear_cross_entropy`], and those of `logits`, which must not change the shape.
+pub fn linear_cross_entropy_with(
+    x: &Tensor,
+    head: &Linear,
+    labels: &Tensor,
+    logits: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let classes = head.out_features()?;
     let Some((&last, leading)) = x.dims().split_last() else {
         bail!("linear_cross_entropy: x is a scalar, expected (.., in)")
@@ -69,7 +97,15 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, labels: &Tensor) -> Resul
     for (i, labels) in counted.chunks(step).enumerate() {
         let part = chosen.narrow(0, i * step, labels.len())?;
         let part = if x.track_op() { Var::from_tensor(&part)?.into_inner() } else { part };
-        let logits = head.forward(&part)?;
+        let logits = {
+            let plain = head.forward(&part)?;
+            let changed = logits(&plain)?;
+            if changed.dims() != plain.dims() {
+                let (was, is) = (plain.dims(), changed.dims());
+                bail!("linear_cross_entropy: the logits were {was:?}, and are {is:?}")
+            }
+            changed
+        };
         let count = counted.len() as f64;
         let shift = shift(logits.dtype(), labels.len(), count);
         let (sum, grad) = cross_entropy(&logits, labels, shift / count)?;
@@ -190,6 +226,25 @@ mod tests {
                 assert!(apart(grads.get(t).unwrap(), expected.get(t).unwrap())? < 1e-12);
             }
         }
+        Ok(())
+    }
+
+    #[test]
+    fn capped_logits_have_the_gradients_of_all_at_once() -> Result<()> {
+        let head = head(DType::F64)?;
+        let x = Var::from_tensor(&normal((14, 5))?)?;
+        let labels = Tensor::arange(0i64, 14, &Device::Cpu)?;
+        let capped = |logits: &Tensor| (logits / 0.5)?.tanh()? * 0.5;
+        let expected = candle_nn::loss::cross_entropy(&capped(&head.forward(&x)?)?, &labels)?;
+        let loss = linear_cross_entropy_with(&x, &head, &labels, capped)?;
+        assert!(apart(&loss, &expected)? < 1e-12);
+        let (grads, expected) = (loss.backward()?, expected.backward()?);
+        for t in [x.as_tensor(), head.lora_a().unwrap(), head.lora_b().unwrap()] {
+            assert!(apart(grads.get(t).unwrap(), expected.get(t).unwrap())? < 1e-12);
+        }
+        let half = |logits: &Tensor| logits.narrow(1, 0, CLASSES / 2);
+        let error = linear_cross_entropy_with(&x, &head, &labels, half).unwrap_err().to_string();
+        assert!(error.contains("and are ["), "{error}");
         Ok(())
     }
 

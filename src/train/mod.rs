@@ -9,6 +9,6 @@ mod state;
 
 pub use adamw::AdamW;
 pub use grads::{add_grads, clip_grad_norm};
-pub use linear_cross_entropy::linear_cross_entropy;
+pub use linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_with};
 pub use parallel::{Fingerprint, FlatGrads, Process, Sampler};
 pub use schedule::Schedule;

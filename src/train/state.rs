@@ -8,7 +8,7 @@ use candle_core::Device;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 /// The key of the state in a file's metadata.
@@ -18,6 +18,25 @@ const STATE: &str = "loralib.training";
 struct State<P> {
     steps: u32,
     progress: P,
+}
+
+impl<P: DeserializeOwned> State<P> {
+    /// Of a file's metadata.
+    fn read(metadata: &HashMap<String, String>) -> Result<Self> {
+        let malformed = |reason: String| Error::Format { format: "training state", reason };
+        let Some(json) = metadata.get(STATE) else {
+            return Err(malformed(format!("its metadata has no {STATE:?}")));
+        };
+        let state: State<Value> =
+            serde_json::from_str(json).map_err(|e| malformed(e.to_string()))?;
+        let progress = P::deserialize(&state.progress).map_err(|e| {
+            let progress = &state.progress;
+            Error::Invalid(format!(
+                "the state's progress {progress} is not what `load` expects: {e}"
+            ))
+        })?;
+        Ok(Self { steps: state.steps, progress })
+    }
 }
 
 /// torch's names of the moments.
@@ -65,20 +84,20 @@ impl AdamW {
         self.load_from(path).map_err(|e| e.at(path))
     }
 
+    /// The `progress` of a file that [`save`](Self::save) wrote, such as the options of its run, before anything is built
+    /// to load it.
+    ///
+    /// # Errors
+    /// If the file cannot be read or has no such state, or its `progress` is of another type.
+    pub fn read_progress<P: DeserializeOwned>(path: impl AsRef<Path>) -> Result<P> {
+        let path = path.as_ref();
+        let state = || Ok(State::read(&read(path, &Device::Cpu)?.1)?.progress);
+        state().map_err(|e: Error| e.at(path))
+    }
+
     fn load_from<P: DeserializeOwned>(&mut self, path: &Path) -> Result<P> {
         let (mut tensors, metadata) = read(path, &Device::Cpu)?;
-        let malformed = |reason: String| Error::Format { format: "training state", reason };
-        let Some(json) = metadata.get(STATE) else {
-            return Err(malformed(format!("its metadata has no {STATE:?}")));
-        };
-        let state: State<Value> =
-            serde_json::from_str(json).map_err(|e| malformed(e.to_string()))?;
-        let progress = P::deserialize(&state.progress).map_err(|e| {
-            let progress = &state.progress;
-            Error::Invalid(format!(
-                "the state's progress {progress} is not what `load` expects: {e}"
-            ))
-        })?;
+        let State { steps, progress } = State::read(&metadata)?;
         let own = self.entries.iter().flat_map(|(name, entry)| {
             let [exp_avg, exp_avg_sq] = MOMENTS.map(|moment| moment_name(moment, name));
             [(name.clone(), &entry.var), (exp_avg, &entry.exp_avg), (exp_avg_sq, &entry.exp_avg_sq)]
@@ -106,9 +125,9 @@ impl AdamW {
             return Err(differs(name, "the optimizer does not have it"));
         }
         new.into_iter().try_for_each(|(var, tensor)| var.set(&tensor))?;
-        self.steps = state.steps;
+        self.steps = steps;
         // The run's first step has found them.
-        self.checked = state.steps > 0;
+        self.checked = steps > 0;
         Ok(progress)
     }
 }

@@ -1,34 +1,40 @@
-//! `lora chat`: talks to a model with an adapter.
+//! `lora chat`: talks to a model, with adapters or without.
 
-mod adapted;
 mod converse;
-mod generate;
+mod prompt;
 mod sample;
 mod say;
-mod talk;
+mod speaker;
 #[cfg(test)]
 mod tests;
 
+pub use prompt::Prompt;
 pub use sample::Sampler;
 pub use say::Say;
-pub use talk::{talk, Prompt};
+pub use speaker::Speaker;
 
 use crate::model::Base;
 use crate::place::Place;
+use crate::report::Report;
 use crate::Result;
+use serde_json::json;
 use std::path::PathBuf;
 
-/// Talks to a language model with an adapter
+/// Talks to a language model, with adapters or without
 ///
 /// Without --prompt, about the lines of the standard input, each after those before it.
 #[derive(clap::Args)]
+#[command(
+    after_help = "Example: lora chat Qwen2.5-1.5B-Instruct --adapter sql --adapter poems=out/run7"
+)]
 pub struct Args {
     /// A folder as the Hugging Face hub gives it (config.json, tokenizer.json, model.safetensors or its
     /// shards), or a GGUF file
     pub model: PathBuf,
-    /// The adapter: a folder in PEFT's format
-    #[arg(long, value_name = "FOLDER")]
-    pub adapter: PathBuf,
+    /// An adapter: PEFT's or MLX's folder, this crate's file, or llama.cpp's for a GGUF file. Several are switched at the
+    /// prompt, by the name of the file or folder or as given here
+    #[arg(long, value_name = "[NAME=]PATH")]
+    pub adapter: Vec<String>,
     #[command(flatten)]
     pub say: Say,
     /// Seed of what the model says
@@ -39,12 +45,43 @@ pub struct Args {
     pub device: Place,
 }
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args, report: Report) -> Result<()> {
     let Args { model, adapter, say, seed, device } = args;
     let base = Base::read(model, &device.device(*seed)?)?;
+    let mut speaker = Speaker::new(&base, adapter)?;
     let mut sampler = say.sampler(*seed);
     match &say.prompt {
-        Some(prompt) => talk(say, &sampler, &base, &Prompt::new(prompt, &base, say.raw)?, adapter),
-        None => converse::converse(say, &mut sampler, &base, adapter),
+        Some(prompt) => {
+            let prompt = Prompt::new(prompt, say.system.as_deref(), &base, say.raw)?;
+            compare(say, &sampler, &mut speaker, &prompt, report)
+        }
+        None => converse::converse(say, &mut sampler, &mut speaker, report),
     }
+}
+
+/// The same prompt to the model and to each adapter. Each draws by a copy of `sampler`.
+pub fn compare(
+    say: &Say,
+    sampler: &Sampler,
+    speaker: &mut Speaker,
+    prompt: &Prompt,
+    report: Report,
+) -> Result<()> {
+    let ids = prompt.ids(speaker.base)?;
+    let names = speaker.names.clone();
+    let width = names.iter().map(String::len).max().unwrap_or(0).max("prompt".len());
+    report.tell(
+        format!("\n{:width$}  {}", "prompt", prompt.shown.trim()),
+        "prompt",
+        json!({
+            "text": prompt.shown,
+        }),
+    );
+    for by in std::iter::once(None).chain(names.iter().map(|name| Some(&name[..]))) {
+        let reply = speaker.reply(by, &ids, say.tokens, &mut sampler.clone(), |_| {})?;
+        let line = format!("{:width$}  {}", by.unwrap_or("model"), reply.text.trim());
+        let values = json!({ "adapter": by, "text": reply.text, "tokens": reply.tokens });
+        report.tell(line, "reply", values);
+    }
+    Ok(())
 }

@@ -8,6 +8,9 @@ pub struct Say {
     /// What to say to the model [default for `train`: what the first example to measure on begins with]
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
+    /// What the model is told before the conversation
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub system: Option<String>,
     /// The prompt is a text to continue, not a message, though the model has a chat template
     #[arg(long)]
     pub raw: bool,
@@ -20,10 +23,6 @@ pub struct Say {
     /// Draws only from the likeliest tokens that have this probability together
     #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = probability)]
     pub top_p: f64,
-    /// Talks with the adapter beside the frozen weights instead of merged into them, as it always is with a
-    /// GGUF file
-    #[arg(long)]
-    pub unmerged: bool,
 }
 
 impl Say {

@@ -1,7 +1,6 @@
 //! The options.
 
-use clap::ValueEnum;
-use std::fmt;
+use crate::format::Format;
 use std::path::PathBuf;
 
 /// Converts a LoRA adapter to another format
@@ -42,51 +41,4 @@ pub struct Args {
     /// Allow a conversion that rounds the update
     #[arg(long)]
     pub rounded: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// This crate's file
-    Loralib,
-    /// A folder of PEFT
-    Peft,
-    /// A folder of PEFT with one rank, one whole alpha and no rslora
-    PeftPlain,
-    /// diffusers' file
-    Diffusers,
-    /// The file of sd-scripts, AUTOMATIC1111 and ComfyUI
-    Kohya,
-    /// A folder of MLX
-    Mlx,
-    /// llama.cpp's adapter
-    Gguf,
-    /// A state dict of torch, which is only read
-    #[value(skip)]
-    Torch,
-}
-
-impl Format {
-    /// Whether the names begin with a component; `None` if they may.
-    pub fn is_of_pipelines(self) -> Option<bool> {
-        match self {
-            Self::Diffusers | Self::Kohya => Some(true),
-            Self::Loralib | Self::Torch => None,
-            _ => Some(false),
-        }
-    }
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Self::Loralib => "this crate's file",
-            Self::Peft => "PEFT's folder",
-            Self::PeftPlain => "PEFT's folder with plain scaling",
-            Self::Diffusers => "diffusers' file",
-            Self::Kohya => "kohya's file",
-            Self::Mlx => "MLX's folder",
-            Self::Gguf => "llama.cpp's adapter",
-            Self::Torch => "torch's state dict",
-        })
-    }
 }

@@ -8,7 +8,6 @@
 mod args;
 mod base;
 mod compare;
-mod detect;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -16,28 +15,32 @@ mod write;
 
 pub use args::Args;
 
+use crate::format::{self, Format};
+use crate::report::Report;
 use crate::Result;
-use args::Format;
 use base::Bases;
 use compare::{compare, Verdict};
 use lora::adapter::{AdapterConfig, LoraWeights};
 use loralib as lora;
+use serde_json::json;
 use std::fs;
 use std::path::Path;
 
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args, report: Report) -> Result<()> {
     if args.out.exists() {
         return Err(format!("{} exists: choose another --out", args.out.display()).into());
     }
-    let from = detect::format(&args.from)?;
+    let from = format::detect(&args.from)?;
     let named = |format: Format| matches!(format, Format::Kohya | Format::Gguf);
     if !args.base.is_empty() && !named(from) && !named(args.to) {
         return Err(format!("{from} and {} need no base: leave --base out", args.to).into());
     }
     let bases = Bases::open(&args.base)?;
-    let weights = read::read(from, args, &bases)?;
-    println!("read as {from}: {} layers", weights.layers().count());
-    let mut weights = renamed(from, args, weights)?;
+    let weights = read::read(from, args, &bases, report)?;
+    let layers = weights.layers().count();
+    let values = json!({ "format": from.to_string(), "layers": layers });
+    report.tell(format!("read as {from}: {layers} layers"), "read", values);
+    let mut weights = renamed(from, args, weights, report)?;
     if args.untied_head {
         weights = untied(args.to, &weights)?;
     }
@@ -58,18 +61,24 @@ pub fn run(args: &Args) -> Result<()> {
             return Err(error);
         }
     };
-    println!("written as {}: {} layers, {verdict}", args.to, again.layers().count());
+    let layers = again.layers().count();
+    let line = format!("written as {}: {layers} layers, {verdict}", args.to);
+    let values =
+        json!({ "format": args.to.to_string(), "layers": layers, "verdict": verdict.to_string() });
+    report.tell(line, "written", values);
     let mut lost = left_out(&weights.config(), &again.config());
     if from.is_of_pipelines() == Some(true) && args.from.is_file() {
         let entries = base::metadata(&args.from)?;
         lost.extend(entries.iter().map(|name| format!("the metadata's {name}")));
     }
-    lost.iter().for_each(|what| println!("left out: {what}"));
+    for what in lost {
+        report.tell(format!("left out: {what}"), "left_out", json!({ "what": what }));
+    }
     Ok(())
 }
 
 /// Takes the component out of a pipeline's adapter, or makes a pipeline's of a model's.
-fn renamed(from: Format, args: &Args, weights: LoraWeights) -> Result<LoraWeights> {
+fn renamed(from: Format, args: &Args, weights: LoraWeights, report: Report) -> Result<LoraWeights> {
     let (to, whole) = (args.to, weights.layers().count());
     let Some(component) = &args.component else {
         let all: Vec<_> = weights.components().collect();
@@ -94,7 +103,8 @@ fn renamed(from: Format, args: &Args, weights: LoraWeights) -> Result<LoraWeight
     let weights = if take { part? } else { weights };
     let others = whole - weights.layers().count();
     if others > 0 {
-        println!("left out: {others} layers of other components than {component}");
+        let what = format!("{others} layers of other components than {component}");
+        report.tell(format!("left out: {what}"), "left_out", json!({ "what": what }));
     }
     Ok(if put { weights.in_component(component) } else { weights })
 }

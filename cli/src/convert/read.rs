@@ -1,7 +1,9 @@
 //! Reads an adapter of any format.
 
-use super::args::{Args, Format};
+use super::args::Args;
 use super::base::Bases;
+use crate::format::Format;
+use crate::report::Report;
 use crate::Result;
 use candle_core::Device;
 use lora::files::{read_torch_entry, strip_wrappers};
@@ -10,19 +12,22 @@ use lora::layers::LayerKind;
 use lora::utils::{Checkpoint, StateDict};
 use lora::{gguf, LoraConfig, LoraWeights};
 use loralib as lora;
+use serde_json::json;
 use std::path::Path;
 
 const CPU: Device = Device::Cpu;
 
 /// Reads the adapter of `--from`, with the options that say what its file does not.
-pub fn read(format: Format, args: &Args, bases: &Bases) -> Result<LoraWeights> {
+pub fn read(format: Format, args: &Args, bases: &Bases, report: Report) -> Result<LoraWeights> {
     let path = &args.from;
     let given = match (args.r, args.lora_alpha) {
         (Some(r), Some(lora_alpha)) => Some(LoraConfig { r, lora_alpha, ..Default::default() }),
         _ => None,
     };
     let Checkpoint { tensors, config } = match format {
-        Format::Torch => Checkpoint { tensors: torch(path, args.entry.as_deref())?, config: None },
+        Format::Torch => {
+            Checkpoint { tensors: torch(path, args.entry.as_deref(), report)?, config: None }
+        }
         _ if args.entry.is_some() => {
             return Err(format!("{format} has no entries: leave --entry out").into())
         }
@@ -53,14 +58,15 @@ fn refuse_size(args: &Args) -> std::result::Result<(), &'static str> {
     }
 }
 
-fn torch(path: &Path, entry: Option<&str>) -> Result<StateDict> {
+fn torch(path: &Path, entry: Option<&str>, report: Report) -> Result<StateDict> {
     let tensors = match entry {
         Some(entry) => read_torch_entry(path, entry, &CPU)?,
         None => lora::read_state_dict(path, &CPU)?.tensors,
     };
     let stripped = strip_wrappers(tensors.clone())?;
     if !stripped.keys().eq(tensors.keys()) {
-        println!("the names of torch's wrappers are removed: `_orig_mod`, `module`");
+        let line = "the names of torch's wrappers are removed: `_orig_mod`, `module`";
+        report.tell(line, "renamed", json!({ "removed": ["_orig_mod", "module"] }));
     }
     Ok(stripped)
 }

@@ -25,7 +25,7 @@ fn run(from: &str, to: &str, out: &Path, others: &[&str]) -> Option<String> {
     let command = Args::augment_args(clap::Command::new("convert").no_binary_name(true));
     let matches = command.try_get_matches_from(given.iter().chain(others)).unwrap();
     let args = Args::from_arg_matches(&matches).unwrap();
-    let error = super::run(&args).err().map(|e| e.to_string());
+    let error = super::run(&args, crate::report::Report::new(false)).err().map(|e| e.to_string());
     assert_eq!(out.exists(), error.is_none(), "{error:?}");
     error
 }

@@ -1,7 +1,7 @@
 //! Writes an adapter in any format.
 
-use super::args::Format;
 use super::base::Bases;
+use crate::format::Format;
 use crate::Result;
 use lora::formats::{diffusers, kohya, mlx, peft};
 use lora::{gguf, LoraWeights};

@@ -1,42 +1,58 @@
 //! Causal self-attention with rotary positions, where several heads of queries share one of keys and values.
 
-use super::config::Config;
-use super::llama::Positions;
-use candle_core::{Module, Result, Tensor};
-use candle_nn::flash_attn::flash_attn;
+use super::config::{Config, Span};
+use super::decoder::norm;
+use super::texts::Texts;
+use candle_core::{Module, Result, Tensor, D};
+use candle_nn::flash_attn::{
+    flash_attn_alibi_windowed_softcap, flash_attn_varlen_alibi_windowed_softcap,
+};
 use candle_nn::kv_cache::KvCache;
 use candle_nn::rotary_emb::rope_thd;
-use candle_nn::{linear_b, rms_norm, Linear, RmsNorm, VarBuilder};
+use candle_nn::{linear_b, Linear, RmsNorm, VarBuilder};
 use loralib::nn as candle_nn;
 
 pub struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    qkv: Qkv,
     o_proj: Linear,
     q_norm: Option<RmsNorm>,
     k_norm: Option<RmsNorm>,
-    heads: usize,
-    kv_heads: usize,
+    heads: [usize; 3],
     d: usize,
+    span: Span,
+    scale: f32,
+    softcap: f32,
+}
+
+/// The projections of queries, keys and values.
+enum Qkv {
+    Each([Linear; 3]),
+    Fused(Linear),
 }
 
 impl Attention {
-    pub fn new(cfg: &Config, vb: VarBuilder) -> Result<Self> {
-        let (n, d, heads, kv_heads) =
-            (cfg.hidden_size, cfg.head_dim(), cfg.num_attention_heads, cfg.kv_heads());
-        let projection = |heads, name| linear_b(n, heads * d, cfg.qkv_bias(), vb.pp(name));
-        let norm = |name| cfg.qk_norm().then(|| rms_norm(d, cfg.rms_norm_eps, vb.pp(name)));
+    pub fn new(cfg: &Config, span: Span, vb: VarBuilder) -> Result<Self> {
+        let (n, d, heads) =
+            (cfg.hidden_size, cfg.head_dim, [cfg.heads, cfg.kv_heads, cfg.kv_heads]);
+        let of = |heads, name| linear_b(n, heads * d, cfg.qkv_bias, vb.pp(name));
+        let qkv = match cfg.fused {
+            true => Qkv::Fused(of(heads.iter().sum(), "qkv_proj")?),
+            false => {
+                let [q, k, v] = heads;
+                Qkv::Each([of(q, "q_proj")?, of(k, "k_proj")?, of(v, "v_proj")?])
+            }
+        };
+        let normed = |name| cfg.qk_norm.then(|| norm(cfg, d, vb.pp(name))).transpose();
         Ok(Self {
-            q_proj: projection(heads, "q_proj")?,
-            k_proj: projection(kv_heads, "k_proj")?,
-            v_proj: projection(kv_heads, "v_proj")?,
-            o_proj: linear_b(heads * d, n, cfg.attention_bias, vb.pp("o_proj"))?,
-            q_norm: norm("q_norm").transpose()?,
-            k_norm: norm("k_norm").transpose()?,
+            qkv,
+            o_proj: linear_b(cfg.heads * d, n, cfg.output_bias, vb.pp("o_proj"))?,
+            q_norm: normed("q_norm")?,
+            k_norm: normed("k_norm")?,
             heads,
-            kv_heads,
             d,
+            span,
+            scale: cfg.scale as f32,
+            softcap: cfg.softcap.unwrap_or(0.) as f32,
         })
     }
 
@@ -44,29 +60,78 @@ impl Attention {
     pub fn forward(
         &self,
         x: &Tensor,
-        at: &Positions,
+        texts: &Texts,
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
-        let q = self.heads(&self.q_proj, self.heads, x)?;
-        let k = self.heads(&self.k_proj, self.kv_heads, x)?;
-        let v = self.heads(&self.v_proj, self.kv_heads, x)?;
+        let [q, k, v] = self.projected(x)?;
         let rotated = |x: Tensor, norm: &Option<RmsNorm>| {
             let x = norm.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x))?;
-            rope_thd(&x, &at.cos, &at.sin)
+            self.rotated(&x, texts)
         };
         let (q, k) = (rotated(q, &self.q_norm)?, rotated(k, &self.k_norm)?);
         let (k, v) = match cache {
             Some(cache) => cache.append(&k, &v)?,
             None => (k, v),
         };
+        let left = match self.span {
+            Span::All => None,
+            Span::Window(tokens) => Some(tokens - 1),
+        };
+        let Self { scale, softcap, .. } = *self;
         // The last token is beside the last key, and sees all that is before it.
-        let y = flash_attn(&q, &k, &v, (self.d as f32).powf(-0.5), true)?;
+        let y = match &texts.bounds {
+            None => {
+                flash_attn_alibi_windowed_softcap(&q, &k, &v, None, scale, left, Some(0), softcap)?
+            }
+            Some((bounds, longest)) => {
+                let [q, k, v] = [q.squeeze(0)?, k.squeeze(0)?, v.squeeze(0)?];
+                flash_attn_varlen_alibi_windowed_softcap(
+                    &q,
+                    &k,
+                    &v,
+                    None,
+                    bounds,
+                    bounds,
+                    *longest,
+                    *longest,
+                    scale,
+                    left,
+                    Some(0),
+                    softcap,
+                )?
+                .unsqueeze(0)?
+            }
+        };
         self.o_proj.forward(&y.flatten_from(2)?)
     }
 
-    /// A projection of `x` as (batch, tokens, heads, d).
-    fn heads(&self, projection: &Linear, heads: usize, x: &Tensor) -> Result<Tensor> {
+    /// Queries, keys and values (batch, tokens, heads, d).
+    fn projected(&self, x: &Tensor) -> Result<[Tensor; 3]> {
         let (batch, tokens, _) = x.dims3()?;
-        projection.forward(x)?.reshape((batch, tokens, heads, self.d))
+        let split = |x: Tensor, heads| x.reshape((batch, tokens, heads, self.d));
+        let [q, k, v] = self.heads;
+        Ok(match &self.qkv {
+            Qkv::Each([q_proj, k_proj, v_proj]) => [
+                split(q_proj.forward(x)?, q)?,
+                split(k_proj.forward(x)?, k)?,
+                split(v_proj.forward(x)?, v)?,
+            ],
+            Qkv::Fused(qkv_proj) => {
+                let all = split(qkv_proj.forward(x)?, q + k + v)?;
+                let part = |from, heads| all.narrow(2, from, heads)?.contiguous();
+                [part(0, q)?, part(q, k)?, part(q + k, v)?]
+            }
+        })
+    }
+
+    /// The first values of each head as the positions say.
+    fn rotated(&self, x: &Tensor, texts: &Texts) -> Result<Tensor> {
+        let [cos, sin] = texts.angles(self.span);
+        let n = 2 * cos.dim(D::Minus1)?;
+        if n == self.d {
+            return rope_thd(x, cos, sin);
+        }
+        let first = rope_thd(&x.narrow(D::Minus1, 0, n)?.contiguous()?, cos, sin)?;
+        Tensor::cat(&[&first, &x.narrow(D::Minus1, n, self.d - n)?], D::Minus1)
     }
 }

@@ -1,7 +1,7 @@
 //! The model on disk: a Hugging Face folder, or a GGUF file. No other file knows which.
 
 use super::config::Config;
-use super::llama::Llama;
+use super::decoder::Decoder;
 use super::template::Template;
 use super::tokens::Tokens;
 use super::{folder, gguf};
@@ -59,19 +59,26 @@ impl Base {
         self.file.is_none().then(|| self.path.display().to_string())
     }
 
-    /// The weights for [`Adapter::merged`], in which nothing else keeps them.
-    pub fn to_merge(&self) -> Result<VarBuilder<'static>> {
-        Ok(lora::safetensors_var_builder(&self.path, DType::F32, &self.device)?)
+    /// The GGUF file.
+    pub fn gguf(&self) -> Option<&File> {
+        self.file.as_ref()
     }
 
-    /// Whether an adapter can be merged into the weights: not into quantised ones.
-    pub fn merges(&self) -> bool {
-        self.file.is_none()
+    /// The file or folder as it was given.
+    pub fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    /// The model's file or folder, and its kind.
+    pub fn describe(&self) -> String {
+        let name = self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy();
+        let Config { model_type, layers, hidden_size, .. } = &self.config;
+        format!("{name} ({model_type}, {} layers of {hidden_size})", layers.len())
     }
 
     /// The model over `vb`, which is [`var_builder`](Self::var_builder) or an adapter's over it.
-    pub fn model(&self, vb: VarBuilder) -> Result<Llama> {
-        Llama::new(&self.config, vb).map_err(|e| format!("{}: {e}", self.path.display()).into())
+    pub fn model(&self, vb: VarBuilder) -> Result<Decoder> {
+        Decoder::new(&self.config, vb).map_err(|e| format!("{}: {e}", self.path.display()).into())
     }
 
     /// Writes an adapter of this base in PEFT's format, and for a GGUF file also as adapter.gguf.

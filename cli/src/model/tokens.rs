@@ -2,7 +2,20 @@
 
 use crate::Result;
 use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokenizers::{
+    DecodeStream, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
+    PreTokenizerWrapper, Tokenizer,
+};
+
+/// Text from tokens, one at a time.
+pub type Stream<'a> = DecodeStream<
+    'a,
+    ModelWrapper,
+    NormalizerWrapper,
+    PreTokenizerWrapper,
+    PostProcessorWrapper,
+    DecoderWrapper,
+>;
 
 pub struct Tokens {
     inner: Tokenizer,
@@ -48,6 +61,11 @@ impl Tokens {
         let encoding = self.inner.encode(text, special)?;
         let ends = encoding.get_offsets().iter().map(|(_, end)| *end);
         Ok((encoding.get_ids().to_vec(), ends.collect()))
+    }
+
+    /// The same text as [`decode`](Self::decode), piece by piece.
+    pub fn stream(&self) -> Stream<'_> {
+        self.inner.decode_stream(true)
     }
 
     pub fn decode(&self, ids: &[u32]) -> Result<String> {

@@ -1,24 +1,31 @@
 //! The options.
 
+use super::columns::Columns;
 use crate::chat::Say;
 use crate::place::Place;
 use lora::{adapter::Targets, layers::InitLoraWeights, LoraConfig};
 use loralib as lora;
 use std::path::PathBuf;
 
-/// Fine-tunes a language model (Llama, Mistral, Qwen2 or Qwen3) with LoRA
+/// Fine-tunes a language model with LoRA (Llama, Mistral, Qwen2 and 3, Gemma 1 to 3, Phi-3 and 4-mini)
 ///
 /// It saves the adapter in PEFT's format, and lets base and adapted model answer one prompt. Without MODEL a tiny
 /// Llama is trained first, on embedded text.
 #[derive(clap::Args)]
+#[command(
+    after_help = "Example: lora train Qwen2.5-1.5B-Instruct chats.jsonl --out adapter --rank 16 --steps 500"
+)]
 pub struct Args {
     /// A folder as the Hugging Face hub gives it (config.json, tokenizer.json, model.safetensors or its
     /// shards), or a GGUF file
     #[arg(requires = "data")]
     pub model: Option<PathBuf>,
-    /// What to train on: a .txt file with a text in each line, or JSON Lines with "text", with "prompt" and
-    /// "completion", or with "messages"
+    /// What to train on: a .txt file with a text in each line, or JSON Lines or a JSON array with "messages", "prompt" and
+    /// "completion", "text", ShareGPT's "conversations", or Alpaca's "instruction", "input" and "output"
     pub data: Option<PathBuf>,
+    /// What DATA calls the columns text, prompt, completion or messages, as prompt=question,completion=answer
+    #[arg(long, value_name = "NAME=COLUMN,..", requires = "data")]
+    pub columns: Option<Columns>,
     /// The model's name for PEFT, such as its repository's on the hub [default: the folder; none for a GGUF file]
     #[arg(long, value_name = "NAME", requires = "data")]
     pub base_model: Option<String>,
@@ -48,7 +55,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 200)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
-    /// Examples per batch
+    /// Rows per batch, each of --length tokens at most
     #[arg(long, value_name = "N", default_value_t = 4)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
@@ -62,7 +69,7 @@ pub struct Args {
     /// Gradients of a larger norm are scaled to this one
     #[arg(long, value_name = "NORM", default_value_t = 1.)]
     pub clip: f64,
-    /// Writes the state of the run into --out after each N steps
+    /// Writes the state of the run into --out after each N steps, and on Ctrl-C
     #[arg(long, value_name = "N", default_value_t = 50)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub save_every: u32,
@@ -73,10 +80,17 @@ pub struct Args {
     /// Goes on with the run in --out, with the same options
     #[arg(long, requires = "data")]
     pub resume: bool,
-    /// Tokens to which texts are packed, and behind which other examples are cut off
+    /// Replaces the run in --out
+    #[arg(long, conflicts_with = "resume")]
+    pub overwrite: bool,
+    /// Tokens of a row: texts are cut into rows, and as many examples as it holds share one without seeing each other;
+    /// what an example has behind them is cut off
     #[arg(long, value_name = "N", default_value_t = 256)]
     #[arg(value_parser = clap::value_parser!(u32).range(2..))]
     pub length: u32,
+    /// A row for each example
+    #[arg(long)]
+    pub no_packing: bool,
     /// Seed of the order of examples, of the new adapter, of its dropout and of what the model says
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -1,9 +1,10 @@
-//! Training data: a line is a text, a prompt with its completion, or a conversation.
+//! Training data: an entry is a text, a prompt with its completion, or a conversation.
 
-use super::lines::lines;
+use super::columns::Columns;
+use super::entries::{entries, shortened, Entry};
 use crate::model::Template;
 use crate::Result;
-use serde_json::Value;
+use serde_json::{json, Value};
 use std::path::Path;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -26,17 +27,19 @@ pub struct Piece {
     pub learned: bool,
 }
 
-/// The documents of a file: each line of a .txt, or JSON Lines with `text`, with `prompt` and `completion`, or
-/// with `messages`, which need the model's chat template. An error names the file and the line.
-pub fn read(path: &Path, template: Option<&Template>) -> Result<Vec<Document>> {
-    let plain = path.extension().is_some_and(|extension| extension == "txt");
+/// The documents of a file: of a .txt each line; of JSON Lines or a JSON array what [`from_json`] knows. Conversations
+/// need the model's chat template. An error names the file, the line and what it is.
+pub fn read(path: &Path, columns: &Columns, template: Option<&Template>) -> Result<Vec<Document>> {
     let mut documents = vec![];
-    for (at, line) in lines(path)? {
-        let read = match plain {
-            true => Ok(vec![Document::text(&at, line.clone())]),
-            false => from_json(&at, &line, template),
-        };
-        documents.extend(read.map_err(|e| format!("{at}: {e}: {}", shortened(&line)))?);
+    for (at, entry) in entries(path)? {
+        match entry {
+            Entry::Line(line) => documents.push(Document::text(&at, line)),
+            Entry::Json(json) => {
+                let read = from_json(&at, &json, columns, template);
+                let read = read.map_err(|e| format!("{at}: {e}: {}", shortened(&json.to_string())));
+                documents.extend(read?);
+            }
+        }
     }
     Ok(documents)
 }
@@ -44,6 +47,12 @@ pub fn read(path: &Path, template: Option<&Template>) -> Result<Vec<Document>> {
 impl Document {
     fn text(at: &str, text: String) -> Self {
         Self::new(at, Kind::Text, vec![Piece { text, learned: true }])
+    }
+
+    fn completion(at: &str, prompt: String, completion: String) -> Self {
+        let given = Piece { text: prompt, learned: false };
+        let learned = Piece { text: completion, learned: true };
+        Self::new(at, Kind::Completion, vec![given, learned])
     }
 
     fn new(at: &str, kind: Kind, pieces: Vec<Piece>) -> Self {
@@ -63,22 +72,77 @@ impl Document {
     }
 }
 
-fn from_json(at: &str, line: &str, template: Option<&Template>) -> Result<Vec<Document>> {
-    let json: Value = serde_json::from_str(line)?;
-    let text = |key: &str| json[key].as_str().map(str::to_owned);
+/// A "text"; a "prompt" and a "completion", which are texts or lists of messages; "messages"; ShareGPT's "conversations";
+/// or Alpaca's "instruction", "input" and "output", a conversation if the model has a chat template.
+fn from_json(
+    at: &str,
+    json: &Value,
+    columns: &Columns,
+    template: Option<&Template>,
+) -> Result<Vec<Document>> {
+    let text = |name: &str| columns.text(json, name);
+    let list = |name: &str| columns.of(json, name).as_array();
+    let chat = |messages: &[Value]| match template {
+        Some(template) => conversation(at, messages, template),
+        None => Err("the model has no chat template for a conversation".into()),
+    };
     if let Some(text) = text("text") {
         return Ok(vec![Document::text(at, text)]);
     }
     if let (Some(prompt), Some(completion)) = (text("prompt"), text("completion")) {
-        let given = Piece { text: prompt, learned: false };
-        let learned = Piece { text: completion, learned: true };
-        return Ok(vec![Document::new(at, Kind::Completion, vec![given, learned])]);
+        return Ok(vec![Document::completion(at, prompt, completion)]);
     }
-    let messages = json["messages"].as_array();
-    let messages = messages
-        .ok_or("no texts \"text\", or \"prompt\" and \"completion\", and no list \"messages\"")?;
-    let template = template.ok_or("the model has no chat template for \"messages\"")?;
-    conversation(at, messages, template)
+    if let (Some(prompt), Some(completion)) = (list("prompt"), list("completion")) {
+        return chat(&[&prompt[..], &completion[..]].concat());
+    }
+    if let Some(messages) = list("messages") {
+        return chat(messages);
+    }
+    if let Some(turns) = list("conversations") {
+        let system = text("system").map(|system| json!({"role": "system", "content": system}));
+        let turns = turns.iter().map(from_sharegpt).collect::<Result<Vec<_>>>()?;
+        return chat(&system.into_iter().chain(turns).collect::<Vec<_>>());
+    }
+    if let (Some(instruction), Some(output)) = (text("instruction"), text("output")) {
+        let input = text("input").filter(|input| !input.is_empty());
+        let prompt = [Some(instruction), input].into_iter().flatten().collect::<Vec<_>>();
+        let prompt = prompt.join("\n\n");
+        return match template {
+            None => Ok(vec![Document::completion(at, prompt + "\n\n", output)]),
+            Some(_) => {
+                let system = text("system").filter(|system| !system.is_empty());
+                let system = system.map(|system| json!({"role": "system", "content": system}));
+                let user = json!({"role": "user", "content": prompt});
+                let assistant = json!({"role": "assistant", "content": output});
+                chat(&system.into_iter().chain([user, assistant]).collect::<Vec<_>>())
+            }
+        };
+    }
+    let expected =
+        "expected \"text\", \"prompt\" and \"completion\", \"messages\", \"conversations\", or \
+                    \"instruction\" and \"output\"; --columns gives other names";
+    Err(expected.into())
+}
+
+/// A turn of ShareGPT as a message.
+fn from_sharegpt(turn: &Value) -> Result<Value> {
+    let (Some(from), Some(said)) = (turn["from"].as_str(), turn["value"].as_str()) else {
+        // Some files have messages under this name.
+        return match turn["role"].is_string() {
+            true => Ok(turn.clone()),
+            false => Err(format!("a turn without the texts \"from\" and \"value\": {turn}").into()),
+        };
+    };
+    let role = match from {
+        "human" | "user" => "user",
+        "gpt" | "assistant" | "model" | "chatgpt" | "bing" | "bard" => "assistant",
+        "system" => "system",
+        "tool" | "function_response" | "observation" => "tool",
+        other => {
+            return Err(format!("a turn from {other:?}: expected human, gpt, system or tool").into())
+        }
+    };
+    Ok(json!({"role": role, "content": said}))
 }
 
 /// What the assistant says is learned, each time after what the template puts before it.
@@ -113,13 +177,5 @@ fn conversation(at: &str, messages: &[Value], template: &Template) -> Result<Vec
     match documents.iter().all(|document| document.pieces.is_empty()) {
         true => Err("no message of the role \"assistant\"".into()),
         false => Ok(documents),
-    }
-}
-
-/// A line for a message.
-fn shortened(line: &str) -> String {
-    match line.char_indices().nth(200) {
-        Some((end, _)) => format!("{}..", &line[..end]),
-        None => line.to_owned(),
     }
 }

@@ -22,41 +22,46 @@ impl Example {
     }
 }
 
-/// Examples of at most `length` tokens to read, and how many documents were cut off to that. Texts are packed: one
-/// follows the other, with an end between them. A document that is a prompt alone after the cut is an error.
-pub fn examples(
-    documents: &[Document],
-    tokens: &Tokens,
-    length: usize,
-) -> Result<(Vec<Example>, usize)> {
-    let (mut examples, mut packed, mut cut) = (vec![], vec![], 0);
+/// The examples of a file, and what became of its documents.
+pub struct Examples {
+    pub all: Vec<Example>,
+    /// Documents that were cut off.
+    pub cut: usize,
+    /// Where the documents stand that have no token to learn, so cut.
+    pub dropped: Vec<String>,
+}
+
+/// Examples of at most `length` tokens to read. Texts are one text, with an end after each, in parts of that length. A
+/// document that is a prompt alone after the cut is dropped.
+pub fn examples(documents: &[Document], tokens: &Tokens, length: usize) -> Result<Examples> {
+    let (mut all, mut texts, mut cut, mut dropped) = (vec![], vec![], 0, vec![]);
     for document in documents {
         let mut example = encode(document, tokens)?;
         if document.kind == Kind::Text {
-            packed.extend(example.ids);
+            texts.extend(example.ids);
             continue;
         }
-        let whole = example.inputs();
-        if whole > length {
-            cut += 1;
-            example.ids.truncate(length + 1);
-            example.learned.truncate(length + 1);
-        }
+        let is_cut = example.inputs() > length;
+        example.ids.truncate(length + 1);
+        example.learned.truncate(length + 1);
         if example.predicted() == 0 {
-            let Document { at, .. } = document;
-            let reason = "no token to learn among the first";
-            return Err(format!("{at}: {reason} {length} of {whole}: see --length").into());
+            dropped.push(document.at.clone());
+            continue;
         }
-        examples.push(example);
+        cut += usize::from(is_cut);
+        all.push(example);
     }
     // The last token of one piece is the first of the next, so that each is predicted once.
-    for start in (0..packed.len().saturating_sub(1)).step_by(length) {
-        let ids = packed[start..packed.len().min(start + length + 1)].to_vec();
-        examples.push(Example { learned: vec![true; ids.len()], ids });
+    for start in (0..texts.len().saturating_sub(1)).step_by(length) {
+        let ids = texts[start..texts.len().min(start + length + 1)].to_vec();
+        all.push(Example { learned: vec![true; ids.len()], ids });
     }
-    match examples.is_empty() {
-        true => Err("no text has two tokens: there is nothing to predict".into()),
-        false => Ok((examples, cut)),
+    match (all.is_empty(), dropped.first()) {
+        (false, _) => Ok(Examples { all, cut, dropped }),
+        (true, Some(at)) => {
+            Err(format!("{at}: no token to learn among the first {length}: see --length").into())
+        }
+        (true, None) => Err("no text has two tokens: there is nothing to predict".into()),
     }
 }
 

@@ -1,34 +1,52 @@
 //! The loss: the mean over the tokens that are predicted.
 
-use super::batch::{groups, Batch};
+use super::batch::{rows, Batch};
 use super::examples::Example;
-use crate::model::{Llama, Segment};
+use crate::model::{Decoder, Segment};
 use crate::Result;
 use candle_core::{Device, Tensor};
-use loralib::train::linear_cross_entropy;
+use loralib::train::{linear_cross_entropy, linear_cross_entropy_with};
 use loralib::Adapter;
+
+/// Of one batch. The logits, which are wide, are never all in memory.
+pub fn batch_loss(model: &Decoder, batch: &Batch) -> candle_core::Result<Tensor> {
+    of(model, batch, |_, x, layer| layer(x))
+}
 
 /// Of one batch, with the activations of one layer at a time: the backward runs each layer again.
 pub fn checkpointed_loss(
-    model: &Llama,
+    model: &Decoder,
     adapter: &Adapter,
     batch: &Batch,
 ) -> candle_core::Result<Tensor> {
-    let run = |path: &str, x: &Tensor, layer: Segment| adapter.checkpoint(path, x, layer);
-    let hidden = model.hidden_by(&batch.ids, run)?;
-    linear_cross_entropy(&hidden, &model.lm_head, &batch.labels)
+    of(model, batch, |path, x, layer| adapter.checkpoint(path, x, layer))
 }
 
-/// Of one batch. The logits, which are wide, are never all in memory.
-pub fn batch_loss(model: &Llama, batch: &Batch) -> candle_core::Result<Tensor> {
-    linear_cross_entropy(&model.hidden(&batch.ids, None)?, &model.lm_head, &batch.labels)
+fn of(
+    model: &Decoder,
+    batch: &Batch,
+    run: impl Fn(&str, &Tensor, Segment) -> candle_core::Result<Tensor>,
+) -> candle_core::Result<Tensor> {
+    let hidden = model.packed(&batch.ids, &batch.lens, run)?;
+    match model.logit_softcap() {
+        None => linear_cross_entropy(&hidden, &model.lm_head, &batch.labels),
+        Some(cap) => {
+            let capped = |logits: &Tensor| (logits / cap)?.tanh()? * cap;
+            linear_cross_entropy_with(&hidden, &model.lm_head, &batch.labels, capped)
+        }
+    }
 }
 
-/// Of all examples, in batches of `size`.
-pub fn mean_loss(model: &Llama, examples: &[Example], size: usize, device: &Device) -> Result<f64> {
+/// Of all examples, in batches of as many rows.
+pub fn mean_loss(
+    model: &Decoder,
+    examples: &[Example],
+    (batch, length): (usize, usize),
+    device: &Device,
+) -> Result<f64> {
     let (mut sum, mut predicted) = (0., 0);
-    for group in groups(examples, size, None) {
-        let batch = Batch::new(&group, device)?;
+    for rows in rows(examples, Some(length), None).chunks(batch) {
+        let batch = Batch::new(rows, device)?;
         let loss = f64::from(batch_loss(model, &batch)?.to_scalar::<f32>()?);
         sum += loss * batch.predicted as f64;
         predicted += batch.predicted;

@@ -3,10 +3,11 @@
 mod adapt;
 mod args;
 mod batch;
+mod columns;
 mod curve;
 mod data;
+mod entries;
 mod examples;
-mod lines;
 mod loss;
 mod peak;
 mod run;
@@ -18,24 +19,47 @@ mod tiny;
 pub use args::Args;
 pub use data::{Document, Kind};
 
-use crate::chat::{talk, Prompt};
+use crate::chat::{compare, Prompt, Speaker};
+use crate::interrupt;
 use crate::model::Base;
+use crate::report::Report;
 use crate::Result;
+use std::env;
 use std::fs;
 
-pub fn run(args: &Args) -> Result<()> {
-    let Args { out, say, seed, .. } = args;
+pub fn run(args: &Args, report: Report) -> Result<()> {
+    let Args { out, say, seed, resume, overwrite, .. } = args;
+    run::check(out, *resume, *overwrite)?;
     let device = args.device.device(*seed)?;
     fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
+    interrupt::listen()?;
     let (model, data) = match (&args.model, &args.data) {
         (Some(model), Some(data)) => (model.clone(), data.clone()),
-        _ => tiny::tiny(args, &device)?,
+        _ => tiny::tiny(args, &device, report)?,
     };
     let base = Base::read(&model, &device)?;
-    let document = adapt::adapt(args, &base, &data)?;
+    let Some(document) = adapt::adapt(args, &base, &data, report)? else {
+        return Err(format!("stopped; go on with: {}", resumed(env::args())).into());
+    };
     let prompt = match &say.prompt {
-        Some(prompt) => Prompt::new(prompt, &base, say.raw || document.kind != Kind::Chat)?,
+        Some(prompt) => {
+            let raw = say.raw || document.kind != Kind::Chat;
+            Prompt::new(prompt, say.system.as_deref(), &base, raw)?
+        }
         None => Prompt::of(&document),
     };
-    talk(say, &say.sampler(*seed), &base, &prompt, out)
+    let mut speaker = Speaker::new(&base, &[format!("adapted={}", out.display())])?;
+    compare(say, &say.sampler(*seed), &mut speaker, &prompt, report)
+}
+
+/// The command that goes on with a run.
+fn resumed(args: impl Iterator<Item = String>) -> String {
+    let quoted = |arg: String| match arg
+        .contains(|c: char| c.is_whitespace() || "'\"$`\\*?#&;|<>()".contains(c))
+    {
+        true => format!("'{}'", arg.replace('\'', r"'\''")),
+        false => arg,
+    };
+    let kept = args.filter(|arg| arg != "--overwrite" && arg != "--resume").map(quoted);
+    kept.chain(["--resume".to_owned()]).collect::<Vec<_>>().join(" ")
 }

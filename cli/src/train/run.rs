@@ -1,19 +1,21 @@
 //! A run on disk: its state to resume from, its best adapter, and its curve.
 
 use super::curve::Curve;
-use super::examples::Example;
-use super::steps::Plan;
+use crate::report::Report;
 use crate::Result;
 use lora::train::AdamW;
 use lora::Adapter;
 use loralib as lora;
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use serde_json::{json, Value};
+use std::fs;
+use std::path::{Path, PathBuf};
 
 /// What to do between the steps.
 pub struct Run<'a> {
     /// The folder for the state and the curve.
     pub out: PathBuf,
+    pub options: Options,
     pub save_every: usize,
     pub validate_every: usize,
     /// Goes on with the run in the folder.
@@ -24,6 +26,7 @@ pub struct Run<'a> {
     pub validate: &'a dyn Fn() -> Result<f64>,
     /// Keeps the adapter as the best so far.
     pub keep: &'a dyn Fn() -> Result<()>,
+    pub report: Report,
 }
 
 /// What a saved run says beside the optimizer's state. The order of the examples follows from the seed.
@@ -34,55 +37,131 @@ struct Progress<C> {
     curve: C,
 }
 
-/// What has to be the same when a run goes on.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Options {
-    seed: u64,
-    steps: usize,
-    lr: f64,
-    clip: f64,
-    batch: usize,
-    accumulate: usize,
-    alpha: f64,
-    dropout: f32,
-    init_lora_weights: String,
+/// What has to be the same when a run goes on, by its flag.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Options {
+    pub model: String,
+    pub rank: usize,
+    pub alpha: f64,
+    pub dropout: f32,
+    pub init_lora_weights: String,
+    pub targets: Vec<String>,
+    pub lr: f64,
+    pub steps: usize,
+    pub batch: usize,
+    pub accumulate: usize,
+    pub length: usize,
+    pub no_packing: bool,
+    pub clip: f64,
+    pub seed: u64,
     /// A hash of all tokens.
-    data: u64,
+    pub data: u64,
+}
+
+impl Options {
+    /// How the options differ from those of the run, each by its flag.
+    fn differences(&self, was: &Self) -> Result<Vec<String>> {
+        let values = |options: &Self| match serde_json::to_value(options) {
+            Ok(Value::Object(values)) => Ok(values),
+            other => Err(format!("{other:?}")),
+        };
+        let (now, was) = (values(self)?, values(was)?);
+        let differ = was.into_iter().filter(|(name, was)| now.get(name) != Some(was));
+        let told = differ.map(|(name, was)| match &name[..] {
+            "data" => "DATA has other tokens".to_owned(),
+            "model" => format!("MODEL was {was}"),
+            "targets" => {
+                let names = was.as_array().into_iter().flatten().filter_map(Value::as_str);
+                format!("--targets was {}", names.collect::<Vec<_>>().join(","))
+            }
+            name => match was.as_str() {
+                Some(was) => format!("--{name} was {was}"),
+                None => format!("--{name} was {was}"),
+            },
+        });
+        Ok(told.collect())
+    }
+}
+
+/// The files of a run in `out`.
+const STATE: &str = "state.safetensors";
+const FILES: [&str; 5] =
+    [STATE, "adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "loss.svg"];
+
+/// An error if `out` has a run, which is neither to be resumed nor replaced, or none that could be resumed.
+pub fn check(out: &Path, resume: bool, overwrite: bool) -> Result<()> {
+    let found = FILES.iter().find(|name| out.join(name).exists());
+    match found {
+        Some(name) if !resume && !overwrite => {
+            let at = out.join(name);
+            let resumed = match out.join(STATE).exists() {
+                true => "--resume goes on with the run, ",
+                false => "",
+            };
+            Err(format!("{}: it is of another run: {resumed}--overwrite replaces it", at.display())
+                .into())
+        }
+        _ if resume && !out.join(STATE).exists() => Err(format!(
+            "{}: no such file: there is no run to go on with",
+            out.join(STATE).display()
+        )
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Removes a run from `out`.
+pub fn remove(out: &Path) -> Result<()> {
+    for name in FILES {
+        match fs::remove_file(out.join(name)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("{}: {e}", out.join(name).display()).into());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// An error, by their flags, if the options differ from those of the run in `out`.
+pub fn check_options(out: &Path, now: &Options) -> Result<()> {
+    let file = out.join(STATE);
+    let Progress { options: was, .. }: Progress<Curve> = AdamW::read_progress(&file)?;
+    let differences = now.differences(&was)?;
+    match differences.is_empty() {
+        true => Ok(()),
+        false => {
+            let all = differences.join(", ");
+            Err(format!("{}: the run cannot go on with other options: {all}", file.display())
+                .into())
+        }
+    }
 }
 
 impl Run<'_> {
     /// The curve so far: of the run that is resumed, or with the loss before the first step.
-    pub fn begin(&self, opt: &mut AdamW, plan: &Plan, examples: &[Example]) -> Result<Curve> {
+    pub fn begin(&self, opt: &mut AdamW) -> Result<Curve> {
         if !self.resume {
             let mut curve = Curve::default();
             self.measure(0, &mut curve)?;
             return Ok(curve);
         }
-        let file = self.state();
-        let Progress { dropout, options: was, curve } = opt.load(&file)?;
-        let now = self.options(plan, examples);
-        if was != now {
-            let file = file.display();
-            return Err(format!("{file}: the run was {was:?}, and is now {now:?}").into());
-        }
+        let Progress { dropout, options, curve } = opt.load(self.out.join(STATE))?;
         self.adapter.set_dropout_position(dropout)?;
-        match opt.steps() {
-            done if done == plan.steps => println!("the run has all its {done} steps"),
-            done => println!("going on after step {done}"),
-        }
+        let (done, values) = (opt.steps(), json!({ "step": opt.steps() }));
+        let line = match done == options.steps {
+            true => format!("the run has all its {done} steps"),
+            false => format!("going on after step {done}"),
+        };
+        self.report.tell(line, "resumed", values);
         Ok(curve)
     }
 
-    /// Measures and saves where it is time to, and after the last step.
-    pub fn after(
-        &self,
-        opt: &AdamW,
-        plan: &Plan,
-        examples: &[Example],
-        curve: &mut Curve,
-    ) -> Result<()> {
-        let step = opt.steps();
-        let due = |every| step.is_multiple_of(every) || step == plan.steps;
+    /// Measures and saves where it is time to, after the last step, and before a stop.
+    pub fn after(&self, opt: &AdamW, stop: bool, curve: &mut Curve) -> Result<()> {
+        let (step, last) = (opt.steps(), opt.steps() == self.options.steps);
+        let due = |every| step.is_multiple_of(every) || last;
         if due(self.validate_every) {
             let best = curve.best();
             let loss = self.measure(step, curve)?;
@@ -91,10 +170,9 @@ impl Run<'_> {
             }
             curve.draw(&self.out.join("loss.svg"))?;
         }
-        if due(self.save_every) {
-            let (dropout, options) =
-                (self.adapter.dropout_position(), self.options(plan, examples));
-            opt.save(self.state(), &Progress { dropout, options, curve })?;
+        if due(self.save_every) || stop {
+            let (dropout, options) = (self.adapter.dropout_position(), self.options.clone());
+            opt.save(self.out.join(STATE), &Progress { dropout, options, curve })?;
         }
         Ok(())
     }
@@ -102,34 +180,8 @@ impl Run<'_> {
     fn measure(&self, step: usize, curve: &mut Curve) -> Result<f64> {
         let loss = (self.validate)()?;
         curve.validation.push((step, loss));
-        println!("step {step}: validation loss {loss:.4}, perplexity {:.3}", loss.exp());
+        let line = format!("step {step}: validation loss {loss:.4}, perplexity {:.3}", loss.exp());
+        self.report.tell(line, "validation", json!({ "step": step, "loss": loss }));
         Ok(loss)
-    }
-
-    fn state(&self) -> PathBuf {
-        self.out.join("state.safetensors")
-    }
-
-    fn options(&self, plan: &Plan, examples: &[Example]) -> Options {
-        let &Plan { seed, steps, lr, clip, batch, accumulate, .. } = plan;
-        let lora = self.adapter.config().lora;
-        let tokens = examples.iter().flat_map(|example| example.ids.iter().zip(&example.learned));
-        // FNV-1a.
-        let data = tokens.fold(0xcbf2_9ce4_8422_2325, |hash: u64, (id, learned)| {
-            let token = u64::from(*id) << 1 | u64::from(*learned);
-            (hash ^ token).wrapping_mul(0x100_0000_01b3)
-        });
-        Options {
-            seed,
-            steps,
-            lr,
-            clip,
-            batch,
-            accumulate,
-            alpha: lora.lora_alpha,
-            dropout: lora.lora_dropout,
-            init_lora_weights: format!("{:?}", lora.init_lora_weights),
-            data,
-        }
     }
 }

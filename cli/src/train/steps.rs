@@ -1,14 +1,15 @@
-//! The training loop: AdamW, a rate that rises and falls, clipped and accumulated gradients, and a progress bar.
+//! The training loop: AdamW, a rate that rises and falls, clipped and accumulated gradients.
 
-use super::batch::{groups, Batch};
+use super::batch::{rows, Batch};
 use super::curve::Curve;
 use super::examples::Example;
 use super::run::Run;
+use crate::interrupt;
+use crate::report::Report;
 use crate::rng::Rng;
 use crate::Result;
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{Optimizer, ParamsAdamW};
-use indicatif::{ProgressBar, ProgressStyle};
 use lora::train::{add_grads, clip_grad_norm, AdamW, Schedule};
 use loralib as lora;
 use std::collections::BTreeMap;
@@ -18,52 +19,61 @@ pub struct Plan {
     pub what: &'static str,
     pub steps: usize,
     pub lr: f64,
-    /// Examples per batch, and batches per step.
+    /// Rows per batch, and batches per step.
     pub batch: usize,
     pub accumulate: usize,
+    /// The tokens that examples are packed to; `None` for a row for each.
+    pub packed: Option<usize>,
     /// The largest norm of the gradients.
     pub clip: f64,
     pub seed: u64,
 }
 
-/// Trains the variables of an optimizer, a `run` of which is on disk. Gives each step's time and the losses.
+/// What the steps were.
+pub struct Steps {
+    pub times: Vec<Duration>,
+    pub tokens: usize,
+    pub curve: Curve,
+    /// Whether the run has all its steps.
+    pub ended: bool,
+}
+
+/// Trains the variables of an optimizer, a `run` of which is on disk, until the end or Ctrl-C.
 pub fn train(
     named: impl IntoIterator<Item = (String, Var)>,
     frozen: BTreeMap<String, Var>,
-    plan: &Plan,
-    run: Option<&Run>,
+    (plan, run): (&Plan, Option<&Run>),
     examples: &[Example],
     device: &Device,
+    report: Report,
     loss: impl Fn(&Batch) -> candle_core::Result<Tensor>,
-) -> Result<(Vec<Duration>, Curve)> {
+) -> Result<Steps> {
     let named: Vec<_> = named.into_iter().collect();
     let vars: Vec<_> = named.iter().map(|(_, var)| var.clone()).collect();
     let params = ParamsAdamW { lr: plan.lr, ..Default::default() };
     let mut opt = AdamW::named(named, params)?.with_frozen(frozen)?;
-    let mut curve = match run {
-        Some(run) => run.begin(&mut opt, plan, examples)?,
+    let curve = match run {
+        Some(run) => run.begin(&mut opt)?,
         None => Curve::default(),
     };
-    let bar = ProgressBar::new(plan.steps as u64).with_prefix(plan.what);
-    bar.set_style(ProgressStyle::with_template(
-        "{prefix:>12} {bar:30} step {pos}/{len}, loss {msg}, {eta} left",
-    )?);
+    let mut steps = Steps { times: vec![], tokens: 0, curve, ended: true };
+    let mut progress = report.progress(plan.what, plan.steps as u64).of_steps();
     let schedule = Schedule::Cosine { warmup: plan.steps / 20, steps: plan.steps };
     let mut rng = Rng::new(plan.seed);
-    let (mut times, mut mean, mut tokens) = (vec![], None, 0);
-    let (mut waiting, done) = (vec![], opt.steps());
-    bar.set_position(done as u64);
-    bar.reset_eta();
+    let (mut mean, mut waiting, done) = (None, vec![], opt.steps());
+    progress.start(done as u64);
     for step in 0..plan.steps {
-        while waiting.len() < plan.accumulate {
-            waiting.extend(groups(examples, plan.batch, Some(&mut rng)));
+        let needed = plan.accumulate * plan.batch;
+        while waiting.len() < needed {
+            waiting.extend(rows(examples, plan.packed, Some(&mut rng)));
         }
-        let groups = waiting.drain(..plan.accumulate);
+        let rows: Vec<_> = waiting.drain(..needed).collect();
         if step < done {
             continue;
         }
         let start = Instant::now();
-        let batches = groups.map(|group| Batch::new(&group, device)).collect::<Result<Vec<_>>>()?;
+        let batches = rows.chunks(plan.batch).map(|rows| Batch::new(rows, device));
+        let batches = batches.collect::<Result<Vec<_>>>()?;
         let predicted: usize = batches.iter().map(|batch| batch.predicted).sum();
         let (mut sum, mut grads) = (0., None);
         for batch in &batches {
@@ -74,26 +84,29 @@ pub fn train(
                 Some(grads) => add_grads(&vars, grads, loss.backward()?)?,
             }
             sum += f64::from(loss.to_scalar::<f32>()?);
-            tokens += batch.tokens;
+            steps.tokens += batch.tokens();
         }
         let Some(mut grads) = grads else { return Err("a step without batches".into()) };
         if !sum.is_finite() {
-            return Err(format!("step {step}: the loss is {sum}: try a smaller --lr").into());
+            return Err(format!("step {}: the loss is {sum}: try a smaller --lr", step + 1).into());
         }
         clip_grad_norm(&vars, &mut grads, plan.clip)?;
         opt.set_learning_rate(plan.lr * schedule.factor(step));
         opt.step(&grads)?;
-        times.push(start.elapsed());
+        steps.times.push(start.elapsed());
         let smooth = 0.9 * mean.unwrap_or(sum) + 0.1 * sum;
         mean = Some(smooth);
-        let speed = tokens as f64 / times.iter().sum::<Duration>().as_secs_f64();
-        bar.set_message(format!("{smooth:.3}, {speed:.0} tokens/s"));
-        bar.inc(1);
-        curve.training.push((step + 1, sum));
-        if let Some(run) = run {
-            bar.suspend(|| run.after(&opt, plan, examples, &mut curve))?;
+        let speed = steps.tokens as f64 / steps.times.iter().sum::<Duration>().as_secs_f64();
+        progress.step(step as u64 + 1, sum, smooth, speed);
+        steps.curve.training.push((step + 1, sum));
+        let Some(run) = run else { continue };
+        let stop = interrupt::asked();
+        progress.suspend(|| run.after(&opt, stop, &mut steps.curve))?;
+        if stop && step + 1 < plan.steps {
+            steps.ended = false;
+            break;
         }
     }
-    bar.finish();
-    Ok((times, curve))
+    progress.finish();
+    Ok(steps)
 }

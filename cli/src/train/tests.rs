@@ -1,5 +1,6 @@
 //! Bad lines are refused with where and what they are, and replies alone are learned.
 
+use super::columns::Columns;
 use super::data::read;
 use super::examples::examples;
 use crate::model::{Template, Tokens};
@@ -33,8 +34,8 @@ fn read_line(line: &[u8], length: usize) -> Result<Vec<(Vec<u32>, Vec<bool>)>> {
     let dir = tempfile::tempdir()?;
     let (file, good) = (dir.path().join("train.jsonl"), br#"{"prompt": "a", "completion": " b"}"#);
     fs::write(&file, [&good[..], line, good].join(&b'\n'))?;
-    let documents = read(&file, Some(&template()?))?;
-    let (examples, _) = examples(&documents, &tokens()?, length)?;
+    let documents = read(&file, &Columns::default(), Some(&template()?))?;
+    let examples = examples(&documents, &tokens()?, length)?.all;
     Ok(examples.into_iter().map(|example| (example.ids, example.learned)).collect())
 }
 
@@ -52,13 +53,15 @@ fn replies_alone_are_learned() -> Result<()> {
 #[test]
 fn a_bad_line_is_an_error_with_its_place_and_text() {
     let none_learned = br#"{"messages": [{"role": "user", "content": "a"}]}"#;
-    let cases: [(&[u8], &[&str]); 7] = [
+    let cases: [(&[u8], &[&str]); 9] = [
         (br#"{"messages": ["#, &["EOF while parsing", r#"{"messages": ["#]),
-        (br#"{"prompt": "a"}"#, &["\"completion\"", r#"{"prompt": "a"}"#]),
+        (br#"{"prompt": "a"}"#, &["\"completion\"", r#"{"prompt":"a"}"#]),
         (br#"{"messages": []}"#, &["no message of the role \"assistant\""]),
         (none_learned, &["no message of the role \"assistant\""]),
         (br#"{"messages": [{"role": "user"}]}"#, &["\"content\": {\"role\":\"user\"}"]),
-        (br#"{"prompt": "a a a a a a", "completion": " b"}"#, &["first 4 of 7", "--length"]),
+        (br#"{"instruction": "a"}"#, &["expected \"text\"", "--columns"]),
+        (br#"{"conversations": [{"from": "dog", "value": "a"}]}"#, &["a turn from \"dog\""]),
+        (br#"{"conversations": [{"from": "gpt"}]}"#, &["\"value\": {\"from\":\"gpt\"}"]),
         (b"{\"prompt\": \"\xff\"}", &["invalid utf-8"]),
     ];
     for (line, expected) in cases {

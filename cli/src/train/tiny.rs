@@ -1,12 +1,15 @@
 //! A tiny Llama of its own, in a folder as the hub would give it, and conversations to adapt it to.
 
 use super::args::Args;
+use super::batch::Batch;
+use super::columns::Columns;
 use super::data;
 use super::examples::examples;
 use super::loss::batch_loss;
 use super::steps::{train, Plan};
 use crate::corpus::{cafes, hotels, Line};
-use crate::model::{Base, Config, Llama};
+use crate::model::{Base, Config, Decoder};
+use crate::report::Report;
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::{VarBuilder, VarMap};
@@ -15,7 +18,7 @@ use loralib as lora;
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
-use tokenizers::decoders::byte_level::ByteLevel as Decoder;
+use tokenizers::decoders::byte_level::ByteLevel as ByteDecoder;
 use tokenizers::models::bpe::{BpeTrainerBuilder, BPE};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -27,7 +30,7 @@ const TEMPLATE: &str =
                         {% if add_generation_prompt %}<|assistant|>{% endif %}";
 
 /// Trains the model on embedded text about hotels; gives its folder and a file of other text.
-pub fn tiny(args: &Args, device: &Device) -> Result<(PathBuf, PathBuf)> {
+pub fn tiny(args: &Args, device: &Device, report: Report) -> Result<(PathBuf, PathBuf)> {
     let folder = args.out.join("tiny");
     fs::create_dir_all(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let lines = if args.quick { 300 } else { 4000 };
@@ -36,7 +39,7 @@ pub fn tiny(args: &Args, device: &Device) -> Result<(PathBuf, PathBuf)> {
     fs::write(&base, conversations(&known))?;
     fs::write(&data, conversations(&new))?;
     write_texts(&known, &folder)?;
-    pretrain(args, &folder, &base, device)?;
+    pretrain(args, &folder, &base, device, report)?;
     Ok((folder, data))
 }
 
@@ -53,7 +56,7 @@ fn conversations(lines: &[Line]) -> String {
 fn write_texts(lines: &[Line], folder: &Path) -> Result<()> {
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer.with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)));
-    tokenizer.with_decoder(Some(Decoder::default()));
+    tokenizer.with_decoder(Some(ByteDecoder::default()));
     let trainer = BpeTrainerBuilder::new()
         .vocab_size(512)
         .show_progress(false)
@@ -82,27 +85,33 @@ fn write_texts(lines: &[Line], folder: &Path) -> Result<()> {
 }
 
 /// All parameters are variables: the same model code, without an adapter.
-fn pretrain(args: &Args, folder: &Path, data: &Path, device: &Device) -> Result<()> {
+fn pretrain(
+    args: &Args,
+    folder: &Path,
+    data: &Path,
+    device: &Device,
+    report: Report,
+) -> Result<()> {
     let base = Base::read(folder, device)?;
-    let Config { max_position_embeddings: longest, .. } = base.config;
-    let documents = data::read(data, base.template.as_ref())?;
-    let (examples, _) = examples(&documents, &base.tokens, longest)?;
+    let Config { longest, .. } = base.config;
+    let documents = data::read(data, &Columns::default(), base.template.as_ref())?;
+    let examples = examples(&documents, &base.tokens, longest)?.all;
     let vars = VarMap::new();
     let vb = lora::base::seeded(VarBuilder::from_varmap(&vars, DType::F32, device), args.seed);
-    let model = Llama::new(&base.config, vb)?;
+    let model = Decoder::new(&base.config, vb)?;
     let plan = Plan {
         what: "pretraining",
         steps: if args.quick { 300 } else { 1000 },
         lr: 3e-3,
         batch: 8,
         accumulate: 1,
+        packed: None,
         clip: 1.,
         seed: args.seed,
     };
     let named = vars.data().lock().map_err(|e| e.to_string())?.clone();
-    train(named, Default::default(), &plan, None, &examples, device, |batch| {
-        batch_loss(&model, batch)
-    })?;
+    let loss = |batch: &Batch| batch_loss(&model, batch);
+    train(named, Default::default(), (&plan, None), &examples, device, report, loss)?;
     let data = vars.data().lock().map_err(|e| e.to_string())?;
     let tensors: StateDict =
         data.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();

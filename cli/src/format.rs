@@ -1,14 +1,63 @@
-//! Detects the format of an adapter.
+//! The formats of adapters.
 
-use super::args::Format;
 use crate::Result;
 use candle_core::Device;
+use clap::ValueEnum;
 use loralib as lora;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
-pub fn format(path: &Path) -> Result<Format> {
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// This crate's file
+    Loralib,
+    /// A folder of PEFT
+    Peft,
+    /// A folder of PEFT with one rank, one whole alpha and no rslora
+    PeftPlain,
+    /// diffusers' file
+    Diffusers,
+    /// The file of sd-scripts, AUTOMATIC1111 and ComfyUI
+    Kohya,
+    /// A folder of MLX
+    Mlx,
+    /// llama.cpp's adapter
+    Gguf,
+    /// A state dict of torch, which is only read
+    #[value(skip)]
+    Torch,
+}
+
+impl Format {
+    /// Whether the names begin with a component; `None` if they may.
+    pub fn is_of_pipelines(self) -> Option<bool> {
+        match self {
+            Self::Diffusers | Self::Kohya => Some(true),
+            Self::Loralib | Self::Torch => None,
+            _ => Some(false),
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Loralib => "this crate's file",
+            Self::Peft => "PEFT's folder",
+            Self::PeftPlain => "PEFT's folder with plain scaling",
+            Self::Diffusers => "diffusers' file",
+            Self::Kohya => "kohya's file",
+            Self::Mlx => "MLX's folder",
+            Self::Gguf => "llama.cpp's adapter",
+            Self::Torch => "torch's state dict",
+        })
+    }
+}
+
+/// The format of what lies at a path. An error says what else it is, if that is known.
+pub fn detect(path: &Path) -> Result<Format> {
     let found = if path.is_dir() { of_folder(path) } else { of_file(path) };
     let found = found.and_then(|format| format.ok_or("it is no adapter of a known format".into()));
     found.map_err(|e| match e.downcast_ref::<lora::Error>() {
@@ -39,6 +88,8 @@ fn of_file(path: &Path) -> Result<Option<Format>> {
     match magic.as_slice() {
         b"GGUF" => return Ok(Some(Format::Gguf)),
         b"PK\x03\x04" => return Ok(Some(Format::Torch)),
+        [] => return Err("it is empty".into()),
+        [b'{' | b'[', ..] => return Err("it is JSON, expected an adapter".into()),
         _ => {}
     }
     let names = lora::read_state_dict(path, &Device::Cpu)?.tensors.into_keys();

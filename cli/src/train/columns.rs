@@ -1,0 +1,39 @@
+//! The names of a data file's columns.
+
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+/// What the columns are called, where it is not by the usual names.
+#[derive(Debug, Clone, Default)]
+pub struct Columns(BTreeMap<String, String>);
+
+/// The names that [`Columns`] can replace.
+const NAMES: [&str; 4] = ["text", "prompt", "completion", "messages"];
+
+impl FromStr for Columns {
+    type Err = String;
+
+    /// `text=body`, or `prompt=question,completion=answer`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let pair = |pair: &str| match pair.split_once('=') {
+            Some((name, own)) if NAMES.contains(&name) && !own.is_empty() => {
+                Ok((name.to_owned(), own.to_owned()))
+            }
+            _ => Err(format!("{pair:?}: expected NAME=COLUMN with one of the names {NAMES:?}")),
+        };
+        Ok(Self(text.split(',').map(pair).collect::<Result<_, _>>()?))
+    }
+}
+
+impl Columns {
+    /// A column of an entry, by one of the names above or any other.
+    pub fn of<'a>(&self, entry: &'a Value, name: &str) -> &'a Value {
+        &entry[self.0.get(name).map_or(name, String::as_str)]
+    }
+
+    /// The same, if it is a text.
+    pub fn text(&self, entry: &Value, name: &str) -> Option<String> {
+        self.of(entry, name).as_str().map(str::to_owned)
+    }
+}
