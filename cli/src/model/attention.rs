@@ -13,7 +13,8 @@ use candle_nn::{linear_b, Linear, RmsNorm, VarBuilder};
 use loralib::nn as candle_nn;
 
 pub struct Attention {
-    qkv: Qkv,
+    /// Of queries, keys and values, or one of all.
+    projections: Vec<Linear>,
     o_proj: Linear,
     q_norm: Option<RmsNorm>,
     k_norm: Option<RmsNorm>,
@@ -24,27 +25,21 @@ pub struct Attention {
     softcap: f32,
 }
 
-/// The projections of queries, keys and values.
-enum Qkv {
-    Each([Linear; 3]),
-    Fused(Linear),
-}
-
 impl Attention {
     pub fn new(cfg: &Config, span: Span, vb: VarBuilder) -> Result<Self> {
         let (n, d, heads) =
             (cfg.hidden_size, cfg.head_dim, [cfg.heads, cfg.kv_heads, cfg.kv_heads]);
         let of = |heads, name| linear_b(n, heads * d, cfg.qkv_bias, vb.pp(name));
-        let qkv = match cfg.fused {
-            true => Qkv::Fused(of(heads.iter().sum(), "qkv_proj")?),
+        let projections = match cfg.fused {
+            true => vec![of(heads.iter().sum(), "qkv_proj")?],
             false => {
-                let [q, k, v] = heads;
-                Qkv::Each([of(q, "q_proj")?, of(k, "k_proj")?, of(v, "v_proj")?])
+                let names = heads.into_iter().zip(["q_proj", "k_proj", "v_proj"]);
+                names.map(|(heads, name)| of(heads, name)).collect::<Result<_>>()?
             }
         };
         let normed = |name| cfg.qk_norm.then(|| norm(cfg, d, vb.pp(name))).transpose();
         Ok(Self {
-            qkv,
+            projections,
             o_proj: linear_b(cfg.heads * d, n, cfg.output_bias, vb.pp("o_proj"))?,
             q_norm: normed("q_norm")?,
             k_norm: normed("k_norm")?,
@@ -110,18 +105,13 @@ impl Attention {
         let (batch, tokens, _) = x.dims3()?;
         let split = |x: Tensor, heads| x.reshape((batch, tokens, heads, self.d));
         let [q, k, v] = self.heads;
-        Ok(match &self.qkv {
-            Qkv::Each([q_proj, k_proj, v_proj]) => [
-                split(q_proj.forward(x)?, q)?,
-                split(k_proj.forward(x)?, k)?,
-                split(v_proj.forward(x)?, v)?,
-            ],
-            Qkv::Fused(qkv_proj) => {
-                let all = split(qkv_proj.forward(x)?, q + k + v)?;
-                let part = |from, heads| all.narrow(2, from, heads)?.contiguous();
-                [part(0, q)?, part(q, k)?, part(q + k, v)?]
-            }
-        })
+        if let [fused] = &self.projections[..] {
+            let all = split(fused.forward(x)?, q + k + v)?;
+            let part = |from, heads| all.narrow(2, from, heads)?.contiguous();
+            return Ok([part(0, q)?, part(q, k)?, part(q + k, v)?]);
+        }
+        let of = |i: usize| split(self.projections[i].forward(x)?, self.heads[i]);
+        Ok([of(0)?, of(1)?, of(2)?])
     }
 
     /// The first values of each head as the positions say.

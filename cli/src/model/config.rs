@@ -167,8 +167,8 @@ fn spans(file: &File) -> Result<Vec<Span>> {
     let slides = file.use_sliding_window.unwrap_or(!is_qwen) && kind != "llama" && kind != "gemma";
     let window = file.sliding_window.filter(|_| slides);
     let has_window = |i: usize| match kind {
-        "gemma2" => i % 2 == 0,
-        "gemma3_text" => (i + 1) % file.sliding_window_pattern.unwrap_or(6).max(1) != 0,
+        "gemma2" => i.is_multiple_of(2),
+        "gemma3_text" => !(i + 1).is_multiple_of(file.sliding_window_pattern.unwrap_or(6)),
         "qwen2" | "qwen3" => i >= file.max_window_layers.unwrap_or(28),
         _ => true,
     };

@@ -164,15 +164,10 @@ impl Layer {
 
 /// `down(activation(gate(x)) ∘ up(x))`.
 struct Mlp {
-    gate_up: GateUp,
+    /// Of the gate and of what it lets through, or one of both.
+    gate_up: Vec<Linear>,
     down_proj: Linear,
     activation: Activation,
-}
-
-/// The projections of the gate and of what it lets through.
-enum GateUp {
-    Each([Linear; 2]),
-    Fused(Linear),
 }
 
 impl Mlp {
@@ -181,8 +176,8 @@ impl Mlp {
         let of = |outputs, name| linear_b(n, outputs, bias, vb.pp(name));
         Ok(Self {
             gate_up: match cfg.fused {
-                true => GateUp::Fused(of(2 * inner, "gate_up_proj")?),
-                false => GateUp::Each([of(inner, "gate_proj")?, of(inner, "up_proj")?]),
+                true => vec![of(2 * inner, "gate_up_proj")?],
+                false => vec![of(inner, "gate_proj")?, of(inner, "up_proj")?],
             },
             down_proj: linear_b(inner, n, bias, vb.pp("down_proj"))?,
             activation: cfg.activation,
@@ -190,13 +185,11 @@ impl Mlp {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (gate, up) = match &self.gate_up {
-            GateUp::Each([gate_proj, up_proj]) => (gate_proj.forward(x)?, up_proj.forward(x)?),
-            GateUp::Fused(gate_up_proj) => {
-                let both = gate_up_proj.forward(x)?.chunk(2, D::Minus1)?;
-                (both[0].contiguous()?, both[1].contiguous()?)
-            }
+        let parts = match &self.gate_up[..] {
+            [fused] => fused.forward(x)?.chunk(2, D::Minus1)?,
+            each => each.iter().map(|layer| layer.forward(x)).collect::<Result<_>>()?,
         };
+        let (gate, up) = (parts[0].contiguous()?, parts[1].contiguous()?);
         let gate = match self.activation {
             Activation::Silu => silu(&gate)?,
             Activation::Gelu => gelu(&gate)?,

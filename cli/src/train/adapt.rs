@@ -2,7 +2,6 @@
 
 use super::args::Args;
 use super::batch::{rows, Batch};
-use super::columns::Columns;
 use super::data::{self, Document};
 use super::examples::{examples, Example, Examples};
 use super::loss::{batch_loss, checkpointed_loss, mean_loss};
@@ -108,7 +107,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
 
 /// To train on, and to measure on.
 fn documents(args: &Args, base: &Base, file: &Path) -> Result<(Vec<Document>, Vec<Document>)> {
-    let columns = args.columns.clone().unwrap_or(Columns::default());
+    let columns = args.columns.clone().unwrap_or_default();
     let read = |file: &Path| data::read(file, &columns, base.template.as_ref());
     let mut documents = read(file)?;
     if let Some(valid) = &args.valid {
