@@ -1,0 +1,67 @@
+//! What a model's folder has beside its weights.
+
+use crate::Result;
+use loralib::gguf::File;
+use serde_json::{json, Value};
+use std::fs;
+use std::path::Path;
+
+const CONFIG: &str = "config.json";
+
+/// Copies all files of a folder but weights and hidden ones. With an untied head config.json says so.
+pub fn copy(base: &Path, out: &Path, untied: bool) -> Result<()> {
+    for entry in fs::read_dir(base)? {
+        let path = entry?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        if !path.is_file() || name.starts_with('.') || is_weights(name) {
+            continue;
+        }
+        let target = out.join(name);
+        let copied = match untied && name == CONFIG {
+            true => with_untied(&path).and_then(|config| Ok(fs::write(&target, config)?)),
+            false => fs::copy(&path, &target).map(|_| ()).map_err(Into::into),
+        };
+        copied.map_err(|e| format!("{}: {e}", target.display()))?;
+    }
+    Ok(())
+}
+
+/// Files that the merged weights replace, and those of other formats.
+fn is_weights(name: &str) -> bool {
+    let ends = [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json"];
+    ends.iter().any(|end| name.ends_with(end))
+}
+
+fn with_untied(config: &Path) -> Result<String> {
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(config)?)?;
+    config["tie_word_embeddings"] = false.into();
+    Ok(format!("{config:#}\n"))
+}
+
+/// Writes what a GGUF file has beside its weights, with `config` as config.json.
+pub fn write(base: &File, config: Value, out: &Path) -> Result<()> {
+    let tokenizer = base.tokenizer_json()?;
+    let inner: tokenizers::Tokenizer = tokenizer.parse()?;
+    let special = |key: &str| {
+        let id = config[key].as_u64().and_then(|id| u32::try_from(id).ok());
+        id.and_then(|id| inner.id_to_token(id))
+    };
+    let tokens = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": special("bos_token_id"),
+        "eos_token": special("eos_token_id"),
+        "pad_token": special("pad_token_id"),
+        "model_max_length": config["max_position_embeddings"],
+    });
+    let mut files = vec![
+        (CONFIG, format!("{config:#}\n")),
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", format!("{tokens:#}\n")),
+    ];
+    files.extend(base.chat_template().map(|template| ("chat_template.jinja", template.to_owned())));
+    for (name, text) in files {
+        let path = out.join(name);
+        fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+    }
+    Ok(())
+}

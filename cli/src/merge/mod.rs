@@ -1,0 +1,125 @@
+//! `lora merge`: merges an adapter into its base, as by `lora merge --base MODEL --adapter adapter --out merged`.
+
+mod args;
+mod folder;
+mod read;
+
+pub use args::Args;
+
+use crate::report::{Progress, Report};
+use crate::Result;
+use args::Stored;
+use loralib::gguf::{self, File, MergeOptions};
+use loralib::{merge, LoraWeights};
+use read::read;
+use serde_json::json;
+use std::fs;
+use std::path::Path;
+
+pub fn run(args: &Args, report: Report) -> Result<()> {
+    let Args { base, out, .. } = args;
+    let new = !out.exists();
+    let filled = out.is_dir() && fs::read_dir(out)?.next().is_some();
+    if out.exists() && (filled || !out.is_dir()) {
+        return Err(format!("{} exists: choose another --out", out.display()).into());
+    }
+    let file = match base.is_file() && starts_with_gguf(base)? {
+        true => Some(File::open(base)?),
+        false => None,
+    };
+    if file.is_none() && (args.dtype.is_some() || args.force) {
+        let reason = "--dtype and --force are for a GGUF base: other weights keep their dtype";
+        return Err(reason.into());
+    }
+    let weights = read(args, file.as_ref())?;
+    let bar = report.progress("merging", 0).of_bytes();
+    let merged = match &file {
+        Some(file) => of_gguf(args, file, &weights, &bar, report),
+        None => of_checkpoint(args, &weights, &bar, report),
+    };
+    bar.finish();
+    if let Err(error) = merged {
+        // What is half written is no model.
+        if new && out.is_dir() {
+            fs::remove_dir_all(out)?;
+        }
+        return Err(error);
+    }
+    let layers = weights.layers().count();
+    let line = format!("{layers} layers merged into {}", out.display());
+    report.tell(line, "merged", json!({ "layers": layers, "out": out }));
+    Ok(())
+}
+
+fn is_file(out: &Path) -> bool {
+    out.extension().is_some_and(|end| end == "gguf" || end == "safetensors")
+}
+
+fn starts_with_gguf(path: &Path) -> Result<bool> {
+    use std::io::Read;
+    let mut start = vec![];
+    let read = fs::File::open(path).and_then(|file| file.take(4).read_to_end(&mut start));
+    read.map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(start == b"GGUF")
+}
+
+/// Into another GGUF file, or a folder in half precision.
+fn of_gguf(
+    args: &Args,
+    base: &File,
+    weights: &LoraWeights,
+    bar: &Progress,
+    report: Report,
+) -> Result<()> {
+    let out = &args.out;
+    if out.extension().is_some_and(|end| end == "gguf") {
+        let dtype = args.dtype.unwrap_or(Stored::Q8_0).in_gguf();
+        let options = MergeOptions { dtype, force: args.force };
+        let kept = gguf::merge(base, weights, out, options, |p| bar.bytes(p.done, p.total))?;
+        if let Some((name, share)) = kept.iter().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
+            let line = format!("{:.0} % of the update of {name} is left after rounding, of others more", share * 100.);
+            report.tell(line, "rounded", json!({ "kept": kept }));
+        }
+        return Ok(());
+    }
+    if is_file(out) {
+        return Err(format!("{}: a GGUF base becomes a .gguf file or a folder", out.display()).into());
+    }
+    let dtype = args.dtype.unwrap_or(Stored::Bf16);
+    let dtype = dtype.dense().ok_or("a folder has no q8_0: choose --dtype bf16, f16 or f32")?;
+    fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
+    let file = out.join("model.safetensors");
+    let progress = |p: merge::MergeProgress| bar.bytes(p.done, p.total);
+    let mut config = gguf::merge_to_safetensors(base, weights, file, dtype, progress)?;
+    config["dtype"] = match dtype {
+        candle_core::DType::BF16 => "bfloat16",
+        candle_core::DType::F16 => "float16",
+        _ => "float32",
+    }
+    .into();
+    folder::write(base, config, out)
+}
+
+/// Into a folder, or a file.
+fn of_checkpoint(args: &Args, weights: &LoraWeights, bar: &Progress, report: Report) -> Result<()> {
+    let Args { base, out, .. } = args;
+    let to_folder = !is_file(out);
+    if to_folder {
+        fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
+    }
+    let untied = merge::merge_files(base, weights, out, |p| bar.bytes(p.done, p.total))?;
+    if to_folder && base.is_dir() {
+        folder::copy(base, out, !untied.is_empty())?;
+        if !untied.is_empty() {
+            let line = format!("{} is not tied to the embeddings any more: config.json says so", untied.join(", "));
+            report.tell(line, "untied", json!({ "heads": untied }));
+        }
+    } else if !untied.is_empty() {
+        let line = format!(
+            "{} is not tied to the embeddings any more: set tie_word_embeddings to false in config.json",
+            untied.join(", ")
+        );
+        report.tell(line, "untied", json!({ "heads": untied }));
+    }
+    Ok(())
+}
