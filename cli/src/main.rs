@@ -5,6 +5,7 @@ mod chat;
 mod convert;
 mod error;
 mod format;
+mod info;
 mod interrupt;
 mod merge;
 mod model;
@@ -41,6 +42,7 @@ enum Command {
     Chat(chat::Args),
     Merge(merge::Args),
     Convert(convert::Args),
+    Info(info::Args),
     /// Writes a shell's completions to the standard output
     Completions {
         shell: Shell,
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(args, report),
         Command::Merge(args) => merge::run(args, report),
         Command::Convert(args) => convert::run(args, report),
+        Command::Info(args) => info::run(args, report),
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Args::command(), "lora", &mut std::io::stdout());
             Ok(())

@@ -8,7 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-const TRAIN: &str = "train model data.jsonl --length 16 --batch 2 --lr 1e-3 --tokens 3 --save-every 1";
+const TRAIN: &str =
+    "train model data.jsonl --length 16 --batch 2 --lr 1e-3 --tokens 3 --save-every 1";
 
 #[test]
 fn another_run_is_told_and_not_replaced() {
@@ -26,7 +27,10 @@ fn another_run_is_told_and_not_replaced() {
     // An adapter of another program.
     fs::remove_file(files.path("adapter/state.safetensors")).unwrap();
     let error = files.error(&run);
-    assert!(error.contains("adapter/adapter_config.json") && !error.contains("--resume"), "{error}");
+    assert!(
+        error.contains("adapter/adapter_config.json") && !error.contains("--resume"),
+        "{error}"
+    );
     let error = files.error(&format!("{run} --resume"));
     assert!(error.contains("state.safetensors: no such file"), "{error}");
 }
@@ -126,7 +130,8 @@ fn a_full_disk_leaves_the_last_state() {
     let limited = |blocks: usize, options: &str| {
         let lora = env!("CARGO_BIN_EXE_lora");
         let script = format!("trap '' XFSZ; ulimit -f {blocks}; exec {lora} {options}");
-        let output = Command::new("bash").arg("-c").arg(script).current_dir(files.path(".")).output();
+        let output =
+            Command::new("bash").arg("-c").arg(script).current_dir(files.path(".")).output();
         let output = output.unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())
     };

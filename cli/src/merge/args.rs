@@ -10,7 +10,9 @@ use std::path::PathBuf;
 ///
 /// A folder becomes a folder with all that the base's has, a GGUF file another one or a folder.
 #[derive(clap::Args)]
-#[command(after_help = "Example: lora merge --base Qwen2.5-1.5B-Instruct --adapter adapter --out merged")]
+#[command(
+    after_help = "Example: lora merge --base Qwen2.5-1.5B-Instruct --adapter adapter --out merged"
+)]
 pub struct Args {
     /// A folder as the Hugging Face hub gives it, a GGUF file, a checkpoint, or the index of a sharded one
     #[arg(long)]

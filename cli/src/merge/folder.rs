@@ -28,7 +28,8 @@ pub fn copy(base: &Path, out: &Path, untied: bool) -> Result<()> {
 
 /// Files that the merged weights replace, and those of other formats.
 fn is_weights(name: &str) -> bool {
-    let ends = [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json"];
+    let ends =
+        [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json"];
     ends.iter().any(|end| name.ends_with(end))
 }
 

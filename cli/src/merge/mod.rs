@@ -77,13 +77,18 @@ fn of_gguf(
         let options = MergeOptions { dtype, force: args.force };
         let kept = gguf::merge(base, weights, out, options, |p| bar.bytes(p.done, p.total))?;
         if let Some((name, share)) = kept.iter().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
-            let line = format!("{:.0} % of the update of {name} is left after rounding, of others more", share * 100.);
+            let line = format!(
+                "{:.0} % of the update of {name} is left after rounding, of others more",
+                share * 100.
+            );
             report.tell(line, "rounded", json!({ "kept": kept }));
         }
         return Ok(());
     }
     if is_file(out) {
-        return Err(format!("{}: a GGUF base becomes a .gguf file or a folder", out.display()).into());
+        return Err(
+            format!("{}: a GGUF base becomes a .gguf file or a folder", out.display()).into()
+        );
     }
     let dtype = args.dtype.unwrap_or(Stored::Bf16);
     let dtype = dtype.dense().ok_or("a folder has no q8_0: choose --dtype bf16, f16 or f32")?;
@@ -111,7 +116,10 @@ fn of_checkpoint(args: &Args, weights: &LoraWeights, bar: &Progress, report: Rep
     if to_folder && base.is_dir() {
         folder::copy(base, out, !untied.is_empty())?;
         if !untied.is_empty() {
-            let line = format!("{} is not tied to the embeddings any more: config.json says so", untied.join(", "));
+            let line = format!(
+                "{} is not tied to the embeddings any more: config.json says so",
+                untied.join(", ")
+            );
             report.tell(line, "untied", json!({ "heads": untied }));
         }
     } else if !untied.is_empty() {

@@ -77,7 +77,11 @@ fn now(format: &str) -> std::result::Result<String, Error> {
 }
 
 /// As Python's `json.dumps(value, ensure_ascii=False)`, with its `indent`.
-fn to_json(value: &Jinja, indent: Option<usize>, options: Kwargs) -> std::result::Result<String, Error> {
+fn to_json(
+    value: &Jinja,
+    indent: Option<usize>,
+    options: Kwargs,
+) -> std::result::Result<String, Error> {
     let indent = indent.or(options.get("indent")?);
     options.assert_all_used()?;
     let failed = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
@@ -86,7 +90,9 @@ fn to_json(value: &Jinja, indent: Option<usize>, options: Kwargs) -> std::result
         Some(n) => {
             let spaces = " ".repeat(n);
             let formatter = PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut Serializer::with_formatter(&mut text, formatter)).map_err(failed)?;
+            value
+                .serialize(&mut Serializer::with_formatter(&mut text, formatter))
+                .map_err(failed)?;
         }
         None => {
             value.serialize(&mut Serializer::with_formatter(&mut text, Spaced)).map_err(failed)?;
@@ -99,11 +105,19 @@ fn to_json(value: &Jinja, indent: Option<usize>, options: Kwargs) -> std::result
 struct Spaced;
 
 impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+    fn begin_array_value<W: ?Sized + io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         out.write_all(if first { b"" } else { b", " })
     }
 
-    fn begin_object_key<W: ?Sized + io::Write>(&mut self, out: &mut W, first: bool) -> io::Result<()> {
+    fn begin_object_key<W: ?Sized + io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
         out.write_all(if first { b"" } else { b", " })
     }
 
@@ -137,7 +151,8 @@ mod tests {
     #[test]
     fn generation_is_no_text() -> Result<()> {
         let with = "{% for m in messages %}{%- generation -%} x {{ m.role }} {% endgeneration %}\n{% endfor %}";
-        let without = "{% for m in messages %}{%- if true -%} x {{ m.role }} {% endif %}\n{% endfor %}";
+        let without =
+            "{% for m in messages %}{%- if true -%} x {{ m.role }} {% endif %}\n{% endfor %}";
         assert_eq!(rendered(with)?, rendered(without)?);
         assert_eq!(rendered(with)?, "x user x assistant ");
         Ok(())
@@ -155,7 +170,10 @@ mod tests {
     #[test]
     fn a_template_s_own_error_is_told() {
         let error = rendered("{{ raise_exception('no system role') }}").unwrap_err().to_string();
-        assert!(error.contains("the chat template: ") && error.contains("no system role"), "{error}");
+        assert!(
+            error.contains("the chat template: ") && error.contains("no system role"),
+            "{error}"
+        );
         assert!(rendered("{{ strftime_now('%!') }}").unwrap_err().to_string().contains("%!"));
     }
 
@@ -173,7 +191,12 @@ mod tests {
             let reply = case["reply"] == true;
             let ours = template.and_then(|template| template.render(messages, reply));
             if ours.as_ref().ok() != case["expected"].as_str().map(str::to_owned).as_ref() {
-                println!("{}: {ours:?}, expected {} {}", text("name"), case["expected"], case["error"]);
+                println!(
+                    "{}: {ours:?}, expected {} {}",
+                    text("name"),
+                    case["expected"],
+                    case["error"]
+                );
                 differ += 1;
             }
         }

@@ -74,7 +74,8 @@ fn check(metadata: Metadata, file: &File, base: &File) -> Result<Option<f64>> {
     for (key, expected) in [("general.type", "adapter"), ("adapter.type", "lora")] {
         let value = metadata.string(key)?;
         if value != Some(expected) {
-            let reason = format!("its metadata {key:?} is {value:?}, expected {expected:?}");
+            let value = value.map_or("missing".to_owned(), |value| format!("{value:?}"));
+            let reason = format!("its metadata {key:?} is {value}, expected {expected:?}");
             return Err(Error::Format { format: "LoRA adapter", reason });
         }
     }

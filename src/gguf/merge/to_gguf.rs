@@ -153,9 +153,10 @@ impl Merge<'_> {
         let low_bit = item.dtype.type_size() < item.dtype.block_size();
         let own = low_bit && item.dtype == item.info.dtype;
         if (own || share < 0.5) && !self.options.force {
+            let finer = if item.dtype == GgmlDType::Q8_0 { "F16" } else { "Q8_0 or F16" };
             let reason = format!(
-                "in {:?}{} {:.1} % of its update would be left: merge into a finer dtype, such as Q8_0 or \
-                 F16, or keep the adapter beside the base by `save_adapter`",
+                "in {:?}{} {:.1} % of its update would be left: merge into a finer dtype, such as {finer}, or keep \
+                 the adapter beside the base by `save_adapter`",
                 item.dtype,
                 if own { ", the base's own dtype," } else { "" },
                 100. * share

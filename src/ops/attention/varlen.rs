@@ -93,6 +93,18 @@ struct Part<'a> {
     qkv: [Tensor; 3],
 }
 
+/// Runs `f` for each part: on the CPU in all threads, since a short sequence is work for one.
+fn each<'a>(
+    parts: &'a [Part<'a>],
+    device: &Device,
+    f: impl Fn(&'a Part<'a>) -> Result<()> + Send + Sync,
+) -> Result<()> {
+    match is_fused(device) {
+        true => parts.par_iter().try_for_each(f),
+        false => parts.iter().try_for_each(f),
+    }
+}
+
 impl Fused<3> for VarlenOp {
     const NAME: &'static str = "attention-varlen";
 
@@ -112,15 +124,10 @@ impl Fused<3> for VarlenOp {
     fn composed(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
         let y = qkv[0].zeros_like()?;
         let parts: Vec<_> = self.parts(qkv).collect::<Result<_>>()?;
-        let output = |part: &Part| run(part.op.clone(), part.qkv.each_ref());
-        // A short sequence is work for a single thread.
-        let outputs: Vec<_> = match is_fused(y.device()) {
-            true => parts.par_iter().map(output).collect::<Result<_>>()?,
-            false => parts.iter().map(output).collect::<Result<_>>()?,
-        };
-        for (part, output) in parts.iter().zip(outputs) {
-            y.slice_set(&output, 1, part.queries.start)?;
-        }
+        each(&parts, y.device(), |part| {
+            let output = run(part.op.clone(), part.qkv.each_ref())?;
+            y.slice_set(&output, 1, part.queries.start)
+        })?;
         Ok(y)
     }
 
@@ -129,15 +136,17 @@ impl Fused<3> for VarlenOp {
         let grads = detached.each_ref().map(Tensor::zeros_like);
         let [gq, gk, gv] = grads;
         let grads = [gq?, gk?, gv?];
-        for part in self.parts(detached.each_ref()) {
-            let Part { queries, keys, op, qkv } = part?;
+        let parts: Vec<_> = self.parts(detached.each_ref()).collect::<Result<_>>()?;
+        each(&parts, grad.device(), |part| {
+            let Part { queries, keys, op, qkv } = part;
             let of_queries =
                 |t: &Tensor| operand(&t.narrow(1, queries.start, queries.len())?, t.dtype());
             let parts = op.grads(qkv.each_ref(), &of_queries(grad)?)?;
-            for ((grad, part), rows) in grads.iter().zip(parts).zip([queries, keys, keys]) {
+            for ((grad, part), rows) in grads.iter().zip(parts).zip([*queries, *keys, *keys]) {
                 grad.slice_set(&operand(&part, grad.dtype())?, 1, rows.start)?;
             }
-        }
+            Ok(())
+        })?;
         Ok(std::array::from_fn(|i| qkv[i].track_op().then(|| grads[i].clone())))
     }
 }
