@@ -9,6 +9,7 @@ mod info;
 mod interrupt;
 mod merge;
 mod model;
+mod number;
 mod place;
 mod report;
 mod train;
@@ -38,7 +39,9 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    #[command(allow_negative_numbers = true)]
     Train(Box<train::Args>),
+    #[command(allow_negative_numbers = true)]
     Chat(chat::Args),
     Merge(merge::Args),
     Convert(convert::Args),

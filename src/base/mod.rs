@@ -1,11 +1,13 @@
 //! Base tensors on their way to a model: `VarBuilder`s over files, and around other `VarBuilder`s.
 //!
-//! A model on [`nn`](crate::nn) is built on one of them; matrices may stay quantised, or in half precision.
+//! A model on [`nn`](crate::nn) is built on one of them; matrices may stay quantised, or in half precision. [`read_config`]
+//! reads the model's configuration.
 
 // Each is a `Source`: it gives tensors by name, or changes what another one gives. Matrices that stay quantised come as
 // placeholders; `layers::binding` has how they reach a layer.
 
 pub(crate) mod cache;
+pub(crate) mod config;
 mod half_var_builder;
 pub(crate) mod quantized;
 mod safetensors_var_builder;
@@ -13,6 +15,7 @@ mod seeded;
 pub(crate) mod source;
 mod var_builder;
 
+pub use config::read_config;
 pub use half_var_builder::half_var_builder;
 pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;

@@ -7,6 +7,7 @@ use super::file_var_builder::FileTensors;
 use super::metadata::Metadata;
 use super::names::ROPE_FREQS;
 use super::tokenizer::tokenizer;
+use crate::base::config::fitted;
 use crate::base::quantized::Dense;
 use crate::base::source::from_source;
 use crate::{Error, Result};
@@ -66,21 +67,7 @@ impl File {
             let freqs = rope_freqs.as_deref();
             let (architecture, metadata) = (self.architecture(), self.metadata());
             let json = config(architecture, metadata, tied, vocab_size, freqs)?;
-            let scaling = json["rope_scaling"].clone();
-            let mut drops = false;
-            let read = serde_ignored::deserialize(json, |field| {
-                drops |= field.to_string() == "rope_scaling";
-            });
-            if drops && !scaling.is_null() {
-                let what = format!("this {architecture} with the rope_scaling {scaling}");
-                let reason = "the type of the configuration has no such field, and the model would compute without it";
-                return Err(Error::unsupported(what, reason));
-            }
-            read.map_err(|error| {
-                Error::Invalid(format!(
-                    "the configuration of this {architecture} does not fit: {error}"
-                ))
-            })
+            fitted(json)
         };
         read().map_err(|error: Error| error.at(self.path()))
     }

@@ -1,7 +1,7 @@
 //! The options of what is said: the prompt, and how the reply is drawn.
 
 use super::Sampler;
-use std::ops::Range;
+use crate::number::{not_negative, share};
 
 #[derive(clap::Args)]
 pub struct Say {
@@ -18,10 +18,10 @@ pub struct Say {
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub tokens: usize,
     /// Draws tokens by their probabilities, sharpened below 1 and flattened above; at 0 the likeliest is said
-    #[arg(long, value_name = "T", default_value_t = 0., value_parser = temperature)]
+    #[arg(long, value_name = "T", default_value_t = 0., value_parser = not_negative)]
     pub temperature: f64,
     /// Draws only from the likeliest tokens that have this probability together
-    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = probability)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = share)]
     pub top_p: f64,
 }
 
@@ -29,17 +29,4 @@ impl Say {
     pub fn sampler(&self, seed: u64) -> Sampler {
         Sampler::new(self.temperature, self.top_p, seed)
     }
-}
-
-fn temperature(text: &str) -> Result<f64, String> {
-    within(text, 0.0..f64::INFINITY, "0 or more")
-}
-
-fn probability(text: &str) -> Result<f64, String> {
-    within(text, f64::MIN_POSITIVE..1f64.next_up(), "above 0 and at most 1")
-}
-
-fn within(text: &str, range: Range<f64>, expected: &str) -> Result<f64, String> {
-    let value = text.parse().map_err(|e| format!("{e}"))?;
-    range.contains(&value).then_some(value).ok_or(format!("expected a number {expected}"))
 }

@@ -22,6 +22,10 @@ const HELD_OUT: usize = 256;
 
 /// Trains on a file, keeps the best adapter in `--out` and gives a document to talk about; `None` if the run was stopped.
 pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Option<Document>> {
+    let (rank, widest) = (args.rank as usize, base.config.hidden_size);
+    if rank > widest {
+        return Err(format!("--rank {rank}: the model's hidden_size is {widest}").into());
+    }
     peak::reset(); // without the tiny model's training
     let length = (args.length as usize).min(base.config.longest);
     let (train_on, mut valid) = documents(args, base, file)?;
@@ -73,8 +77,8 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
     let (trained, layers) = (summary.trainable(), summary.adapted.len());
     let values = json!({ "parameters": trained, "layers": layers });
     report.tell(format!("{trained} parameters in {layers} layers"), "adapter", values);
-    if args.overwrite {
-        run::remove(&args.out)?;
+    if !args.resume {
+        run::prepare(&args.out)?;
     }
 
     let validate = || -> Result<f64> {

@@ -2,6 +2,7 @@
 
 use super::columns::Columns;
 use crate::chat::Say;
+use crate::number::{dropout, not_negative, positive};
 use crate::place::Place;
 use lora::{adapter::Targets, layers::InitLoraWeights, LoraConfig};
 use loralib as lora;
@@ -37,10 +38,10 @@ pub struct Args {
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub rank: u32,
     /// The adapter's strength: its update is scaled by alpha / rank
-    #[arg(long, default_value_t = 16.)]
+    #[arg(long, default_value_t = 16., value_parser = positive)]
     pub alpha: f64,
     /// The probability with which a value of the adapter's input is dropped in training
-    #[arg(long, value_name = "P", default_value_t = 0.)]
+    #[arg(long, value_name = "P", default_value_t = 0., value_parser = dropout)]
     pub dropout: f32,
     /// How the adapter starts, by PEFT's names: true, gaussian, pissa, pissa_niter_[number] or olora
     #[arg(long, value_name = "NAME", default_value = "true")]
@@ -49,7 +50,7 @@ pub struct Args {
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "all-linear")]
     pub targets: Vec<String>,
     /// The learning rate at its peak [default: 2e-4, and 5e-3 for the tiny model]
-    #[arg(long, visible_alias = "rate")]
+    #[arg(long, visible_alias = "rate", value_parser = not_negative)]
     pub lr: Option<f64>,
     /// How often the adapter is changed, in all: those before --resume count
     #[arg(long, value_name = "N", default_value_t = 200)]
@@ -67,7 +68,7 @@ pub struct Args {
     #[arg(long)]
     pub checkpointing: bool,
     /// Gradients of a larger norm are scaled to this one
-    #[arg(long, value_name = "NORM", default_value_t = 1.)]
+    #[arg(long, value_name = "NORM", default_value_t = 1., value_parser = positive)]
     pub clip: f64,
     /// Writes the state of the run into --out after each N steps, and on Ctrl-C
     #[arg(long, value_name = "N", default_value_t = 50)]

@@ -25,13 +25,11 @@ use crate::model::Base;
 use crate::report::Report;
 use crate::Result;
 use std::env;
-use std::fs;
 
 pub fn run(args: &Args, report: Report) -> Result<()> {
     let Args { out, say, seed, resume, overwrite, .. } = args;
     run::check(out, *resume, *overwrite)?;
     let device = args.device.device(*seed)?;
-    fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
     interrupt::listen()?;
     let (model, data) = match (&args.model, &args.data) {
         (Some(model), Some(data)) => (model.clone(), data.clone()),

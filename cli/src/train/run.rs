@@ -111,8 +111,9 @@ pub fn check(out: &Path, resume: bool, overwrite: bool) -> Result<()> {
     }
 }
 
-/// Removes a run from `out`.
-pub fn remove(out: &Path) -> Result<()> {
+/// Makes `out` a folder for a new run, without one before it.
+pub fn prepare(out: &Path) -> Result<()> {
+    fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
     for name in FILES {
         match fs::remove_file(out.join(name)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
