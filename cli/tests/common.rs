@@ -1,5 +1,7 @@
 //! A small model with words for tokens, its data, and the program.
 
+#![allow(dead_code, reason = "each test program takes a part")]
+
 use serde_json::{json, Value};
 use std::fs;
 use std::path::{Path, PathBuf};
