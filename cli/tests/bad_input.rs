@@ -44,7 +44,7 @@ fn bad_files(files: &Files) {
     config["model_type"] = json!("bert");
     write(&files.path("other/config.json"), &config);
     put("locked.jsonl", b"{\"text\": \"w1 w2\"}\n");
-    fs::set_permissions(files.path("locked.jsonl"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(files.path("locked.jsonl"), fs::Permissions::from_mode(0o000)).unwrap();
 }
 
 /// Commands, and words of their errors.

@@ -24,11 +24,11 @@ LONGEST = 60
 
 
 def ours(model, adapter, said):
-    """The last line is "adapted" and the reply."""
+    """The last event is the adapter's reply."""
     command = ["cargo", "run", "-q", "--release", "-p", "loralib-cli", "--", "chat", model, "--adapter", adapter,
-               "--prompt", said, "--unmerged", "--tokens", str(LONGEST)]
+               "--prompt", said, "--tokens", str(LONGEST), "--json"]
     out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return out[out.index("\nadapted") + len("\nadapted"):].strip()
+    return json.loads(out.splitlines()[-1])["text"].strip()
 
 
 def peft(folder, adapter):
