@@ -64,7 +64,7 @@ fn a_merge_gives_peft_s_weights() -> Result<()> {
         let tensors = all.iter();
         tensors.filter_map(move |(name, t)| Some((name.strip_prefix(prefix)?.to_owned(), t)))
     };
-    let (base, merged) = (dir.path().join("base"), dir.path().join("merged"));
+    let (base, merged) = (dir.path().join("base"), dir.path().join("merged.safetensors"));
     let tensors = named("base.").map(|(name, t)| (name, t.clone())).collect();
     safetensors::save(&tensors, &base)?;
     let (adapter, base, out) = (fixture("peft/linear"), base.display(), merged.display());
