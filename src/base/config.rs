@@ -86,6 +86,11 @@ fn with_older_names(mut json: Value) -> Value {
         true => (rope["full_attention"].clone(), rope["sliding_attention"].clone()),
         false => (rope, Value::Null),
     };
+    // candle's Qwen2 needs a window, where none is used: one that has all.
+    let unused = match json["model_type"].as_str() {
+        Some("qwen2") => json["max_position_embeddings"].clone(),
+        _ => Value::Null,
+    };
     let scaled = all["rope_type"].as_str().is_some_and(|kind| kind != "default");
     let mut scaling = all.clone();
     if let (true, Some(options)) = (scaled, scaling.as_object_mut()) {
@@ -101,6 +106,7 @@ fn with_older_names(mut json: Value) -> Value {
         ("rope_scaling", if scaled { scaling } else { Value::Null }),
         ("sliding_window_pattern", pattern(&json["layer_types"])),
         ("torch_dtype", json["dtype"].clone()),
+        ("sliding_window", unused),
     ];
     if let Some(options) = json.as_object_mut() {
         for (name, value) in older {

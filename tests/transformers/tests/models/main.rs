@@ -9,6 +9,7 @@ mod harness;
 mod weights;
 
 mod audio;
+mod configs;
 mod diffusion;
 mod encoders;
 mod experts;
