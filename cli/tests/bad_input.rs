@@ -19,6 +19,7 @@ fn listed(files: &Files) -> Vec<String> {
 fn bad_files(files: &Files) {
     let put = |name: &str, bytes: &[u8]| fs::write(files.path(name), bytes).unwrap();
     put("empty", b"");
+    put("data.csv", b"prompt,completion\nw1,w2\n");
     put("empty.jsonl", b"\n \n");
     put("object.json", b"{\"a\": 1}");
     put("cut.jsonl", b"{\"text\": \"w1 w2\"}\n{\"text\": \"w1");
@@ -49,14 +50,22 @@ fn bad_files(files: &Files) {
 
 /// Commands, and words of their errors.
 const REFUSED: &[(&str, &[&str])] = &[
-    ("train none data.jsonl", &["none: config.json: No such file"]),
+    ("train none data.jsonl", &["none: no such folder or file", "hf download"]),
     ("train folder data.jsonl", &["folder: config.json"]),
     ("train broken data.jsonl", &["broken: tokenizer.json: No such file"]),
     ("train other data.jsonl", &["other: ", "\"bert\"", "llama"]),
-    ("train hub/model data.jsonl", &["hub/model: ", "config.json"]),
+    ("train hub/model data.jsonl", &["hub/model: ", "hf download"]),
+    ("train data.jsonl model", &["data.jsonl: ", "the model comes first"]),
+    ("train model/model.safetensors data.jsonl", &["model.safetensors: ", "give the folder"]),
+    ("train good data.jsonl", &["good: it is an adapter"]),
+    ("train model data.jsonl --out other", &["other: it is a model's folder"]),
+    ("train model data.jsonl --out empty", &["empty: it is a file"]),
+    ("train model data.jsonl --out good", &["good/", "--resume", "--overwrite"]),
+    ("train model data.jsonl --columns text=body", &["data.jsonl:1: no column \"body\""]),
+    ("train model data.csv", &["data.csv:1: ", "JSON Lines"]),
     ("train cut.gguf data.jsonl", &["cut.gguf: "]),
     ("train noise data.jsonl", &["noise"]),
-    ("train model none.jsonl", &["none.jsonl: No such file"]),
+    ("train model none.jsonl", &["none.jsonl: no such file"]),
     ("train model empty", &["empty: it is empty"]),
     ("train model empty.jsonl", &["empty.jsonl: it is empty"]),
     ("train model object.json", &["object.json:1: ", "\"text\"", "--columns"]),
@@ -70,7 +79,8 @@ const REFUSED: &[(&str, &[&str])] = &[
     ("train model data.jsonl --columns prompt=question", &["data.jsonl:1: "]),
     ("train model data.jsonl --targets q_pro", &["q_pro"]),
     ("train model data.jsonl --targets layers", &["layers"]),
-    ("train model data.jsonl --rank 1000000", &["rank"]),
+    ("train model data.jsonl --rank 1000000", &["--rank 1000000 is above"]),
+    ("chat model --system w2 --prompt w3", &["--system", "no chat template"]),
     ("train model data.jsonl --resume", &["state.safetensors"]),
     ("chat none", &["none: "]),
     ("chat model --adapter none", &["none: No such file"]),
@@ -85,6 +95,7 @@ const REFUSED: &[(&str, &[&str])] = &[
     ("merge --base model --adapter none --out merged", &["none: "]),
     ("merge --base model --adapter cut.safetensors --out merged", &["cut.safetensors: "]),
     ("merge --base model --adapter good --out good", &["good exists"]),
+    ("merge --base model --adapter good --out merged.gguf", &["merged.gguf: ", "GGUF base"]),
     ("merge --base model --adapter good --out merged --dtype f16", &["--dtype"]),
     ("merge --base cut.gguf --adapter good --out merged", &["cut.gguf: "]),
     ("convert --from none --to peft --out new", &["none: "]),
@@ -97,7 +108,6 @@ const REFUSED: &[(&str, &[&str])] = &[
     ("info object.json", &["object.json: it is JSON"]),
     ("info cut.gguf", &["cut.gguf: "]),
     ("info model --svg picture.svg", &["model: it is a model"]),
-    ("info good --model other", &["other: "]),
     ("info good --svg none/picture.svg", &["none/picture.svg: "]),
 ];
 

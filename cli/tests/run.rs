@@ -92,7 +92,7 @@ fn ctrl_c_saves_and_says_how_to_go_on() {
     assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert_eq!(output.status.code(), Some(130), "{error}");
     let (asked, stopped) = (error.contains("stopping after this step"), error.trim_end());
     assert!(asked && stopped.ends_with("--steps 400 --resume"), "{error}");
     let told = files.ok(&format!("{options} --resume"));

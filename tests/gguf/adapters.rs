@@ -281,7 +281,7 @@ fn an_adapter_of_another_model_or_form_does_not_load() {
     let cases: Vec<(Vec<Change>, Tensors, &str)> = vec![
         (vec![("general.architecture", Some(text("qwen2")))], good(), "\"qwen2\""),
         (vec![("general.type", Some(text("model")))], good(), "\"general.type\" is \"model\""),
-        (vec![("general.type", None)], good(), "\"general.type\" is None"),
+        (vec![("general.type", None)], good(), "\"general.type\" is missing"),
         (vec![("adapter.type", Some(text("dora")))], good(), "\"adapter.type\""),
         (vec![("adapter.lora.alpha", Some(text("1")))], good(), "\"adapter.lora.alpha\""),
         (

@@ -2,7 +2,7 @@
 //! continue. Lines that begin with `/` are commands.
 
 use super::prompt::{first, user, Prompt};
-use super::speaker::{Reply, Speaker};
+use super::speaker::Speaker;
 use super::{Sampler, Say};
 use crate::report::Report;
 use crate::Result;
@@ -51,105 +51,126 @@ pub fn converse(
     report: Report,
 ) -> Result<()> {
     let people = report.is_read() && io::stdin().is_terminal();
-    let mut by = speaker.names.first().cloned();
-    if people {
-        report.piece(&format!("{}{}\n", speaker.base.describe(), speaks(&by)));
-        report.piece("/help shows the commands, /exit or Ctrl-D leaves\n");
-    }
-    let chats = speaker.base.template.is_some() && !say.raw;
-    let system = say.system.as_deref();
-    let (mut messages, mut text) = (first(system), String::new());
-    loop {
+    let prompt = |text: &str| {
         if people {
-            report.piece("> ");
+            report.piece(text);
         }
+    };
+    if say.system.is_some() && speaker.base.template.is_none() {
+        return Err("--system: the model has no chat template".into());
+    }
+    let mut conversation = Conversation::new(say, speaker, report);
+    let (model, by) = (conversation.speaker.base.describe(), conversation.speaks());
+    prompt(&format!("{model}; {by}\n/help shows the commands, /exit or Ctrl-D leaves\n"));
+    loop {
+        prompt("> ");
         let mut line = String::new();
         if io::stdin().lock().read_line(&mut line)? == 0 {
-            if people {
-                report.piece("\n");
-            }
+            prompt("\n");
             return Ok(());
         }
-        let said = match Command::parse(line.trim()) {
-            Command::Say("") => continue,
-            Command::Say(said) => said,
+        match Command::parse(line.trim()) {
             Command::Exit => return Ok(()),
-            Command::Help => {
-                report.tell(HELP, "help", json!({ "text": HELP }));
-                continue;
-            }
+            Command::Say("") => {}
+            Command::Say(said) => match conversation.answer(said, sampler) {
+                // A person may try again.
+                Err(error) if people => report.piece(&format!("{error}\n")),
+                answered => answered?,
+            },
+            command => conversation.obey(&command),
+        }
+    }
+}
+
+struct Conversation<'a, 'b> {
+    say: &'a Say,
+    speaker: &'a mut Speaker<'b>,
+    report: Report,
+    /// The adapter that speaks.
+    by: Option<String>,
+    /// With a chat template, else the text.
+    messages: Vec<Value>,
+    text: String,
+}
+
+impl<'a, 'b> Conversation<'a, 'b> {
+    fn new(say: &'a Say, speaker: &'a mut Speaker<'b>, report: Report) -> Self {
+        let (by, messages) = (speaker.names.first().cloned(), first(say.system.as_deref()));
+        Self { say, speaker, report, by, messages, text: String::new() }
+    }
+
+    fn speaks(&self) -> String {
+        match &self.by {
+            Some(name) => format!("{name} speaks"),
+            None => "the model speaks without an adapter".to_owned(),
+        }
+    }
+
+    /// Does what a command asks, but for the two that the conversation is made of.
+    fn obey(&mut self, command: &Command) {
+        let names = self.speaker.names.join(", ");
+        let (line, event, values) = match command {
+            Command::Say(_) | Command::Exit => return,
+            Command::Help => (HELP.to_owned(), "help", json!({ "text": HELP })),
             Command::Adapters => {
-                let names = speaker.names.join(", ");
-                let line = format!("adapters: {names}{}", speaks(&by));
-                report.tell(line, "adapters", json!({ "names": speaker.names, "speaks": by }));
-                continue;
+                let values = json!({ "names": self.speaker.names, "speaks": self.by });
+                (format!("adapters: {names}; {}", self.speaks()), "adapters", values)
+            }
+            Command::Adapter(Some(name))
+                if !self.speaker.names.iter().any(|known| known == name) =>
+            {
+                let line = format!("no adapter {name:?}, there are: {names}");
+                (line, "unknown", json!({ "adapter": name }))
             }
             Command::Adapter(name) => {
-                match name.filter(|name| !speaker.names.iter().any(|known| known == name)) {
-                    None => {
-                        by = name.map(str::to_owned);
-                        let line = speaks(&by).trim_start_matches("; ").to_owned();
-                        report.tell(line, "adapter", json!({ "speaks": by }));
-                    }
-                    Some(name) => {
-                        let names = speaker.names.join(", ");
-                        let line = format!("no adapter {name:?}, there are: {names}");
-                        report.tell(line, "unknown", json!({ "adapter": name }));
-                    }
-                }
-                continue;
+                self.by = name.map(str::to_owned);
+                (self.speaks(), "adapter", json!({ "speaks": self.by }))
             }
             Command::Reset => {
-                (messages, text) = (first(system), String::new());
-                report.tell("the conversation is forgotten", "reset", json!({}));
-                continue;
+                (self.messages, self.text) = (first(self.say.system.as_deref()), String::new());
+                ("the conversation is forgotten".to_owned(), "reset", json!({}))
             }
             Command::Unknown(command) => {
                 let line = format!("{command}: no such command, /help shows them");
-                report.tell(line, "unknown", json!({ "command": command }));
-                continue;
+                (line, "unknown", json!({ "command": command }))
             }
         };
+        self.report.tell(line, event, values);
+    }
+
+    /// Shows the reply as it is said.
+    fn answer(&mut self, said: &str, sampler: &mut Sampler) -> Result<()> {
+        let before = (self.messages.len(), self.text.len());
+        let answered = self.answered(said, sampler);
+        if answered.is_err() {
+            self.messages.truncate(before.0);
+            self.text.truncate(before.1);
+        }
+        answered
+    }
+
+    fn answered(&mut self, said: &str, sampler: &mut Sampler) -> Result<()> {
+        let chats = self.speaker.base.template.is_some() && !self.say.raw;
         let prompt = match chats {
             true => {
-                messages.push(user(said));
-                Prompt::of_messages(&messages, speaker.base, said)?
+                self.messages.push(user(said));
+                Prompt::of_messages(&self.messages, self.speaker.base, said)?
             }
             false => {
-                text.push_str(said);
-                Prompt::new(&text, None, speaker.base, true)?
+                self.text.push_str(said);
+                Prompt::new(&self.text, None, self.speaker.base, true)?
             }
         };
-        let reply = told(say, sampler, speaker, by.as_deref(), &prompt, report)?;
+        let (by, report) = (self.by.as_deref(), self.report);
+        let ids = prompt.ids(self.speaker.base)?;
+        let show = |piece: &str| report.piece(piece);
+        let reply = self.speaker.reply(by, &ids, self.say.tokens, sampler, show)?;
+        let values = json!({ "adapter": by, "text": reply.text, "tokens": reply.tokens });
+        report.tell("", "reply", values);
         match chats {
-            true => messages.push(assistant(&reply)),
-            false => text.push_str(&reply.text),
+            true => self.messages.push(json!({ "role": "assistant", "content": reply.text })),
+            false => self.text.push_str(&reply.text),
         }
+        Ok(())
     }
-}
-
-fn assistant(reply: &Reply) -> Value {
-    json!({"role": "assistant", "content": reply.text})
-}
-
-fn speaks(by: &Option<String>) -> String {
-    match by {
-        Some(name) => format!("; {name} speaks"),
-        None => "; the model speaks without an adapter".to_owned(),
-    }
-}
-
-/// The reply, shown as it is said.
-fn told(
-    say: &Say,
-    sampler: &mut Sampler,
-    speaker: &mut Speaker,
-    by: Option<&str>,
-    prompt: &Prompt,
-    report: Report,
-) -> Result<Reply> {
-    let ids = prompt.ids(speaker.base)?;
-    let reply = speaker.reply(by, &ids, say.tokens, sampler, |piece| report.piece(piece))?;
-    report.tell("", "reply", json!({ "adapter": by, "text": reply.text, "tokens": reply.tokens }));
-    Ok(reply)
 }

@@ -15,7 +15,11 @@ pub struct Prompt {
 impl Prompt {
     /// A message, or with `raw`, or for a model without a chat template, a text to continue.
     pub fn new(said: &str, system: Option<&str>, base: &Base, raw: bool) -> Result<Self> {
-        match base.template.is_some() && !raw {
+        let chats = base.template.is_some() && !raw;
+        if system.is_some() && !chats {
+            return Err("--system: the model has no chat template".into());
+        }
+        match chats {
             true => Self::of_messages(&[&first(system)[..], &[user(said)]].concat(), base, said),
             false => Ok(Self { shown: said.to_owned(), text: said.to_owned(), templated: false }),
         }

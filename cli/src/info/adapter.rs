@@ -53,7 +53,8 @@ pub fn tell(args: &Args, format: Format, report: Report) -> Result<()> {
     let bytes: usize = tensors.values().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum();
     let dtypes: BTreeSet<_> = tensors.values().map(|t| t.dtype().as_str()).collect();
     let norms = norms(&weights)?;
-    let fits = args.model.as_ref().map(|model| fits(args, model)).transpose()?;
+    let fits = args.model.as_ref().map(|model| fits(args, model));
+    let fits = fits.map(|fits| fits.unwrap_or_else(|e| format!("no: {e}")));
 
     let list = |names: &mut dyn Iterator<Item = &str>| names.collect::<Vec<_>>().join(", ");
     let kinds_told: Vec<_> = kinds.iter().map(|(kind, n)| format!("{n} {kind}")).collect();

@@ -31,6 +31,10 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
         let reason = "--dtype and --force are for a GGUF base: other weights keep their dtype";
         return Err(reason.into());
     }
+    if file.is_none() && out.extension().is_some_and(|end| end == "gguf") {
+        let reason = "only a GGUF base becomes a GGUF file: give a folder, or a .safetensors file";
+        return Err(format!("{}: {reason}", out.display()).into());
+    }
     let weights = read(args, file.as_ref())?;
     let bar = report.progress("merging", 0).of_bytes();
     let merged = match &file {

@@ -26,6 +26,9 @@ pub struct Base {
 
 impl Base {
     pub fn read(path: &Path, device: &Device) -> Result<Self> {
+        if let Some(reason) = no_model(path) {
+            return Err(format!("{}: {reason}", path.display()).into());
+        }
         let file = path.extension().is_some_and(|extension| extension == "gguf");
         let file = file.then(|| File::open(path)).transpose()?;
         let texts = match &file {
@@ -88,6 +91,22 @@ impl Base {
             Some(file) => Ok(adapter.save_gguf(folder.join("adapter.gguf"), file)?),
             None => Ok(()),
         }
+    }
+}
+
+/// What a path is that is no model, as far as it can be told at once.
+fn no_model(path: &Path) -> Option<&'static str> {
+    let ends = |end: &str| path.extension().is_some_and(|extension| extension == end);
+    if !path.exists() {
+        Some("no such folder or file; models are not downloaded: `hf download NAME --local-dir FOLDER` does that")
+    } else if path.is_file() && ends("safetensors") {
+        Some("these are weights alone: give the folder, with config.json and tokenizer.json")
+    } else if path.is_file() && !ends("gguf") {
+        Some("it is neither a folder nor a .gguf file; the model comes first, then the data")
+    } else if path.join("adapter_config.json").exists() && !path.join("config.json").exists() {
+        Some("it is an adapter: give the model, and in `chat` the adapter by --adapter")
+    } else {
+        None
     }
 }
 

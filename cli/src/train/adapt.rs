@@ -24,10 +24,14 @@ const HELD_OUT: usize = 256;
 pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Option<Document>> {
     let (rank, widest) = (args.rank as usize, base.config.hidden_size);
     if rank > widest {
-        return Err(format!("--rank {rank}: the model's hidden_size is {widest}").into());
+        return Err(format!("--rank {rank} is above the model's hidden_size, {widest}").into());
     }
     peak::reset(); // without the tiny model's training
     let length = (args.length as usize).min(base.config.longest);
+    if length < args.length as usize {
+        let line = format!("rows have {length} tokens, as many as the model takes");
+        report.tell(line, "length", json!({ "length": length }));
+    }
     let (train_on, mut valid) = documents(args, base, file)?;
     let training = examples(&train_on, &base.tokens, length)?;
     let measured = examples(&valid, &base.tokens, length)?;
@@ -118,7 +122,8 @@ fn documents(args: &Args, base: &Base, file: &Path) -> Result<(Vec<Document>, Ve
         return Ok((documents, read(valid)?));
     }
     if documents.len() < 2 {
-        return Err(format!("{}: one document, none is left to measure on", file.display()).into());
+        let reason = "one example, none is left to measure on: give --valid";
+        return Err(format!("{}: {reason}", file.display()).into());
     }
     Rng::new(args.seed).shuffle(&mut documents);
     let held_out = (documents.len() / 20).clamp(1, HELD_OUT);
@@ -185,6 +190,13 @@ fn tell_end(args: &Args, base: &Base, steps: &Steps, report: Report) {
         let also = if base.gguf().is_some() { ", for llama.cpp in adapter.gguf" } else { "" };
         let line = format!("adapter of step {step} in {out}{also}, losses in loss.svg");
         report.tell(line, "saved", json!({ "step": step, "loss": loss, "out": args.out }));
+        let before = steps.curve.validation.first().filter(|(step, _)| *step == 0);
+        if let Some((_, before)) = before.filter(|(_, before)| loss > *before) {
+            let line = format!(
+                "its validation loss is above {before:.4}, that without it: try a smaller --lr"
+            );
+            report.tell(line, "worse", json!({ "loss": loss, "without": before }));
+        }
     }
 }
 

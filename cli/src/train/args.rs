@@ -34,11 +34,11 @@ pub struct Args {
     #[arg(long, value_name = "FILE", requires = "data")]
     pub valid: Option<PathBuf>,
     /// The adapter's rank
-    #[arg(long, value_name = "R", default_value_t = 8)]
+    #[arg(long, aliases = ["r", "lora-r"], value_name = "R", default_value_t = 8)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub rank: u32,
     /// The adapter's strength: its update is scaled by alpha / rank
-    #[arg(long, default_value_t = 16., value_parser = positive)]
+    #[arg(long, alias = "lora-alpha", default_value_t = 16., value_parser = positive)]
     pub alpha: f64,
     /// The probability with which a value of the adapter's input is dropped in training
     #[arg(long, value_name = "P", default_value_t = 0., value_parser = dropout)]
@@ -50,14 +50,14 @@ pub struct Args {
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "all-linear")]
     pub targets: Vec<String>,
     /// The learning rate at its peak [default: 2e-4, and 5e-3 for the tiny model]
-    #[arg(long, visible_alias = "rate", value_parser = not_negative)]
+    #[arg(long, visible_alias = "rate", alias = "learning-rate", value_parser = not_negative)]
     pub lr: Option<f64>,
-    /// How often the adapter is changed, in all: those before --resume count
+    /// Steps of the optimizer, those before --resume included
     #[arg(long, value_name = "N", default_value_t = 200)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
     /// Rows per batch, each of --length tokens at most
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 4)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
     /// Batches per step, one after the other: more examples in the same memory
@@ -86,7 +86,7 @@ pub struct Args {
     pub overwrite: bool,
     /// Tokens of a row: texts are cut into rows, and as many examples as it holds share one without seeing each other;
     /// what an example has behind them is cut off
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, alias = "max-seq-length", value_name = "N", default_value_t = 256)]
     #[arg(value_parser = clap::value_parser!(u32).range(2..))]
     pub length: u32,
     /// A row for each example

@@ -9,7 +9,17 @@ use std::str::FromStr;
 pub struct Columns(BTreeMap<String, String>);
 
 /// The names that [`Columns`] can replace.
-const NAMES: [&str; 4] = ["text", "prompt", "completion", "messages"];
+const NAMES: [&str; 9] = [
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "system",
+];
 
 impl FromStr for Columns {
     type Err = String;
@@ -27,7 +37,12 @@ impl FromStr for Columns {
 }
 
 impl Columns {
-    /// A column of an entry, by one of the names above or any other.
+    /// A column that is named and that an entry does not have.
+    pub fn missing<'a>(&'a self, entry: &Value) -> Option<&'a str> {
+        self.0.values().map(String::as_str).find(|own| entry.get(own).is_none())
+    }
+
+    /// A column of an entry, by one of the names above.
     pub fn of<'a>(&self, entry: &'a Value, name: &str) -> &'a Value {
         &entry[self.0.get(name).map_or(name, String::as_str)]
     }

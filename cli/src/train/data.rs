@@ -80,11 +80,18 @@ fn from_json(
     columns: &Columns,
     template: Option<&Template>,
 ) -> Result<Vec<Document>> {
+    if let Some(missing) = columns.missing(json) {
+        return Err(format!("no column {missing:?}").into());
+    }
     let text = |name: &str| columns.text(json, name);
     let list = |name: &str| columns.of(json, name).as_array();
-    let chat = |messages: &[Value]| match template {
+    let chat = |messages: &[Value]| {
+        match template {
         Some(template) => conversation(at, messages, template),
-        None => Err("the model has no chat template for a conversation".into()),
+        None => Err("the model has no chat template for a conversation: give \"prompt\" and \"completion\", or another \
+                     model"
+            .into()),
+    }
     };
     if let Some(text) = text("text") {
         return Ok(vec![Document::text(at, text)]);

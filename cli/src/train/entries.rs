@@ -52,6 +52,10 @@ fn lines(path: &Path, text: &[u8], plain: bool) -> Result<Vec<(String, Entry)>> 
         }
         let entry = match plain {
             true => Entry::Line(line.to_owned()),
+            false if i == 0 && !line.starts_with(['{', '"']) => {
+                let reason = "expected JSON Lines or a JSON array, or a .txt file";
+                return Err(format!("{at}: {reason}: {}", shortened(line)).into());
+            }
             false => Entry::Json(
                 serde_json::from_str(line)
                     .map_err(|e| format!("{at}: {e}: {}", shortened(line)))?,

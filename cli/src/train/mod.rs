@@ -24,20 +24,27 @@ use crate::interrupt;
 use crate::model::Base;
 use crate::report::Report;
 use crate::Result;
-use std::env;
+use std::error::Error;
+use std::{env, fmt};
 
 pub fn run(args: &Args, report: Report) -> Result<()> {
     let Args { out, say, seed, resume, overwrite, .. } = args;
-    run::check(out, *resume, *overwrite)?;
     let device = args.device.device(*seed)?;
     interrupt::listen()?;
     let (model, data) = match (&args.model, &args.data) {
         (Some(model), Some(data)) => (model.clone(), data.clone()),
-        _ => tiny::tiny(args, &device, report)?,
+        _ => {
+            run::check(out, *resume, *overwrite)?;
+            tiny::tiny(args, &device, report)?
+        }
     };
     let base = Base::read(&model, &device)?;
+    if !data.exists() {
+        return Err(format!("{}: no such file: data is not downloaded", data.display()).into());
+    }
+    run::check(out, *resume, *overwrite)?;
     let Some(document) = adapt::adapt(args, &base, &data, report)? else {
-        return Err(format!("stopped; go on with: {}", resumed(env::args())).into());
+        return Err(Stopped(resumed(env::args())).into());
     };
     let prompt = match &say.prompt {
         Some(prompt) => {
@@ -48,6 +55,18 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
     };
     let mut speaker = Speaker::new(&base, &[format!("adapted={}", out.display())])?;
     compare(say, &say.sampler(*seed), &mut speaker, &prompt, report)
+}
+
+/// A run that Ctrl-C stopped, with the command that goes on with it.
+#[derive(Debug)]
+pub struct Stopped(String);
+
+impl Error for Stopped {}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "stopped and saved; go on with: {}", self.0)
+    }
 }
 
 /// The command that goes on with a run.

@@ -89,8 +89,15 @@ const STATE: &str = "state.safetensors";
 const FILES: [&str; 5] =
     [STATE, "adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "loss.svg"];
 
-/// An error if `out` has a run, which is neither to be resumed nor replaced, or none that could be resumed.
+/// An error if `out` has a run, which is neither to be resumed nor replaced, or none that could be resumed, or a model.
 pub fn check(out: &Path, resume: bool, overwrite: bool) -> Result<()> {
+    let at = out.display();
+    if out.is_file() {
+        return Err(format!("{at}: it is a file, expected a folder for the adapter").into());
+    }
+    if ["config.json", "model.safetensors"].iter().any(|name| out.join(name).exists()) {
+        return Err(format!("{at}: it is a model's folder: choose another --out").into());
+    }
     let found = FILES.iter().find(|name| out.join(name).exists());
     match found {
         Some(name) if !resume && !overwrite => {
@@ -99,7 +106,7 @@ pub fn check(out: &Path, resume: bool, overwrite: bool) -> Result<()> {
                 true => "--resume goes on with the run, ",
                 false => "",
             };
-            Err(format!("{}: it is of another run: {resumed}--overwrite replaces it", at.display())
+            Err(format!("{}: it is there already: {resumed}--overwrite replaces it", at.display())
                 .into())
         }
         _ if resume && !out.join(STATE).exists() => Err(format!(
