@@ -62,7 +62,9 @@ fn main() -> ExitCode {
         Command::Convert(args) => convert::run(args, report),
         Command::Info(args) => info::run(args, report),
         Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Args::command(), "lora", &mut std::io::stdout());
+            let mut script = vec![];
+            clap_complete::generate(*shell, &mut Args::command(), "lora", &mut script);
+            report::show(&String::from_utf8(script)?);
             Ok(())
         }
     })

@@ -52,10 +52,15 @@ impl Report {
 }
 
 /// To the standard output. Where nobody reads it any more, as after `| head`, the program ends as others do.
-fn show(text: &str) {
+pub fn show(text: &str) {
     let mut out = io::stdout().lock();
-    if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
-        process::exit(141);
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(141),
+        Err(error) => {
+            eprintln!("error: the standard output: {error}");
+            process::exit(1);
+        }
     }
 }
 

@@ -64,14 +64,15 @@ pub fn converse(
     prompt(&format!("{model}; {by}\n/help shows the commands, /exit or Ctrl-D leaves\n"));
     loop {
         prompt("> ");
-        let mut line = String::new();
-        if io::stdin().lock().read_line(&mut line)? == 0 {
+        let mut line = vec![];
+        if io::stdin().lock().read_until(b'\n', &mut line)? == 0 {
             prompt("\n");
             return Ok(());
         }
-        match Command::parse(line.trim()) {
+        let line = String::from_utf8_lossy(&line);
+        match Command::parse(line.trim_end_matches(['\r', '\n'])) {
             Command::Exit => return Ok(()),
-            Command::Say("") => {}
+            Command::Say(said) if said.trim().is_empty() => {}
             Command::Say(said) => match conversation.answer(said, sampler) {
                 // A person may try again.
                 Err(error) if people => report.piece(&format!("{error}\n")),
@@ -88,15 +89,15 @@ struct Conversation<'a, 'b> {
     report: Report,
     /// The adapter that speaks.
     by: Option<String>,
-    /// With a chat template, else the text.
     messages: Vec<Value>,
-    text: String,
+    /// The text, if the model does not chat.
+    ids: Vec<u32>,
 }
 
 impl<'a, 'b> Conversation<'a, 'b> {
     fn new(say: &'a Say, speaker: &'a mut Speaker<'b>, report: Report) -> Self {
         let (by, messages) = (speaker.names.first().cloned(), first(say.system.as_deref()));
-        Self { say, speaker, report, by, messages, text: String::new() }
+        Self { say, speaker, report, by, messages, ids: vec![] }
     }
 
     fn speaks(&self) -> String {
@@ -127,7 +128,7 @@ impl<'a, 'b> Conversation<'a, 'b> {
                 (self.speaks(), "adapter", json!({ "speaks": self.by }))
             }
             Command::Reset => {
-                (self.messages, self.text) = (first(self.say.system.as_deref()), String::new());
+                (self.messages, self.ids) = (first(self.say.system.as_deref()), vec![]);
                 ("the conversation is forgotten".to_owned(), "reset", json!({}))
             }
             Command::Unknown(command) => {
@@ -140,36 +141,33 @@ impl<'a, 'b> Conversation<'a, 'b> {
 
     /// Shows the reply as it is said.
     fn answer(&mut self, said: &str, sampler: &mut Sampler) -> Result<()> {
-        let before = (self.messages.len(), self.text.len());
+        let before = self.messages.len();
         let answered = self.answered(said, sampler);
         if answered.is_err() {
-            self.messages.truncate(before.0);
-            self.text.truncate(before.1);
+            self.messages.truncate(before);
         }
         answered
     }
 
     fn answered(&mut self, said: &str, sampler: &mut Sampler) -> Result<()> {
         let chats = self.speaker.base.template.is_some() && !self.say.raw;
-        let prompt = match chats {
+        let base = self.speaker.base;
+        let ids = match chats {
             true => {
                 self.messages.push(user(said));
-                Prompt::of_messages(&self.messages, self.speaker.base, said)?
+                Prompt::of_messages(&self.messages, base, said)?.ids(base)?
             }
-            false => {
-                self.text.push_str(said);
-                Prompt::new(&self.text, None, self.speaker.base, true)?
-            }
+            // A text goes on by its tokens: as text, they may lose the space between two words.
+            false => [&self.ids[..], &base.tokens.encode(said, self.ids.is_empty())?].concat(),
         };
         let (by, report) = (self.by.as_deref(), self.report);
-        let ids = prompt.ids(self.speaker.base)?;
         let show = |piece: &str| report.piece(piece);
         let reply = self.speaker.reply(by, &ids, self.say.tokens, sampler, show)?;
-        let values = json!({ "adapter": by, "text": reply.text, "tokens": reply.tokens });
+        let values = json!({ "adapter": by, "text": reply.text, "tokens": reply.ids.len() });
         report.tell("", "reply", values);
         match chats {
             true => self.messages.push(json!({ "role": "assistant", "content": reply.text })),
-            false => self.text.push_str(&reply.text),
+            false => self.ids = [ids, reply.ids].concat(),
         }
         Ok(())
     }

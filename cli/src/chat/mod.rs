@@ -77,10 +77,11 @@ pub fn compare(
             "text": prompt.shown,
         }),
     );
-    for by in std::iter::once(None).chain(names.iter().map(|name| Some(&name[..]))) {
+    let alone = speaker.can_disable().then_some(None);
+    for by in alone.into_iter().chain(names.iter().map(|name| Some(&name[..]))) {
         let reply = speaker.reply(by, &ids, say.tokens, &mut sampler.clone(), |_| {})?;
         let line = format!("{:width$}  {}", by.unwrap_or("model"), reply.text.trim());
-        let values = json!({ "adapter": by, "text": reply.text, "tokens": reply.tokens });
+        let values = json!({ "adapter": by, "text": reply.text,"tokens": reply.ids.len() });
         report.tell(line, "reply", values);
     }
     Ok(())

@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use lora::adapter::Choice;
 use lora::{Adapter, Adapters, LoraWeights};
 use loralib as lora;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 pub struct Speaker<'a> {
@@ -36,7 +37,7 @@ struct Heard {
 /// What was said.
 pub struct Reply {
     pub text: String,
-    pub tokens: usize,
+    pub ids: Vec<u32>,
 }
 
 impl<'a> Speaker<'a> {
@@ -45,6 +46,9 @@ impl<'a> Speaker<'a> {
         let mut all: Vec<(String, LoraWeights)> = vec![];
         for given in adapters {
             let (name, path) = named(given);
+            if name == "none" {
+                return Err(format!("\"none\" is the model alone: give NAME={given}").into());
+            }
             if all.iter().any(|(other, _)| *other == name) {
                 return Err(format!("two adapters are called {name:?}: give NAME={given}").into());
             }
@@ -58,9 +62,9 @@ impl<'a> Speaker<'a> {
         let (model, adapters) = match &all[..] {
             [] => (base.model(vb)?, Loaded::None),
             [(name, weights)] => {
-                let at = |e: lora::Error| format!("adapter {name:?}: {e}");
+                let at = |e: lora::Error| merge_it(format!("adapter {name:?}: {e}"));
                 let adapter = Adapter::from_weights(weights).map_err(at)?;
-                let model = base.model(adapter.var_builder(vb))?;
+                let model = base.model(adapter.var_builder(vb)).map_err(merge_it)?;
                 adapter.check().and_then(|()| adapter.eval()).map_err(at)?;
                 (model, Loaded::One(adapter))
             }
@@ -68,12 +72,20 @@ impl<'a> Speaker<'a> {
                 let adapters = Adapters::new();
                 let model = base.model(adapters.var_builder(vb))?;
                 for (name, weights) in several {
-                    adapters.add(name, &Adapter::from_weights(weights)?)?;
+                    adapters.add(name, &Adapter::from_weights(weights)?).map_err(merge_it)?;
                 }
                 (model, Loaded::Several(adapters))
             }
         };
         Ok(Self { base, model, adapters, names, heard: None })
+    }
+
+    /// Whether the model can speak without its adapter, which may have parts in place of the model's.
+    pub fn can_disable(&self) -> bool {
+        match &self.adapters {
+            Loaded::One(adapter) => adapter.choice_disabled().is_ok(),
+            Loaded::None | Loaded::Several(_) => true,
+        }
     }
 
     /// What the model says after `prompt`, with an adapter or without, in `longest` tokens at most. `told` gets the text
@@ -127,6 +139,10 @@ impl<'a> Speaker<'a> {
         let mut unread = prompt[ids.len()..].to_vec();
         let (mut stream, mut shown, mut said) = (base.tokens.stream(), String::new(), vec![]);
         while said.len() < longest {
+            if !ids.is_empty() && self.model.turns(ids.len(), ids.len() + unread.len()) {
+                cache = self.model.cache(read + longest);
+                unread = [std::mem::take(&mut ids), unread].concat();
+            }
             let input = Tensor::new(&unread[..], &base.device)?.unsqueeze(0)?;
             let hidden = self.model.continued(&input, &mut cache)?;
             let last = hidden.narrow(1, unread.len() - 1, 1)?;
@@ -148,8 +164,13 @@ impl<'a> Speaker<'a> {
         if let Some(rest) = text.strip_prefix(&shown) {
             told(rest);
         }
-        Ok(Reply { text, tokens: said.len() })
+        Ok(Reply { text, ids: said })
     }
+}
+
+/// What else there is for an adapter that cannot compute beside the model.
+fn merge_it(error: impl Display) -> String {
+    format!("{error}; `lora merge` makes a model of it")
 }
 
 /// An adapter's name and path.
@@ -158,6 +179,7 @@ fn named(given: &str) -> (String, PathBuf) {
         return (name.to_owned(), path.into());
     }
     let path = Path::new(given);
-    let name = path.file_stem().map_or(given.into(), |name| name.to_string_lossy().into_owned());
+    let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    let name = name.map_or(given.into(), |name| name.to_string_lossy().into_owned());
     (name, path.to_owned())
 }

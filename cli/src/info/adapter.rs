@@ -12,8 +12,9 @@ use candle_core::{Device, Tensor};
 use loralib::formats::{diffusers, kohya};
 use loralib::layers::LayerKind;
 use loralib::{gguf, LoraWeights};
-use serde_json::json;
+use serde_json::{json, Value};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::path::Path;
 
 pub fn tell(args: &Args, format: Format, report: Report) -> Result<()> {
@@ -27,18 +28,9 @@ pub fn tell(args: &Args, format: Format, report: Report) -> Result<()> {
         let scaling = config.map_or(alpha / layer.r as f64, |config| config.scaling());
         layers.push((path, layer, alpha, scaling));
     }
-    let range = |values: Vec<f64>| {
-        let (low, high) =
-            values.iter().fold((f64::MAX, f64::MIN), |(low, high), v| (low.min(*v), high.max(*v)));
-        match (values.is_empty(), low == high) {
-            (true, _) => "none".to_owned(),
-            (_, true) => format!("{low}"),
-            _ => format!("{low} to {high}"),
-        }
-    };
-    let rank = range(layers.iter().map(|(_, layer, ..)| layer.r as f64).collect());
-    let alpha = range(layers.iter().map(|(_, _, alpha, _)| *alpha).collect());
-    let scaling = range(layers.iter().map(|(.., scaling)| *scaling).collect());
+    let rank = Range::of(layers.iter().map(|(_, layer, ..)| layer.r as f64));
+    let alpha = Range::of(layers.iter().map(|(_, _, alpha, _)| *alpha));
+    let scaling = Range::of(layers.iter().map(|(.., scaling)| *scaling));
     let mut kinds = BTreeMap::<String, usize>::new();
     for (_, layer, ..) in &layers {
         let kind = layer.kind.as_ref().map_or("of any kind", name);
@@ -87,7 +79,7 @@ pub fn tell(args: &Args, format: Format, report: Report) -> Result<()> {
     text += &format!("\nnorms of the updates by layer\n{}", picture::text(&norms));
     let values = json!({
         "format": format.to_string(), "parameters": parameters, "bytes": bytes, "dtypes": dtypes,
-        "rank": rank, "alpha": alpha, "scaling": scaling, "layers": kinds, "targets": targets, "others": others,
+        "rank": rank.json(), "alpha": alpha.json(), "scaling": scaling.json(), "layers": kinds, "targets": targets, "others": others,
         "base": config.base_model_name_or_path, "task": config.task_type, "fits": fits,
         "norms": norms.iter().cloned().collect::<BTreeMap<_, _>>(),
     });
@@ -95,6 +87,35 @@ pub fn tell(args: &Args, format: Format, report: Report) -> Result<()> {
     match &args.svg {
         Some(file) => picture::svg(&norms, file),
         None => Ok(()),
+    }
+}
+
+/// The smallest and the largest of the layers' values.
+struct Range(f64, f64);
+
+impl Range {
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let least_and_most = |Self(low, high), v: f64| Self(v.min(low), v.max(high));
+        values.fold(Self(f64::MAX, f64::MIN), least_and_most)
+    }
+
+    /// A number, or both in a list; null without layers.
+    fn json(&self) -> Value {
+        match *self {
+            Self(low, high) if low > high => Value::Null,
+            Self(low, high) if low == high => json!(low),
+            Self(low, high) => json!([low, high]),
+        }
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match *self {
+            Self(low, high) if low > high => f.write_str("none"),
+            Self(low, high) if low == high => write!(f, "{low}"),
+            Self(low, high) => write!(f, "{low} to {high}"),
+        }
     }
 }
 

@@ -54,8 +54,15 @@ pub fn write(base: &File, config: Value, out: &Path) -> Result<()> {
         "pad_token": special("pad_token_id"),
         "model_max_length": config["max_position_embeddings"],
     });
+    // The token that ends a turn may be another than the one that ends a text.
+    let turn = base.metadata().get("tokenizer.ggml.eot_token_id").and_then(|id| id.to_u32().ok());
+    let ends = [config["eos_token_id"].clone(), turn.into()];
+    let mut ends: Vec<_> = ends.into_iter().filter(|id| !id.is_null()).collect();
+    ends.dedup();
+    let generation = json!({ "bos_token_id": config["bos_token_id"], "eos_token_id": ends });
     let mut files = vec![
         (CONFIG, format!("{config:#}\n")),
+        ("generation_config.json", format!("{generation:#}\n")),
         ("tokenizer.json", tokenizer),
         ("tokenizer_config.json", format!("{tokens:#}\n")),
     ];

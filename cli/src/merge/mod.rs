@@ -14,12 +14,12 @@ use loralib::{merge, LoraWeights};
 use read::read;
 use serde_json::json;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub fn run(args: &Args, report: Report) -> Result<()> {
     let Args { base, out, .. } = args;
     let new = !out.exists();
-    let filled = out.is_dir() && fs::read_dir(out)?.next().is_some();
+    let filled = out.is_dir() && !files(out)?.is_empty();
     if out.exists() && (filled || !out.is_dir()) {
         return Err(format!("{} exists: choose another --out", out.display()).into());
     }
@@ -46,13 +46,24 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
         // What is half written is no model.
         if new && out.is_dir() {
             fs::remove_dir_all(out)?;
+        } else if out.is_dir() {
+            files(out)?.into_iter().try_for_each(fs::remove_file)?;
         }
         return Err(error);
     }
     let layers = weights.layers().count();
     let line = format!("{layers} layers merged into {}", out.display());
-    report.tell(line, "merged", json!({ "layers": layers, "out": out }));
+    report.tell(line, "merged", json!({ "layers": layers, "out": out.display().to_string() }));
     Ok(())
+}
+
+/// What is in a folder, but for hidden files, such as those of a merge that was killed.
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let paths = fs::read_dir(folder)?.map(|entry| Ok(entry?.path()));
+    let paths = paths.collect::<Result<Vec<_>>>()?;
+    let hidden =
+        |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+    Ok(paths.into_iter().filter(|path| !hidden(path)).collect())
 }
 
 fn is_file(out: &Path) -> bool {

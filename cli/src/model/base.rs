@@ -37,14 +37,10 @@ impl Base {
         };
         let build = |texts: Texts| -> Result<Self> {
             let config = Config::from_json(texts.config)?;
-            if texts.tokens.len() > config.vocab_size {
-                let (has, takes) = (texts.tokens.len(), config.vocab_size);
-                return Err(
-                    format!("the tokenizer has {has} tokens, the model takes {takes}").into()
-                );
-            }
+            // A tokenizer may have more, such as Gemma 3's for images.
+            let tokens = texts.tokens.below(config.vocab_size);
             let (path, device) = (path.to_owned(), device.clone());
-            Ok(Self { path, config, tokens: texts.tokens, template: texts.template, device, file })
+            Ok(Self { path, config, tokens, template: texts.template, device, file })
         };
         texts.and_then(build).map_err(|e| format!("{}: {e}", path.display()).into())
     }

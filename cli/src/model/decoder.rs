@@ -5,6 +5,7 @@
 
 use super::attention::Attention;
 use super::config::{Activation, Config, Span};
+use super::rope::Rotary;
 use super::texts::Texts;
 use candle_core::{Module, Result, Tensor, D};
 use candle_nn::kv_cache::KvCache;
@@ -63,6 +64,12 @@ impl Decoder {
         }
         cache.tokens += tokens;
         self.norm.forward(&x)
+    }
+
+    /// Whether a text of so many tokens cannot go on in the cache of its first ones, whose rotations were others.
+    pub fn turns(&self, first: usize, all: usize) -> bool {
+        let turns = |turn: usize| first <= turn && turn < all;
+        self.config.rotary.iter().filter_map(Rotary::turn).any(turns)
     }
 
     /// The hidden states (1, tokens, hidden_size) of ids (1, tokens) that are texts of these lengths, one after another.

@@ -100,6 +100,11 @@ impl Rotary {
         }
     }
 
+    /// The length of a text above which all of its rotations are others.
+    pub fn turn(&self) -> Option<usize> {
+        self.long.as_ref().map(|(longest, _)| *longest)
+    }
+
     /// How many values of a head are rotated.
     pub fn rotated(&self) -> usize {
         2 * self.frequencies.len()

@@ -42,6 +42,9 @@ impl Template {
             add_generation_prompt => reply,
             bos_token => &self.bos,
             eos_token => &self.eos,
+            // As transformers without them: none, which is not undefined.
+            tools => (),
+            documents => (),
         };
         let rendered = self.env.get_template("chat").and_then(|chat| chat.render(values));
         rendered.map_err(|e| format!("the chat template: {e}").into())
@@ -164,6 +167,15 @@ mod tests {
                       'user' %}{% continue %}{% endif %}{{ m.role }}{{ loop.index0 }}{% break %}{% endfor %}{{ ns.n }}";
         assert_eq!(rendered(source)?, "assistant12");
         assert_eq!(rendered("{{ strftime_now('%Y') }}")?, Local::now().format("%Y").to_string());
+        Ok(())
+    }
+
+    #[test]
+    fn tools_are_none() -> Result<()> {
+        assert_eq!(
+            rendered("{% if tools is not none or documents is not none %}x{% endif %}y")?,
+            "y"
+        );
         Ok(())
     }
 

@@ -21,6 +21,8 @@ pub struct Tokens {
     inner: Tokenizer,
     /// The first is the one that training puts behind a text.
     ends: Vec<u32>,
+    /// How many tokens the model takes.
+    count: usize,
 }
 
 impl Tokens {
@@ -42,25 +44,40 @@ impl Tokens {
         }
         match found.is_empty() {
             true => Err("no eos_token says which token ends a text".into()),
-            false => Ok(Self { inner, ends: found.into_iter().map(|id| id as u32).collect() }),
+            false => {
+                let ends = found.into_iter().map(|id| id as u32).collect();
+                Ok(Self { inner, ends, count: usize::MAX })
+            }
         }
     }
 
-    /// How many tokens there are.
-    pub fn len(&self) -> usize {
-        self.inner.get_vocab_size(true)
+    /// Of a model that takes the first `count` tokens.
+    pub fn below(self, count: usize) -> Self {
+        Self { count, ..self }
     }
 
     /// With `special` the tokens that the tokenizer puts around a text, such as Llama's first.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        Ok(self.inner.encode(text, special)?.get_ids().to_vec())
+        self.checked(self.inner.encode(text, special)?.get_ids())
     }
 
     /// The tokens, and where in the text each ends; a special one that is put before it, at 0.
     pub fn encode_with_ends(&self, text: &str, special: bool) -> Result<(Vec<u32>, Vec<usize>)> {
         let encoding = self.inner.encode(text, special)?;
         let ends = encoding.get_offsets().iter().map(|(_, end)| *end);
-        Ok((encoding.get_ids().to_vec(), ends.collect()))
+        Ok((self.checked(encoding.get_ids())?, ends.collect()))
+    }
+
+    fn checked(&self, ids: &[u32]) -> Result<Vec<u32>> {
+        match ids.iter().find(|id| **id as usize >= self.count) {
+            Some(id) => {
+                let token = self.inner.id_to_token(*id).unwrap_or_default();
+                let count = self.count;
+                Err(format!("the model takes {count} tokens, and the text has {token:?}, {id}")
+                    .into())
+            }
+            None => Ok(ids.to_vec()),
+        }
     }
 
     /// The same text as [`decode`](Self::decode), piece by piece.

@@ -71,6 +71,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
         clip: plan.clip,
         seed: plan.seed,
         data: hash(&training.all),
+        valid: hash(&measured.all),
     };
     if args.resume {
         run::check_options(&args.out, &options)?;
@@ -189,7 +190,11 @@ fn tell_end(args: &Args, base: &Base, steps: &Steps, report: Report) {
         let out = args.out.display();
         let also = if base.gguf().is_some() { ", for llama.cpp in adapter.gguf" } else { "" };
         let line = format!("adapter of step {step} in {out}{also}, losses in loss.svg");
-        report.tell(line, "saved", json!({ "step": step, "loss": loss, "out": args.out }));
+        report.tell(
+            line,
+            "saved",
+            json!({ "step": step, "loss": loss, "out": args.out.display().to_string() }),
+        );
         let before = steps.curve.validation.first().filter(|(step, _)| *step == 0);
         if let Some((_, before)) = before.filter(|(_, before)| loss > *before) {
             let line = format!(

@@ -37,6 +37,11 @@ impl FromStr for Columns {
 }
 
 impl Columns {
+    /// Whether one of the names above is replaced.
+    pub fn names(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// A column that is named and that an entry does not have.
     pub fn missing<'a>(&'a self, entry: &Value) -> Option<&'a str> {
         self.0.values().map(String::as_str).find(|own| entry.get(own).is_none())

@@ -72,6 +72,13 @@ impl Document {
     }
 }
 
+const EXPECTED: &str =
+    "expected \"text\", \"prompt\" and \"completion\", \"messages\", \"conversations\", or \
+                        \"instruction\" and \"output\"; --columns gives other names";
+const NO_TEMPLATE: &str =
+    "the model has no chat template for a conversation: give \"prompt\" and \"completion\", or \
+                           another model";
+
 /// A "text"; a "prompt" and a "completion", which are texts or lists of messages; "messages"; ShareGPT's "conversations";
 /// or Alpaca's "instruction", "input" and "output", a conversation if the model has a chat template.
 fn from_json(
@@ -85,30 +92,27 @@ fn from_json(
     }
     let text = |name: &str| columns.text(json, name);
     let list = |name: &str| columns.of(json, name).as_array();
-    let chat = |messages: &[Value]| {
-        match template {
-        Some(template) => conversation(at, messages, template),
-        None => Err("the model has no chat template for a conversation: give \"prompt\" and \"completion\", or another \
-                     model"
-            .into()),
-    }
+    let chat = |messages: &[Value], given: usize| match template {
+        Some(template) => conversation(at, messages, given, template),
+        None => Err(NO_TEMPLATE.into()),
     };
-    if let Some(text) = text("text") {
+    if let Some(text) = text("text").filter(|_| columns.names("text")) {
         return Ok(vec![Document::text(at, text)]);
     }
     if let (Some(prompt), Some(completion)) = (text("prompt"), text("completion")) {
         return Ok(vec![Document::completion(at, prompt, completion)]);
     }
     if let (Some(prompt), Some(completion)) = (list("prompt"), list("completion")) {
-        return chat(&[&prompt[..], &completion[..]].concat());
+        return chat(&[&prompt[..], &completion[..]].concat(), prompt.len());
     }
     if let Some(messages) = list("messages") {
-        return chat(messages);
+        return chat(messages, 0);
     }
     if let Some(turns) = list("conversations") {
-        let system = text("system").map(|system| json!({"role": "system", "content": system}));
+        let system = text("system").filter(|system| !system.is_empty());
+        let system = system.map(|system| json!({"role": "system", "content": system}));
         let turns = turns.iter().map(from_sharegpt).collect::<Result<Vec<_>>>()?;
-        return chat(&system.into_iter().chain(turns).collect::<Vec<_>>());
+        return chat(&system.into_iter().chain(turns).collect::<Vec<_>>(), 0);
     }
     if let (Some(instruction), Some(output)) = (text("instruction"), text("output")) {
         let input = text("input").filter(|input| !input.is_empty());
@@ -121,14 +125,15 @@ fn from_json(
                 let system = system.map(|system| json!({"role": "system", "content": system}));
                 let user = json!({"role": "user", "content": prompt});
                 let assistant = json!({"role": "assistant", "content": output});
-                chat(&system.into_iter().chain([user, assistant]).collect::<Vec<_>>())
+                chat(&system.into_iter().chain([user, assistant]).collect::<Vec<_>>(), 0)
             }
         };
     }
-    let expected =
-        "expected \"text\", \"prompt\" and \"completion\", \"messages\", \"conversations\", or \
-                    \"instruction\" and \"output\"; --columns gives other names";
-    Err(expected.into())
+    // Some files have the whole text beside its parts.
+    if let Some(text) = text("text") {
+        return Ok(vec![Document::text(at, text)]);
+    }
+    Err(EXPECTED.into())
 }
 
 /// A turn of ShareGPT as a message.
@@ -152,15 +157,20 @@ fn from_sharegpt(turn: &Value) -> Result<Value> {
     Ok(json!({"role": role, "content": said}))
 }
 
-/// What the assistant says is learned, each time after what the template puts before it.
-fn conversation(at: &str, messages: &[Value], template: &Template) -> Result<Vec<Document>> {
+/// What the assistant says is learned, each time after what the template puts before it, but for the first `given` messages.
+fn conversation(
+    at: &str,
+    messages: &[Value],
+    given: usize,
+    template: &Template,
+) -> Result<Vec<Document>> {
     if let Some(bad) = messages.iter().find(|m| !m["role"].is_string() || !m["content"].is_string())
     {
         return Err(format!("a message without the texts \"role\" and \"content\": {bad}").into());
     }
     let (mut documents, mut pieces, mut said): (Vec<Document>, Vec<Piece>, _) =
         (vec![], vec![], String::new());
-    for i in (0..messages.len()).filter(|&i| messages[i]["role"] == "assistant") {
+    for i in (given..messages.len()).filter(|&i| messages[i]["role"] == "assistant") {
         let before = template.render(&messages[..i], true)?;
         let after = template.render(&messages[..=i], false)?;
         let reply = after.strip_prefix(&before).ok_or_else(|| {

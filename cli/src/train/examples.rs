@@ -38,7 +38,7 @@ pub fn examples(documents: &[Document], tokens: &Tokens, length: usize) -> Resul
     for document in documents {
         let mut example = encode(document, tokens)?;
         if document.kind == Kind::Text {
-            texts.extend(example.ids);
+            texts.extend(example.ids.into_iter().zip(example.learned));
             continue;
         }
         let is_cut = example.inputs() > length;
@@ -53,8 +53,10 @@ pub fn examples(documents: &[Document], tokens: &Tokens, length: usize) -> Resul
     }
     // The last token of one piece is the first of the next, so that each is predicted once.
     for start in (0..texts.len().saturating_sub(1)).step_by(length) {
-        let ids = texts[start..texts.len().min(start + length + 1)].to_vec();
-        all.push(Example { learned: vec![true; ids.len()], ids });
+        let part = &texts[start..texts.len().min(start + length + 1)];
+        let (ids, learned) = part.iter().copied().unzip();
+        let example = Example { ids, learned };
+        all.extend((example.predicted() > 0).then_some(example));
     }
     match (all.is_empty(), dropped.first()) {
         (false, _) => Ok(Examples { all, cut, dropped }),

@@ -44,7 +44,9 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
     }
     run::check(out, *resume, *overwrite)?;
     let Some(document) = adapt::adapt(args, &base, &data, report)? else {
-        return Err(Stopped(resumed(env::args())).into());
+        return Err(
+            Stopped(resumed(env::args_os().map(|arg| arg.to_string_lossy().into_owned()))).into()
+        );
     };
     let prompt = match &say.prompt {
         Some(prompt) => {
@@ -53,6 +55,9 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
         }
         None => Prompt::of(&document),
     };
+    if prompt.ids(&base)?.is_empty() {
+        return Ok(());
+    }
     let mut speaker = Speaker::new(&base, &[format!("adapted={}", out.display())])?;
     compare(say, &say.sampler(*seed), &mut speaker, &prompt, report)
 }
@@ -71,11 +76,10 @@ impl fmt::Display for Stopped {
 
 /// The command that goes on with a run.
 fn resumed(args: impl Iterator<Item = String>) -> String {
-    let quoted = |arg: String| match arg
-        .contains(|c: char| c.is_whitespace() || "'\"$`\\*?#&;|<>()".contains(c))
-    {
-        true => format!("'{}'", arg.replace('\'', r"'\''")),
-        false => arg,
+    let plain = |c: char| c.is_alphanumeric() || "-_./=,:+@%".contains(c);
+    let quoted = |arg: String| match !arg.is_empty() && arg.chars().all(plain) {
+        true => arg,
+        false => format!("'{}'", arg.replace('\'', r"'\''")),
     };
     let kept = args.filter(|arg| arg != "--overwrite" && arg != "--resume").map(quoted);
     kept.chain(["--resume".to_owned()]).collect::<Vec<_>>().join(" ")

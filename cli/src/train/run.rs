@@ -55,8 +55,9 @@ pub struct Options {
     pub no_packing: bool,
     pub clip: f64,
     pub seed: u64,
-    /// A hash of all tokens.
+    /// Hashes of all tokens, to train on and to measure on.
     pub data: u64,
+    pub valid: u64,
 }
 
 impl Options {
@@ -70,6 +71,7 @@ impl Options {
         let differ = was.into_iter().filter(|(name, was)| now.get(name) != Some(was));
         let told = differ.map(|(name, was)| match &name[..] {
             "data" => "DATA has other tokens".to_owned(),
+            "valid" => "--valid has other tokens".to_owned(),
             "model" => format!("MODEL was {was}"),
             "targets" => {
                 let names = was.as_array().into_iter().flatten().filter_map(Value::as_str);

@@ -99,9 +99,10 @@ pub fn train(
         let speed = steps.tokens as f64 / steps.times.iter().sum::<Duration>().as_secs_f64();
         progress.step(step as u64 + 1, sum, smooth, speed);
         steps.curve.training.push((step + 1, sum));
-        let Some(run) = run else { continue };
         let stop = interrupt::asked();
-        progress.suspend(|| run.after(&opt, stop, &mut steps.curve))?;
+        if let Some(run) = run {
+            progress.suspend(|| run.after(&opt, stop, &mut steps.curve))?;
+        }
         if stop && step + 1 < plan.steps {
             steps.ended = false;
             break;

@@ -10,6 +10,10 @@ use std::fs;
 
 /// A token for each of these words, the last of which ends a text.
 fn tokens() -> Result<Tokens> {
+    Tokens::new(&tokenizer(), &[&json!("end")])
+}
+
+fn tokenizer() -> String {
     let tokenizer = json!({
         "version": "1.0",
         "added_tokens": [],
@@ -20,7 +24,7 @@ fn tokens() -> Result<Tokens> {
             "unk_token": "?",
         },
     });
-    Tokens::new(&tokenizer.to_string(), &[&json!("end")])
+    tokenizer.to_string()
 }
 
 fn template() -> Result<Template> {
@@ -47,6 +51,55 @@ fn replies_alone_are_learned() -> Result<()> {
     assert_eq!(learned, &[false, false, false, false, false, true, true]);
     let (ids, learned) = &read_line(br#"{"prompt": "a b", "completion": " a"}"#, 10)?[1];
     assert_eq!((&ids[..], &learned[..]), (&[1, 2, 1, 5][..], &[false, false, true, true][..]));
+    Ok(())
+}
+
+#[test]
+fn conversations_of_every_form_are_the_same() -> Result<()> {
+    let same = [
+        r#"{"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "b"}]}"#,
+        r#"{"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "b"}], "system": ""}"#,
+        r#"{"prompt": [{"role": "user", "content": "a b"}], "completion": [{"role": "assistant", "content": "b"}]}"#,
+        r#"{"instruction": "a b", "input": "", "output": "b", "text": "a b b"}"#,
+    ];
+    for line in same {
+        let (ids, learned) = &read_line(line.as_bytes(), 10)?[1];
+        assert_eq!(ids, &[3, 1, 2, 5, 4, 2, 5], "{line}");
+        assert_eq!(learned, &[false, false, false, false, false, true, true], "{line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn replies_in_a_prompt_are_given() -> Result<()> {
+    let line =
+        br#"{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}"#;
+    let line: Vec<_> = line.iter().copied().filter(|byte| *byte != b'\n').collect();
+    let (ids, learned) = &read_line(&line, 20)?[1];
+    assert_eq!(ids, &[3, 1, 5, 4, 2, 5, 3, 1, 5, 4, 2, 5]);
+    assert_eq!(learned.iter().filter(|learned| **learned).count(), 2);
+    assert_eq!(learned[10..], [true, true]);
+    Ok(())
+}
+
+/// The token that a tokenizer puts before each text.
+#[test]
+fn a_text_s_first_token_is_not_learned() -> Result<()> {
+    let mut json: serde_json::Value = serde_json::from_str(&tokenizer())?;
+    json["post_processor"] = json!({
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "user", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"user": {"id": "user", "ids": [3], "tokens": ["user"]}},
+    });
+    let tokens = Tokens::new(&json.to_string(), &[&json!("end")])?;
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("texts.txt");
+    fs::write(&file, "a b\nb\n")?;
+    let texts = examples(&read(&file, &Columns::default(), None)?, &tokens, 10)?.all;
+    assert_eq!(texts[0].ids, [3, 1, 2, 5, 3, 2, 5]);
+    assert_eq!(texts[0].learned, [false, true, true, true, false, true, true]);
     Ok(())
 }
 

@@ -111,7 +111,10 @@ fn pretrain(
     };
     let named = vars.data().lock().map_err(|e| e.to_string())?.clone();
     let loss = |batch: &Batch| batch_loss(&model, batch);
-    train(named, Default::default(), (&plan, None), &examples, device, report, loss)?;
+    let steps = train(named, Default::default(), (&plan, None), &examples, device, report, loss)?;
+    if !steps.ended {
+        return Err("stopped before the tiny model was trained".into());
+    }
     let data = vars.data().lock().map_err(|e| e.to_string())?;
     let tensors: StateDict =
         data.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect();

@@ -14,8 +14,13 @@ pub struct Files {
 
 impl Files {
     pub fn new() -> Self {
+        Self::of("llama")
+    }
+
+    /// With another of the small models.
+    pub fn of(name: &str) -> Self {
         let files = Self { dir: tempfile::tempdir().unwrap() };
-        let (model, fixture) = (files.path("model"), fixture("llama"));
+        let (model, fixture) = (files.path("model"), fixture(name));
         fs::create_dir(&model).unwrap();
         for name in ["config.json", "model.safetensors"] {
             fs::copy(fixture.join(name), model.join(name)).unwrap();
