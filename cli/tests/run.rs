@@ -141,3 +141,13 @@ fn a_full_disk_leaves_the_last_state() {
     assert!(before == fs::read(files.path("adapter/state.safetensors")).unwrap());
     files.ok(&format!("{options} --resume"));
 }
+
+#[test]
+fn epochs_are_as_many_steps_as_see_each_example_so_often() {
+    let files = Files::new();
+    // 57 examples to train on, in rows of their own.
+    let options = "train model data.jsonl --length 16 --no-packing --tokens 3 --batch 5";
+    let told = files.ok(&format!("{options} --accumulate 2 --epochs 2"));
+    assert!(told.contains("12 steps, which see each example 2.1 times"), "{told}");
+    assert!(told.contains("step 12: validation loss"), "{told}");
+}

@@ -34,7 +34,8 @@ impl Prompt {
     /// What the replies of the training data follow.
     pub fn of(document: &Document) -> Self {
         let text = document.prompt();
-        Self { shown: text.clone(), text, templated: document.kind == Kind::Chat }
+        let shown = document.said.clone().unwrap_or(text.clone());
+        Self { shown, text, templated: document.kind == Kind::Chat }
     }
 
     pub fn ids(&self, base: &Base) -> Result<Vec<u32>> {

@@ -17,6 +17,9 @@ use loralib as lora;
 use serde_json::json;
 use std::path::Path;
 
+/// Unless the options say otherwise.
+const STEPS: u32 = 200;
+
 /// More examples would cost time, and hardly make the measure better.
 const HELD_OUT: usize = 256;
 
@@ -47,7 +50,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
     let adapter = Adapter::new(config).targets(args.targets()).seed(args.seed);
     let plan = Plan {
         what: "adapting",
-        steps: args.steps as usize,
+        steps: steps(args, rows(&training.all, packed, None).len(), report),
         lr: args.lr.unwrap_or(if args.model.is_some() { 2e-4 } else { 5e-3 }),
         batch: args.batch as usize,
         accumulate: args.accumulate as usize,
@@ -112,6 +115,19 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
     let steps = train(vars, frozen, (&plan, Some(&run)), examples, &base.device, report, loss)?;
     tell_end(args, base, &steps, report);
     Ok(steps.ended.then(|| valid.swap_remove(0)))
+}
+
+/// The steps that were asked for, and how often each example is seen in them.
+fn steps(args: &Args, rows: usize, report: Report) -> usize {
+    let each = (args.batch * args.accumulate) as usize;
+    let steps = match args.epochs {
+        Some(epochs) => (epochs as usize * rows).div_ceil(each),
+        None => args.steps.unwrap_or(STEPS) as usize,
+    };
+    let epochs = (steps * each) as f64 / rows.max(1) as f64;
+    let line = format!("{steps} steps, which see each example {epochs:.1} times");
+    report.tell(line, "steps", json!({ "steps": steps, "epochs": epochs }));
+    steps
 }
 
 /// To train on, and to measure on.

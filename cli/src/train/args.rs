@@ -52,10 +52,14 @@ pub struct Args {
     /// The learning rate at its peak [default: 2e-4, and 5e-3 for the tiny model]
     #[arg(long, visible_alias = "rate", alias = "learning-rate", value_parser = not_negative)]
     pub lr: Option<f64>,
-    /// Steps of the optimizer, those before --resume included
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    /// Steps of the optimizer, those before --resume included [default: 200]
+    #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
-    pub steps: u32,
+    pub steps: Option<u32>,
+    /// As many steps as it takes to see each example N times
+    #[arg(long, value_name = "N", conflicts_with = "steps", requires = "data")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub epochs: Option<u32>,
     /// Rows per batch, each of --length tokens at most
     #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 4)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]

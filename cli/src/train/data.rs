@@ -20,6 +20,8 @@ pub struct Document {
     pub at: String,
     pub kind: Kind,
     pub pieces: Vec<Piece>,
+    /// What a person said before the first reply of a conversation.
+    pub said: Option<String>,
 }
 
 pub struct Piece {
@@ -56,7 +58,7 @@ impl Document {
     }
 
     fn new(at: &str, kind: Kind, pieces: Vec<Piece>) -> Self {
-        Self { at: at.to_owned(), kind, pieces }
+        Self { at: at.to_owned(), kind, pieces, said: None }
     }
 
     /// What a reply follows: what stands before the first learned piece, or the beginning of a text.
@@ -191,6 +193,11 @@ fn conversation(
         said = after;
     }
     documents.push(Document::new(at, Kind::Chat, pieces));
+    let reply = messages.iter().position(|message| message["role"] == "assistant").unwrap_or(0);
+    let said = messages[..reply].last().and_then(|message| message["content"].as_str());
+    if let Some(first) = documents.first_mut().filter(|_| given <= reply) {
+        first.said = said.map(str::to_owned);
+    }
     match documents.iter().all(|document| document.pieces.is_empty()) {
         true => Err("no message of the role \"assistant\"".into()),
         false => Ok(documents),
