@@ -154,7 +154,7 @@ impl<'a, 'b> Conversation<'a, 'b> {
         let base = self.speaker.base;
         let ids = match chats {
             true => {
-                self.messages.push(user(said));
+                self.messages.push(user(said.trim()));
                 Prompt::of_messages(&self.messages, base, said)?.ids(base)?
             }
             // A text goes on by its tokens: as text, they may lose the space between two words.

@@ -44,9 +44,11 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
     }
     run::check(out, *resume, *overwrite)?;
     let Some(document) = adapt::adapt(args, &base, &data, report)? else {
-        return Err(
-            Stopped(resumed(env::args_os().map(|arg| arg.to_string_lossy().into_owned()))).into()
-        );
+        if args.data.is_none() {
+            return Err("stopped; a run without MODEL begins anew".into());
+        }
+        let given = env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+        return Err(Stopped(resumed(given)).into());
     };
     let prompt = match &say.prompt {
         Some(prompt) => {
