@@ -129,6 +129,14 @@ fn of_file(path: &Path) -> Result<Option<What>> {
     })
 }
 
+/// Whether a file begins as GGUF's do, whatever its name.
+pub fn is_gguf(path: &Path) -> Result<bool> {
+    let mut magic = vec![];
+    let read = File::open(path).and_then(|file| file.take(4).read_to_end(&mut magic));
+    read.map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(magic == b"GGUF")
+}
+
 fn of_gguf(path: &Path) -> Result<What> {
     let file = lora::gguf::File::open(path)?;
     let what = file.metadata().get("general.type").and_then(|value| value.to_string().ok());

@@ -1,6 +1,7 @@
 //! A model.
 
 use super::adapter::size;
+use crate::format::is_gguf;
 use crate::model::Base;
 use crate::report::Report;
 use crate::Result;
@@ -16,10 +17,8 @@ use std::path::{Path, PathBuf};
 type Dtypes = BTreeMap<String, [usize; 2]>;
 
 pub fn tell(path: &Path, report: Report) -> Result<()> {
-    let dtypes = match path.is_dir() || !is_gguf(path) {
-        true => of_safetensors(path)?,
-        false => of_gguf(path)?,
-    };
+    let gguf = path.is_file() && is_gguf(path)?;
+    let dtypes = if gguf { of_gguf(path)? } else { of_safetensors(path)? };
     let sum = |i: usize| dtypes.values().map(|counts| counts[i]).sum::<usize>();
     let (parameters, bytes) = (sum(0), sum(1));
     let shares: Vec<_> = dtypes
@@ -34,7 +33,7 @@ pub fn tell(path: &Path, report: Report) -> Result<()> {
     )];
     let mut values = json!({ "parameters": parameters, "bytes": bytes, "dtypes": dtypes });
     // A file of weights alone has no configuration.
-    let has_config = path.is_dir() || is_gguf(path);
+    let has_config = path.is_dir() || gguf;
     match has_config.then(|| Base::read(path, &Device::Cpu)) {
         Some(Ok(base)) => {
             let cfg = &base.config;
@@ -62,10 +61,6 @@ pub fn tell(path: &Path, report: Report) -> Result<()> {
     let text: String = rows.iter().map(|(name, value)| format!("{name:8} {value}\n")).collect();
     report.tell(text.trim_end(), "model", values);
     Ok(())
-}
-
-fn is_gguf(path: &Path) -> bool {
-    path.extension().is_some_and(|end| end == "gguf")
 }
 
 fn of_gguf(path: &Path) -> Result<Dtypes> {

@@ -6,6 +6,7 @@ mod read;
 
 pub use args::Args;
 
+use crate::format::is_gguf;
 use crate::report::{Progress, Report};
 use crate::Result;
 use args::Stored;
@@ -23,7 +24,7 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
     if out.exists() && (filled || !out.is_dir()) {
         return Err(format!("{} exists: choose another --out", out.display()).into());
     }
-    let file = match base.is_file() && starts_with_gguf(base)? {
+    let file = match base.is_file() && is_gguf(base)? {
         true => Some(File::open(base)?),
         false => None,
     };
@@ -68,14 +69,6 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 
 fn is_file(out: &Path) -> bool {
     out.extension().is_some_and(|end| end == "gguf" || end == "safetensors")
-}
-
-fn starts_with_gguf(path: &Path) -> Result<bool> {
-    use std::io::Read;
-    let mut start = vec![];
-    let read = fs::File::open(path).and_then(|file| file.take(4).read_to_end(&mut start));
-    read.map_err(|e| format!("{}: {e}", path.display()))?;
-    Ok(start == b"GGUF")
 }
 
 /// Into another GGUF file, or a folder in half precision.
@@ -128,20 +121,16 @@ fn of_checkpoint(args: &Args, weights: &LoraWeights, bar: &Progress, report: Rep
         fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
     }
     let untied = merge::merge_files(base, weights, out, |p| bar.bytes(p.done, p.total))?;
-    if to_folder && base.is_dir() {
+    let has_config = to_folder && base.is_dir();
+    if has_config {
         folder::copy(base, out, !untied.is_empty())?;
-        if !untied.is_empty() {
-            let line = format!(
-                "{} is not tied to the embeddings any more: config.json says so",
-                untied.join(", ")
-            );
-            report.tell(line, "untied", json!({ "heads": untied }));
-        }
-    } else if !untied.is_empty() {
-        let line = format!(
-            "{} is not tied to the embeddings any more: set tie_word_embeddings to false in config.json",
-            untied.join(", ")
-        );
+    }
+    if !untied.is_empty() {
+        let told = match has_config {
+            true => "config.json says so",
+            false => "set tie_word_embeddings to false in config.json",
+        };
+        let line = format!("{} is not tied to the embeddings any more: {told}", untied.join(", "));
         report.tell(line, "untied", json!({ "heads": untied }));
     }
     Ok(())

@@ -5,6 +5,7 @@ use super::decoder::Decoder;
 use super::template::Template;
 use super::tokens::Tokens;
 use super::{folder, gguf};
+use crate::format::is_gguf;
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
@@ -29,8 +30,7 @@ impl Base {
         if let Some(reason) = no_model(path) {
             return Err(format!("{}: {reason}", path.display()).into());
         }
-        let file = path.extension().is_some_and(|extension| extension == "gguf");
-        let file = file.then(|| File::open(path)).transpose()?;
+        let file = path.is_file().then(|| File::open(path)).transpose()?;
         let texts = match &file {
             Some(file) => gguf::texts(file),
             None => folder::texts(path),
@@ -97,8 +97,8 @@ fn no_model(path: &Path) -> Option<&'static str> {
         Some("no such folder or file; models are not downloaded: `hf download NAME --local-dir FOLDER` does that")
     } else if path.is_file() && ends("safetensors") {
         Some("these are weights alone: give the folder, with config.json and tokenizer.json")
-    } else if path.is_file() && !ends("gguf") {
-        Some("it is neither a folder nor a .gguf file; the model comes first, then the data")
+    } else if path.is_file() && !is_gguf(path).unwrap_or(true) {
+        Some("it is neither a folder nor a GGUF file; the model comes first, then the data")
     } else if path.join("adapter_config.json").exists() && !path.join("config.json").exists() {
         Some("it is an adapter: give the model, and in `chat` the adapter by --adapter")
     } else {

@@ -92,16 +92,15 @@ impl Decoder {
 
     /// The logits of hidden states.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let logits = self.lm_head.forward(hidden)?;
-        match self.config.logit_softcap {
-            Some(cap) => (logits / cap)?.tanh()? * cap,
-            None => Ok(logits),
-        }
+        self.capped(&self.lm_head.forward(hidden)?)
     }
 
-    /// The cap of the logits.
-    pub fn logit_softcap(&self) -> Option<f64> {
-        self.config.logit_softcap
+    /// The head's outputs with the model's cap, if it has one.
+    pub fn capped(&self, logits: &Tensor) -> Result<Tensor> {
+        match self.config.logit_softcap {
+            Some(cap) => (logits / cap)?.tanh()? * cap,
+            None => Ok(logits.clone()),
+        }
     }
 
     /// An empty cache, with room for `tokens` before it grows.

@@ -119,7 +119,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
 
 /// The steps that were asked for, and how often each example is seen in them.
 fn steps(args: &Args, rows: usize, report: Report) -> usize {
-    let each = (args.batch * args.accumulate) as usize;
+    let each = args.batch as usize * args.accumulate as usize;
     let steps = match args.epochs {
         Some(epochs) => (epochs as usize * rows).div_ceil(each),
         None => args.steps.unwrap_or(STEPS) as usize,

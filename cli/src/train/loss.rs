@@ -5,7 +5,7 @@ use super::examples::Example;
 use crate::model::{Decoder, Segment};
 use crate::Result;
 use candle_core::{Device, Tensor};
-use loralib::train::{linear_cross_entropy, linear_cross_entropy_with};
+use loralib::train::linear_cross_entropy_with;
 use loralib::Adapter;
 
 /// Of one batch. The logits, which are wide, are never all in memory.
@@ -28,13 +28,7 @@ fn of(
     run: impl Fn(&str, &Tensor, Segment) -> candle_core::Result<Tensor>,
 ) -> candle_core::Result<Tensor> {
     let hidden = model.packed(&batch.ids, &batch.lens, run)?;
-    match model.logit_softcap() {
-        None => linear_cross_entropy(&hidden, &model.lm_head, &batch.labels),
-        Some(cap) => {
-            let capped = |logits: &Tensor| (logits / cap)?.tanh()? * cap;
-            linear_cross_entropy_with(&hidden, &model.lm_head, &batch.labels, capped)
-        }
-    }
+    linear_cross_entropy_with(&hidden, &model.lm_head, &batch.labels, |l| model.capped(l))
 }
 
 /// Of all examples, in batches of as many rows.
