@@ -3,6 +3,7 @@
 use super::base::Base;
 use super::config::Config;
 use super::decoder::Decoder;
+use crate::train::{mean_loss, Example};
 use crate::Result;
 use candle_core::{DType, Device, Tensor};
 use std::fs;
@@ -61,6 +62,21 @@ fn logits_are_those_of_transformers() -> Result<()> {
             let apart = apart(&packed(&model, &ids, &[tokens])?, &logits)?;
             assert!(apart < 1e-5, "{name}, {tokens} tokens: {apart}");
         }
+    }
+    Ok(())
+}
+
+/// The loss has the logits' cap, too.
+#[test]
+fn the_loss_is_that_of_the_logits_of_transformers() -> Result<()> {
+    for name in ["llama", "gemma2"] {
+        let ((ids, logits), model) = (expected(name, 40)?, model(name, "config.json")?);
+        let example = Example { ids: ids.squeeze(0)?.to_vec1()?, learned: vec![true; 40] };
+        let loss = mean_loss(&model, &[example], (1, 64), &Device::Cpu)?;
+        let labels = ids.squeeze(0)?.narrow(0, 1, 39)?;
+        let expected = candle_nn::loss::cross_entropy(&logits.narrow(0, 0, 39)?, &labels)?;
+        let expected = f64::from(expected.to_scalar::<f32>()?);
+        assert!((loss - expected).abs() < 1e-5 * expected, "{name}: {loss}, {expected}");
     }
     Ok(())
 }

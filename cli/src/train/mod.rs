@@ -18,6 +18,8 @@ mod tiny;
 
 pub use args::Args;
 pub use data::{Document, Kind};
+#[cfg(test)]
+pub use {examples::Example, loss::mean_loss};
 
 use crate::chat::{compare, Prompt, Speaker};
 use crate::interrupt;

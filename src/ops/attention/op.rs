@@ -222,7 +222,8 @@ mod tests {
 
     #[test]
     fn blocks_have_the_values_and_gradients_of_all_scores_at_once() -> Result<()> {
-        for (heads, kv_heads, queries, keys) in [(4, 2, 37, 37), (2, 2, 5, 40), (3, 1, 40, 33)] {
+        let sizes = [(4, 2, 37, 37), (2, 2, 5, 40), (3, 1, 40, 33), (4, 2, 1, 40), (5, 1, 1, 2)];
+        for (heads, kv_heads, queries, keys) in sizes {
             let dims = [(2, queries, heads, 8), (2, keys, kv_heads, 8), (2, keys, kv_heads, 8)];
             let [q, k, v] = dims.map(normal);
             let (x, g) = ([q?, k?, v?], normal(dims[0])?);
