@@ -3,6 +3,7 @@
 mod adapter;
 mod chat;
 mod convert;
+mod encoder;
 mod error;
 mod format;
 mod info;

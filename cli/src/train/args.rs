@@ -2,13 +2,15 @@
 
 use super::columns::Columns;
 use crate::chat::Say;
+use crate::encoder::Pooling;
 use crate::number::{dropout, not_negative, positive};
 use crate::place::Place;
 use lora::{adapter::Targets, layers::InitLoraWeights, LoraConfig};
 use loralib as lora;
 use std::path::PathBuf;
 
-/// Fine-tunes a language model with LoRA (Llama, Mistral, Qwen2 and 3, Gemma 1 to 3, Phi-3 and 4-mini)
+/// Fine-tunes a language model with LoRA (Llama, Mistral, Qwen2 and 3, Gemma 1 to 3, Phi-3 and 4-mini), or an encoder
+/// (BERT, RoBERTa, DistilBERT)
 ///
 /// It saves the adapter in PEFT's format, and lets base and adapted model answer one prompt. Without MODEL a tiny
 /// Llama is trained first, on embedded text.
@@ -22,7 +24,8 @@ pub struct Args {
     #[arg(requires = "data")]
     pub model: Option<PathBuf>,
     /// What to train on: a .txt file with a text in each line, or JSON Lines or a JSON array with "messages", "prompt" and
-    /// "completion", "text", ShareGPT's "conversations", or Alpaca's "instruction", "input" and "output"
+    /// "completion", "text", ShareGPT's "conversations", or Alpaca's "instruction", "input" and "output"; for an encoder with
+    /// "text" and "label", or "anchor", "positive" and perhaps "negative"
     pub data: Option<PathBuf>,
     /// What DATA calls the columns text, prompt, completion or messages, as prompt=question,completion=answer
     #[arg(long, value_name = "NAME=COLUMN,..", requires = "data")]
@@ -93,6 +96,12 @@ pub struct Args {
     #[arg(long, alias = "max-seq-length", value_name = "N", default_value_t = 256)]
     #[arg(value_parser = clap::value_parser!(u32).range(2..))]
     pub length: u32,
+    /// The cosines of an encoder's embeddings count so many times in the loss: 1 / temperature
+    #[arg(long, default_value_t = 20., value_parser = positive)]
+    pub scale: f64,
+    /// How an encoder embeds a sentence [default: as sentence-transformers' files in MODEL say, else mean]
+    #[arg(long, value_enum)]
+    pub pooling: Option<Pooling>,
     /// A row for each example
     #[arg(long)]
     pub no_packing: bool,

@@ -9,54 +9,74 @@ use std::collections::BTreeMap;
 /// The label of what is not predicted.
 const IGNORED: i64 = -100;
 
-/// Examples that share a row: none sees another.
-pub type Row<'a> = Vec<&'a Example>;
-
-/// Rows of examples one after another, without padding.
+/// Texts one after another, without padding, and what is to be said of them.
 pub struct Batch {
     /// (1, tokens)
     pub ids: Tensor,
-    /// The token after each, (1, tokens), or -100 where it is given.
-    pub labels: Tensor,
-    /// The tokens of each example.
+    /// The tokens of each text.
     pub lens: Vec<usize>,
-    /// How many tokens are predicted.
-    pub predicted: usize,
+    /// A model's answers; [`Rows`] says which.
+    pub labels: Tensor,
+    /// Over how many labels the loss is a mean.
+    pub counted: usize,
 }
 
 impl Batch {
-    pub fn new(rows: &[Row], device: &Device) -> Result<Self> {
-        let (mut ids, mut labels, mut lens, mut predicted) = (vec![], vec![], vec![], 0);
-        for example in rows.iter().flatten() {
-            lens.push(example.inputs());
-            predicted += example.predicted();
-            ids.extend_from_slice(&example.ids[..example.inputs()]);
-            let next = example.ids.iter().zip(&example.learned).skip(1);
-            labels
-                .extend(next.map(|(id, learned)| if *learned { i64::from(*id) } else { IGNORED }));
-        }
-        let shape = (1, ids.len());
-        Ok(Self {
-            ids: Tensor::from_vec(ids, shape, device)?,
-            labels: Tensor::from_vec(labels, shape, device)?,
-            lens,
-            predicted,
-        })
-    }
-
     /// How many tokens the model reads.
     pub fn tokens(&self) -> usize {
         self.lens.iter().sum()
     }
 }
 
+/// The examples of a run.
+pub trait Rows {
+    /// What a batch has a number of.
+    type Row;
+
+    /// All rows, with an `rng` in random order.
+    fn rows(&self, rng: Option<&mut Rng>) -> Vec<Self::Row>;
+
+    fn batch(&self, rows: &[Self::Row], device: &Device) -> Result<Batch>;
+}
+
+/// A language model's examples, of which as many as fit share a row of `length` tokens, or each has one of its own without
+/// a length. The labels (1, tokens) are the token after each, or -100 where it is given.
+pub struct Packed<'a> {
+    pub examples: &'a [Example],
+    pub length: Option<usize>,
+}
+
+impl<'a> Rows for Packed<'a> {
+    /// None sees another.
+    type Row = Vec<&'a Example>;
+
+    fn rows(&self, rng: Option<&mut Rng>) -> Vec<Self::Row> {
+        rows(self.examples, self.length, rng)
+    }
+
+    fn batch(&self, rows: &[Self::Row], device: &Device) -> Result<Batch> {
+        let (mut ids, mut labels, mut lens, mut counted) = (vec![], vec![], vec![], 0);
+        for example in rows.iter().flatten() {
+            lens.push(example.inputs());
+            counted += example.predicted();
+            ids.extend_from_slice(&example.ids[..example.inputs()]);
+            let next = example.ids.iter().zip(&example.learned).skip(1);
+            labels
+                .extend(next.map(|(id, learned)| if *learned { i64::from(*id) } else { IGNORED }));
+        }
+        let shape = (1, ids.len());
+        let ids = Tensor::from_vec(ids, shape, device)?;
+        Ok(Batch { ids, labels: Tensor::from_vec(labels, shape, device)?, lens, counted })
+    }
+}
+
 /// Rows of at most `length` tokens with as many examples as they hold, or without `length` of one example each. With an
 /// `rng` in random order.
-pub fn rows<'a>(
+fn rows<'a>(
     examples: &'a [Example],
     length: Option<usize>,
     mut rng: Option<&mut Rng>,
-) -> Vec<Row<'a>> {
+) -> Vec<Vec<&'a Example>> {
     let mut all: Vec<_> = examples.iter().collect();
     if let Some(rng) = &mut rng {
         rng.shuffle(&mut all);

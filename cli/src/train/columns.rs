@@ -9,7 +9,7 @@ use std::str::FromStr;
 pub struct Columns(BTreeMap<String, String>);
 
 /// The names that [`Columns`] can replace.
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 13] = [
     "text",
     "prompt",
     "completion",
@@ -19,6 +19,10 @@ const NAMES: [&str; 9] = [
     "input",
     "output",
     "system",
+    "label",
+    "anchor",
+    "positive",
+    "negative",
 ];
 
 impl FromStr for Columns {

@@ -1,6 +1,6 @@
-//! The loss: the mean over the tokens that are predicted.
+//! A language model's loss: the mean over the tokens that are predicted.
 
-use super::batch::{rows, Batch};
+use super::batch::{Batch, Packed, Rows};
 use super::examples::Example;
 use crate::model::{Decoder, Segment};
 use crate::Result;
@@ -38,12 +38,13 @@ pub fn mean_loss(
     (batch, length): (usize, usize),
     device: &Device,
 ) -> Result<f64> {
-    let (mut sum, mut predicted) = (0., 0);
-    for rows in rows(examples, Some(length), None).chunks(batch) {
-        let batch = Batch::new(rows, device)?;
+    let examples = Packed { examples, length: Some(length) };
+    let (mut sum, mut counted) = (0., 0);
+    for rows in examples.rows(None).chunks(batch) {
+        let batch = examples.batch(rows, device)?;
         let loss = f64::from(batch_loss(model, &batch)?.to_scalar::<f32>()?);
-        sum += loss * batch.predicted as f64;
-        predicted += batch.predicted;
+        sum += loss * batch.counted as f64;
+        counted += batch.counted;
     }
-    Ok(sum / predicted as f64)
+    Ok(sum / counted as f64)
 }

@@ -6,11 +6,14 @@ mod batch;
 mod columns;
 mod curve;
 mod data;
+mod encode;
 mod entries;
 mod examples;
+mod fit;
 mod loss;
 mod peak;
 mod run;
+mod sentences;
 mod steps;
 #[cfg(test)]
 mod tests;
@@ -22,6 +25,7 @@ pub use data::{Document, Kind};
 pub use {examples::Example, loss::mean_loss};
 
 use crate::chat::{compare, Prompt, Speaker};
+use crate::encoder::is_encoder;
 use crate::interrupt;
 use crate::model::Base;
 use crate::report::Report;
@@ -40,17 +44,26 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
             tiny::tiny(args, &device, report)?
         }
     };
-    let base = Base::read(&model, &device)?;
-    if !data.exists() {
-        return Err(format!("{}: no such file: data is not downloaded", data.display()).into());
-    }
-    run::check(out, *resume, *overwrite)?;
-    let Some(document) = adapt::adapt(args, &base, &data, report)? else {
-        if args.data.is_none() {
-            return Err("stopped; a run without MODEL begins anew".into());
+    let ready = || -> Result<()> {
+        if !data.exists() {
+            return Err(format!("{}: no such file: data is not downloaded", data.display()).into());
         }
-        let given = env::args_os().map(|arg| arg.to_string_lossy().into_owned());
-        return Err(Stopped(resumed(given)).into());
+        run::check(out, *resume, *overwrite)
+    };
+    if is_encoder(&model) {
+        ready()?;
+        return match encode::encode(args, &model, &data, &device, report)? {
+            true => Ok(()),
+            false => Err(stopped().into()),
+        };
+    }
+    let base = Base::read(&model, &device)?;
+    ready()?;
+    let Some(document) = adapt::adapt(args, &base, &data, report)? else {
+        return match args.data.is_some() {
+            true => Err(stopped().into()),
+            false => Err("stopped; a run without MODEL begins anew".into()),
+        };
     };
     let prompt = match &say.prompt {
         Some(prompt) => {
@@ -76,6 +89,10 @@ impl fmt::Display for Stopped {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "stopped and saved; go on with: {}", self.0)
     }
+}
+
+fn stopped() -> Stopped {
+    Stopped(resumed(env::args_os().map(|arg| arg.to_string_lossy().into_owned())))
 }
 
 /// The command that goes on with a run.

@@ -1,5 +1,6 @@
 //! A run on disk: its state to resume from, its best adapter, and its curve.
 
+use super::args::Args;
 use super::curve::Curve;
 use crate::report::Report;
 use crate::Result;
@@ -22,11 +23,17 @@ pub struct Run<'a> {
     pub resume: bool,
     /// It draws the masks of dropout.
     pub adapter: Adapter,
-    /// The validation loss.
-    pub validate: &'a dyn Fn() -> Result<f64>,
+    /// The validation loss, and what else is measured, by its name.
+    pub validate: &'a dyn Fn() -> Result<Measured>,
     /// Keeps the adapter as the best so far.
     pub keep: &'a dyn Fn() -> Result<()>,
     pub report: Report,
+}
+
+/// A validation loss, and what else a model's outputs say, by name.
+pub struct Measured {
+    pub loss: f64,
+    pub more: Vec<(&'static str, f64)>,
 }
 
 /// What a saved run says beside the optimizer's state. The order of the examples follows from the seed.
@@ -53,6 +60,11 @@ pub struct Options {
     pub accumulate: usize,
     pub length: usize,
     pub no_packing: bool,
+    /// An encoder's.
+    #[serde(default)]
+    pub task: Option<String>,
+    #[serde(default)]
+    pub scale: Option<f64>,
     pub clip: f64,
     pub seed: u64,
     /// Hashes of all tokens, to train on and to measure on.
@@ -61,6 +73,30 @@ pub struct Options {
 }
 
 impl Options {
+    /// As the arguments say, for what they leave open as 0.
+    pub fn of(args: &Args, model: String) -> Self {
+        Self {
+            model,
+            rank: args.rank as usize,
+            alpha: args.alpha,
+            dropout: args.dropout,
+            init_lora_weights: format!("{:?}", args.init_lora_weights),
+            targets: args.targets.clone(),
+            lr: 0.,
+            steps: 0,
+            batch: args.batch as usize,
+            accumulate: args.accumulate as usize,
+            length: 0,
+            no_packing: args.no_packing,
+            task: None,
+            scale: None,
+            clip: args.clip,
+            seed: args.seed,
+            data: 0,
+            valid: 0,
+        }
+    }
+
     /// How the options differ from those of the run, each by its flag.
     fn differences(&self, was: &Self) -> Result<Vec<String>> {
         let values = |options: &Self| match serde_json::to_value(options) {
@@ -73,6 +109,7 @@ impl Options {
             "data" => "DATA has other tokens".to_owned(),
             "valid" => "--valid has other tokens".to_owned(),
             "model" => format!("MODEL was {was}"),
+            "task" => format!("the task was {was}"),
             "targets" => {
                 let names = was.as_array().into_iter().flatten().filter_map(Value::as_str);
                 format!("--targets was {}", names.collect::<Vec<_>>().join(","))
@@ -88,8 +125,11 @@ impl Options {
 
 /// The files of a run in `out`.
 const STATE: &str = "state.safetensors";
-const FILES: [&str; 5] =
-    [STATE, "adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "loss.svg"];
+const FILES: [&str; 6] =
+    [STATE, "adapter_config.json", "adapter_model.safetensors", "adapter.gguf", LABELS, "loss.svg"];
+
+/// The names of an encoder's labels.
+pub const LABELS: &str = "labels.json";
 
 /// An error if `out` has a run, which is neither to be resumed nor replaced, or none that could be resumed, or a model.
 pub fn check(out: &Path, resume: bool, overwrite: bool) -> Result<()> {
@@ -188,10 +228,15 @@ impl Run<'_> {
     }
 
     fn measure(&self, step: usize, curve: &mut Curve) -> Result<f64> {
-        let loss = (self.validate)()?;
+        let Measured { loss, more } = (self.validate)()?;
         curve.validation.push((step, loss));
-        let line = format!("step {step}: validation loss {loss:.4}, perplexity {:.3}", loss.exp());
-        self.report.tell(line, "validation", json!({ "step": step, "loss": loss }));
+        let mut line = format!("step {step}: validation loss {loss:.4}");
+        let mut values = json!({ "step": step, "loss": loss });
+        for (name, value) in more {
+            line += &format!(", {name} {value:.3}");
+            values[name] = value.into();
+        }
+        self.report.tell(line, "validation", values);
         Ok(loss)
     }
 }

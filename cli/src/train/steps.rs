@@ -1,8 +1,7 @@
 //! The training loop: AdamW, a rate that rises and falls, clipped and accumulated gradients.
 
-use super::batch::{rows, Batch};
+use super::batch::{Batch, Rows};
 use super::curve::Curve;
-use super::examples::Example;
 use super::run::Run;
 use crate::interrupt;
 use crate::report::Report;
@@ -22,8 +21,6 @@ pub struct Plan {
     /// Rows per batch, and batches per step.
     pub batch: usize,
     pub accumulate: usize,
-    /// The tokens that examples are packed to; `None` for a row for each.
-    pub packed: Option<usize>,
     /// The largest norm of the gradients.
     pub clip: f64,
     pub seed: u64,
@@ -43,7 +40,7 @@ pub fn train(
     named: impl IntoIterator<Item = (String, Var)>,
     frozen: BTreeMap<String, Var>,
     (plan, run): (&Plan, Option<&Run>),
-    examples: &[Example],
+    examples: &impl Rows,
     device: &Device,
     report: Report,
     loss: impl Fn(&Batch) -> candle_core::Result<Tensor>,
@@ -65,20 +62,24 @@ pub fn train(
     for step in 0..plan.steps {
         let needed = plan.accumulate * plan.batch;
         while waiting.len() < needed {
-            waiting.extend(rows(examples, plan.packed, Some(&mut rng)));
+            let all = examples.rows(Some(&mut rng));
+            if all.is_empty() {
+                return Err("no rows to train on".into());
+            }
+            waiting.extend(all);
         }
         let rows: Vec<_> = waiting.drain(..needed).collect();
         if step < done {
             continue;
         }
         let start = Instant::now();
-        let batches = rows.chunks(plan.batch).map(|rows| Batch::new(rows, device));
+        let batches = rows.chunks(plan.batch).map(|rows| examples.batch(rows, device));
         let batches = batches.collect::<Result<Vec<_>>>()?;
-        let predicted: usize = batches.iter().map(|batch| batch.predicted).sum();
+        let counted: usize = batches.iter().map(|batch| batch.counted).sum();
         let (mut sum, mut grads) = (0., None);
         for batch in &batches {
-            // Every predicted token of the step counts alike.
-            let loss = (loss(batch)? * (batch.predicted as f64 / predicted as f64))?;
+            // Every label of the step counts alike.
+            let loss = (loss(batch)? * (batch.counted as f64 / counted as f64))?;
             match &mut grads {
                 None => grads = Some(loss.backward()?),
                 Some(grads) => add_grads(&vars, grads, loss.backward()?)?,

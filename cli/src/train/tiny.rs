@@ -1,7 +1,7 @@
 //! A tiny Llama of its own, in a folder as the hub would give it, and conversations to adapt it to.
 
 use super::args::Args;
-use super::batch::Batch;
+use super::batch::{Batch, Packed};
 use super::columns::Columns;
 use super::data;
 use super::examples::examples;
@@ -105,10 +105,10 @@ fn pretrain(
         lr: 3e-3,
         batch: 8,
         accumulate: 1,
-        packed: None,
         clip: 1.,
         seed: args.seed,
     };
+    let examples = Packed { examples: &examples, length: None };
     let named = vars.data().lock().map_err(|e| e.to_string())?.clone();
     let loss = |batch: &Batch| batch_loss(&model, batch);
     let steps = train(named, Default::default(), (&plan, None), &examples, device, report, loss)?;

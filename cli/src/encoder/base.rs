@@ -1,0 +1,144 @@
+//! The encoder on disk.
+
+use super::config::{Config, Family};
+use super::head::{Model, Pooling, Task, CLASSIFIER};
+use crate::Result;
+use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
+use lora::Adapter;
+use loralib as lora;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use tokenizers::{Tokenizer, TruncationParams};
+
+/// Whether a folder has an encoder's configuration.
+pub fn is_encoder(path: &Path) -> bool {
+    let text = fs::read_to_string(path.join("config.json")).unwrap_or_default();
+    serde_json::from_str(&text).is_ok_and(|json| Config::is_of(&json))
+}
+
+pub struct Base {
+    path: PathBuf,
+    config: Config,
+    tokenizer: Tokenizer,
+    /// How sentence-transformers' files say that a sentence becomes a vector, if they are there.
+    pub pooling: Option<Pooling>,
+    pub device: Device,
+}
+
+impl Base {
+    /// Sentences are cut off at `length` tokens, or where the model's positions end.
+    pub fn read(path: &Path, length: usize, device: &Device) -> Result<Self> {
+        let read = |name: &str| -> Result<String> {
+            let file = path.join(name);
+            Ok(fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?)
+        };
+        let at = |name: &str| path.join(name).display().to_string();
+        let json: Value = serde_json::from_str(&read("config.json")?)
+            .map_err(|e| format!("{}: {e}", at("config.json")))?;
+        let config = Config::from_json(&json).map_err(|e| format!("{}: {e}", at("config.json")))?;
+        let tokenizer = || -> Result<Tokenizer> {
+            let mut tokenizer: Tokenizer = read("tokenizer.json")?.parse()?;
+            let max_length = length.min(config.longest());
+            tokenizer.with_padding(None);
+            let truncation = TruncationParams { max_length, ..Default::default() };
+            tokenizer.with_truncation(Some(truncation))?;
+            Ok(tokenizer)
+        };
+        let tokenizer = tokenizer().map_err(|e| format!("{}: {e}", at("tokenizer.json")))?;
+        let name = "1_Pooling/config.json";
+        let pooling = match path.join(name).exists() {
+            true => {
+                Some(Pooling::from_json(&read(name)?).map_err(|e| format!("{}: {e}", at(name)))?)
+            }
+            false => None,
+        };
+        Ok(Self { path: path.to_owned(), config, tokenizer, pooling, device: device.clone() })
+    }
+
+    /// A sentence's tokens, with those that the model expects around them, and whether it was cut off.
+    pub fn encode(&self, sentence: &str) -> Result<(Vec<u32>, bool)> {
+        let encoding = self.tokenizer.encode(sentence, true)?;
+        let (ids, count) = (encoding.get_ids(), self.config.vocab_size);
+        match ids.iter().find(|id| **id as usize >= count) {
+            Some(id) => Err(format!("the model takes {count} tokens, the text has {id}").into()),
+            None => Ok((ids.to_vec(), !encoding.get_overflowing().is_empty())),
+        }
+    }
+
+    /// The most tokens of a sentence.
+    pub fn longest(&self) -> usize {
+        self.tokenizer.get_truncation().map_or(usize::MAX, |truncation| truncation.max_length)
+    }
+
+    /// The folder.
+    pub fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    /// The widest rank that adds anything.
+    pub fn widest(&self) -> usize {
+        self.config.hidden_size
+    }
+
+    /// The encoder for a task, with an adapter. What the task needs and the folder does not have is new, and trained whole.
+    pub fn model(&self, task: &Task, adapter: Adapter) -> Result<(Model, Adapter)> {
+        let build = || -> Result<_> {
+            let vb = lora::safetensors_var_builder(&self.path, DType::F32, &self.device)?;
+            let names = Names::of(&self.config, task, &vb);
+            let vb = vb.rename_f(move |name: &str| names.on_disk(name));
+            let pooler = format!("{}.pooler.dense.weight", self.config.family.prefix());
+            let trainable = task.trainable(&self.config, vb.contains_tensor(&pooler));
+            let adapter = adapter.trainable(trainable)?;
+            let model = Model::new(&self.config, task, adapter.var_builder(vb))?;
+            Ok((model, adapter))
+        };
+        build().map_err(|e| format!("{}: {e}", self.path.display()).into())
+    }
+}
+
+/// The names that the tensors have in the folder's files.
+struct Names {
+    /// Of the encoder, in the files of a model with a head.
+    prefix: Option<&'static str>,
+    /// The norms of older files have a gamma and a beta.
+    old_norms: bool,
+    /// The files' head has another number of labels.
+    new_head: bool,
+}
+
+impl Names {
+    fn of(config: &Config, task: &Task, files: &VarBuilder) -> Self {
+        let prefix = config.family.prefix();
+        let has = |name: &str| files.contains_tensor(name);
+        let prefixed = has(&format!("{prefix}.embeddings.word_embeddings.weight"));
+        let gamma = "embeddings.LayerNorm.gamma";
+        Self {
+            prefix: prefixed.then_some(prefix),
+            old_norms: has(gamma) || has(&format!("{prefix}.{gamma}")),
+            new_head: matches!(task, Task::Classify(labels) if labels.len() != config.labels),
+        }
+    }
+
+    fn on_disk(&self, name: &str) -> String {
+        let (first, rest) = name.split_once('.').unwrap_or((name, ""));
+        if first == CLASSIFIER && self.new_head {
+            return format!("{name} for other labels");
+        }
+        if matches!(first, CLASSIFIER | "pre_classifier") {
+            return name.to_owned();
+        }
+        let name = if Family::is_prefix(first) { rest } else { name };
+        let name = match self.old_norms {
+            true => name
+                .replace("LayerNorm.weight", "LayerNorm.gamma")
+                .replace("LayerNorm.bias", "LayerNorm.beta"),
+            false => name.to_owned(),
+        };
+        match self.prefix {
+            Some(prefix) => format!("{prefix}.{name}"),
+            None => name,
+        }
+    }
+}

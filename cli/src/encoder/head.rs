@@ -1,0 +1,152 @@
+//! What comes behind an encoder: a vector for each sentence, or a score for each label.
+
+use super::config::{Config, Family};
+use super::layers::Encoder;
+use crate::model::Segment;
+use candle_core::{bail, Module, Result, Tensor};
+use candle_nn::{linear, Linear, VarBuilder};
+use clap::ValueEnum;
+use lora::utils::Trainable;
+use lora::Bias;
+use loralib as lora;
+use loralib::nn as candle_nn;
+use serde_json::Value;
+
+pub enum Task {
+    /// Vectors that are near for sentences of a pair.
+    Embed(Pooling),
+    /// One of these labels, with the head that transformers' model for it has.
+    Classify(Vec<String>),
+}
+
+impl Task {
+    /// PEFT's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Embed(_) => "FEATURE_EXTRACTION",
+            Self::Classify(_) => "SEQ_CLS",
+        }
+    }
+
+    /// What is trained as a whole: the head, and what it needs and the model does not have.
+    pub fn trainable(&self, cfg: &Config, has_pooler: bool) -> Trainable {
+        match (self, cfg.family) {
+            (Self::Embed(_), _) => Bias::None.into(),
+            (Self::Classify(_), Family::DistilBert) => {
+                Bias::None.and("pre_classifier").and(CLASSIFIER)
+            }
+            (Self::Classify(_), Family::Bert) if !has_pooler => {
+                Bias::None.and("pooler").and(CLASSIFIER)
+            }
+            (Self::Classify(_), _) => Bias::None.and(CLASSIFIER),
+        }
+    }
+}
+
+/// The module of the scores.
+pub const CLASSIFIER: &str = "classifier";
+
+/// How a sentence's tokens become one vector
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Pooling {
+    /// The mean of its tokens' hidden states
+    Mean,
+    /// The first token's
+    Cls,
+}
+
+impl Pooling {
+    /// As sentence-transformers' files say it.
+    pub fn from_json(text: &str) -> crate::Result<Self> {
+        let json: Value = serde_json::from_str(text)?;
+        let is = |name: &str, old: &str| json["pooling_mode"] == name || json[old] == true;
+        let (mean, cls) =
+            (is("mean", "pooling_mode_mean_tokens"), is("cls", "pooling_mode_cls_token"));
+        match (mean, cls) {
+            (true, false) => Ok(Self::Mean),
+            (false, true) => Ok(Self::Cls),
+            _ => Err("neither mean nor cls is its pooling: give --pooling".into()),
+        }
+    }
+
+    /// (tokens, n) of texts of these lengths, to (texts, n).
+    fn pool(self, hidden: &Tensor, lens: &[usize]) -> Result<Tensor> {
+        let device = hidden.device();
+        match self {
+            Self::Mean => {
+                let text = lens.iter().enumerate().flat_map(|(i, len)| vec![i as u32; *len]);
+                let text = Tensor::from_iter(text, device)?;
+                let sums = Tensor::zeros((lens.len(), hidden.dim(1)?), hidden.dtype(), device)?;
+                let counts = Tensor::from_iter(lens.iter().map(|len| *len as f32), device)?;
+                sums.index_add(&text, hidden, 0)?.broadcast_div(&counts.unsqueeze(1)?)
+            }
+            Self::Cls => {
+                let starts = lens.iter().scan(0, |end, len| {
+                    let start = *end;
+                    *end += *len as u32;
+                    Some(start)
+                });
+                hidden.index_select(&Tensor::from_iter(starts, device)?, 0)
+            }
+        }
+    }
+}
+
+/// An encoder for a task.
+pub struct Model {
+    encoder: Encoder,
+    head: Head,
+}
+
+enum Head {
+    Embed(Pooling),
+    /// Of the first token, by a layer with an activation and the scores.
+    Classify {
+        dense: Linear,
+        activation: fn(&Tensor) -> Result<Tensor>,
+        scores: Linear,
+    },
+}
+
+impl Model {
+    pub fn new(cfg: &Config, task: &Task, vb: VarBuilder) -> Result<Self> {
+        let labels = match task {
+            // transformers' model without a head has no prefix.
+            Task::Embed(pooling) => {
+                let head = Head::Embed(*pooling);
+                return Ok(Self { encoder: Encoder::new(cfg, vb)?, head });
+            }
+            Task::Classify(labels) if labels.len() < 2 => bail!("{} label", labels.len()),
+            Task::Classify(labels) => labels.len(),
+        };
+        let (n, prefix, head) = (cfg.hidden_size, cfg.family.prefix(), vb.pp(CLASSIFIER));
+        let (dense, scores, activation) = match cfg.family {
+            Family::Bert => (vb.pp(prefix).pp("pooler.dense"), head, Tensor::tanh as _),
+            Family::Roberta => (head.pp("dense"), head.pp("out_proj"), Tensor::tanh as _),
+            Family::DistilBert => (vb.pp("pre_classifier"), head, Tensor::relu as _),
+        };
+        let head = Head::Classify {
+            dense: linear(n, n, dense)?,
+            activation,
+            scores: linear(n, labels, scores)?,
+        };
+        Ok(Self { encoder: Encoder::new(cfg, vb.pp(prefix))?, head })
+    }
+
+    /// Vectors (texts, hidden_size) or scores (texts, labels) of ids (1, tokens) that are texts of these lengths.
+    pub fn forward(
+        &self,
+        ids: &Tensor,
+        lens: &[usize],
+        run: impl Fn(&str, &Tensor, Segment) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let hidden = self.encoder.packed(ids, lens, run)?;
+        match &self.head {
+            Head::Embed(pooling) => pooling.pool(&hidden, lens),
+            Head::Classify { dense, activation, scores } => {
+                let first = Pooling::Cls.pool(&hidden, lens)?;
+                scores.forward(&activation(&dense.forward(&first)?)?)
+            }
+        }
+    }
+}

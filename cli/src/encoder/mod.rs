@@ -1,0 +1,9 @@
+//! An encoder of sentences from a Hugging Face folder, for classification and for embeddings.
+
+mod base;
+mod config;
+mod head;
+mod layers;
+
+pub use base::{is_encoder, Base};
+pub use head::{Model, Pooling, Task};

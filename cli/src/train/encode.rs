@@ -1,0 +1,220 @@
+//! An adapter for an encoder: embeddings of pairs that are near, or labels.
+
+use super::args::Args;
+use super::batch::{Batch, Rows};
+use super::fit::{check_rank, fnv, steps, to_train_and_measure, Fit};
+use super::run::{self, Measured, Options, LABELS};
+use super::sentences::{self, examples, labels, without_twins, Example, Sampled};
+use crate::encoder::{Base, Model, Pooling, Task};
+use crate::report::Report;
+use crate::Result;
+use candle_core::{Device, Tensor, D};
+use candle_nn::loss::cross_entropy;
+use lora::adapter::{Adapter, AdapterConfig};
+use lora::train::contrastive_loss;
+use loralib as lora;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// Trains on a file and keeps the best adapter in `--out`; `false` if the run was stopped.
+pub fn encode(
+    args: &Args,
+    model: &Path,
+    file: &Path,
+    device: &Device,
+    report: Report,
+) -> Result<bool> {
+    let base = Base::read(model, args.length as usize, device)?;
+    check_rank(args, base.widest())?;
+    if args.say.prompt.is_some() || args.say.system.is_some() {
+        return Err(format!("{}: an encoder answers no --prompt", model.display()).into());
+    }
+    let columns = args.columns.clone().unwrap_or_default();
+    let read = |file: &Path| sentences::read(file, &columns);
+    let (train_on, measure_on) = to_train_and_measure(args, file, read)?;
+    let task = match train_on.first() {
+        Some((_, first)) if first.is_pair() => {
+            Task::Embed(args.pooling.or(base.pooling).unwrap_or(Pooling::Mean))
+        }
+        _ => Task::Classify(labels(&train_on)),
+    };
+    let training = examples(&train_on, &task, &base)?;
+    let measured = examples(&measure_on, &task, &base)?;
+    tell_examples("to train on", &training, base.longest(), report);
+    tell_examples("to measure on", &measured, base.longest(), report);
+    report.tell(describe(&task), "task", json!({ "task": task.name() }));
+    let (training, measured) = (training.0, measured.0);
+
+    let config = AdapterConfig {
+        base_model_name_or_path: args.base_model.clone().or(Some(base.name())),
+        task_type: Some(task.name().to_owned()),
+        ..args.lora().into()
+    };
+    let adapter = Adapter::new(config).targets(args.targets()).seed(args.seed);
+    let batch = args.batch as usize;
+    let rows = Sampled { examples: &training, batch };
+    let count = rows.rows(None).len();
+    if count < batch && matches!(task, Task::Embed(_)) {
+        let reason = format!("no {batch} pairs of different sentences: choose a smaller --batch");
+        return Err(format!("{}: {reason}", file.display()).into());
+    }
+    let options = Options {
+        lr: args.lr.unwrap_or(2e-4),
+        steps: steps(args, count, report),
+        length: base.longest(),
+        scale: Some(args.scale),
+        task: Some(describe(&task)),
+        data: hash(&training),
+        valid: hash(&measured),
+        ..Options::of(args, base.name())
+    };
+    if args.resume {
+        run::check_options(&args.out, &options)?;
+    }
+    let (model, adapter) = base.model(&task, adapter)?;
+    let of_outputs = |batch: usize, labels: &Tensor, outputs: &Tensor| match &task {
+        Task::Classify(_) => cross_entropy(outputs, labels),
+        Task::Embed(_) => {
+            let queries = outputs.narrow(0, 0, batch)?;
+            let documents = outputs.narrow(0, batch, outputs.dim(0)? - batch)?;
+            contrastive_loss(&queries, &documents, 1. / args.scale)
+        }
+    };
+    let loss = |batch: &Batch| {
+        let outputs = match args.checkpointing {
+            true => model.forward(&batch.ids, &batch.lens, |path, x, layer| {
+                adapter.checkpoint(path, x, layer)
+            }),
+            false => model.forward(&batch.ids, &batch.lens, |_, x, layer| layer(x)),
+        };
+        of_outputs(batch.counted, &batch.labels, &outputs?)
+    };
+    let save = || -> Result<()> {
+        adapter.save_pretrained(&args.out)?;
+        if let Task::Classify(labels) = &task {
+            let names: BTreeMap<_, _> = labels.iter().enumerate().collect();
+            let path = args.out.join(LABELS);
+            let text = format!("{:#}\n", json!({ "id2label": names }));
+            fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
+        Ok(())
+    };
+    let measured = Sampled { examples: &measured, batch };
+    let fit = Fit {
+        args,
+        adapter: &adapter,
+        device: &base.device,
+        examples: &rows,
+        options,
+        loss: &loss,
+        validate: &|| measure(&model, &measured, &base, &of_outputs),
+        save: &save,
+        also: match &task {
+            Task::Classify(_) => ", names of the labels in labels.json",
+            Task::Embed(_) => "",
+        },
+    };
+    fit.run(report)
+}
+
+fn describe(task: &Task) -> String {
+    match task {
+        Task::Embed(pooling) => format!("embeddings by {pooling:?} pooling").to_lowercase(),
+        Task::Classify(labels) => format!("{} labels: {}", labels.len(), labels.join(", ")),
+    }
+}
+
+/// The mean loss in batches, and the share of the right labels, or of queries whose own sentence is the nearest or among
+/// the nearest ten.
+fn measure(
+    model: &Model,
+    measured: &Sampled,
+    base: &Base,
+    of_outputs: &impl Fn(usize, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
+) -> Result<Measured> {
+    let (mut sum, mut counted, mut right) = (0., 0, 0);
+    let (mut pairs, mut queries, mut documents) = (vec![], vec![], vec![]);
+    for rows in without_twins(measured.examples.iter().collect(), measured.batch) {
+        let batch = measured.batch(&rows, &base.device)?;
+        let outputs = model.forward(&batch.ids, &batch.lens, |_, x, layer| layer(x))?;
+        let (count, texts) = (rows.len(), batch.lens.len());
+        if texts > count {
+            queries.push(outputs.narrow(0, 0, count)?);
+            documents.push(outputs.narrow(0, count, count)?);
+            pairs.extend(rows);
+        } else {
+            let same = outputs.argmax(D::Minus1)?.eq(&batch.labels)?;
+            right += same.to_vec1::<u8>()?.into_iter().map(usize::from).sum::<usize>();
+        }
+        // A pair without another has nothing that its sentence could be told from.
+        if texts == count || texts > 2 {
+            let loss = of_outputs(count, &batch.labels, &outputs)?.to_scalar::<f32>()?;
+            sum += f64::from(loss) * count as f64;
+            counted += count;
+        }
+    }
+    if counted == 0 {
+        return Err(
+            "no two pairs of different sentences to measure on: give another --valid".into()
+        );
+    }
+    let loss = sum / counted as f64;
+    if pairs.is_empty() {
+        return Ok(Measured { loss, more: vec![("accuracy", right as f64 / counted as f64)] });
+    }
+    let ranks = ranks(&Tensor::cat(&queries, 0)?, &Tensor::cat(&documents, 0)?, &pairs)?;
+    let within = |n| ranks.iter().filter(|rank| **rank < n).count() as f64 / ranks.len() as f64;
+    Ok(Measured { loss, more: vec![("recall@1", within(1)), ("recall@10", within(10))] })
+}
+
+/// For each pair how many sentences are nearer to its query than its own, without those that also belong to the query.
+fn ranks(queries: &Tensor, documents: &Tensor, pairs: &[&Example]) -> Result<Vec<usize>> {
+    let unit = |x: &Tensor| x.broadcast_div(&x.sqr()?.sum_keepdim(1)?.sqrt()?);
+    let cosines = unit(queries)?.matmul(&unit(documents)?.t()?)?.to_vec2::<f32>()?;
+    let mut of_query = BTreeMap::<_, Vec<_>>::new();
+    let mut first_of = BTreeMap::new();
+    for (i, pair) in pairs.iter().enumerate() {
+        of_query.entry(&pair.texts[0]).or_default().push(&pair.texts[1]);
+        first_of.entry(&pair.texts[1]).or_insert(i);
+    }
+    let rank = |(i, row): (usize, &Vec<f32>)| {
+        let own = &of_query[&pairs[i].texts[0]];
+        let others = first_of.iter().filter(|(text, _)| !own.contains(text));
+        others.filter(|(_, at)| row[**at] > row[i]).count()
+    };
+    Ok(cosines.iter().enumerate().map(rank).collect())
+}
+
+fn tell_examples(what: &str, (all, cut): &(Vec<Example>, usize), longest: usize, report: Report) {
+    let mut lens: Vec<_> = all.iter().flat_map(|e| e.texts.iter().map(Vec::len)).collect();
+    lens.sort_unstable();
+    let (shortest, median, most) =
+        (lens.first().copied(), lens.get(lens.len() / 2).copied(), lens.last().copied());
+    let [shortest, median, most] = [shortest, median, most].map(Option::unwrap_or_default);
+    let line = format!(
+        "{} examples {what}: sentences of {shortest} to {most} tokens, median {median}",
+        all.len()
+    );
+    let values = json!({
+        "what": what, "examples": all.len(), "tokens": lens.iter().sum::<usize>(), "shortest": shortest,
+        "median": median, "longest": most, "cut": cut,
+    });
+    report.tell(line, "examples", values);
+    if *cut > 0 {
+        let line = format!("{cut} sentences are cut off after {longest} tokens: see --length");
+        report.tell(line, "cut", json!({ "sentences": cut }));
+    }
+}
+
+/// Of all tokens and labels.
+fn hash(examples: &[Example]) -> u64 {
+    fnv(examples.iter().flat_map(|example| {
+        let texts = example
+            .texts
+            .iter()
+            .flat_map(|ids| ids.iter().map(|id| u64::from(*id)).chain([u64::MAX]));
+        texts.chain([u64::from(example.label)])
+    }))
+}
