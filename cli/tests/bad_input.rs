@@ -53,7 +53,7 @@ const REFUSED: &[(&str, &[&str])] = &[
     ("train none data.jsonl", &["none: no such folder or file", "hf download"]),
     ("train folder data.jsonl", &["folder: config.json"]),
     ("train broken data.jsonl", &["broken: tokenizer.json: No such file"]),
-    ("train other data.jsonl", &["other: ", "\"bert\"", "llama"]),
+    ("train other data.jsonl", &["other/config.json: hidden_act", "\"gelu\""]),
     ("train hub/model data.jsonl", &["hub/model: ", "hf download"]),
     ("train data.jsonl model", &["data.jsonl: ", "the model comes first"]),
     ("train model/model.safetensors data.jsonl", &["model.safetensors: ", "give the folder"]),

@@ -15,6 +15,7 @@ mod gpt2;
 #[path = "../../examples/classify/src/names.rs"]
 mod names;
 
+mod contrastive;
 mod data_parallel;
 mod decoder;
 mod encoders;

@@ -13,6 +13,7 @@ pub use sample::Sampler;
 pub use say::Say;
 pub use speaker::Speaker;
 
+use crate::encoder::is_encoder;
 use crate::model::Base;
 use crate::place::Place;
 use crate::report::Report;
@@ -47,6 +48,13 @@ pub struct Args {
 
 pub fn run(args: &Args, report: Report) -> Result<()> {
     let Args { model, adapter, say, seed, device } = args;
+    if is_encoder(model) {
+        return Err(format!(
+            "{}: an encoder does not answer: `lora train` takes it",
+            model.display()
+        )
+        .into());
+    }
     let base = Base::read(model, &device.device(*seed)?)?;
     let mut speaker = Speaker::new(&base, adapter)?;
     let mut sampler = say.sampler(*seed);

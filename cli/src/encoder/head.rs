@@ -116,7 +116,7 @@ impl Model {
                 let head = Head::Embed(*pooling);
                 return Ok(Self { encoder: Encoder::new(cfg, vb)?, head });
             }
-            Task::Classify(labels) if labels.len() < 2 => bail!("{} label", labels.len()),
+            Task::Classify(labels) if labels.len() < 2 => bail!("one label, expected two or more"),
             Task::Classify(labels) => labels.len(),
         };
         let (n, prefix, head) = (cfg.hidden_size, cfg.family.prefix(), vb.pp(CLASSIFIER));

@@ -5,5 +5,8 @@ mod config;
 mod head;
 mod layers;
 
+#[cfg(test)]
+mod tests;
+
 pub use base::{is_encoder, Base};
 pub use head::{Model, Pooling, Task};

@@ -1,4 +1,4 @@
-"""Small random models of transformers with their logits, for cli/src/model/tests.rs.
+"""Small random models of transformers with their logits, for cli/src/model/tests.rs and cli/src/encoder/tests.rs.
 
     pip install torch transformers safetensors
     python models.py
@@ -60,6 +60,31 @@ for name, (config, kind) in MODELS.items():
         logits = {f"logits.{n}": model(ids[None, :n]).logits[0].contiguous() for n in (10, 40)}
     save_file({"ids": ids, **logits}, HERE / name / "logits.safetensors")
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
+
+# Encoders with a head for three labels: texts of different lengths, the scores, and the means of the hidden states.
+SMALL = dict(vocab_size=60, max_position_embeddings=64, pad_token_id=1, num_labels=3)
+BERT = dict(SMALL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+ENCODERS = {
+    "bert": (t.BertConfig(**BERT), t.BertForSequenceClassification),
+    "roberta": (t.RobertaConfig(**BERT, type_vocab_size=1), t.RobertaForSequenceClassification),
+    "distilbert": (t.DistilBertConfig(**SMALL, dim=32, hidden_dim=48, n_layers=2, n_heads=4),
+                   t.DistilBertForSequenceClassification),
+}
+for name, (config, kind) in ENCODERS.items():
+    torch.manual_seed(7)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            value.copy_(torch.randn_like(value) * 0.3 + ("orm.weight" in key))
+    model.save_pretrained(HERE / name)
+    expected = {}
+    for n in (5, 9):
+        ids = 2 + torch.arange(n) * (30 + n) % 57
+        with torch.no_grad():
+            out = model(ids[None], output_hidden_states=True)
+        expected |= {f"ids.{n}": ids, f"scores.{n}": out.logits[0], f"mean.{n}": out.hidden_states[-1][0].mean(0)}
+    save_file(expected, HERE / name / "expected.safetensors")
+
 
 # The same models by the options' names in older files.
 def older(name, new, change):

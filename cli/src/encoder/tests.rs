@@ -1,0 +1,111 @@
+//! The encoders against transformers: small models of each family, written by `cli/tests/models/models.py`.
+
+use super::{Base, Model, Pooling, Task};
+use crate::Result;
+use candle_core::{Device, Tensor};
+use lora::adapter::Targets;
+use lora::utils::StateDict;
+use lora::{Adapter, LoraConfig};
+use loralib as lora;
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const FAMILIES: [&str; 3] = ["bert", "roberta", "distilbert"];
+
+fn fixture(name: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "tests/models", name].iter().collect()
+}
+
+/// A folder with the model's files, and a tokenizer of two words.
+fn folder(name: &str) -> Result<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(fixture(name).join(file), dir.path().join(file))?;
+    }
+    let model = json!({"type": "WordLevel", "vocab": {"?": 0, "a": 3}, "unk_token": "?"});
+    let tokenizer = json!({"version": "1.0", "added_tokens": [], "model": model});
+    fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string())?;
+    Ok(dir)
+}
+
+fn labels(count: usize) -> Task {
+    Task::Classify((0..count).map(|i| i.to_string()).collect())
+}
+
+fn model(path: &Path, task: &Task) -> Result<(Model, Adapter)> {
+    let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).seed(1);
+    let adapter = adapter.targets(Targets::all_linear());
+    Base::read(path, 64, &Device::Cpu)?.model(task, adapter)
+}
+
+/// Of two texts in one row: their outputs, and what transformers has for each by this name.
+fn outputs(name: &str, expected: &str, model: &Model) -> Result<(Tensor, Tensor)> {
+    let all =
+        candle_core::safetensors::load(fixture(name).join("expected.safetensors"), &Device::Cpu)?;
+    let of = |what: &str| [9, 5].map(|n| all[&format!("{what}.{n}")].clone());
+    let ids = Tensor::cat(&of("ids"), 0)?.to_dtype(candle_core::DType::U32)?.unsqueeze(0)?;
+    let outputs = model.forward(&ids, &[9, 5], |_, x, layer| layer(x))?;
+    Ok((outputs, Tensor::stack(&of(expected), 0)?))
+}
+
+fn apart(a: &Tensor, b: &Tensor) -> Result<f32> {
+    assert_eq!(a.dims(), b.dims());
+    let largest = |t: &Tensor| t.abs()?.max_all()?.to_scalar::<f32>();
+    Ok(largest(&(a - b)?)? / largest(b)?)
+}
+
+#[test]
+fn scores_and_embeddings_are_those_of_transformers() -> Result<()> {
+    for name in FAMILIES {
+        let dir = folder(name)?;
+        for (task, expected) in [(labels(3), "scores"), (Task::Embed(Pooling::Mean), "mean")] {
+            let (model, adapter) = model(dir.path(), &task)?;
+            assert!(!adapter.adapted().is_empty());
+            let (outputs, expected) = outputs(name, expected, &model)?;
+            let apart = apart(&outputs, &expected)?;
+            assert!(apart < 1e-5, "{name}: {apart}");
+        }
+    }
+    Ok(())
+}
+
+/// An encoder that was saved without a head, and one of an older file, whose norms have a gamma and a beta.
+#[test]
+fn files_without_the_prefix_and_with_older_names_are_the_same_model() -> Result<()> {
+    for name in FAMILIES {
+        let dir = folder(name)?;
+        let file = dir.path().join("model.safetensors");
+        let tensors = candle_core::safetensors::load(&file, &Device::Cpu)?;
+        let prefix = format!("{name}.");
+        let without = |name: &String| name.strip_prefix(&prefix).unwrap_or(name).to_owned();
+        let older = |name: &String| {
+            let name = name.replace("LayerNorm.weight", "LayerNorm.gamma");
+            name.replace("LayerNorm.bias", "LayerNorm.beta")
+        };
+        for rename in [&without as &dyn Fn(&String) -> String, &older] {
+            let renamed: StateDict =
+                tensors.iter().map(|(name, tensor)| (rename(name), tensor.clone())).collect();
+            candle_core::safetensors::save(&renamed.into_iter().collect(), &file)?;
+            let (model, _) = model(dir.path(), &labels(3))?;
+            let (outputs, expected) = outputs(name, "scores", &model)?;
+            assert!(apart(&outputs, &expected)? < 1e-5, "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn another_number_of_labels_gets_a_new_head_that_is_trained_and_saved() -> Result<()> {
+    for name in FAMILIES {
+        let dir = folder(name)?;
+        let (model, adapter) = model(dir.path(), &labels(5))?;
+        let (scores, _) = outputs(name, "scores", &model)?;
+        assert_eq!(scores.dims(), [2, 5]);
+        adapter.check()?;
+        adapter.require_grads(&scores.sum_all()?.backward()?)?;
+        let saved = adapter.state_dict()?;
+        assert!(saved.keys().any(|name| name.starts_with("classifier.")), "{:?}", saved.keys());
+    }
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! Encoders: embeddings of pairs and labels, by the program.
+
+mod common;
+
+use common::Files;
+use serde_json::{json, Value};
+use std::fs;
+
+/// Sentences of words that tell which of three kinds they are of.
+fn labelled(count: usize) -> Vec<Value> {
+    let kinds = ["low", "average", "high"];
+    let line = |i: usize| {
+        let words = (0..2 + i % 4).map(|at| format!("w{}", 3 + (i * 5 + at * 7) % 30));
+        let words: Vec<_> = words.chain([format!("w{}", 40 + i % 3)]).collect();
+        json!({ "text": words.join(" "), "label": kinds[i % 3] })
+    };
+    (0..count).map(line).collect()
+}
+
+/// Pairs of which each word has one in the other sentence.
+fn pairs(count: usize) -> Vec<Value> {
+    let line = |i: usize| {
+        let [a, b] = [i * 11 % 25, (i * 3 + i / 25 + 7) % 25];
+        let [first, second] = [3, 28].map(|from| format!("w{} w{}", from + a, from + b));
+        json!({ "anchor": first, "positive": format!("{second} w2") })
+    };
+    (0..count).map(line).collect()
+}
+
+fn put(files: &Files, name: &str, lines: &[Value]) {
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    fs::write(files.path(name), text).unwrap();
+}
+
+/// The events of one name.
+fn events(files: &Files, options: &str, name: &str) -> Vec<Value> {
+    let out = files.ok(&format!("{options} --json"));
+    let lines = out.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter(|line| line["event"] == name).collect()
+}
+
+#[test]
+fn every_encoder_learns_labels() {
+    for name in ["bert", "roberta", "distilbert"] {
+        let files = Files::of(name);
+        put(&files, "labels.jsonl", &labelled(90));
+        let options = "train model labels.jsonl --steps 60 --batch 8 --lr 1e-2 --validate-every 20";
+        let measured = events(&files, options, "validation");
+        let [first, last] = [0, 3].map(|i| measured[i]["loss"].as_f64().unwrap());
+        assert!(last < 0.7 * first, "{name}: {measured:?}");
+        let labels = fs::read_to_string(files.path("adapter/labels.json")).unwrap();
+        let labels: Value = serde_json::from_str(&labels).unwrap();
+        assert_eq!(labels, json!({"id2label": {"0": "average", "1": "high", "2": "low"}}));
+    }
+}
+
+#[test]
+fn every_encoder_learns_embeddings_with_and_without_checkpointing() {
+    for name in ["bert", "roberta", "distilbert"] {
+        let files = Files::of(name);
+        put(&files, "pairs.jsonl", &pairs(50));
+        let options = "train model pairs.jsonl --valid pairs.jsonl --steps 30 --batch 6 --lr 3e-3 --dropout 0.1";
+        let run = |more: &str| events(&files, &format!("{options} {more}"), "validation");
+        let measured = run("--out one");
+        let [first, last] = [0, 1].map(|i| measured[i]["loss"].as_f64().unwrap());
+        assert!(last < first, "{name}: {measured:?}");
+        assert_eq!(run("--out other --checkpointing"), measured, "{name}");
+        // A negative makes it harder.
+        let with_negative = |mut line: Value| {
+            line["negative"] = line["anchor"].clone();
+            line
+        };
+        put(&files, "pairs.jsonl", &pairs(50).into_iter().map(with_negative).collect::<Vec<_>>());
+        let harder = run("--out third")[0]["loss"].as_f64().unwrap();
+        assert!(harder > first, "{name}: {harder} {first}");
+    }
+}
+
+#[test]
+fn a_run_goes_on_with_the_same_options_alone() {
+    let files = Files::of("bert");
+    put(&files, "labels.jsonl", &labelled(60));
+    put(&files, "other.jsonl", &labelled(50));
+    files.ok("train model labels.jsonl --steps 4");
+    let out = files.ok("train model labels.jsonl --steps 4 --resume");
+    assert!(out.contains("has all its 4 steps"), "{out}");
+    for (options, expected) in [
+        ("labels.jsonl --steps 4 --scale 10", "--scale was 20"),
+        ("other.jsonl --steps 4", "DATA has other tokens"),
+    ] {
+        let error = files.error(&format!("train model {options} --resume"));
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn bad_entries_are_refused_by_where_they_stand() {
+    let files = Files::of("bert");
+    let (label, pair) = (labelled(1).remove(0), pairs(1).remove(0));
+    let same = json!({"anchor": "w3", "positive": "w3"});
+    let negative = json!({"anchor": "w3", "positive": "w4", "negative": "w4"});
+    for (lines, expected) in [
+        (vec![json!({"text": "w3"})], &["data:1: ", "\"label\"", "--columns"][..]),
+        (vec![json!({"text": " ", "label": 1})], &["data:1: "]),
+        (vec![label.clone(), pair.clone()], &["data:2: ", "another form than data:1"]),
+        (vec![pair.clone(), same], &["data:2: ", "the anchor is the positive"]),
+        (vec![pair.clone(), negative], &["data:2: ", "the negative is the positive"]),
+        (vec![pair.clone(); 20], &["data: no 4 pairs", "--batch"]),
+        (vec![label.clone(); 20], &["one label"]),
+    ] {
+        put(&files, "data", &lines);
+        let error = files.error("train model data --steps 1");
+        for words in expected {
+            assert!(error.contains(words), "{error:?} does not contain {words:?}");
+        }
+        assert!(!files.path("adapter").exists(), "{error}");
+    }
+    put(&files, "data", &labelled(9));
+    put(&files, "valid", &[json!({"text": "w3", "label": "other"})]);
+    let error = files.error("train model data --valid valid");
+    assert!(error.contains("valid:1: the label \"other\""), "{error}");
+    put(&files, "valid", &[pair]);
+    let error = files.error("train model data --valid valid");
+    assert!(error.contains("valid:1: it is of another form"), "{error}");
+    let error = files.error("train model data --prompt w3");
+    assert!(error.contains("--prompt"), "{error}");
+    let error = files.error("chat model");
+    assert!(error.contains("encoder"), "{error}");
+}
