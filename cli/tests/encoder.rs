@@ -127,3 +127,60 @@ fn bad_entries_are_refused_by_where_they_stand() {
     let error = files.error("chat model");
     assert!(error.contains("encoder"), "{error}");
 }
+
+/// What the program measures of a folder before its first step.
+fn validation(files: &Files, options: &str) -> Value {
+    events(files, &format!("train {options} --steps 1"), "validation").remove(0)
+}
+
+/// The encoder's names have a prefix in these files; an adapter for embeddings is for a model without.
+#[test]
+fn a_merged_folder_measures_as_its_adapter_did() {
+    for name in ["bert", "roberta", "distilbert"] {
+        let files = Files::of(name);
+        put(&files, "pairs.jsonl", &pairs(60));
+        put(&files, "labels.jsonl", &labelled(60));
+        for data in ["pairs.jsonl", "labels.jsonl"] {
+            let out = format!("{data}-adapter");
+            let train =
+                format!("train model {data} --steps 5 --lr 1e-2 --valid {data} --out {out}");
+            let trained = events(&files, &train, "validation").remove(1);
+            files.ok(&format!("merge --base model --adapter {out} --out {data}-merged"));
+            let merged = validation(
+                &files,
+                &format!("{data}-merged {data} --valid {data} --out {data}-new"),
+            );
+            let [trained, merged] = [trained, merged].map(|line| line["loss"].as_f64().unwrap());
+            assert!(
+                (trained - merged).abs() < 1e-5 * trained,
+                "{name}, {data}: {trained} {merged}"
+            );
+            let fits = files.ok(&format!("info {out} --model model"));
+            assert!(fits.contains(&format!("fits     model ({name}, 2 layers of 32)")), "{fits}");
+        }
+    }
+}
+
+#[test]
+fn the_modules_of_sentence_transformers_are_read_and_merged() {
+    let files = Files::of("bert");
+    put(&files, "pairs.jsonl", &pairs(60));
+    let put = |name: &str, text: &str| {
+        fs::create_dir_all(files.path(name).parent().unwrap()).unwrap();
+        fs::write(files.path(name), text).unwrap();
+    };
+    fs::create_dir(files.path("other")).unwrap();
+    let modules =
+        json!([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_None"}, {"path": "../other"}]);
+    put("model/modules.json", &modules.to_string());
+    put("model/1_Pooling/config.json", r#"{"pooling_mode_cls_token": true}"#);
+    put("model/onnx/model.onnx", "of the base alone");
+    let out = files.ok("train model pairs.jsonl --steps 1");
+    assert!(out.contains("cls pooling"), "{out}");
+    files.ok("merge --base model --adapter adapter --out merged");
+    assert!(files.path("merged/1_Pooling/config.json").exists());
+    assert!(!files.path("merged/onnx").exists());
+    put("model/1_Pooling/config.json", r#"{"pooling_mode": "max"}"#);
+    let error = files.error("train model pairs.jsonl --steps 1 --out new");
+    assert!(error.contains("1_Pooling/config.json: ") && error.contains("--pooling"), "{error}");
+}

@@ -5,7 +5,7 @@ use super::head::{Model, Pooling, Task, CLASSIFIER};
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
-use lora::Adapter;
+use lora::{Adapter, LoraWeights};
 use loralib as lora;
 use serde_json::Value;
 use std::fs;
@@ -38,8 +38,9 @@ impl Base {
         let json: Value = serde_json::from_str(&read("config.json")?)
             .map_err(|e| format!("{}: {e}", at("config.json")))?;
         let config = Config::from_json(&json).map_err(|e| format!("{}: {e}", at("config.json")))?;
+        let text = read("tokenizer.json")?;
         let tokenizer = || -> Result<Tokenizer> {
-            let mut tokenizer: Tokenizer = read("tokenizer.json")?.parse()?;
+            let mut tokenizer: Tokenizer = text.parse()?;
             let max_length = length.min(config.longest());
             tokenizer.with_padding(None);
             let truncation = TruncationParams { max_length, ..Default::default() };
@@ -82,6 +83,26 @@ impl Base {
         self.config.hidden_size
     }
 
+    /// The folder, and what is in it.
+    pub fn describe(&self) -> String {
+        let name = self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy();
+        let Config { model_type, layers, hidden_size, .. } = &self.config;
+        format!("{name} ({model_type}, {layers} layers of {hidden_size})")
+    }
+
+    /// That the model has each layer of an adapter, with the shape that it is for.
+    pub fn check(&self, weights: &LoraWeights) -> Result<()> {
+        let tensors = weights.state_dict();
+        let scores = ["weight", "out_proj.weight"].map(|end| format!("{CLASSIFIER}.{end}"));
+        let scores = scores.iter().find_map(|name| tensors.get(name));
+        let task = match scores {
+            Some(scores) => Task::Classify((0..scores.dim(0)?).map(|i| i.to_string()).collect()),
+            None => Task::Embed(Pooling::Mean),
+        };
+        let (_, adapter) = self.model(&task, Adapter::from_weights(weights)?)?;
+        Ok(adapter.check()?)
+    }
+
     /// The encoder for a task, with an adapter. What the task needs and the folder does not have is new, and trained whole.
     pub fn model(&self, task: &Task, adapter: Adapter) -> Result<(Model, Adapter)> {
         let build = || -> Result<_> {
@@ -98,8 +119,15 @@ impl Base {
     }
 }
 
+/// The names that an adapter's tensors have in the files of a folder with an encoder.
+pub fn names(path: &Path) -> Result<Names> {
+    let base = Base::read(path, usize::MAX, &Device::Cpu)?;
+    let files = lora::safetensors_var_builder(path, DType::F32, &Device::Cpu)?;
+    Ok(Names::of(&base.config, &Task::Embed(Pooling::Mean), &files))
+}
+
 /// The names that the tensors have in the folder's files.
-struct Names {
+pub struct Names {
     /// Of the encoder, in the files of a model with a head.
     prefix: Option<&'static str>,
     /// The norms of older files have a gamma and a beta.
@@ -121,7 +149,7 @@ impl Names {
         }
     }
 
-    fn on_disk(&self, name: &str) -> String {
+    pub fn on_disk(&self, name: &str) -> String {
         let (first, rest) = name.split_once('.').unwrap_or((name, ""));
         if first == CLASSIFIER && self.new_head {
             return format!("{name} for other labels");

@@ -39,6 +39,7 @@ impl Family {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub family: Family,
+    pub model_type: String,
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -113,6 +114,7 @@ impl Config {
             eps: json["layer_norm_eps"].as_f64().unwrap_or(1e-12),
             labels,
             family,
+            model_type: model_type.to_owned(),
         })
     }
 }

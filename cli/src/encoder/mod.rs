@@ -8,5 +8,5 @@ mod layers;
 #[cfg(test)]
 mod tests;
 
-pub use base::{is_encoder, Base};
+pub use base::{is_encoder, names, Base};
 pub use head::{Model, Pooling, Task};

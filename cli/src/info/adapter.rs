@@ -4,6 +4,7 @@ use super::norms::norms;
 use super::{picture, Args};
 use crate::adapter;
 use crate::chat::Speaker;
+use crate::encoder::{self, is_encoder};
 use crate::format::Format;
 use crate::model::Base;
 use crate::report::Report;
@@ -135,6 +136,11 @@ fn read(args: &Args, format: Format) -> Result<LoraWeights> {
 
 /// That the model has each layer of the adapter, with the shape that it is for.
 fn fits(args: &Args, model: &Path) -> Result<String> {
+    if is_encoder(model) {
+        let base = encoder::Base::read(model, usize::MAX, &Device::Cpu)?;
+        base.check(&adapter::read(&args.path, None)?)?;
+        return Ok(base.describe());
+    }
     let base = Base::read(model, &Device::Cpu)?;
     Speaker::new(&base, &[args.path.display().to_string()])?;
     Ok(base.describe())

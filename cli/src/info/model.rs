@@ -1,6 +1,7 @@
 //! A model.
 
 use super::adapter::size;
+use crate::encoder::{self, is_encoder};
 use crate::format::is_gguf;
 use crate::model::Base;
 use crate::report::Report;
@@ -34,6 +35,14 @@ pub fn tell(path: &Path, report: Report) -> Result<()> {
     let mut values = json!({ "parameters": parameters, "bytes": bytes, "dtypes": dtypes });
     // A file of weights alone has no configuration.
     let has_config = path.is_dir() || gguf;
+    if is_encoder(path) {
+        let base = encoder::Base::read(path, usize::MAX, &Device::Cpu)?;
+        rows.insert(0, ("model", base.describe()));
+        rows.push(("takes", format!("{} tokens", base.longest())));
+        rows.push(("trains", "labels or embeddings".to_owned()));
+        values["tokens"] = base.longest().into();
+        return told(&rows, values, report);
+    }
     match has_config.then(|| Base::read(path, &Device::Cpu)) {
         Some(Ok(base)) => {
             let cfg = &base.config;
@@ -58,6 +67,10 @@ pub fn tell(path: &Path, report: Report) -> Result<()> {
         }
         None => {}
     }
+    told(&rows, values, report)
+}
+
+fn told(rows: &[(&str, String)], values: Value, report: Report) -> Result<()> {
     let text: String = rows.iter().map(|(name, value)| format!("{name:8} {value}\n")).collect();
     report.tell(text.trim_end(), "model", values);
     Ok(())

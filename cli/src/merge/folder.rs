@@ -8,7 +8,8 @@ use std::path::Path;
 
 const CONFIG: &str = "config.json";
 
-/// Copies all files of a folder but weights and hidden ones. With an untied head config.json says so.
+/// Copies all files of a folder but weights and hidden ones, and the folders of the modules that sentence-transformers puts
+/// behind a model. With an untied head config.json says so.
 pub fn copy(base: &Path, out: &Path, untied: bool) -> Result<()> {
     for entry in fs::read_dir(base)? {
         let path = entry?.path();
@@ -23,7 +24,36 @@ pub fn copy(base: &Path, out: &Path, untied: bool) -> Result<()> {
         };
         copied.map_err(|e| format!("{}: {e}", target.display()))?;
     }
+    for module in modules(base)? {
+        let (from, to) = (base.join(&module), out.join(&module));
+        let copy = || -> std::io::Result<()> {
+            fs::create_dir_all(&to)?;
+            for entry in fs::read_dir(&from)? {
+                let entry = entry?;
+                if entry.file_type()?.is_file() {
+                    fs::copy(entry.path(), to.join(entry.file_name()))?;
+                }
+            }
+            Ok(())
+        };
+        copy().map_err(|e| format!("{}: {e}", from.display()))?;
+    }
     Ok(())
+}
+
+/// The folders that modules.json names: a name alone, in the folder itself.
+fn modules(base: &Path) -> Result<Vec<String>> {
+    let path = base.join("modules.json");
+    if !path.exists() {
+        return Ok(vec![]);
+    }
+    let json: Value = serde_json::from_str(&fs::read_to_string(&path)?)
+        .map_err(|e| format!("{}: {e}", path.display()))?;
+    let all = json.as_array().into_iter().flatten().filter_map(|module| module["path"].as_str());
+    let inside =
+        |name: &&str| Path::new(name).components().count() == 1 && base.join(name).is_dir();
+    let plain = |name: &&str| !matches!(*name, "." | ".." | "/");
+    Ok(all.filter(inside).filter(plain).map(str::to_owned).collect())
 }
 
 /// Files that the merged weights replace, and those of other formats.

@@ -2,6 +2,7 @@
 
 use super::args::Args;
 use crate::adapter;
+use crate::encoder::{self, is_encoder};
 use crate::format::{detect, Format};
 use crate::Result;
 use candle_core::Device;
@@ -13,7 +14,18 @@ use loralib as lora;
 
 /// The adapter with the base's names.
 pub fn read(args: &Args, base: Option<&gguf::File>) -> Result<LoraWeights> {
-    renamed(of_any_format(args, base)?, &args.strip_prefix)
+    let weights = of_any_format(args, base)?;
+    let prefix = &args.strip_prefix[..];
+    if !prefix.is_empty() {
+        let strip = |name: &str| name.strip_prefix(prefix).unwrap_or(name).to_owned();
+        return renamed(weights, strip);
+    }
+    if is_encoder(&args.base) {
+        // An encoder's names have a prefix in a model with a head alone.
+        let names = encoder::names(&args.base)?;
+        return renamed(weights, |name| names.on_disk(name));
+    }
+    Ok(weights)
 }
 
 fn of_any_format(args: &Args, base: Option<&gguf::File>) -> Result<LoraWeights> {
@@ -46,17 +58,13 @@ fn of_any_format(args: &Args, base: Option<&gguf::File>) -> Result<LoraWeights> 
     Ok(weights.map_err(|e| format!("{}: {e}", args.adapter.display()))?)
 }
 
-/// The adapter with the base's names.
-fn renamed(weights: LoraWeights, prefix: &str) -> Result<LoraWeights> {
-    if prefix.is_empty() {
-        return Ok(weights);
-    }
-    let strip = |name: String| name.strip_prefix(prefix).map(str::to_owned).unwrap_or(name);
+fn renamed(weights: LoraWeights, rename: impl Fn(&str) -> String) -> Result<LoraWeights> {
     let mut config = weights.config();
-    config.layers = config.layers.into_iter().map(|(path, own)| (strip(path), own)).collect();
+    let layers = config.layers.into_iter();
+    config.layers = layers.map(|(path, own)| (rename(&path), own)).collect();
     let rows = config.trainable_token_indices.into_iter();
-    config.trainable_token_indices = rows.map(|(path, own)| (strip(path), own)).collect();
-    let tensors: StateDict =
-        weights.state_dict().into_iter().map(|(name, tensor)| (strip(name), tensor)).collect();
+    config.trainable_token_indices = rows.map(|(path, own)| (rename(&path), own)).collect();
+    let tensors = weights.state_dict().into_iter();
+    let tensors: StateDict = tensors.map(|(name, tensor)| (rename(&name), tensor)).collect();
     Ok(LoraWeights::new(config, tensors)?)
 }
