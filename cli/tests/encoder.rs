@@ -184,3 +184,27 @@ fn the_modules_of_sentence_transformers_are_read_and_merged() {
     let error = files.error("train model pairs.jsonl --steps 1 --out new");
     assert!(error.contains("1_Pooling/config.json: ") && error.contains("--pooling"), "{error}");
 }
+
+#[test]
+fn a_new_head_is_merged_with_the_names_of_its_labels() {
+    let files = Files::of("bert");
+    // Without the model's own head and pooler, and without the prefix.
+    let path = files.path("model/model.safetensors");
+    let tensors = candle_core::safetensors::load(&path, &candle_core::Device::Cpu).unwrap();
+    let encoder = tensors
+        .into_iter()
+        .filter_map(|(name, tensor)| Some((name.strip_prefix("bert.")?.to_owned(), tensor)));
+    let encoder = encoder.filter(|(name, _)| !name.starts_with("pooler")).collect();
+    candle_core::safetensors::save(&encoder, &path).unwrap();
+    put(&files, "labels.jsonl", &labelled(60));
+    let train = "train model labels.jsonl --steps 5 --valid labels.jsonl";
+    let trained = events(&files, train, "validation").remove(1);
+    let out = files.ok("merge --base model --adapter adapter --out merged");
+    assert!(out.contains("the base has no classifier.bias, classifier.weight, pooler"), "{out}");
+    let config = fs::read_to_string(files.path("merged/config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["label2id"], json!({"average": 0, "high": 1, "low": 2}));
+    let merged = validation(&files, "merged labels.jsonl --valid labels.jsonl --out new");
+    let [trained, merged] = [trained, merged].map(|line| line["loss"].as_f64().unwrap());
+    assert!((trained - merged).abs() < 1e-5 * trained, "{trained} {merged}");
+}

@@ -7,7 +7,7 @@ use crate::base::quantized::Dense;
 use crate::base::source::{from_source, Source, Wanted};
 use crate::files::StateDict;
 use crate::layers::Part;
-use crate::merge::Plan;
+use crate::merge::{Additions, Plan};
 use crate::weights::{is_equal, untied_table};
 use crate::Result;
 use candle_core::Tensor;
@@ -35,7 +35,7 @@ impl Adapter {
         let exists = |name: &str| base.contains_tensor(name);
         let dims = |name: &str| Some(base.get_unchecked(name).ok()?.dims().to_vec());
         let weights = self.weights()?;
-        let plan = Plan::new(&weights, exists, dims, true)?;
+        let plan = Plan::new(&weights, exists, dims, Additions::All)?;
         let adapter = weights.state_dict();
         let record = Arc::<Record>::default();
         let mut changed: Vec<_> = plan.changed().into_iter().map(str::to_owned).collect();

@@ -4,8 +4,9 @@ use super::read::refuse_other_kinds;
 use super::safetensors::{self, malformed};
 use crate::ops::checked_elem_count;
 use crate::{Error, Result};
-use ::safetensors::tensor::{Metadata, TensorInfo};
+use ::safetensors::tensor::{Metadata, TensorInfo, View};
 use candle_core::{DType, Device, Tensor};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Take, Write};
 use std::path::Path;
@@ -55,19 +56,32 @@ impl SafetensorsFile {
         }
     }
 
-    /// The start of this file with copies of some tensors under new names, whose data follows.
-    pub fn start_with(&self, copies: &[(&str, &str)]) -> Result<Vec<u8>> {
-        if copies.is_empty() {
+    /// The start of this file with copies of some tensors under new names, and with others, whose data follows.
+    pub fn start_with(
+        &self,
+        copies: &[(&str, &str)],
+        others: &BTreeMap<&str, Tensor>,
+    ) -> Result<Vec<u8>> {
+        if copies.is_empty() && others.is_empty() {
             return Ok(self.start.clone());
         }
         let names = self.header.offset_keys();
         let own = names.into_iter().map(|name| Ok((name.clone(), self.info(&name)?.clone())));
         let mut infos = own.collect::<Result<Vec<_>>>()?;
-        for (new, of) in copies {
+        let mut push = |name: &str, info: TensorInfo, size: usize| {
             let start = infos.last().map_or(0, |(_, info)| info.data_offsets.1);
+            let data_offsets = (start, start + size);
+            infos.push((name.to_owned(), TensorInfo { data_offsets, ..info }));
+        };
+        for (new, of) in copies {
             let info = self.info(of)?.clone();
-            let end = start + (info.data_offsets.1 - info.data_offsets.0);
-            infos.push(((*new).to_owned(), TensorInfo { data_offsets: (start, end), ..info }));
+            let (from, to) = info.data_offsets;
+            push(new, info, to - from);
+        }
+        for (name, tensor) in others {
+            let (dtype, shape) = (View::dtype(tensor), tensor.dims().to_vec());
+            let info = TensorInfo { dtype, shape, data_offsets: (0, 0) };
+            push(name, info, View::data_len(tensor));
         }
         let header = Metadata::new(self.header.metadata().clone(), infos).map_err(malformed)?;
         safetensors::start(&header)

@@ -1,14 +1,14 @@
 //! Merges from file to file, with one weight of the base in memory at a time.
 
-use super::plan::Plan;
-use super::tensors::merge_into;
+use super::plan::{Additions, Plan};
+use super::tensors::merge_tensors;
 use crate::files::fp8::refuse_scaled;
 use crate::files::safetensors_file::SafetensorsFile;
 use crate::files::shards::Shards;
 use crate::files::{atomic_file, is_torch, read, serialize};
 use crate::weights::LoraWeights;
 use crate::{Error, Result};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use safetensors::tensor::{Dtype, View};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +25,25 @@ pub struct MergeProgress {
     pub total: u64,
 }
 
+/// Tensors of a merged model that its base has not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NewTensors {
+    /// Heads that the base ties to the embeddings: set `tie_word_embeddings` to `false` in the model's configuration.
+    pub untied: Vec<String>,
+    /// Those of modules that the adapter trains whole, such as a new head.
+    pub added: Vec<String>,
+}
+
+impl NewTensors {
+    pub(super) fn of(plan: &Plan, added: &BTreeMap<&str, Tensor>) -> Self {
+        Self {
+            untied: plan.untied().map(|(head, _)| head.to_owned()).collect(),
+            added: added.keys().map(|name| (*name).to_owned()).collect(),
+        }
+    }
+}
+
 /// [`merge_into`](crate::merge::merge_into) from file to file. `base` is a checkpoint, the index of a sharded one
 /// (`model.safetensors.index.json`), or a folder with either. `out` is a file or a folder for a single
 /// file, and another folder for a sharded base; file names are kept.
@@ -33,8 +52,8 @@ pub struct MergeProgress {
 /// copied byte for byte. Each file appears complete or not at all, an index last. A base that `torch.save`
 /// wrote is read whole and written as safetensors.
 ///
-/// Returns the heads that the base ties to the embeddings, and that the merged model has as tensors of their own, in the
-/// file of the embeddings: if there is one, set `tie_word_embeddings` to `false` in the model's configuration.
+/// Returns the tensors that the merged model has and the base has not: an untied head, in the file of the embeddings, and
+/// those of new modules, in the last file.
 ///
 /// # Errors
 /// As [`merge_into`](crate::merge::merge_into), for names and shards before anything is written; if `out` is the
@@ -45,18 +64,16 @@ pub fn merge_files(
     adapter: &LoraWeights,
     out: impl AsRef<Path>,
     mut progress: impl FnMut(MergeProgress),
-) -> Result<Vec<String>> {
+) -> Result<NewTensors> {
     let (base, out) = (base.as_ref(), out.as_ref());
     let shards = Shards::find(base)?;
     let paths = shards.paths();
     if let (Shards::One(path), true) = (&shards, are_torch(&paths)?) {
         let read = || {
             let base = read(path, &Device::Cpu)?.0;
-            let merged = merge_into(&base, adapter)?;
-            let untied = merged.keys().filter(|name| !base.contains_key(*name)).cloned().collect();
-            Ok((merged, untied))
+            merge_tensors(&base, adapter)
         };
-        let (tensors, untied) = read().map_err(|e: Error| e.at(path))?;
+        let (tensors, new) = read().map_err(|e: Error| e.at(path))?;
         let bytes = serialize(&tensors, None).map_err(|e| e.at(out))?;
         let target = match path.file_name() {
             Some(name) if out.is_dir() => out.join(name).with_extension("safetensors"),
@@ -64,7 +81,7 @@ pub fn merge_files(
         };
         atomic_file::replace(&target, &bytes).map_err(|e| Error::from(e).at(&target))?;
         progress(MergeProgress { done: bytes.len() as u64, total: bytes.len() as u64 });
-        return Ok(untied);
+        return Ok(new);
     }
     let (mut shapes, mut fp8, mut total) = (BTreeMap::new(), BTreeSet::new(), 0);
     for path in &paths {
@@ -81,19 +98,25 @@ pub fn merge_files(
     }
     shards.check(|name| shapes.contains_key(name))?;
     let dims = |name: &str| shapes.get(name).cloned()?;
-    let plan = Plan::new(adapter, |name| shapes.contains_key(name), dims, false);
+    let plan = Plan::new(adapter, |name| shapes.contains_key(name), dims, Additions::Modules);
     let plan = plan.map_err(|e| e.at(base))?;
     for name in plan.of_base().filter(|name| fp8.contains(*name)) {
         refuse_scaled(name, |name| shapes.contains_key(name)).map_err(|e| e.at(base))?;
     }
-    let mut added = BTreeMap::new();
+    let (added, mut of_index) = (plan.added().map_err(|e| e.at(base))?, BTreeMap::new());
     for path in &paths {
         let shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
         for (head, table) in plan.untied().filter(|(_, table)| shard.info(table).is_ok()) {
             let (Some(file), size) = (path.file_name(), shard.size(table)?) else { continue };
             total += size;
-            added.insert(head.to_owned(), (file.to_string_lossy().into_owned(), size));
+            of_index.insert(head.to_owned(), (file.to_string_lossy().into_owned(), size));
         }
+    }
+    for (name, tensor) in &added {
+        let Some(file) = paths.last().and_then(|path| path.file_name()) else { continue };
+        let size = View::data_len(tensor) as u64;
+        total += size;
+        of_index.insert((*name).to_owned(), (file.to_string_lossy().into_owned(), size));
     }
     let mut done = 0;
     let mut advance = |bytes| {
@@ -111,21 +134,25 @@ pub fn merge_files(
             return Err(Error::Invalid(reason.to_owned()).at(out));
         }
     }
-    for path in &paths {
+    for (i, path) in paths.iter().enumerate() {
+        let none = BTreeMap::new();
+        let new = if i + 1 == paths.len() { &added } else { &none };
         let target = match path.file_name() {
             Some(name) if many || out.is_dir() => out.join(name),
             _ => out.to_owned(),
         };
         let mut shard = SafetensorsFile::open(path).map_err(|e| e.at(path))?;
-        atomic_file::replace_with(&target, |file| merge(&mut shard, &plan, file, &mut advance))
-            .map_err(|e: Error| e.at(path))?;
+        atomic_file::replace_with(&target, |file| {
+            merge(&mut shard, &plan, new, file, &mut advance)
+        })
+        .map_err(|e: Error| e.at(path))?;
     }
     if let Shards::Many { folder, index, .. } = &shards {
         let (from, to) = (folder.join(index), out.join(index));
-        let write = || Ok(atomic_file::replace(&to, &with_added(fs::read(&from)?, &added)?)?);
+        let write = || Ok(atomic_file::replace(&to, &with_added(fs::read(&from)?, &of_index)?)?);
         write().map_err(|e: Error| e.at(&to))?;
     }
-    Ok(added.into_keys().collect())
+    Ok(NewTensors::of(&plan, &added))
 }
 
 /// The text of an index with further tensors, by name with their files and sizes.
@@ -144,15 +171,16 @@ fn with_added(index: Vec<u8>, added: &BTreeMap<String, (String, u64)>) -> Result
     Ok(serde_json::to_string_pretty(&index).map_err(malformed)?.into_bytes())
 }
 
-/// Writes `shard` to `out` with the changes of the plan.
+/// Writes `shard` to `out` with the changes of the plan and further tensors.
 fn merge(
     shard: &mut SafetensorsFile,
     plan: &Plan,
+    added: &BTreeMap<&str, Tensor>,
     out: &mut File,
     advance: &mut dyn FnMut(u64),
 ) -> Result<()> {
     let untied: Vec<_> = plan.untied().filter(|(_, table)| shard.info(table).is_ok()).collect();
-    out.write_all(&shard.start_with(&untied)?)?;
+    out.write_all(&shard.start_with(&untied, added)?)?;
     for name in shard.header.offset_keys() {
         if plan.changes(&name) {
             let changed = plan.apply(&name, &shard.read(&name)?)?;
@@ -167,6 +195,10 @@ fn merge(
         let tensor = shard.read(table)?;
         out.write_all(&View::data(&plan.apply(head, &tensor)?.unwrap_or(tensor)))?;
         advance(shard.size(table)?);
+    }
+    for tensor in added.values() {
+        out.write_all(&View::data(tensor))?;
+        advance(View::data_len(tensor) as u64);
     }
     Ok(())
 }

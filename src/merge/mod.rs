@@ -9,6 +9,6 @@ mod tensors;
 mod weight;
 
 pub use crate::weights::add_weighted;
-pub use files::{merge_files, MergeProgress};
-pub(crate) use plan::Plan;
+pub use files::{merge_files, MergeProgress, NewTensors};
+pub(crate) use plan::{Additions, Plan};
 pub use tensors::merge_into;

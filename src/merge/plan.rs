@@ -13,22 +13,38 @@ pub(crate) struct Plan {
     changes: BTreeMap<String, Vec<Change>>,
     /// Heads that the base ties to a table, and that have to be tensors of their own, with the tables.
     untied: BTreeMap<String, String>,
+    /// Tensors of the adapter that the base has not.
+    added: BTreeMap<String, Tensor>,
     options: LoraConfig,
 }
 
+/// Which tensors that the base lacks an adapter may have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Additions {
+    None,
+    /// Those of modules that it trains whole, such as a new head.
+    Modules,
+    All,
+}
+
 impl Plan {
-    /// The changes of a base that has the tensors for which `exists` is true; `dims` gives their shapes. `adds` is
-    /// whether the adapter may have a tensor that the base lacks, such as a new head.
+    /// The changes of a base that has the tensors for which `exists` is true; `dims` gives their shapes.
     pub fn new(
         weights: &LoraWeights,
         exists: impl Fn(&str) -> bool,
         dims: impl Fn(&str) -> Option<Vec<usize>>,
-        adds: bool,
+        additions: Additions,
     ) -> Result<Self> {
         let mut weights = weights.joined()?.into_owned();
         set_orientations(&mut weights, dims);
         let mut changes = BTreeMap::<String, Vec<Change>>::new();
-        let (mut untied, mut tied) = (BTreeMap::new(), BTreeSet::new());
+        let (mut untied, mut tied, mut added) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
+        let may_add = |name: &str| match additions {
+            Additions::None => false,
+            // A module that the base has at a shorter path is of another model.
+            Additions::Modules => weights.trains_module(name) && !has_end_of(name, &exists),
+            Additions::All => true,
+        };
         let weight = |path: &str| Part::Base("weight").at(path);
         for (name, tensor) in &weights.others {
             let (path, part) = Part::parse(name);
@@ -45,16 +61,19 @@ impl Plan {
                     name.clone()
                 }
                 false => match find(without_conv(path).unwrap_or(path), part.name(), &exists) {
-                    Err(_) if adds => name.clone(),
+                    Err(_) if may_add(name) => {
+                        added.insert(name.clone(), tensor.clone());
+                        name.clone()
+                    }
                     found => found?,
                 },
             };
             changes.entry(name).or_default().push(Change::Replace(tensor.clone()));
         }
         // A head that the adapter adds may have an update, too.
-        let added: BTreeSet<_> = changes.keys().cloned().collect();
+        let own: BTreeSet<_> = changes.keys().cloned().collect();
         let of_base = &exists;
-        let exists = |name: &str| of_base(name) || added.contains(name);
+        let exists = |name: &str| of_base(name) || own.contains(name);
         for (path, layer) in weights.layers() {
             let weight = match layer.is_parameter() {
                 true if exists(path) => path.to_owned(),
@@ -113,7 +132,7 @@ impl Plan {
                 }
             }
         }
-        Ok(Self { changes, untied, options: weights.options.lora })
+        Ok(Self { changes, untied, added, options: weights.options.lora })
     }
 
     /// The tensor that replaces this one of the base, or `None` if it is unchanged.
@@ -131,7 +150,16 @@ impl Plan {
 
     /// The tensors of the base whose values are used.
     pub fn of_base(&self) -> impl Iterator<Item = &str> {
-        self.changes.keys().chain(self.untied.values()).map(String::as_str)
+        let changed = self.changes.keys().filter(|name| !self.added.contains_key(*name));
+        changed.chain(self.untied.values()).map(String::as_str)
+    }
+
+    /// The tensors that the base has not, with their changes.
+    pub fn added(&self) -> Result<BTreeMap<&str, Tensor>> {
+        let merged = |(name, tensor): (&String, &Tensor)| self.apply(name, tensor);
+        let changed =
+            self.added.iter().map(|of| Ok((of.0.as_str(), merged(of)?.unwrap_or(of.1.clone()))));
+        changed.collect()
     }
 
     /// The heads that the base ties to a table, and that have to be tensors of their own, with the table whose values
@@ -157,6 +185,11 @@ impl Plan {
     pub fn changes(&self, name: &str) -> bool {
         self.changes.contains_key(name)
     }
+}
+
+/// Whether one of these is at the end of the name.
+fn has_end_of(name: &str, exists: impl Fn(&str) -> bool) -> bool {
+    name.match_indices('.').any(|(at, _)| exists(&name[at + 1..]))
 }
 
 /// The tensor of a layer, which a convolution may have by loralib's second name.

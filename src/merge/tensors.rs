@@ -1,6 +1,7 @@
 //! Merges of tensors in memory.
 
-use super::plan::Plan;
+use super::files::NewTensors;
+use super::plan::{Additions, Plan};
 use crate::files::fp8::refuse_scaled;
 use crate::files::StateDict;
 use crate::weights::LoraWeights;
@@ -12,6 +13,7 @@ use candle_core::{DType, Tensor};
 ///
 /// If the base ties its head to the embeddings and the adapter changes one of the two alone, the head is a tensor of its
 /// own, such as `lm_head.weight`, as in PEFT's model: set `tie_word_embeddings` to `false` in the model's configuration.
+/// A module that the adapter trains whole and the base has not, such as a new head, is added in the adapter's dtype.
 ///
 /// A layer of unknown kind is a `Linear`, an `Embedding` or a convolution by the shapes of its weight and factors.
 ///
@@ -33,8 +35,16 @@ use candle_core::{DType, Tensor};
 /// shape does not fit, a merged value is not finite, or the weight of an undeclared layer is square and
 /// `fan_in_fan_out` is not set: then its orientation is not known. The error names the tensor.
 pub fn merge_into(base: &StateDict, adapter: &LoraWeights) -> Result<StateDict> {
+    Ok(merge_tensors(base, adapter)?.0)
+}
+
+/// The merged tensors, and which of them the base has not.
+pub(super) fn merge_tensors(
+    base: &StateDict,
+    adapter: &LoraWeights,
+) -> Result<(StateDict, NewTensors)> {
     let dims = |name: &str| base.get(name).map(|tensor| tensor.dims().to_vec());
-    let plan = Plan::new(adapter, |name| base.contains_key(name), dims, false)?;
+    let plan = Plan::new(adapter, |name| base.contains_key(name), dims, Additions::Modules)?;
     for name in plan.of_base().filter(|name| base.get(*name).is_some_and(is_fp8)) {
         refuse_scaled(name, |name| base.contains_key(name))?;
     }
@@ -48,7 +58,10 @@ pub fn merge_into(base: &StateDict, adapter: &LoraWeights) -> Result<StateDict> 
         let tensor = base.get(table).ok_or_else(|| Error::tensor(table, "it is missing"))?;
         merged.insert(head.to_owned(), plan.apply(head, tensor)?.unwrap_or(tensor.clone()));
     }
-    Ok(merged)
+    let added = plan.added()?;
+    let new = NewTensors::of(&plan, &added);
+    merged.extend(added.into_iter().map(|(name, tensor)| (name.to_owned(), tensor)));
+    Ok((merged, new))
 }
 
 fn is_fp8(tensor: &Tensor) -> bool {

@@ -1,8 +1,9 @@
 //! Merges from file to file.
 
 use crate::common::bits;
-use crate::{cfg, model, CPU};
+use crate::{cfg, model, tensor, CPU};
 use candle_core::{DType, Tensor};
+use lora::adapter::AdapterConfig;
 use lora::merge::{merge_files, merge_into};
 use lora::LoraWeights;
 use loralib as lora;
@@ -88,5 +89,66 @@ fn single_file_keeps_its_header() -> lora::Result<()> {
     assert!(merge_files(&from, &adapter, &to, |_| {}).is_err());
     assert_eq!(fs::read(&to)?, new);
     assert_eq!(dir.path().read_dir()?.count(), 2, "no temporary file is left");
+    Ok(())
+}
+
+/// The adapter of `model`, with a module that it trains whole.
+fn with_module(module: &str, name: &str) -> lora::Result<LoraWeights> {
+    let mut tensors = model(DType::F32).1.state_dict();
+    tensors.insert(name.to_owned(), tensor(9, &[3, 4], DType::F32));
+    let mut config = AdapterConfig::from(cfg());
+    config.modules_to_save = vec![module.to_owned()];
+    LoraWeights::new(config, tensors)
+}
+
+#[test]
+fn a_module_that_the_base_lacks_is_added_and_told() -> lora::Result<()> {
+    let (base, _) = model(DType::BF16);
+    let adapter = with_module("classifier", "classifier.weight")?;
+    let head = adapter.state_dict()["classifier.weight"].clone();
+    let expected = merge_into(&base, &adapter)?;
+    assert_eq!(bits(&expected["classifier.weight"])?, bits(&head)?);
+    assert_eq!(expected.len(), base.len() + 1);
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| dir.path().join(name);
+    fs::create_dir(path("shards"))?;
+    let all: Vec<_> = base.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    write(&path("one.safetensors"), &all);
+    let mut map = serde_json::Map::new();
+    for (file, part) in [("1.safetensors", &all[..3]), ("2.safetensors", &all[3..])] {
+        write(&path("shards").join(file), part);
+        map.extend(part.iter().map(|(name, _)| (name.to_string(), file.into())));
+    }
+    let index = serde_json::json!({"metadata": {"total_size": 100}, "weight_map": map});
+    fs::write(path("shards/model.safetensors.index.json"), index.to_string())?;
+    for (from, to) in [("one.safetensors", "merged.safetensors"), ("shards", "merged")] {
+        let mut last = None;
+        let new = merge_files(path(from), &adapter, path(to), |p| last = Some(p))?;
+        assert_eq!(
+            (&new.added[..], &new.untied[..]),
+            (&["classifier.weight".to_owned()][..], &[][..])
+        );
+        assert_eq!(last.map(|p| p.done), last.map(|p| p.total), "{from}");
+        let merged = lora::read_state_dict(path(to), &CPU)?.tensors;
+        assert!(merged.keys().eq(expected.keys()), "{from}");
+        for (name, tensor) in merged {
+            assert_eq!(bits(&tensor)?, bits(&expected[&name])?, "{from}: {name}");
+        }
+    }
+    let index = fs::read_to_string(path("merged/model.safetensors.index.json"))?;
+    let index: serde_json::Value = serde_json::from_str(&index).unwrap();
+    assert_eq!(index["weight_map"]["classifier.weight"], "2.safetensors");
+    assert_eq!(index["metadata"]["total_size"], 100 + 3 * 4 * 4);
+    Ok(())
+}
+
+/// An adapter of a model with other paths adds nothing.
+#[test]
+fn what_is_no_new_module_is_refused() -> lora::Result<()> {
+    let (base, _) = model(DType::F32);
+    for (module, name) in [("other", "classifier.weight"), ("norm", "model.norm.weight")] {
+        let error = merge_into(&base, &with_module(module, name)?).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("does not have it"), "{error}");
+    }
     Ok(())
 }

@@ -100,12 +100,14 @@ pub struct Model {
 
 enum Head {
     Embed(Pooling),
-    /// Of the first token, by a layer with an activation and the scores.
-    Classify {
-        dense: Linear,
-        activation: fn(&Tensor) -> Result<Tensor>,
-        scores: Linear,
-    },
+    Classify(Box<Classifier>),
+}
+
+/// Scores of the first token's hidden state.
+struct Classifier {
+    dense: Linear,
+    activation: fn(&Tensor) -> Result<Tensor>,
+    scores: Linear,
 }
 
 impl Model {
@@ -125,11 +127,8 @@ impl Model {
             Family::Roberta => (head.pp("dense"), head.pp("out_proj"), Tensor::tanh as _),
             Family::DistilBert => (vb.pp("pre_classifier"), head, Tensor::relu as _),
         };
-        let head = Head::Classify {
-            dense: linear(n, n, dense)?,
-            activation,
-            scores: linear(n, labels, scores)?,
-        };
+        let (dense, scores) = (linear(n, n, dense)?, linear(n, labels, scores)?);
+        let head = Head::Classify(Box::new(Classifier { dense, activation, scores }));
         Ok(Self { encoder: Encoder::new(cfg, vb.pp(prefix))?, head })
     }
 
@@ -143,9 +142,9 @@ impl Model {
         let hidden = self.encoder.packed(ids, lens, run)?;
         match &self.head {
             Head::Embed(pooling) => pooling.pool(&hidden, lens),
-            Head::Classify { dense, activation, scores } => {
+            Head::Classify(head) => {
                 let first = Pooling::Cls.pool(&hidden, lens)?;
-                scores.forward(&activation(&dense.forward(&first)?)?)
+                head.scores.forward(&(head.activation)(&head.dense.forward(&first)?)?)
             }
         }
     }

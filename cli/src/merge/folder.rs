@@ -9,8 +9,9 @@ use std::path::Path;
 const CONFIG: &str = "config.json";
 
 /// Copies all files of a folder but weights and hidden ones, and the folders of the modules that sentence-transformers puts
-/// behind a model. With an untied head config.json says so.
-pub fn copy(base: &Path, out: &Path, untied: bool) -> Result<()> {
+/// behind a model. config.json says that a head is untied, and what the labels of a new one are (`id2label`).
+pub fn copy(base: &Path, out: &Path, untied: bool, labels: Option<Value>) -> Result<()> {
+    let changed = untied || labels.is_some();
     for entry in fs::read_dir(base)? {
         let path = entry?.path();
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
@@ -18,8 +19,9 @@ pub fn copy(base: &Path, out: &Path, untied: bool) -> Result<()> {
             continue;
         }
         let target = out.join(name);
-        let copied = match untied && name == CONFIG {
-            true => with_untied(&path).and_then(|config| Ok(fs::write(&target, config)?)),
+        let copied = match changed && name == CONFIG {
+            true => with_head(&path, untied, labels.as_ref())
+                .and_then(|config| Ok(fs::write(&target, config)?)),
             false => fs::copy(&path, &target).map(|_| ()).map_err(Into::into),
         };
         copied.map_err(|e| format!("{}: {e}", target.display()))?;
@@ -63,9 +65,18 @@ fn is_weights(name: &str) -> bool {
     ends.iter().any(|end| name.ends_with(end))
 }
 
-fn with_untied(config: &Path) -> Result<String> {
+fn with_head(config: &Path, untied: bool, labels: Option<&Value>) -> Result<String> {
     let mut config: Value = serde_json::from_str(&fs::read_to_string(config)?)?;
-    config["tie_word_embeddings"] = false.into();
+    if untied {
+        config["tie_word_embeddings"] = false.into();
+    }
+    if let Some(Value::Object(labels)) = labels {
+        let numbers = labels.iter().filter_map(|(id, label)| {
+            Some((label.as_str()?.to_owned(), id.parse::<u64>().ok()?.into()))
+        });
+        config["label2id"] = Value::Object(numbers.collect());
+        config["id2label"] = Value::Object(labels.clone());
+    }
     Ok(format!("{config:#}\n"))
 }
 

@@ -8,12 +8,13 @@ pub use args::Args;
 
 use crate::format::is_gguf;
 use crate::report::{Progress, Report};
+use crate::train::LABELS;
 use crate::Result;
 use args::Stored;
 use loralib::gguf::{self, File, MergeOptions};
 use loralib::{merge, LoraWeights};
 use read::read;
-use serde_json::json;
+use serde_json::{json, Value};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -120,18 +121,35 @@ fn of_checkpoint(args: &Args, weights: &LoraWeights, bar: &Progress, report: Rep
     if to_folder {
         fs::create_dir_all(out).map_err(|e| format!("{}: {e}", out.display()))?;
     }
-    let untied = merge::merge_files(base, weights, out, |p| bar.bytes(p.done, p.total))?;
+    let new = merge::merge_files(base, weights, out, |p| bar.bytes(p.done, p.total))?;
     let has_config = to_folder && base.is_dir();
     if has_config {
-        folder::copy(base, out, !untied.is_empty())?;
+        folder::copy(base, out, !new.untied.is_empty(), labels(args, &new.added)?)?;
     }
-    if !untied.is_empty() {
+    if !new.untied.is_empty() {
         let told = match has_config {
             true => "config.json says so",
             false => "set tie_word_embeddings to false in config.json",
         };
-        let line = format!("{} is not tied to the embeddings any more: {told}", untied.join(", "));
-        report.tell(line, "untied", json!({ "heads": untied }));
+        let heads = new.untied.join(", ");
+        let line = format!("{heads} is not tied to the embeddings any more: {told}");
+        report.tell(line, "untied", json!({ "heads": new.untied }));
+    }
+    if !new.added.is_empty() {
+        let line = format!("the base has no {}: added", new.added.join(", "));
+        report.tell(line, "added", json!({ "tensors": new.added }));
     }
     Ok(())
+}
+
+/// The names of a new head's labels, if the adapter has them.
+fn labels(args: &Args, added: &[String]) -> Result<Option<Value>> {
+    let path = args.adapter.join(LABELS);
+    if added.is_empty() || !path.exists() {
+        return Ok(None);
+    }
+    let json = fs::read_to_string(&path)?;
+    let json: Value =
+        serde_json::from_str(&json).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(Some(json["id2label"].clone()))
 }

@@ -21,6 +21,7 @@ mod tiny;
 
 pub use args::Args;
 pub use data::{Document, Kind};
+pub use run::LABELS;
 #[cfg(test)]
 pub use {examples::Example, loss::mean_loss};
 

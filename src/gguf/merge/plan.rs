@@ -4,7 +4,7 @@ use crate::gguf::architecture::MODEL;
 use crate::gguf::file::File;
 use crate::gguf::names::Names;
 use crate::layers::LayerKind;
-use crate::merge::Plan;
+use crate::merge::{Additions, Plan};
 use crate::weights::LoraWeights;
 use crate::Result;
 
@@ -23,5 +23,5 @@ pub(super) fn with_kinds(adapter: &LoraWeights) -> LoraWeights {
 /// The changes by Hugging Face's names.
 pub(super) fn plan(base: &File, names: &Names, adapter: &LoraWeights) -> Result<Plan> {
     let exists = |name: &str| names.gguf(name).is_some_and(|name| base.find(&name).is_some());
-    Plan::new(adapter, exists, |_| None, false)
+    Plan::new(adapter, exists, |_| None, Additions::None)
 }
