@@ -1,5 +1,6 @@
 //! Merges from file to file, with one weight of the base in memory at a time.
 
+use super::new_tensors::NewTensors;
 use super::plan::{Additions, Plan};
 use super::tensors::merge_tensors;
 use crate::files::fp8::refuse_scaled;
@@ -23,25 +24,6 @@ pub struct MergeProgress {
     pub done: u64,
     /// Bytes in total.
     pub total: u64,
-}
-
-/// Tensors of a merged model that its base has not.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct NewTensors {
-    /// Heads that the base ties to the embeddings: set `tie_word_embeddings` to `false` in the model's configuration.
-    pub untied: Vec<String>,
-    /// Those of modules that the adapter trains whole, such as a new head.
-    pub added: Vec<String>,
-}
-
-impl NewTensors {
-    pub(super) fn of(plan: &Plan, added: &BTreeMap<&str, Tensor>) -> Self {
-        Self {
-            untied: plan.untied().map(|(head, _)| head.to_owned()).collect(),
-            added: added.keys().map(|name| (*name).to_owned()).collect(),
-        }
-    }
 }
 
 /// [`merge_into`](crate::merge::merge_into) from file to file. `base` is a checkpoint, the index of a sharded one

@@ -4,11 +4,13 @@
 mod change;
 mod experts;
 mod files;
+mod new_tensors;
 mod plan;
 mod tensors;
 mod weight;
 
 pub use crate::weights::add_weighted;
-pub use files::{merge_files, MergeProgress, NewTensors};
+pub use files::{merge_files, MergeProgress};
+pub use new_tensors::NewTensors;
 pub(crate) use plan::{Additions, Plan};
 pub use tensors::merge_into;

@@ -1,6 +1,6 @@
 //! Merges of tensors in memory.
 
-use super::files::NewTensors;
+use super::new_tensors::NewTensors;
 use super::plan::{Additions, Plan};
 use crate::files::fp8::refuse_scaled;
 use crate::files::StateDict;
