@@ -73,6 +73,11 @@ impl Base {
         self.tokenizer.get_truncation().map_or(usize::MAX, |truncation| truncation.max_length)
     }
 
+    /// A task for labels, in the order of the model's own head if it is one for them.
+    pub fn classify(&self, labels: Vec<String>) -> Task {
+        Task::Classify(self.config.ordered(&labels).unwrap_or(labels))
+    }
+
     /// The folder.
     pub fn name(&self) -> String {
         self.path.display().to_string()
@@ -132,7 +137,7 @@ pub struct Names {
     prefix: Option<&'static str>,
     /// The norms of older files have a gamma and a beta.
     old_norms: bool,
-    /// The files' head has another number of labels.
+    /// The files' head is of other labels.
     new_head: bool,
 }
 
@@ -145,7 +150,10 @@ impl Names {
         Self {
             prefix: prefixed.then_some(prefix),
             old_norms: has(gamma) || has(&format!("{prefix}.{gamma}")),
-            new_head: matches!(task, Task::Classify(labels) if labels.len() != config.labels),
+            new_head: match task {
+                Task::Classify(labels) => config.ordered(labels).as_ref() != Some(labels),
+                Task::Embed(_) => false,
+            },
         }
     }
 

@@ -52,14 +52,29 @@ pub struct Config {
     /// Rows of the table of token types, or 0 without one.
     pub types: usize,
     pub eps: f64,
-    /// How many labels the model's own head has, as transformers counts them.
-    pub labels: usize,
+    /// The labels of the model's own head, in the order of its scores.
+    pub labels: Vec<String>,
 }
 
 impl Config {
     /// Whether a configuration is of an encoder.
     pub fn is_of(json: &Value) -> bool {
         json["model_type"].as_str().and_then(Family::of).is_some()
+    }
+
+    /// Labels in the order of the model's own head, if it is one for these: by their names, or by numbers if it has no
+    /// names.
+    pub fn ordered(&self, labels: &[String]) -> Option<Vec<String>> {
+        let same = |own: &[String]| {
+            own.len() == labels.len() && own.iter().all(|label| labels.contains(label))
+        };
+        let unnamed = (0..self.labels.len()).all(|i| self.labels[i] == format!("LABEL_{i}"));
+        let numbers: Vec<_> = (0..self.labels.len()).map(|i| i.to_string()).collect();
+        match (same(&self.labels), unnamed && same(&numbers)) {
+            (true, _) => Some(self.labels.clone()),
+            (_, true) => Some(numbers),
+            _ => None,
+        }
     }
 
     /// The most tokens of a text.
@@ -95,7 +110,12 @@ impl Config {
         if !hidden_size.is_multiple_of(heads) {
             return Err(format!("{heads} heads do not divide {hidden_size}").into());
         }
-        let labels = json["id2label"].as_object().map_or(2, serde_json::Map::len);
+        let names = json["id2label"].as_object();
+        let count = names.map_or(2, serde_json::Map::len);
+        let label = |i: usize| {
+            let name = names.and_then(|names| names.get(&i.to_string())?.as_str());
+            name.map_or_else(|| format!("LABEL_{i}"), str::to_owned)
+        };
         Ok(Self {
             vocab_size: size("vocab_size")?,
             hidden_size,
@@ -112,7 +132,7 @@ impl Config {
                 _ => json["type_vocab_size"].as_u64().unwrap_or(2) as usize,
             },
             eps: json["layer_norm_eps"].as_f64().unwrap_or(1e-12),
-            labels,
+            labels: (0..count).map(label).collect(),
             family,
             model_type: model_type.to_owned(),
         })

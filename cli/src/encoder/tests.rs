@@ -109,3 +109,37 @@ fn another_number_of_labels_gets_a_new_head_that_is_trained_and_saved() -> Resul
     }
     Ok(())
 }
+
+/// The scores of a folder's own head have an order, which the labels of the data follow.
+#[test]
+fn labels_are_those_of_the_models_own_head_by_their_names() -> Result<()> {
+    let dir = folder("bert")?;
+    let path = dir.path().join("config.json");
+    let own = |names: serde_json::Value| -> Result<Base> {
+        let mut config: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+        config["id2label"] = names;
+        fs::write(&path, config.to_string())?;
+        Base::read(dir.path(), 64, &Device::Cpu)
+    };
+    let order =
+        |base: &Base, labels: [&str; 3]| match base.classify(labels.map(str::to_owned).into()) {
+            Task::Classify(labels) => labels,
+            Task::Embed(_) => vec![],
+        };
+    let is_own = |labels: [&str; 3]| -> Result<bool> {
+        let task =
+            Base::read(dir.path(), 64, &Device::Cpu)?.classify(labels.map(str::to_owned).into());
+        let (outputs, expected) = outputs("bert", "scores", &model(dir.path(), &task)?.0)?;
+        Ok(apart(&outputs, &expected)? < 1e-5)
+    };
+    let base = own(json!({"0": "neutral", "1": "bad", "2": "good"}))?;
+    assert_eq!(order(&base, ["bad", "good", "neutral"]), ["neutral", "bad", "good"]);
+    assert!(is_own(["bad", "good", "neutral"])?);
+    assert_eq!(order(&base, ["bad", "best", "good"]), ["bad", "best", "good"]);
+    assert!(!is_own(["bad", "best", "good"])?);
+    assert!(!is_own(["0", "1", "2"])?);
+    own(json!({"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}))?;
+    assert!(is_own(["0", "1", "2"])?);
+    assert!(!is_own(["1", "2", "3"])?);
+    Ok(())
+}

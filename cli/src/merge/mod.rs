@@ -124,7 +124,7 @@ fn of_checkpoint(args: &Args, weights: &LoraWeights, bar: &Progress, report: Rep
     let new = merge::merge_files(base, weights, out, |p| bar.bytes(p.done, p.total))?;
     let has_config = to_folder && base.is_dir();
     if has_config {
-        folder::copy(base, out, !new.untied.is_empty(), labels(args, &new.added)?)?;
+        folder::copy(base, out, !new.untied.is_empty(), labels(args)?)?;
     }
     if !new.untied.is_empty() {
         let told = match has_config {
@@ -142,10 +142,10 @@ fn of_checkpoint(args: &Args, weights: &LoraWeights, bar: &Progress, report: Rep
     Ok(())
 }
 
-/// The names of a new head's labels, if the adapter has them.
-fn labels(args: &Args, added: &[String]) -> Result<Option<Value>> {
+/// The names of a head's labels, if the adapter has them.
+fn labels(args: &Args) -> Result<Option<Value>> {
     let path = args.adapter.join(LABELS);
-    if added.is_empty() || !path.exists() {
+    if !path.exists() {
         return Ok(None);
     }
     let json = fs::read_to_string(&path)?;

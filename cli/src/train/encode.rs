@@ -38,7 +38,7 @@ pub fn encode(
         Some((_, first)) if first.is_pair() => {
             Task::Embed(args.pooling.or(base.pooling).unwrap_or(Pooling::Mean))
         }
-        _ => Task::Classify(labels(&train_on)),
+        _ => base.classify(labels(&train_on)),
     };
     let training = examples(&train_on, &task, &base)?;
     let measured = examples(&measure_on, &task, &base)?;
