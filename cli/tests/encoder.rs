@@ -67,7 +67,7 @@ fn every_encoder_learns_embeddings_with_and_without_checkpointing() {
         assert_eq!(run("--out other --checkpointing"), measured, "{name}");
         // A negative makes it harder.
         let with_negative = |mut line: Value| {
-            line["negative"] = line["anchor"].clone();
+            line["negative"] = format!("{} w2", line["anchor"].as_str().unwrap()).into();
             line
         };
         put(&files, "pairs.jsonl", &pairs(50).into_iter().map(with_negative).collect::<Vec<_>>());
@@ -85,12 +85,19 @@ fn a_run_goes_on_with_the_same_options_alone() {
     let out = files.ok("train model labels.jsonl --steps 4 --resume");
     assert!(out.contains("has all its 4 steps"), "{out}");
     for (options, expected) in [
-        ("labels.jsonl --steps 4 --scale 10", "--scale was 20"),
+        ("labels.jsonl --steps 4 --rank 4", "--rank was 8"),
         ("other.jsonl --steps 4", "DATA has other tokens"),
     ] {
         let error = files.error(&format!("train model {options} --resume"));
         assert!(error.contains(expected), "{error}");
     }
+    // The scale is of pairs alone.
+    files.ok("train model labels.jsonl --steps 4 --scale 10 --resume");
+    put(&files, "pairs.jsonl", &pairs(60));
+    files.ok("train model pairs.jsonl --steps 2 --out embeddings");
+    let error =
+        files.error("train model pairs.jsonl --steps 2 --scale 10 --out embeddings --resume");
+    assert!(error.contains("--scale was 20"), "{error}");
 }
 
 #[test]
@@ -105,8 +112,21 @@ fn bad_entries_are_refused_by_where_they_stand() {
         (vec![label.clone(), pair.clone()], &["data:2: ", "another form than data:1"]),
         (vec![pair.clone(), same], &["data:2: ", "the anchor is the positive"]),
         (vec![pair.clone(), negative], &["data:2: ", "the negative is the positive"]),
-        (vec![pair.clone(); 20], &["data: no 4 pairs", "--batch"]),
+        (vec![pair.clone(); 20], &["nothing to train on", "no two pairs"]),
         (vec![label.clone(); 20], &["one label"]),
+        (
+            vec![json!({"anchor": "w3", "positive": "w4", "negative": ["w5"]})],
+            &["data:1: ", "[\"w5\"]"],
+        ),
+        (
+            vec![json!({"anchor": "w3", "positive": "w4", "negative": 7})],
+            &["data:1: ", "negative is 7"],
+        ),
+        (
+            vec![json!({"anchor": "w3", "positive": "w4", "negative_1": "w5"})],
+            &["data:1: ", "--columns negative=negative_1"],
+        ),
+        (vec![json!({"anchor": "w3", "positive": "w55  w4"}); 3], &["give --valid"]),
     ] {
         put(&files, "data", &lines);
         let error = files.error("train model data --steps 1");
@@ -207,4 +227,79 @@ fn a_new_head_is_merged_with_the_names_of_its_labels() {
     let merged = validation(&files, "merged labels.jsonl --valid labels.jsonl --out new");
     let [trained, merged] = [trained, merged].map(|line| line["loss"].as_f64().unwrap());
     assert!((trained - merged).abs() < 1e-5 * trained, "{trained} {merged}");
+}
+
+/// Words that the tokenizer does not know are one token.
+#[test]
+fn sentences_that_are_the_same_to_the_model_are_left_out_and_told() {
+    let files = Files::of("bert");
+    let mut lines = pairs(30);
+    lines.push(json!({"anchor": "other", "positive": "words"}));
+    lines.push(json!({"anchor": "w3", "positive": "other", "negative": "words"}));
+    put(&files, "data", &lines);
+    let told = events(&files, "train model data --valid data --steps 1", "same");
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert_eq!(told[0]["pairs"], json!(["data:31", "data:32"]));
+}
+
+#[test]
+fn a_sentence_is_never_its_own_negative_and_no_pair_is_lost() {
+    let files = Files::of("bert");
+    // Two pairs share a query, and two a sentence.
+    let line = |a: &str, b: &str| json!({"anchor": a, "positive": b});
+    let lines =
+        [line("w2 w3", "w4"), line("w5 w6", "w7"), line("w8 w9", "w10"), line("w2 w3", "w7")];
+    put(&files, "data", &lines);
+    for seed in 0..8 {
+        let options = format!(
+            "train model data --valid data --batch 3 --steps 6 --seed {seed} --out o{seed}"
+        );
+        assert_eq!(events(&files, &options, "step").len(), 6);
+    }
+    // Most share one query: each batch has one of them.
+    let hub = (0..20).map(|i| json!({"anchor": "w2", "positive": format!("w{}", 3 + i)}));
+    let others = pairs(12);
+    put(&files, "hub", &hub.chain(others).collect::<Vec<_>>());
+    let options = "train model hub --valid hub --batch 4 --epochs 1";
+    let steps = events(&files, options, "steps").remove(0)["steps"].as_u64().unwrap();
+    let lone = events(&files, &format!("{options} --overwrite"), "lone").remove(0)["pairs"]
+        .as_u64()
+        .unwrap();
+    assert_eq!(steps + lone, 20);
+}
+
+#[test]
+fn labels_are_in_the_order_of_their_values_and_a_rare_one_may_be_held_out() {
+    let files = Files::of("bert");
+    let values = [json!(10), json!(2.0), json!(0.5), json!(-1.5)];
+    let mut lines: Vec<_> =
+        (0..40).map(|i| json!({"text": format!("w{}", 2 + i), "label": values[i % 4]})).collect();
+    lines.push(json!({"text": "w50", "label": "rare"}));
+    put(&files, "data", &lines);
+    for seed in 0..20 {
+        files.ok(&format!("train model data --steps 1 --seed {seed} --overwrite"));
+        let labels = fs::read_to_string(files.path("adapter/labels.json")).unwrap();
+        let labels: Value = serde_json::from_str(&labels).unwrap();
+        assert_eq!(
+            labels["id2label"],
+            json!({"0": "-1.5", "1": "0.5", "2": "2.0", "3": "10", "4": "rare"})
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_leaves_the_adapter_as_it_is() {
+    let files = Files::of("bert");
+    put(&files, "pairs.jsonl", &pairs(60));
+    files.ok("train model pairs.jsonl --steps 1");
+    let error = files.error("train model pairs.jsonl --steps 1 --batch 1 --overwrite");
+    assert!(error.contains("--batch is 1"), "{error}");
+    assert!(files.path("adapter/adapter_model.safetensors").exists());
+    let modules = json!([{"type": "a.Transformer"}, {"type": "a.Pooling"}, {"type": "a.Dense"}]);
+    fs::write(files.path("model/modules.json"), modules.to_string()).unwrap();
+    let error = files.error("train model pairs.jsonl --steps 1 --overwrite");
+    assert!(error.contains("modules.json: a module Dense"), "{error}");
+    // The head for labels has no use for them.
+    put(&files, "labels.jsonl", &labelled(30));
+    files.ok("train model labels.jsonl --steps 1 --overwrite");
 }

@@ -26,27 +26,24 @@ args = args.parse_args()
 entries = [json.loads(line) for line in open(args.valid)]
 
 
-def batches_without_twins(entries, keys):
-    """As the program's: no sentence twice in a batch."""
-    rest = list(entries)
-    while rest:
-        seen, chosen, later = set(), [], []
-        while rest:
-            entry = rest.pop(0)
-            texts = {entry[key].strip() for key in keys}
-            if texts & seen:
-                later.append(entry)
-            else:
-                seen |= texts
-                chosen.append(entry)
-            if len(chosen) == args.batch:
-                break
-        yield chosen
-        rest = later + rest
+def batches_without_twins(entries, keys, read):
+    """As the program's: no sentence twice in a batch, by what the model reads of it."""
+    batches, after = [], {}
+    for entry in entries:
+        texts = [read(entry[key]) for key in keys]
+        at = max(after.get(text, 0) for text in texts)
+        while at < len(batches) and len(batches[at]) == args.batch:
+            at += 1
+        if at == len(batches):
+            batches.append([])
+        batches[at].append(entry)
+        after |= {text: at + 1 for text in texts}
+    return batches
 
 
 def classification(labels):
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels), dtype=torch.float32,
+                                                               ignore_mismatched_sizes=True)
     model = PeftModel.from_pretrained(model, args.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     loss, right = 0.0, 0
@@ -72,7 +69,8 @@ def embeddings():
     def measured(what):
         loss, counted = MultipleNegativesRankingLoss(model), 0
         total = 0.0
-        for some in batches_without_twins(entries, ["anchor", "positive"]):
+        read = lambda text: tuple(model.tokenizer(text, truncation=True, max_length=args.length).input_ids)
+        for some in batches_without_twins(entries, ["anchor", "positive"], read):
             if len(some) < 2:
                 continue
             features = [model.tokenize([entry[key] for entry in some]) for key in ("anchor", "positive")]

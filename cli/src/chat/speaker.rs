@@ -170,7 +170,7 @@ impl<'a> Speaker<'a> {
 
 /// What else there is for an adapter that cannot compute beside the model.
 fn merge_it(error: impl Display) -> String {
-    format!("{error}; `lora merge` makes a model of it")
+    format!("{error}; is the adapter of this model? Then `lora merge` makes a model of both")
 }
 
 /// An adapter's name and path.

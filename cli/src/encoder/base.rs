@@ -22,8 +22,6 @@ pub struct Base {
     path: PathBuf,
     config: Config,
     tokenizer: Tokenizer,
-    /// How sentence-transformers' files say that a sentence becomes a vector, if they are there.
-    pub pooling: Option<Pooling>,
     pub device: Device,
 }
 
@@ -48,14 +46,7 @@ impl Base {
             Ok(tokenizer)
         };
         let tokenizer = tokenizer().map_err(|e| format!("{}: {e}", at("tokenizer.json")))?;
-        let name = "1_Pooling/config.json";
-        let pooling = match path.join(name).exists() {
-            true => {
-                Some(Pooling::from_json(&read(name)?).map_err(|e| format!("{}: {e}", at(name)))?)
-            }
-            false => None,
-        };
-        Ok(Self { path: path.to_owned(), config, tokenizer, pooling, device: device.clone() })
+        Ok(Self { path: path.to_owned(), config, tokenizer, device: device.clone() })
     }
 
     /// A sentence's tokens, with those that the model expects around them, and whether it was cut off.
@@ -71,6 +62,39 @@ impl Base {
     /// The most tokens of a sentence.
     pub fn longest(&self) -> usize {
         self.tokenizer.get_truncation().map_or(usize::MAX, |truncation| truncation.max_length)
+    }
+
+    /// How a sentence becomes a vector: as sentence-transformers' files in the folder say, else the mean. An error if they have
+    /// more behind the model.
+    pub fn pooling(&self) -> Result<Pooling> {
+        let read = |name: &str| -> Result<Option<String>> {
+            let path = self.path.join(name);
+            match path.exists() {
+                true => Ok(Some(
+                    fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?,
+                )),
+                false => Ok(None),
+            }
+        };
+        let at = |name: &str, e: &dyn std::fmt::Display| {
+            format!("{}: {e}", self.path.join(name).display())
+        };
+        if let Some(text) = read("modules.json")? {
+            let modules: Value = serde_json::from_str(&text).map_err(|e| at("modules.json", &e))?;
+            let known = ["Transformer", "Pooling", "Normalize"];
+            let types = modules.as_array().into_iter().flatten().filter_map(|m| m["type"].as_str());
+            let mut names = types.map(|name| name.rsplit('.').next().unwrap_or(name));
+            if let Some(other) = names.find(|name| !known.contains(name)) {
+                let reason =
+                    format!("a module {other} is behind the model, only {known:?} are supported");
+                return Err(at("modules.json", &reason).into());
+            }
+        }
+        let name = "1_Pooling/config.json";
+        match read(name)? {
+            Some(text) => Ok(Pooling::from_json(&text).map_err(|e| at(name, &e))?),
+            None => Ok(Pooling::Mean),
+        }
     }
 
     /// A task for labels, in the order of the model's own head if it is one for them.

@@ -27,7 +27,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
     }
     let columns = args.columns.clone().unwrap_or_default();
     let read = |file: &Path| data::read(file, &columns, base.template.as_ref());
-    let (train_on, mut valid) = to_train_and_measure(args, file, read)?;
+    let (train_on, mut valid) = to_train_and_measure(args, file, 1, read)?;
     let training = examples(&train_on, &base.tokens, length)?;
     let measured = examples(&valid, &base.tokens, length)?;
     let rows = Packed { examples: &training.all, length: (!args.no_packing).then_some(length) };
@@ -42,7 +42,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
     let adapter = Adapter::new(config).targets(args.targets()).seed(args.seed);
     let options = Options {
         lr: args.lr.unwrap_or(if args.model.is_some() { 2e-4 } else { 5e-3 }),
-        steps: steps(args, rows.rows(None).len(), report),
+        steps: steps(args, (rows.rows(None).len(), args.batch as usize), report),
         length,
         data: hash(&training.all),
         valid: hash(&measured.all),
@@ -66,6 +66,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
         adapter: &adapter,
         device: &base.device,
         examples: &rows,
+        rows: args.batch as usize,
         options: options.clone(),
         loss: &loss,
         validate: &validate,

@@ -27,7 +27,7 @@ pub struct Args {
     /// "completion", "text", ShareGPT's "conversations", or Alpaca's "instruction", "input" and "output"; for an encoder with
     /// "text" and "label", or "anchor", "positive" and perhaps "negative"
     pub data: Option<PathBuf>,
-    /// What DATA calls the columns text, prompt, completion or messages, as prompt=question,completion=answer
+    /// What DATA calls the columns text, prompt, completion, messages, label, anchor or others, as prompt=question,completion=answer
     #[arg(long, value_name = "NAME=COLUMN,..", requires = "data")]
     pub columns: Option<Columns>,
     /// The model's name for PEFT, such as its repository's on the hub [default: the folder; none for a GGUF file]

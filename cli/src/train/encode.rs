@@ -4,8 +4,8 @@ use super::args::Args;
 use super::batch::{Batch, Rows};
 use super::fit::{check_rank, fnv, steps, to_train_and_measure, Fit};
 use super::run::{self, Measured, Options, LABELS};
-use super::sentences::{self, examples, labels, without_twins, Example, Sampled};
-use crate::encoder::{Base, Model, Pooling, Task};
+use super::sentences::{self, examples, has_loss, labels, Example, Examples, Sampled};
+use crate::encoder::{Base, Model, Task};
 use crate::report::Report;
 use crate::Result;
 use candle_core::{Device, Tensor, D};
@@ -33,19 +33,44 @@ pub fn encode(
     }
     let columns = args.columns.clone().unwrap_or_default();
     let read = |file: &Path| sentences::read(file, &columns);
-    let (train_on, measure_on) = to_train_and_measure(args, file, read)?;
+    // A pair alone would have nothing to be told from.
+    let (train_on, measure_on) = to_train_and_measure(args, file, 2, read)?;
     let task = match train_on.first() {
-        Some((_, first)) if first.is_pair() => {
-            Task::Embed(args.pooling.or(base.pooling).unwrap_or(Pooling::Mean))
+        Some((_, first)) if first.is_pair() => Task::Embed(match args.pooling {
+            Some(pooling) => pooling,
+            None => base.pooling()?,
+        }),
+        _ => {
+            // A rare one may be among those held out.
+            let held_out = measure_on.iter().filter(|_| args.valid.is_none());
+            base.classify(labels(train_on.iter().chain(held_out)))
         }
-        _ => base.classify(labels(&train_on)),
     };
     let training = examples(&train_on, &task, &base)?;
     let measured = examples(&measure_on, &task, &base)?;
     tell_examples("to train on", &training, base.longest(), report);
     tell_examples("to measure on", &measured, base.longest(), report);
     report.tell(describe(&task), "task", json!({ "task": task.name() }));
-    let (training, measured) = (training.0, measured.0);
+    let (training, measured) = (training.all, measured.all);
+    let batch = args.batch as usize;
+    let rows = Sampled { examples: &training, batch };
+    let to_measure = Sampled { examples: &measured, batch };
+    let (batches, lone) = (rows.rows(None).len(), lone(&rows));
+    for (what, none) in [("train", batches == 0), ("measure", to_measure.rows(None).is_empty())] {
+        if none {
+            let reason = match batch {
+                1 => "a pair is told from others of its batch: --batch is 1",
+                _ => "no two pairs have sentences that differ",
+            };
+            return Err(format!("nothing to {what} on: {reason}").into());
+        }
+    }
+    if lone > 0 {
+        let line = format!(
+            "{lone} pairs are left out of a pass: each is alone in its batch, where no sentence is twice"
+        );
+        report.tell(line, "lone", json!({ "pairs": lone }));
+    }
 
     let config = AdapterConfig {
         base_model_name_or_path: args.base_model.clone().or(Some(base.name())),
@@ -53,18 +78,12 @@ pub fn encode(
         ..args.lora().into()
     };
     let adapter = Adapter::new(config).targets(args.targets()).seed(args.seed);
-    let batch = args.batch as usize;
-    let rows = Sampled { examples: &training, batch };
-    let count = rows.rows(None).len();
-    if count < batch && matches!(task, Task::Embed(_)) {
-        let reason = format!("no {batch} pairs of different sentences: choose a smaller --batch");
-        return Err(format!("{}: {reason}", file.display()).into());
-    }
     let options = Options {
         lr: args.lr.unwrap_or(2e-4),
-        steps: steps(args, count, report),
+        steps: steps(args, (batches, 1), report),
         length: base.longest(),
-        scale: Some(args.scale),
+        scale: matches!(task, Task::Embed(_)).then_some(args.scale),
+        no_packing: false,
         task: Some(describe(&task)),
         data: hash(&training),
         valid: hash(&measured),
@@ -101,15 +120,15 @@ pub fn encode(
         }
         Ok(())
     };
-    let measured = Sampled { examples: &measured, batch };
     let fit = Fit {
         args,
         adapter: &adapter,
         device: &base.device,
         examples: &rows,
+        rows: 1,
         options,
         loss: &loss,
-        validate: &|| measure(&model, &measured, &base, &of_outputs),
+        validate: &|| measure(&model, &to_measure, &base, &of_outputs),
         save: &save,
         also: match &task {
             Task::Classify(_) => ", names of the labels in labels.json",
@@ -126,6 +145,11 @@ fn describe(task: &Task) -> String {
     }
 }
 
+/// How many pairs are alone in their batches.
+fn lone(rows: &Sampled) -> usize {
+    rows.batches(None).iter().filter(|batch| !has_loss(batch)).map(Vec::len).sum()
+}
+
 /// The mean loss in batches, and the share of the right labels, or of queries whose own sentence is the nearest or among
 /// the nearest ten.
 fn measure(
@@ -136,8 +160,9 @@ fn measure(
 ) -> Result<Measured> {
     let (mut sum, mut counted, mut right) = (0., 0, 0);
     let (mut pairs, mut queries, mut documents) = (vec![], vec![], vec![]);
-    for rows in without_twins(measured.examples.iter().collect(), measured.batch) {
-        let batch = measured.batch(&rows, &base.device)?;
+    for rows in measured.batches(None) {
+        let (batch, has_loss) =
+            (measured.batch(std::slice::from_ref(&rows), &base.device)?, has_loss(&rows));
         let outputs = model.forward(&batch.ids, &batch.lens, |_, x, layer| layer(x))?;
         let (count, texts) = (rows.len(), batch.lens.len());
         if texts > count {
@@ -148,17 +173,11 @@ fn measure(
             let same = outputs.argmax(D::Minus1)?.eq(&batch.labels)?;
             right += same.to_vec1::<u8>()?.into_iter().map(usize::from).sum::<usize>();
         }
-        // A pair without another has nothing that its sentence could be told from.
-        if texts == count || texts > 2 {
+        if has_loss {
             let loss = of_outputs(count, &batch.labels, &outputs)?.to_scalar::<f32>()?;
             sum += f64::from(loss) * count as f64;
             counted += count;
         }
-    }
-    if counted == 0 {
-        return Err(
-            "no two pairs of different sentences to measure on: give another --valid".into()
-        );
     }
     let loss = sum / counted as f64;
     if pairs.is_empty() {
@@ -187,7 +206,8 @@ fn ranks(queries: &Tensor, documents: &Tensor, pairs: &[&Example]) -> Result<Vec
     Ok(cosines.iter().enumerate().map(rank).collect())
 }
 
-fn tell_examples(what: &str, (all, cut): &(Vec<Example>, usize), longest: usize, report: Report) {
+fn tell_examples(what: &str, examples: &Examples, longest: usize, report: Report) {
+    let Examples { all, cut, same } = examples;
     let mut lens: Vec<_> = all.iter().flat_map(|e| e.texts.iter().map(Vec::len)).collect();
     lens.sort_unstable();
     let (shortest, median, most) =
@@ -205,6 +225,13 @@ fn tell_examples(what: &str, (all, cut): &(Vec<Example>, usize), longest: usize,
     if *cut > 0 {
         let line = format!("{cut} sentences are cut off after {longest} tokens: see --length");
         report.tell(line, "cut", json!({ "sentences": cut }));
+    }
+    if let Some(first) = same.first() {
+        let line = format!(
+            "{} more are left out, the first is {first}: the model reads a sentence of the pair twice",
+            same.len()
+        );
+        report.tell(line, "same", json!({ "pairs": same }));
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Fit<'a, R> {
     pub adapter: &'a Adapter,
     pub device: &'a Device,
     pub examples: &'a R,
+    /// Of a batch.
+    pub rows: usize,
     pub options: Options,
     pub loss: &'a dyn Fn(&Batch) -> candle_core::Result<Tensor>,
     pub validate: &'a dyn Fn() -> Result<Measured>,
@@ -56,7 +58,7 @@ impl<R: Rows> Fit<'_, R> {
             what: "adapting",
             steps: options.steps,
             lr: options.lr,
-            batch: options.batch,
+            batch: self.rows,
             accumulate: options.accumulate,
             clip: options.clip,
             seed: options.seed,
@@ -90,29 +92,30 @@ pub fn check_rank(args: &Args, widest: usize) -> Result<()> {
     }
 }
 
-/// What is read from DATA, and from `--valid` or held out of it.
+/// What is read from DATA, and from `--valid` or held out of it, `least` then.
 pub fn to_train_and_measure<T>(
     args: &Args,
     file: &Path,
+    least: usize,
     read: impl Fn(&Path) -> Result<Vec<T>>,
 ) -> Result<(Vec<T>, Vec<T>)> {
     let mut all = read(file)?;
     if let Some(valid) = &args.valid {
         return Ok((all, read(valid)?));
     }
-    if all.len() < 2 {
-        let reason = "one example, none is left to measure on: give --valid";
+    if all.len() < 2 * least {
+        let reason = format!("{} example, none is left to measure on: give --valid", all.len());
         return Err(format!("{}: {reason}", file.display()).into());
     }
     Rng::new(args.seed).shuffle(&mut all);
-    let held_out = (all.len() / 20).clamp(1, HELD_OUT);
+    let held_out = (all.len() / 20).clamp(least, HELD_OUT);
     let valid = all.split_off(all.len() - held_out);
     Ok((all, valid))
 }
 
 /// The steps that were asked for, and how often each example is seen in them.
-pub fn steps(args: &Args, rows: usize, report: Report) -> usize {
-    let each = args.batch as usize * args.accumulate as usize;
+pub fn steps(args: &Args, (rows, batch): (usize, usize), report: Report) -> usize {
+    let each = batch * args.accumulate as usize;
     let steps = match args.epochs {
         Some(epochs) => (epochs as usize * rows).div_ceil(each),
         None => args.steps.unwrap_or(STEPS) as usize,

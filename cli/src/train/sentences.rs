@@ -8,7 +8,8 @@ use crate::rng::Rng;
 use crate::Result;
 use candle_core::{Device, Tensor};
 use serde_json::Value;
-use std::collections::{HashSet, VecDeque};
+use std::cmp::Ordering;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 /// An entry of a data file, by what is to be learned.
@@ -49,7 +50,20 @@ fn from_json(json: &Value, columns: &Columns) -> Result<Sentences> {
         if anchor == positive {
             return Err("the anchor is the positive".into());
         }
-        let negative = text("negative");
+        if let Some(other) =
+            json.as_object().and_then(|all| all.keys().find(|key| key.starts_with("negative_")))
+        {
+            return Err(
+                format!("a pair has one negative: --columns negative={other} chooses it").into()
+            );
+        }
+        let negative = match columns.of(json, "negative") {
+            Value::Null => None,
+            Value::String(negative) => {
+                Some(negative.clone()).filter(|text| !text.trim().is_empty())
+            }
+            other => return Err(format!("the negative is {other}, expected a text").into()),
+        };
         if negative.as_ref() == Some(&positive) {
             return Err("the negative is the positive".into());
         }
@@ -80,13 +94,19 @@ impl Sentences {
 }
 
 /// The different labels: numbers by their values, then texts in their order.
-pub fn labels(entries: &[(String, Sentences)]) -> Vec<String> {
+pub fn labels<'a>(entries: impl Iterator<Item = &'a (String, Sentences)>) -> Vec<String> {
     let label = |(_, entry): &(_, Sentences)| match entry {
         Sentences::Labelled(_, label) => Some(label.clone()),
         Sentences::Pair(_) => None,
     };
-    let mut labels: Vec<_> = entries.iter().filter_map(label).collect();
-    labels.sort_by_key(|label| (label.parse::<i64>().unwrap_or(i64::MAX), label.clone()));
+    let mut labels: Vec<_> = entries.filter_map(label).collect();
+    let value = |label: &String| label.parse::<f64>().ok().filter(|value| value.is_finite());
+    labels.sort_by(|a, b| match (value(a), value(b)) {
+        (Some(x), Some(y)) => x.total_cmp(&y).then_with(|| a.cmp(b)),
+        (Some(_), None) => Ordering::Less,
+        (None, Some(_)) => Ordering::Greater,
+        (None, None) => a.cmp(b),
+    });
     labels.dedup();
     labels
 }
@@ -98,13 +118,18 @@ pub struct Example {
     pub label: u32,
 }
 
-/// The examples, and how many of their sentences were cut off. An error for a label that is none of the task's.
-pub fn examples(
-    entries: &[(String, Sentences)],
-    task: &Task,
-    base: &Base,
-) -> Result<(Vec<Example>, usize)> {
-    let (mut all, mut cut) = (vec![], 0);
+/// The examples of a file, and what became of its entries.
+pub struct Examples {
+    pub all: Vec<Example>,
+    /// Sentences that were cut off.
+    pub cut: usize,
+    /// Where the pairs stand of which the model reads a sentence twice: case, or what was cut off, told them apart.
+    pub same: Vec<String>,
+}
+
+/// An error for a label that is none of the task's.
+pub fn examples(entries: &[(String, Sentences)], task: &Task, base: &Base) -> Result<Examples> {
+    let (mut all, mut cut, mut same) = (vec![], 0, vec![]);
     for (at, entry) in entries {
         let mut texts = vec![];
         for text in entry.texts() {
@@ -114,6 +139,10 @@ pub fn examples(
             }
             cut += usize::from(is_cut);
             texts.push(ids);
+        }
+        if (1..texts.len()).any(|i| texts[..i].contains(&texts[i])) {
+            same.push(at.clone());
+            continue;
         }
         let label = match (task, entry) {
             (Task::Classify(labels), Sentences::Labelled(_, label)) => {
@@ -127,36 +156,53 @@ pub fn examples(
         };
         all.push(Example { texts, label });
     }
-    Ok((all, cut))
+    match (all.is_empty(), same.first()) {
+        (true, Some(at)) => {
+            Err(format!("{at}: no pair has sentences that differ as the model reads them").into())
+        }
+        _ => Ok(Examples { all, cut, same }),
+    }
 }
 
 /// Batches of labelled sentences, whose labels are (batch); or of pairs, first the queries, then the sentences near them,
 /// then those that are not.
 pub struct Sampled<'a> {
     pub examples: &'a [Example],
-    /// Pairs of a batch, in which no sentence is there twice: it would be its own negative.
+    /// The most examples of a batch. In one of pairs no sentence is there twice: it would be its own negative.
     pub batch: usize,
 }
 
-impl<'a> Rows for Sampled<'a> {
-    type Row = &'a Example;
-
-    fn rows(&self, rng: Option<&mut Rng>) -> Vec<Self::Row> {
+impl<'a> Sampled<'a> {
+    /// All examples, with an `rng` in random order.
+    pub fn batches(&self, rng: Option<&mut Rng>) -> Vec<Vec<&'a Example>> {
         let mut all: Vec<_> = self.examples.iter().collect();
         if let Some(rng) = rng {
             rng.shuffle(&mut all);
         }
         match all.first() {
-            Some(first) if first.texts.len() > 1 => {
-                let batches = without_twins(all, self.batch).into_iter();
-                batches.filter(|batch| batch.len() == self.batch).flatten().collect()
-            }
-            _ => all,
+            Some(first) if first.texts.len() > 1 => without_twins(all, self.batch),
+            _ => all.chunks(self.batch).map(<[_]>::to_vec).collect(),
         }
+    }
+}
+
+/// Whether a batch has a loss: a pair alone has nothing that its sentence could be told from.
+pub fn has_loss(batch: &[&Example]) -> bool {
+    batch.len() > 1 || batch.iter().any(|example| example.texts.len() != 2)
+}
+
+impl<'a> Rows for Sampled<'a> {
+    /// A batch with a loss.
+    type Row = Vec<&'a Example>;
+
+    fn rows(&self, rng: Option<&mut Rng>) -> Vec<Self::Row> {
+        let mut batches = self.batches(rng);
+        batches.retain(|batch| has_loss(batch));
+        batches
     }
 
     fn batch(&self, rows: &[Self::Row], device: &Device) -> Result<Batch> {
-        let (mut ids, mut lens) = (vec![], vec![]);
+        let (mut ids, mut lens, rows) = (vec![], vec![], rows.concat());
         // Of all examples the first sentence, then of all the second.
         let most = rows.iter().map(|row| row.texts.len()).max().unwrap_or(0);
         for text in (0..most).flat_map(|i| rows.iter().filter_map(move |row| row.texts.get(i))) {
@@ -170,25 +216,23 @@ impl<'a> Rows for Sampled<'a> {
     }
 }
 
-/// All examples in batches of at most this size, of which none has a sentence twice.
-pub fn without_twins(all: Vec<&Example>, batch: usize) -> Vec<Vec<&Example>> {
-    let (mut rest, mut batches) = (VecDeque::from(all), vec![]);
-    while !rest.is_empty() {
-        let (mut seen, mut chosen, mut later) = (HashSet::new(), vec![], vec![]);
-        while let Some(example) = rest.pop_front() {
-            match example.texts.iter().any(|text| seen.contains(text)) {
-                true => later.push(example),
-                false => {
-                    seen.extend(&example.texts);
-                    chosen.push(example);
-                }
-            }
-            if chosen.len() == batch {
-                break;
-            }
+/// All examples in batches of at most this size, of which none has a sentence twice: each in the first that has room for it
+/// after those that have one of its sentences.
+fn without_twins(all: Vec<&Example>, batch: usize) -> Vec<Vec<&Example>> {
+    let (mut batches, mut open) = (Vec::<Vec<_>>::new(), BTreeSet::new());
+    let mut after = HashMap::<&[u32], usize>::new();
+    for example in all {
+        let from = example.texts.iter().filter_map(|text| after.get(&text[..]).copied()).max();
+        let at = open.range(from.unwrap_or(0)..).next().copied().unwrap_or(batches.len());
+        if at == batches.len() {
+            batches.push(vec![]);
+            open.insert(at);
         }
-        batches.push(chosen);
-        later.into_iter().rev().for_each(|example| rest.push_front(example));
+        batches[at].push(example);
+        if batches[at].len() == batch {
+            open.remove(&at);
+        }
+        after.extend(example.texts.iter().map(|text| (&text[..], at + 1)));
     }
     batches
 }
