@@ -4,11 +4,38 @@ use super::backend::Backend;
 use super::op::{compute_dtype, if_tracked, Custom, Grads, Op};
 use candle_core::{Layout, Result, Shape, Tensor, Var};
 
-/// The scalar `value`, with the gradient that is given for each input.
+/// `value`, with the gradient that is given for each input: of a scalar, or of the vector's element for each row.
 pub(crate) fn with_grads(value: Tensor, grads: Vec<(Tensor, Tensor)>) -> Result<Tensor> {
     grads.into_iter().try_fold(value, |value, (input, grad)| {
         value.apply_op2(&input, Custom(CustomGradient::Scaled(grad)))
     })
+}
+
+/// `value`, whose gradient becomes those of two inputs by `backward`. They are asked for where an input is tracked.
+pub(crate) fn with_backward(
+    value: &Tensor,
+    inputs: [&Tensor; 2],
+    backward: impl Fn(&Tensor) -> Result<[Option<Tensor>; 2]> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    value.apply_op3(inputs[0], inputs[1], Custom(CustomBackward(backward)))
+}
+
+struct CustomBackward<F>(F);
+
+impl<F> Op<3> for CustomBackward<F>
+where
+    F: Fn(&Tensor) -> Result<[Option<Tensor>; 2]> + Send + Sync + 'static,
+{
+    const NAME: &'static str = "custom-backward";
+
+    fn forward<S: Backend>(&self, [(value, l), ..]: [(&S, &Layout); 3]) -> Result<(S, Shape)> {
+        Ok((value.try_clone(l)?, l.shape().clone()))
+    }
+
+    fn backward(&self, _: [&Tensor; 3], _: &Tensor, g: &Tensor) -> Result<Grads<3>> {
+        let [a, b] = self.0(g)?;
+        Ok([None, a, b])
+    }
 }
 
 /// A scalar that begins the backward of `y` with the gradient `grad`.
@@ -39,7 +66,7 @@ pub(super) fn with_zero_grads<'a>(
 /// A value, with the gradient of another tensor.
 enum CustomGradient {
     Zero,
-    /// Multiplied by the gradient of the value, a scalar.
+    /// Multiplied by the gradient of the value: a scalar, or one for each row.
     Scaled(Tensor),
     /// Taken as it is, for a value whose own gradient is 1: saves a pass.
     Whole(Tensor),
@@ -59,6 +86,7 @@ impl Op<2> for CustomGradient {
             Self::Scaled(grad) => {
                 // Rounded once.
                 let dtype = compute_dtype(grad.dtype());
+                let g = if g.rank() == 0 { g.clone() } else { g.unsqueeze(1)? };
                 grad.to_dtype(dtype)?.broadcast_mul(&g.to_dtype(dtype)?)?.to_dtype(x.dtype())
             }
         })?;

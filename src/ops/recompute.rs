@@ -100,7 +100,7 @@ impl RecomputeOp {
 }
 
 /// Whether a value differs; NaN is not compared.
-fn differ(a: &Tensor, b: &Tensor) -> Result<bool> {
+pub(crate) fn differ(a: &Tensor, b: &Tensor) -> Result<bool> {
     if a.elem_count() == 0 {
         return Ok(false);
     }

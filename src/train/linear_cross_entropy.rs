@@ -1,12 +1,9 @@
 //! The loss of a language model's head without all of its logits.
 
+use super::labelled::Labelled;
 use crate::layers::Linear;
-use crate::ops::{compute_dtype, cross_entropy, upstream, with_grads};
-use candle_core::{bail, DType, Module, Result, Tensor, TensorId, Var};
-use std::collections::HashMap;
-
-/// Logits that are in memory at a time.
-const LOGITS: usize = if cfg!(test) { 100 } else { 1 << 23 };
+use crate::ops::with_grads;
+use candle_core::{DType, Result, Tensor};
 
 /// The mean cross-entropy of `head(x)`, as `torch.nn.functional.cross_entropy` computes it, from the hidden
 /// states `x` (.., in) and the labels (..), integers less than the head's outputs. A negative label, such as
@@ -63,118 +60,21 @@ pub fn linear_cross_entropy_with(
     labels: &Tensor,
     logits: impl Fn(&Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let classes = head.out_features()?;
-    let Some((&last, leading)) = x.dims().split_last() else {
-        bail!("linear_cross_entropy: x is a scalar, expected (.., in)")
-    };
-    if labels.dims() != leading {
-        bail!("linear_cross_entropy: x is {:?} and the labels {:?}", x.dims(), labels.dims())
-    }
-    let (rows, counted) = counted(labels, classes)?;
-    let x = x.reshape((labels.elem_count(), last))?;
-    let rows = (rows.len() < x.dims()[0])
-        .then(|| Tensor::from_vec(rows, counted.len(), x.device()))
-        .transpose()?;
-    let chosen = match &rows {
-        Some(rows) => x.detach().index_select(rows, 0)?,
-        None => x.detach(),
-    };
-
-    let trained = head.tracked();
-    if trained.iter().any(|t| !t.is_variable()) {
-        bail!(
-            "linear_cross_entropy: the head's weight, bias or factors are computed from variables, expected \
-             the variables themselves"
-        )
-    }
-    let wants_grad = x.track_op() || !trained.is_empty();
-    let mut loss: Option<Tensor> = None;
-    let (mut gx, mut sums) = (vec![], HashMap::<TensorId, Tensor>::new());
-    let dtype = compute_dtype(x.dtype());
-    // Chunks of about the same size.
-    let parts = counted.len().div_ceil((LOGITS / classes).max(1));
-    let step = counted.len().div_ceil(parts.max(1)).max(1);
-    for (i, labels) in counted.chunks(step).enumerate() {
-        let part = chosen.narrow(0, i * step, labels.len())?;
-        let part = if x.track_op() { Var::from_tensor(&part)?.into_inner() } else { part };
-        let logits = {
-            let plain = head.forward(&part)?;
-            let changed = logits(&plain)?;
-            if changed.dims() != plain.dims() {
-                let (was, is) = (plain.dims(), changed.dims());
-                bail!("linear_cross_entropy: the logits were {was:?}, and are {is:?}")
-            }
-            changed
-        };
-        let count = counted.len() as f64;
-        let shift = shift(logits.dtype(), labels.len(), count);
-        let (sum, grad) = cross_entropy(&logits, labels, shift / count)?;
-        loss = Some(loss.map_or(Ok(sum.clone()), |loss| loss + sum)?);
-        if !wants_grad {
-            continue;
-        }
-        let mut grads = upstream(&logits, grad)?.backward()?;
-        let unshifted = |grad: Tensor| match shift {
-            1. => grad.to_dtype(dtype),
-            shift => grad.to_dtype(dtype)? / shift,
-        };
-        if let Some(grad) = grads.remove(&part).filter(|_| x.track_op()) {
-            gx.push(unshifted(grad)?);
-        }
-        for t in &trained {
-            let Some(grad) = grads.remove(t) else { continue };
-            let grad = unshifted(grad)?;
-            let sum = sums.remove(&t.id()).map_or(Ok(grad.clone()), |sum| sum + grad)?;
-            sums.insert(t.id(), sum);
-        }
-    }
-    let Some(loss) = loss else { bail!("linear_cross_entropy: no label counts") };
-    let mut grads = vec![];
-    if x.track_op() {
-        let gx = Tensor::cat(&gx, 0)?;
-        let gx = match &rows {
-            Some(rows) => x.detach().to_dtype(dtype)?.zeros_like()?.index_add(rows, &gx, 0)?,
-            None => gx,
-        };
-        grads.push((x, gx));
-    }
-    for t in trained {
-        grads.extend(sums.remove(&t.id()).map(|sum| (t, sum)));
-    }
-    with_grads((loss / counted.len() as f64)?, grads)
+    let labelled = Labelled::new("linear_cross_entropy", x, head, labels)?;
+    let count = labelled.len() as f64;
+    let pass = labelled.pass(head, &logits, Some(&vec![-1. / count; labelled.len()]))?;
+    let grads = [labelled.x].into_iter().chain(labelled.trained);
+    let grads = grads.zip([pass.x].into_iter().chain(pass.trained));
+    let grads = grads.filter_map(|(t, grad)| Some((t, grad?))).collect();
+    with_grads((sum(&pass.log_probs)? / -count)?, grads)
 }
 
-/// A power of two that gradients are multiplied by on their way through a half-precision head: p/count is 0 in F16 long
-/// before a loss scale, which comes with the upstream gradient, could raise it. It leaves p as it is, but for chunks of
-/// many rows, over which the gradient of the weight is a sum.
-fn shift(dtype: DType, rows: usize, count: f64) -> f64 {
-    match dtype {
-        DType::F16 | DType::BF16 => (count * (16. / rows as f64).min(1.)).log2().floor().exp2(),
-        _ => 1.,
+/// On the CPU in F64, whatever the number of rows.
+fn sum(values: &Tensor) -> Result<Tensor> {
+    match values.device().is_cpu() {
+        true => values.to_dtype(DType::F64)?.sum_all()?.to_dtype(values.dtype()),
+        false => values.sum_all(),
     }
-}
-
-/// The positions that count, and their labels.
-fn counted(labels: &Tensor, classes: usize) -> Result<(Vec<u32>, Vec<u32>)> {
-    if !labels.dtype().is_int() {
-        bail!("linear_cross_entropy: the labels are {:?}, expected integers", labels.dtype())
-    }
-    let labels = labels.flatten_all()?.to_device(&candle_core::Device::Cpu)?;
-    let labels = labels.to_dtype(DType::I64)?.to_vec1::<i64>()?;
-    let (mut rows, mut counted) = (vec![], vec![]);
-    for (row, label) in labels.into_iter().enumerate().filter(|(_, label)| *label >= 0) {
-        match u32::try_from(label) {
-            Ok(label) if (label as usize) < classes => counted.push(label),
-            _ => {
-                bail!("linear_cross_entropy: label {label} at position {row} of {classes} classes")
-            }
-        }
-        rows.push(row as u32);
-    }
-    if counted.is_empty() {
-        bail!("linear_cross_entropy: no label counts: all are negative")
-    }
-    Ok((rows, counted))
 }
 
 #[cfg(test)]
@@ -182,8 +82,9 @@ mod tests {
     use super::*;
     use crate::random::normal;
     use crate::LoraConfig;
-    use candle_core::Device;
+    use candle_core::{Device, Module, Var};
     use candle_nn::{VarBuilder, VarMap};
+    use std::collections::HashMap;
 
     const CLASSES: usize = 30;
 

@@ -20,5 +20,6 @@ mod data_parallel;
 mod decoder;
 mod encoders;
 mod loss_head;
+mod preference;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
