@@ -21,7 +21,7 @@ mod corpus;
 #[path = "../../examples/common/rng.rs"]
 mod rng;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use error::Result;
 use report::Report;
@@ -54,7 +54,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let Args { command, json } = Args::parse();
+    let matches = Args::command().get_matches();
+    let parsed = Args::from_arg_matches(&matches);
+    let Args { mut command, json } =
+        parsed.unwrap_or_else(|e| e.format(&mut Args::command()).exit());
+    if let (Command::Train(args), Some((_, matches))) = (&mut command, matches.subcommand()) {
+        args.set_given(matches);
+    }
     let report = Report::new(json);
     error::reported(|| match &command {
         Command::Train(args) => train::run(args, report),

@@ -22,6 +22,11 @@ pub fn share(text: &str) -> Result<f64, String> {
     within(text, f64::MIN_POSITIVE..1f64.next_up(), "above 0 and at most 1")
 }
 
+/// A share of less than a half.
+pub fn half(text: &str) -> Result<f64, String> {
+    within(text, 0.0..0.5, "0 or more and below 0.5")
+}
+
 fn within(text: &str, range: Range<f64>, expected: &str) -> Result<f64, String> {
     let value = text.parse().map_err(|e| format!("{e}"))?;
     range.contains(&value).then_some(value).ok_or(format!("expected a number {expected}"))

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::Files;
+use common::{events, put, Files};
 use serde_json::{json, Value};
 use std::fs;
 
@@ -25,18 +25,6 @@ fn pairs(count: usize) -> Vec<Value> {
         json!({ "anchor": first, "positive": format!("{second} w2") })
     };
     (0..count).map(line).collect()
-}
-
-fn put(files: &Files, name: &str, lines: &[Value]) {
-    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-    fs::write(files.path(name), text).unwrap();
-}
-
-/// The events of one name.
-fn events(files: &Files, options: &str, name: &str) -> Vec<Value> {
-    let out = files.ok(&format!("{options} --json"));
-    let lines = out.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.filter(|line| line["event"] == name).collect()
 }
 
 #[test]
@@ -91,8 +79,14 @@ fn a_run_goes_on_with_the_same_options_alone() {
         let error = files.error(&format!("train model {options} --resume"));
         assert!(error.contains(expected), "{error}");
     }
-    // The scale is of pairs alone.
-    files.ok("train model labels.jsonl --steps 4 --scale 10 --resume");
+    for options in ["--scale 10", "--pooling cls"] {
+        let error = files.error(&format!("train model labels.jsonl --overwrite {options}"));
+        assert!(error.contains("training with labels has no --"), "{error}");
+    }
+    for options in ["--no-packing", "--prompt w2", "--raw", "--temperature 1"] {
+        let error = files.error(&format!("train model labels.jsonl --overwrite {options}"));
+        assert!(error.contains("an encoder has no --"), "{error}");
+    }
     put(&files, "pairs.jsonl", &pairs(60));
     files.ok("train model pairs.jsonl --steps 2 --out embeddings");
     let error =

@@ -92,12 +92,13 @@ impl Decoder {
 
     /// The logits of hidden states.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.capped(&self.lm_head.forward(hidden)?)
+        self.capped()(&self.lm_head.forward(hidden)?)
     }
 
-    /// The head's outputs with the model's cap, if it has one.
-    pub fn capped(&self, logits: &Tensor) -> Result<Tensor> {
-        match self.config.logit_softcap {
+    /// From the head's outputs to logits: with the model's cap, if it has one.
+    pub fn capped(&self) -> impl Fn(&Tensor) -> Result<Tensor> {
+        let cap = self.config.logit_softcap;
+        move |logits| match cap {
             Some(cap) => (logits / cap)?.tanh()? * cap,
             None => Ok(logits.clone()),
         }

@@ -18,13 +18,9 @@ use std::path::Path;
 
 /// Trains on a file, keeps the best adapter in `--out` and gives a document to talk about; `None` if the run was stopped.
 pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Option<Document>> {
-    check_rank(args, base.config.hidden_size)?;
-    peak::reset(); // without the tiny model's training
-    let length = (args.length as usize).min(base.config.longest);
-    if length < args.length as usize {
-        let line = format!("rows have {length} tokens, as many as the model takes");
-        report.tell(line, "length", json!({ "length": length }));
-    }
+    args.refuse("a language model", &["pooling", "scale"])?;
+    args.refuse("training without --loss", &["beta", "label_smoothing"])?;
+    let length = begin(args, base, report)?;
     let columns = args.columns.clone().unwrap_or_default();
     let read = |file: &Path| data::read(file, &columns, base.template.as_ref());
     let (train_on, mut valid) = to_train_and_measure(args, file, 1, read)?;
@@ -34,12 +30,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
     tell_examples("to train on", &training, length, rows.length, report);
     tell_examples("to measure on", &measured, length, Some(length), report);
 
-    let config = AdapterConfig {
-        base_model_name_or_path: args.base_model.clone().or(base.folder()),
-        task_type: Some("CAUSAL_LM".to_owned()),
-        ..args.lora().into()
-    };
-    let adapter = Adapter::new(config).targets(args.targets()).seed(args.seed);
+    let adapter = adapter(args, base);
     let options = Options {
         lr: args.lr.unwrap_or(if args.model.is_some() { 2e-4 } else { 5e-3 }),
         steps: steps(args, (rows.rows(None).len(), args.batch as usize), report),
@@ -71,9 +62,39 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
         loss: &loss,
         validate: &validate,
         save: &|| base.save(&adapter, &args.out),
-        also: if base.gguf().is_some() { ", for llama.cpp in adapter.gguf" } else { "" },
+        also: also(base),
     };
     Ok(fit.run(report)?.then(|| valid.swap_remove(0)))
+}
+
+/// Checks the rank, and gives the most tokens of a row.
+pub fn begin(args: &Args, base: &Base, report: Report) -> Result<usize> {
+    check_rank(args, base.config.hidden_size)?;
+    peak::reset(); // without the tiny model's training
+    let length = (args.length as usize).min(base.config.longest);
+    if length < args.length as usize {
+        let line = format!("rows have {length} tokens, as many as the model takes");
+        report.tell(line, "length", json!({ "length": length }));
+    }
+    Ok(length)
+}
+
+/// A new adapter for a language model.
+pub fn adapter(args: &Args, base: &Base) -> Adapter {
+    let config = AdapterConfig {
+        base_model_name_or_path: args.base_model.clone().or(base.folder()),
+        task_type: Some("CAUSAL_LM".to_owned()),
+        ..args.lora().into()
+    };
+    Adapter::new(config).targets(args.targets()).seed(args.seed)
+}
+
+/// What is saved besides, for a reader.
+pub fn also(base: &Base) -> &'static str {
+    match base.gguf() {
+        Some(_) => ", for llama.cpp in adapter.gguf",
+        None => "",
+    }
 }
 
 /// What the examples are: their lengths, what of them is learned, their rows, and what became of longer ones.
@@ -117,7 +138,7 @@ fn tell_examples(
 }
 
 /// Of all tokens and of what is learned.
-fn hash(examples: &[Example]) -> u64 {
-    let tokens = examples.iter().flat_map(|example| example.ids.iter().zip(&example.learned));
+pub fn hash<'a>(examples: impl IntoIterator<Item = &'a Example>) -> u64 {
+    let tokens = examples.into_iter().flat_map(|example| example.ids.iter().zip(&example.learned));
     fnv(tokens.map(|(id, learned)| u64::from(*id) << 1 | u64::from(*learned)))
 }

@@ -1,13 +1,18 @@
 //! The options.
 
 use super::columns::Columns;
+use super::prefer::Loss;
 use crate::chat::Say;
 use crate::encoder::Pooling;
-use crate::number::{dropout, not_negative, positive};
+use crate::number::{dropout, half, not_negative, positive};
 use crate::place::Place;
+use clap::parser::ValueSource;
+use clap::ArgMatches;
 use lora::{adapter::Targets, layers::InitLoraWeights, LoraConfig};
 use loralib as lora;
 use std::path::PathBuf;
+
+use crate::Result;
 
 /// Fine-tunes a language model with LoRA (Llama, Mistral, Qwen2 and 3, Gemma 1 to 3, Phi-3 and 4-mini), or an encoder
 /// (BERT, RoBERTa, DistilBERT)
@@ -24,10 +29,11 @@ pub struct Args {
     #[arg(requires = "data")]
     pub model: Option<PathBuf>,
     /// What to train on: a .txt file with a text in each line, or JSON Lines or a JSON array with "messages", "prompt" and
-    /// "completion", "text", ShareGPT's "conversations", or Alpaca's "instruction", "input" and "output"; for an encoder with
-    /// "text" and "label", or "anchor", "positive" and perhaps "negative"
+    /// "completion", "text", ShareGPT's "conversations", or Alpaca's "instruction", "input" and "output"; for --loss with
+    /// "prompt", "chosen" and "rejected"; for an encoder with "text" and "label", or "anchor", "positive" and perhaps "negative"
     pub data: Option<PathBuf>,
-    /// What DATA calls the columns text, prompt, completion, messages, label, anchor or others, as prompt=question,completion=answer
+    /// What DATA calls the columns text, prompt, completion, messages, chosen, label, anchor or others, as
+    /// prompt=question,completion=answer
     #[arg(long, value_name = "NAME=COLUMN,..", requires = "data")]
     pub columns: Option<Columns>,
     /// The model's name for PEFT, such as its repository's on the hub [default: the folder; none for a GGUF file]
@@ -36,6 +42,16 @@ pub struct Args {
     /// What to measure on, in the same format [default: a twentieth of DATA]
     #[arg(long, value_name = "FILE", requires = "data")]
     pub valid: Option<PathBuf>,
+    /// Learns which of two answers is preferred, by one of TRL's losses: dpo, ipo, hinge or robust, beside the model without
+    /// the adapter, or orpo, without one
+    #[arg(long, value_enum, requires = "data")]
+    pub loss: Option<Loss>,
+    /// With --loss: how much the model is kept near the one without the adapter; for orpo, how much the preference counts
+    #[arg(long, default_value_t = 0.1, value_parser = positive)]
+    pub beta: f64,
+    /// With --loss dpo or robust: the share of the preferences that are taken to be the wrong way round
+    #[arg(long, value_name = "SHARE", default_value_t = 0., value_parser = half)]
+    pub label_smoothing: f64,
     /// The adapter's rank
     #[arg(long, aliases = ["r", "lora-r"], value_name = "R", default_value_t = 8)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
@@ -52,7 +68,7 @@ pub struct Args {
     /// The layers to adapt: all-linear, or names such as q_proj,v_proj
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "all-linear")]
     pub targets: Vec<String>,
-    /// The learning rate at its peak [default: 2e-4, and 5e-3 for the tiny model]
+    /// The learning rate at its peak [default: 2e-4; with --loss 5e-5; for the tiny model 5e-3]
     #[arg(long, visible_alias = "rate", alias = "learning-rate", value_parser = not_negative)]
     pub lr: Option<f64>,
     /// Steps of the optimizer, those before --resume included [default: 200]
@@ -63,7 +79,7 @@ pub struct Args {
     #[arg(long, value_name = "N", conflicts_with = "steps", requires = "data")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub epochs: Option<u32>,
-    /// Rows per batch, each of --length tokens at most
+    /// Rows per batch, each of --length tokens at most; with --loss, pairs of answers
     #[arg(long, alias = "batch-size", value_name = "N", default_value_t = 4)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
@@ -119,9 +135,25 @@ pub struct Args {
     /// A few seconds with a tiny new model: no good sentences
     #[arg(long, conflicts_with_all = ["model", "data"])]
     pub quick: bool,
+    /// The options that the command line has, by their ids.
+    #[arg(skip)]
+    given: Vec<String>,
 }
 
 impl Args {
+    pub fn set_given(&mut self, matches: &ArgMatches) {
+        let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+        self.given = matches.ids().map(|id| id.to_string()).filter(|id| given(id)).collect();
+    }
+
+    /// An error for options that mean nothing to `what` is trained.
+    pub fn refuse(&self, what: &str, options: &[&str]) -> Result<()> {
+        match options.iter().find(|option| self.given.iter().any(|given| given == *option)) {
+            Some(option) => Err(format!("{what} has no --{}", option.replace('_', "-")).into()),
+            None => Ok(()),
+        }
+    }
+
     pub fn lora(&self) -> LoraConfig {
         LoraConfig {
             r: self.rank as usize,

@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
 
 /// The label of what is not predicted.
-const IGNORED: i64 = -100;
+pub const IGNORED: i64 = -100;
 
 /// Texts one after another, without padding, and what is to be said of them.
 pub struct Batch {
@@ -28,15 +28,24 @@ impl Batch {
     }
 }
 
+impl AsRef<Batch> for Batch {
+    fn as_ref(&self) -> &Batch {
+        self
+    }
+}
+
 /// The examples of a run.
 pub trait Rows {
     /// What a batch has a number of.
     type Row;
 
+    /// What a loss is computed from.
+    type Batch: AsRef<Batch>;
+
     /// All rows, with an `rng` in random order.
     fn rows(&self, rng: Option<&mut Rng>) -> Vec<Self::Row>;
 
-    fn batch(&self, rows: &[Self::Row], device: &Device) -> Result<Batch>;
+    fn batch(&self, rows: &[Self::Row], device: &Device) -> Result<Self::Batch>;
 }
 
 /// A language model's examples, of which as many as fit share a row of `length` tokens, or each has one of its own without
@@ -49,6 +58,7 @@ pub struct Packed<'a> {
 impl<'a> Rows for Packed<'a> {
     /// None sees another.
     type Row = Vec<&'a Example>;
+    type Batch = Batch;
 
     fn rows(&self, rng: Option<&mut Rng>) -> Vec<Self::Row> {
         rows(self.examples, self.length, rng)

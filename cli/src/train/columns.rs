@@ -9,10 +9,12 @@ use std::str::FromStr;
 pub struct Columns(BTreeMap<String, String>);
 
 /// The names that [`Columns`] can replace.
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 15] = [
     "text",
     "prompt",
     "completion",
+    "chosen",
+    "rejected",
     "messages",
     "conversations",
     "instruction",

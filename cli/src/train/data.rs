@@ -35,7 +35,7 @@ pub fn read(path: &Path, columns: &Columns, template: Option<&Template>) -> Resu
     let mut documents = vec![];
     for (at, entry) in entries(path)? {
         match entry {
-            Entry::Line(line) => documents.push(Document::text(&at, line)),
+            Entry::Line(line) => documents.push(Document::plain(&at, line)),
             Entry::Json(json) => {
                 let read = from_json(&at, &json, columns, template);
                 let read = read.map_err(|e| format!("{at}: {e}: {}", shortened(&json.to_string())));
@@ -47,11 +47,11 @@ pub fn read(path: &Path, columns: &Columns, template: Option<&Template>) -> Resu
 }
 
 impl Document {
-    fn text(at: &str, text: String) -> Self {
+    fn plain(at: &str, text: String) -> Self {
         Self::new(at, Kind::Text, vec![Piece { text, learned: true }])
     }
 
-    fn completion(at: &str, prompt: String, completion: String) -> Self {
+    pub fn completion(at: &str, prompt: String, completion: String) -> Self {
         let given = Piece { text: prompt, learned: false };
         let learned = Piece { text: completion, learned: true };
         Self::new(at, Kind::Completion, vec![given, learned])
@@ -59,6 +59,11 @@ impl Document {
 
     fn new(at: &str, kind: Kind, pieces: Vec<Piece>) -> Self {
         Self { at: at.to_owned(), kind, pieces, said: None }
+    }
+
+    /// All of it, as the model reads it.
+    pub fn text(&self) -> String {
+        self.pieces.iter().map(|piece| &piece.text[..]).collect()
     }
 
     /// What a reply follows: what stands before the first learned piece, or the beginning of a text.
@@ -77,7 +82,7 @@ impl Document {
 const EXPECTED: &str =
     "expected \"text\", \"prompt\" and \"completion\", \"messages\", \"conversations\", or \
                         \"instruction\" and \"output\"; --columns gives other names";
-const NO_TEMPLATE: &str =
+pub const NO_TEMPLATE: &str =
     "the model has no chat template for a conversation: give \"prompt\" and \"completion\", or \
                            another model";
 
@@ -99,7 +104,7 @@ fn from_json(
         None => Err(NO_TEMPLATE.into()),
     };
     if let Some(text) = text("text").filter(|_| columns.names("text")) {
-        return Ok(vec![Document::text(at, text)]);
+        return Ok(vec![Document::plain(at, text)]);
     }
     if let (Some(prompt), Some(completion)) = (text("prompt"), text("completion")) {
         return Ok(vec![Document::completion(at, prompt, completion)]);
@@ -133,9 +138,12 @@ fn from_json(
     }
     // Some files have the whole text beside its parts.
     if let Some(text) = text("text") {
-        return Ok(vec![Document::text(at, text)]);
+        return Ok(vec![Document::plain(at, text)]);
     }
-    Err(EXPECTED.into())
+    match columns.of(json, "chosen") {
+        Value::Null => Err(EXPECTED.into()),
+        _ => Err("it has a chosen answer and a rejected one: --loss dpo learns from them".into()),
+    }
 }
 
 /// A turn of ShareGPT as a message.
@@ -160,7 +168,7 @@ fn from_sharegpt(turn: &Value) -> Result<Value> {
 }
 
 /// What the assistant says is learned, each time after what the template puts before it, but for the first `given` messages.
-fn conversation(
+pub fn conversation(
     at: &str,
     messages: &[Value],
     given: usize,

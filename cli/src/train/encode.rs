@@ -28,9 +28,8 @@ pub fn encode(
 ) -> Result<bool> {
     let base = Base::read(model, args.length as usize, device)?;
     check_rank(args, base.widest())?;
-    if args.say.prompt.is_some() || args.say.system.is_some() {
-        return Err(format!("{}: an encoder answers no --prompt", model.display()).into());
-    }
+    args.refuse("an encoder", &["prompt", "system", "raw", "tokens", "temperature", "top_p"])?;
+    args.refuse("an encoder", &["no_packing", "loss", "beta", "label_smoothing"])?;
     let columns = args.columns.clone().unwrap_or_default();
     let read = |file: &Path| sentences::read(file, &columns);
     // A pair alone would have nothing to be told from.
@@ -41,6 +40,7 @@ pub fn encode(
             None => base.pooling()?,
         }),
         _ => {
+            args.refuse("training with labels", &["pooling", "scale"])?;
             // A rare one may be among those held out.
             let held_out = measure_on.iter().filter(|_| args.valid.is_none());
             base.classify(labels(train_on.iter().chain(held_out)))

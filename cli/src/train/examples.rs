@@ -16,6 +16,14 @@ impl Example {
         self.ids.len() - 1
     }
 
+    /// Keeps so many tokens to read; whether there were more.
+    pub fn cut(&mut self, length: usize) -> bool {
+        let is_longer = self.inputs() > length;
+        self.ids.truncate(length + 1);
+        self.learned.truncate(length + 1);
+        is_longer
+    }
+
     /// How many tokens are predicted.
     pub fn predicted(&self) -> usize {
         self.learned.iter().skip(1).filter(|learned| **learned).count()
@@ -41,9 +49,7 @@ pub fn examples(documents: &[Document], tokens: &Tokens, length: usize) -> Resul
             texts.extend(example.ids.into_iter().zip(example.learned));
             continue;
         }
-        let is_cut = example.inputs() > length;
-        example.ids.truncate(length + 1);
-        example.learned.truncate(length + 1);
+        let is_cut = example.cut(length);
         if example.predicted() == 0 {
             dropped.push(document.at.clone());
             continue;
@@ -68,8 +74,8 @@ pub fn examples(documents: &[Document], tokens: &Tokens, length: usize) -> Resul
 }
 
 /// The text as one, as it is when the model reads it; a token is learned if it ends in a learned piece.
-fn encode(document: &Document, tokens: &Tokens) -> Result<Example> {
-    let text: String = document.pieces.iter().map(|piece| &piece.text[..]).collect();
+pub fn encode(document: &Document, tokens: &Tokens) -> Result<Example> {
+    let text = document.text();
     // A template writes the special tokens itself.
     let special = document.kind != Kind::Chat;
     let (mut ids, ends) = tokens.encode_with_ends(&text, special)?;

@@ -1,7 +1,7 @@
 //! The run of an adapter, whatever its model is: trained, measured, and the best one saved.
 
 use super::args::Args;
-use super::batch::{Batch, Rows};
+use super::batch::Rows;
 use super::peak;
 use super::run::{self, Measured, Options, Run};
 use super::steps::{train, Plan, Steps};
@@ -20,7 +20,7 @@ const STEPS: u32 = 200;
 const HELD_OUT: usize = 256;
 
 /// An adapter, which a model has, and what to do with it.
-pub struct Fit<'a, R> {
+pub struct Fit<'a, R: Rows> {
     pub args: &'a Args,
     pub adapter: &'a Adapter,
     pub device: &'a Device,
@@ -28,7 +28,7 @@ pub struct Fit<'a, R> {
     /// Of a batch.
     pub rows: usize,
     pub options: Options,
-    pub loss: &'a dyn Fn(&Batch) -> candle_core::Result<Tensor>,
+    pub loss: &'a dyn Fn(&R::Batch) -> candle_core::Result<Tensor>,
     pub validate: &'a dyn Fn() -> Result<Measured>,
     /// Writes the adapter into `--out`.
     pub save: &'a dyn Fn() -> Result<()>,

@@ -28,7 +28,7 @@ fn of(
     run: impl Fn(&str, &Tensor, Segment) -> candle_core::Result<Tensor>,
 ) -> candle_core::Result<Tensor> {
     let hidden = model.packed(&batch.ids, &batch.lens, run)?;
-    linear_cross_entropy_with(&hidden, &model.lm_head, &batch.labels, |l| model.capped(l))
+    linear_cross_entropy_with(&hidden, &model.lm_head, &batch.labels, model.capped())
 }
 
 /// Of all examples, in batches of as many rows.

@@ -11,7 +11,9 @@ mod entries;
 mod examples;
 mod fit;
 mod loss;
+mod pairs;
 mod peak;
+mod prefer;
 mod run;
 mod sentences;
 mod steps;
@@ -60,7 +62,11 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
     }
     let base = Base::read(&model, &device)?;
     ready()?;
-    let Some(document) = adapt::adapt(args, &base, &data, report)? else {
+    let document = match args.loss {
+        Some(loss) => prefer::prefer(args, loss, &base, &data, report)?,
+        None => adapt::adapt(args, &base, &data, report)?,
+    };
+    let Some(document) = document else {
         return match args.data.is_some() {
             true => Err(stopped().into()),
             false => Err("stopped; a run without MODEL begins anew".into()),

@@ -60,6 +60,9 @@ pub struct Options {
     pub accumulate: usize,
     pub length: usize,
     pub no_packing: bool,
+    /// Of preferences, with its options.
+    #[serde(default)]
+    pub loss: Option<String>,
     /// An encoder's.
     #[serde(default)]
     pub task: Option<String>,
@@ -88,6 +91,7 @@ impl Options {
             accumulate: args.accumulate as usize,
             length: 0,
             no_packing: args.no_packing,
+            loss: None,
             task: None,
             scale: None,
             clip: args.clip,

@@ -194,6 +194,7 @@ pub fn has_loss(batch: &[&Example]) -> bool {
 impl<'a> Rows for Sampled<'a> {
     /// A batch with a loss.
     type Row = Vec<&'a Example>;
+    type Batch = Batch;
 
     fn rows(&self, rng: Option<&mut Rng>) -> Vec<Self::Row> {
         let mut batches = self.batches(rng);

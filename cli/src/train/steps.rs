@@ -36,14 +36,14 @@ pub struct Steps {
 }
 
 /// Trains the variables of an optimizer, a `run` of which is on disk, until the end or Ctrl-C.
-pub fn train(
+pub fn train<R: Rows>(
     named: impl IntoIterator<Item = (String, Var)>,
     frozen: BTreeMap<String, Var>,
     (plan, run): (&Plan, Option<&Run>),
-    examples: &impl Rows,
+    examples: &R,
     device: &Device,
     report: Report,
-    loss: impl Fn(&Batch) -> candle_core::Result<Tensor>,
+    loss: impl Fn(&R::Batch) -> candle_core::Result<Tensor>,
 ) -> Result<Steps> {
     let named: Vec<_> = named.into_iter().collect();
     let vars: Vec<_> = named.iter().map(|(_, var)| var.clone()).collect();
@@ -75,17 +75,18 @@ pub fn train(
         let start = Instant::now();
         let batches = rows.chunks(plan.batch).map(|rows| examples.batch(rows, device));
         let batches = batches.collect::<Result<Vec<_>>>()?;
-        let counted: usize = batches.iter().map(|batch| batch.counted).sum();
+        let counted: usize = batches.iter().map(|batch| batch.as_ref().counted).sum();
         let (mut sum, mut grads) = (0., None);
         for batch in &batches {
             // Every label of the step counts alike.
-            let loss = (loss(batch)? * (batch.counted as f64 / counted as f64))?;
+            let Batch { counted: own, .. } = batch.as_ref();
+            let loss = (loss(batch)? * (*own as f64 / counted as f64))?;
             match &mut grads {
                 None => grads = Some(loss.backward()?),
                 Some(grads) => add_grads(&vars, grads, loss.backward()?)?,
             }
             sum += f64::from(loss.to_scalar::<f32>()?);
-            steps.tokens += batch.tokens();
+            steps.tokens += batch.as_ref().tokens();
         }
         let Some(mut grads) = grads else { return Err("a step without batches".into()) };
         if !sum.is_finite() {

@@ -72,6 +72,19 @@ impl Files {
     }
 }
 
+/// JSON Lines.
+pub fn put(files: &Files, name: &str, lines: &[Value]) {
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    fs::write(files.path(name), text).unwrap();
+}
+
+/// The events of one name.
+pub fn events(files: &Files, options: &str, name: &str) -> Vec<Value> {
+    let out = files.ok(&format!("{options} --json"));
+    let lines = out.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter(|line| line["event"] == name).collect()
+}
+
 pub fn fixture(name: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "tests/models", name].iter().collect()
 }
