@@ -9,7 +9,9 @@ mod plan;
 mod tensors;
 mod weight;
 
-pub use crate::weights::add_weighted;
+pub use crate::weights::{
+    add_weighted, add_weighted_with, AddWeightedConfig, CombinationType, MajoritySignMethod,
+};
 pub use files::{merge_files, MergeProgress};
 pub use new_tensors::NewTensors;
 pub(crate) use plan::{Additions, Plan};

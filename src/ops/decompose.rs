@@ -39,6 +39,15 @@ pub(crate) fn svd(w: &Tensor, r: usize, iterations: Option<usize>) -> Result<Svd
     Ok(Svd { u: q.matmul(&u)?, s, v })
 }
 
+/// All singular values and vectors of `a·b`, without this product: a (m, k), b (k, n), with a small k.
+pub(crate) fn svd_of_product(a: &Tensor, b: &Tensor) -> Result<Svd> {
+    let ((qa, ra), (qb, rb)) = (qr(a)?, qr(&b.t()?)?);
+    let core = ra.matmul(&rb.t()?.contiguous()?)?;
+    let (m, n) = core.dims2()?;
+    let Svd { u, s, v } = svd(&core, m.min(n), None)?;
+    Ok(Svd { u: qa.matmul(&u)?, s, v: qb.matmul(&v)? })
+}
+
 /// Q (m, k), with orthonormal columns, and the upper triangular R (k, n), for k = min(m, n).
 pub(crate) fn qr(w: &Tensor) -> Result<(Tensor, Tensor)> {
     by_library::qr(&in_f64(w)?)
@@ -143,6 +152,19 @@ mod tests {
                 distance(&q.t()?.matmul(&q)?, &Tensor::eye(k, DType::F64, &Device::Cpu)?)? < 1e-12
             );
             assert_eq!((k, r.to_vec2::<f64>()?[1][0]), (m.min(n), 0.));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_product_has_the_decomposition_of_its_matrix() -> Result<()> {
+        for (m, k, n) in [(9, 3, 5), (4, 6, 7), (5, 2, 1)] {
+            let (a, b) = (crate::random::normal((m, k))?, crate::random::normal((k, n))?);
+            let product = a.matmul(&b)?;
+            let Svd { u, s, v } = svd_of_product(&a, &b)?;
+            let expected = svd(&product, s.dim(0)?, None)?;
+            assert!(distance(&s, &expected.s)? < 1e-12);
+            assert!(distance(&u.broadcast_mul(&s)?.matmul(&v.t()?)?, &product)? < 1e-12);
         }
         Ok(())
     }

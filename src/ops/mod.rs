@@ -34,7 +34,7 @@ pub(crate) use attention::{attention, attention_varlen, Scores};
 pub(crate) use checked_size::{checked_elem_count, checked_product};
 pub(crate) use conv::{conv, Geometry};
 pub(crate) use custom_gradient::{upstream, with_backward, with_grads};
-pub(crate) use decompose::{qr, svd, Svd};
+pub(crate) use decompose::{qr, svd, svd_of_product, Svd};
 pub(crate) use dora::squares;
 pub(crate) use dropout::DropoutStream;
 pub(crate) use elementwise::add_bias;

@@ -5,15 +5,17 @@ use super::conv;
 use super::layer::{Factors, LayerWeights};
 use super::lora_weights::LoraWeights;
 use super::pair::Pair;
+use super::products::of_kernels;
 use crate::layers::{LayerKind, Part};
 use crate::{Error, Result};
 use candle_core::{bail, DType, Tensor};
+use std::collections::BTreeSet;
 
 /// The adapter whose `B·A` is the weighted sum of the given adapters', exactly: the ranks are concatenated and `B` is
 /// multiplied by the weight.
 ///
-/// A layer's rank is the sum of the adapters', its scaling that of the first adapter; where another has a different
-/// one, its weight is multiplied by the ratio. Half-precision factors are converted to F32, so that weighting does not
+/// A layer's rank is the sum of the adapters' that have it, its scaling that of the first of them; where another has a
+/// different one, its weight is multiplied by the ratio. Half-precision factors are converted to F32, so that weighting does not
 /// round them.
 ///
 /// ```
@@ -33,21 +35,27 @@ use candle_core::{bail, DType, Tensor};
 /// ```
 ///
 /// # Errors
-/// If there are no adapters, a weight is not finite, the adapters differ in layers, kinds or shapes, or one has a
-/// tensor that is not a factor: biases, heads and DoRA's magnitudes have no such sum.
+/// If there are no adapters, a weight is not finite, two adapters have no layer in common or differ in its kind or shape,
+/// or one has a tensor that is not a factor: biases, heads and DoRA's magnitudes have no such sum.
 pub fn add_weighted(adapters: &[(&LoraWeights, f64)]) -> Result<LoraWeights> {
+    combined(adapters, sum)
+}
+
+/// The layers of all adapters, each by `combine` from those that have it; `rslora` is the first adapter's.
+pub(super) fn combined(
+    adapters: &[(&LoraWeights, f64)],
+    combine: impl Fn(&[Summand], bool) -> candle_core::Result<LayerWeights>,
+) -> Result<LoraWeights> {
     let Some((first, _)) = adapters.first() else {
         return Err(Error::Invalid("there are no adapters to add".to_owned()));
     };
     for (adapter, weight) in adapters {
         check(adapter)?;
-        let names = |one: &LoraWeights, other: &LoraWeights| -> Vec<String> {
-            one.layers.keys().filter(|path| !other.layers.contains_key(*path)).cloned().collect()
-        };
-        let (missing, unexpected) = (names(first, adapter), names(adapter, first));
-        if !(missing.is_empty() && unexpected.is_empty()) {
+        if !adapter.layers.keys().any(|path| first.layers.contains_key(path)) {
+            let path = |own: &LoraWeights| own.layers.keys().next().cloned();
+            let (one, other) = (path(first), path(adapter));
             let reason = format!(
-                "adapters with different layers have no sum: {missing:?} and {unexpected:?} are not in both"
+                "the adapters have different layers, none in common: such as {one:?} and {other:?}"
             );
             return Err(Error::Invalid(reason));
         }
@@ -62,17 +70,26 @@ pub fn add_weighted(adapters: &[(&LoraWeights, f64)]) -> Result<LoraWeights> {
             return Err(Error::Invalid(format!("the weight of an adapter is {weight}")));
         }
     }
-    let layers = first.layers.iter().map(|(path, layer)| {
+    let paths: BTreeSet<_> = adapters.iter().flat_map(|(own, _)| own.layers.keys()).collect();
+    let rslora = first.options.lora.rslora;
+    let layers = paths.into_iter().map(|path| {
         let summands = adapters.iter().filter_map(|(own, weight)| {
             let scaling = own.lora_config(path)?.scaling();
-            Some((own.layers.get(path)?, *weight, scaling))
+            Some(Summand { layer: own.layers.get(path)?, weight: *weight, scaling })
         });
-        let sum = sum(layer, &summands.collect::<Vec<_>>(), first.options.lora.rslora);
-        Ok((path.clone(), sum.map_err(|e| Error::tensor(Part::A.at(path), e))?))
+        let layer = combine(&summands.collect::<Vec<_>>(), rslora);
+        Ok((path.clone(), layer.map_err(|e| Error::tensor(Part::A.at(path), e))?))
     });
     let layers = layers.collect::<Result<_>>()?;
     let (bias, modules_to_save) = Default::default();
     LoraWeights::of_layers(AdapterConfig { bias, modules_to_save, ..first.options.clone() }, layers)
+}
+
+/// The update of a layer by one of the adapters.
+pub(super) struct Summand<'a> {
+    pub layer: &'a LayerWeights,
+    pub weight: f64,
+    pub scaling: f64,
 }
 
 /// An error if an adapter has something else than trained factors.
@@ -92,27 +109,18 @@ fn check(adapter: &LoraWeights) -> Result<()> {
     }
 }
 
-/// The sum of a layer's updates, each with its weight and scaling. A is (splits·r, in) and B (outputs, r), with several
-/// splits in a merged linear layer.
-fn sum(
-    layer: &LayerWeights,
-    summands: &[(&LayerWeights, f64, f64)],
-    rslora: bool,
-) -> candle_core::Result<LayerWeights> {
-    if let Some(sum) = sum_of_kernels(layer, summands, rslora)? {
+/// The sum of a layer's updates. A is (splits·r, in) and B (outputs, r), with several splits in a merged linear layer.
+fn sum(summands: &[Summand], rslora: bool) -> candle_core::Result<LayerWeights> {
+    let Some(&Summand { layer, scaling, .. }) = summands.first() else {
+        bail!("no adapter has it")
+    };
+    let kind = common_kind(summands)?;
+    if let Some(sum) = sum_of_kernels(summands, rslora)? {
         return Ok(sum);
     }
-    let scaling = summands.first().map_or(0., |(.., scaling)| *scaling);
     let (mut all_a, mut all_b, mut common) = (vec![], vec![], None);
-    let kind = summands.iter().find_map(|(own, ..)| own.kind.clone());
-    for (own, weight, own_scaling) in summands {
+    for Summand { layer: own, weight, scaling: own_scaling } in summands {
         let (a, b) = (&own.a, &own.b);
-        match (&kind, &own.kind) {
-            (Some(kind), Some(other)) if kind != other => {
-                bail!("its layer is a {kind:?} in one adapter, a {other:?} in another")
-            }
-            _ => {}
-        }
         let ((rows, columns), (outs, r)) = (a.dims2()?, b.dims2()?);
         let splits = rows.checked_div(r).filter(|splits| splits * r == rows);
         let shape = (splits, columns, outs);
@@ -140,24 +148,33 @@ fn sum(
     let a = Tensor::cat(&all_a, 1)?;
     let (splits, ranks, columns) = a.dims3()?;
     let a = a.reshape((splits * ranks, columns))?;
-    let r = summands.iter().map(|(own, ..)| own.r).sum();
+    let r = summands.iter().map(|own| own.layer.r).sum();
     let factors =
         Factors { a, b: Tensor::cat(&all_b, 1)?, r: layer.r, lora_alpha: layer.lora_alpha };
     let fan_in_fan_out = layer.fan_in_fan_out;
     Ok(LayerWeights { fan_in_fan_out, ..LayerWeights::new(kind, factors.with_rank(r, rslora)) })
 }
 
+/// The kind of a layer, which may be unknown in some adapters.
+pub(super) fn common_kind(summands: &[Summand]) -> candle_core::Result<Option<LayerKind>> {
+    let mut kinds = summands.iter().filter_map(|own| own.layer.kind.as_ref());
+    let kind = kinds.next();
+    match kinds.find(|other| Some(*other) != kind).zip(kind) {
+        Some((other, kind)) => {
+            bail!("its layer is a {kind:?} in one adapter, a {other:?} in another")
+        }
+        None => Ok(kind.cloned()),
+    }
+}
+
 /// The sum of updates of a convolution whose factors are copies of PEFT's: their ranks add up. `None` for others.
-fn sum_of_kernels(
-    layer: &LayerWeights,
-    summands: &[(&LayerWeights, f64, f64)],
-    rslora: bool,
-) -> candle_core::Result<Option<LayerWeights>> {
-    let Some((n, 1)) = layer.kind.as_ref().and_then(LayerKind::spatial) else { return Ok(None) };
+fn sum_of_kernels(summands: &[Summand], rslora: bool) -> candle_core::Result<Option<LayerWeights>> {
+    let kind = summands[0].layer.kind.clone();
+    let Some((n, 1)) = kind.as_ref().and_then(LayerKind::spatial) else { return Ok(None) };
     let (mut all_a, mut all_b) = (vec![], vec![]);
-    for (own, weight, scaling) in summands {
+    for Summand { layer: own, weight, scaling } in summands {
         let pair = Pair { a: own.a.clone(), b: own.b.clone(), r: own.r };
-        let (true, Some(rank)) = (own.kind == layer.kind, own.conv_rank) else { return Ok(None) };
+        let (true, Some(rank)) = (own.kind == kind, own.conv_rank) else { return Ok(None) };
         let Some(pair) = conv::to_peft(n, 1, &pair, Some(rank))? else { return Ok(None) };
         let wide = |t: &Tensor| match t.dtype() {
             DType::F16 | DType::BF16 => t.to_dtype(DType::F32),
@@ -166,12 +183,6 @@ fn sum_of_kernels(
         all_a.push(wide(&pair.a)?);
         all_b.push((wide(&pair.b)? * (weight * scaling))?);
     }
-    let (a, b) = (Tensor::cat(&all_a, 0)?, Tensor::cat(&all_b, 1)?);
-    let own = b.dim(1)?;
-    let pair = conv::from_peft(1, a, b)?;
-    let conv_rank = conv::rank_in_peft(n, 1, &pair, own);
-    // A scaling of 1.
-    let lora_alpha = if rslora { (pair.r as f64).sqrt() } else { pair.r as f64 };
-    let factors = Factors { a: pair.a, b: pair.b, r: pair.r, lora_alpha };
-    Ok(Some(LayerWeights { conv_rank, ..LayerWeights::new(layer.kind.clone(), factors) }))
+    let factors = [Tensor::cat(&all_a, 0)?, Tensor::cat(&all_b, 1)?];
+    of_kernels(kind, factors, 1., rslora).map(Some)
 }

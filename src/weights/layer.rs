@@ -149,6 +149,12 @@ pub(crate) struct Factors {
 }
 
 impl Factors {
+    /// Tensors A and B with the `lora_alpha` of a scaling.
+    pub fn scaled([a, b]: [Tensor; 2], r: usize, scaling: f64, rslora: bool) -> Self {
+        let lora_alpha = scaling * if rslora { (r as f64).sqrt() } else { r as f64 };
+        Self { a, b, r, lora_alpha }
+    }
+
     /// The same tensors with the rank `r` and the `lora_alpha` that keeps the scaling.
     pub fn with_rank(self, r: usize, rslora: bool) -> Self {
         let lora_alpha = same_scaling(self.lora_alpha, self.r, r, rslora);

@@ -6,6 +6,7 @@
 
 mod add_weighted;
 mod bias;
+mod combination;
 mod component;
 mod config;
 pub(crate) mod conv;
@@ -15,6 +16,8 @@ mod layer;
 mod lora_weights;
 mod metadata;
 pub(crate) mod pair;
+mod products;
+mod resize;
 mod selection;
 mod state_dict;
 mod tied;
@@ -22,6 +25,7 @@ mod uniform;
 
 pub use add_weighted::add_weighted;
 pub use bias::Bias;
+pub use combination::{add_weighted_with, AddWeightedConfig, CombinationType, MajoritySignMethod};
 pub(crate) use component::{has_component, NO_COMPONENT};
 pub use config::{AdapterConfig, LayerConfig};
 pub(crate) use file::{load, parsed_config, save};
@@ -32,6 +36,7 @@ pub(crate) use layer::Factors;
 pub use layer::LayerWeights;
 pub use lora_weights::LoraWeights;
 pub(crate) use lora_weights::{is_close, is_equal, TokenRows};
+pub use resize::Resized;
 pub(crate) use selection::contains;
 pub(crate) use tied::{has_other_head, head_of, head_weight, is_tied, table_of, untied_table};
 pub(crate) use uniform::{common_alpha, common_rank_alpha, rescaled, uniform};

@@ -84,7 +84,7 @@ fn empty_merges_and_sums() -> lora::Result<()> {
 fn sums_of_adapters_with_different_layers() -> lora::Result<()> {
     let one = weights()?;
     let other = one.in_component("model");
-    let named = ["different layers", "\"q\"", "\"model.q\""];
+    let named = ["none in common", "\"q\"", "\"model.q\""];
     says(add_weighted(&[(&one, 1.), (&other, 1.)]), &named);
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! PEFT's format: adapters that PEFT saved (`fixtures/checkpoints.py`), and all kinds of layers converted
 //! to PEFT's factors and back.
 
+#[cfg(feature = "faer")]
+mod combined;
 #[path = "../common/mod.rs"]
 mod common;
 mod groups;
