@@ -77,3 +77,20 @@ fn a_merge_gives_peft_s_weights() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_converted_adapter_may_have_another_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, out) = (fixture("peft/linear"), dir.path().join("out"));
+    let convert = |rank: &str| {
+        lora(&format!("convert --from {from} --to peft --out {} --resize {rank}", out.display()))
+    };
+    let output = convert("1");
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && told.contains("rank 1 keeps "), "{told}");
+    let config = std::fs::read_to_string(out.join("adapter_config.json")).unwrap();
+    assert!(config.contains("\"r\": 1,"), "{config}");
+    std::fs::remove_dir_all(&out).unwrap();
+    let error = String::from_utf8(convert("1000").stderr).unwrap();
+    assert!(error.contains("its rank cannot be 1000") && !out.exists(), "{error}");
+}

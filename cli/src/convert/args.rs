@@ -34,6 +34,10 @@ pub struct Args {
     /// The alpha, if the file has no configuration
     #[arg(long, allow_negative_numbers = true)]
     pub lora_alpha: Option<f64>,
+    /// The rank of each layer in the new file: the nearest update of it, by a singular value decomposition
+    #[arg(long, value_name = "RANK")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub resize: Option<u32>,
     /// The base's head is not tied to its embedding. Needed where the adapter has factors of the embedding and
     /// one of the two formats is MLX's, in which a tied head follows them
     #[arg(long)]

@@ -20,7 +20,7 @@ use crate::report::Report;
 use crate::Result;
 use base::Bases;
 use compare::{compare, Verdict};
-use lora::adapter::{AdapterConfig, LoraWeights};
+use lora::adapter::{AdapterConfig, LoraWeights, Resized};
 use loralib as lora;
 use serde_json::json;
 use std::fs;
@@ -41,6 +41,9 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
     let values = json!({ "format": from.to_string(), "layers": layers });
     report.tell(format!("read as {from}: {layers} layers"), "read", values);
     let mut weights = renamed(from, args, weights, report)?;
+    if let Some(rank) = args.resize {
+        weights = resized(&weights, rank as usize, report)?;
+    }
     if args.untied_head {
         weights = untied(args.to, &weights)?;
     }
@@ -107,6 +110,21 @@ fn renamed(from: Format, args: &Args, weights: LoraWeights, report: Report) -> R
         report.tell(format!("left out: {what}"), "left_out", json!({ "what": what }));
     }
     Ok(if put { weights.in_component(component) } else { weights })
+}
+
+/// The adapter with another rank; tells how much of the updates is kept.
+fn resized(weights: &LoraWeights, rank: usize, report: Report) -> Result<LoraWeights> {
+    let Resized { weights, kept } = weights.resized(rank)?;
+    let mean = kept.values().sum::<f64>() / kept.len().max(1) as f64;
+    if let Some((path, least)) = kept.iter().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
+        let line = format!(
+            "rank {rank} keeps {:.1} % of an update's squared norm in the mean, least of {path}: {:.1} %",
+            mean * 100.,
+            least * 100.
+        );
+        report.tell(line, "resized", json!({ "rank": rank, "kept": kept }));
+    }
+    Ok(weights)
 }
 
 /// For a base whose head is not tied: it follows the embedding in no format, whichever a tied one would.
