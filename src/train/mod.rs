@@ -1,7 +1,7 @@
 //! What training a model takes besides its layers. Each piece can be used alone.
 
 mod adamw;
-mod contrastive_loss;
+mod embeddings;
 mod grads;
 mod labelled;
 mod linear_cross_entropy;
@@ -12,7 +12,7 @@ mod schedule;
 mod state;
 
 pub use adamw::AdamW;
-pub use contrastive_loss::contrastive_loss;
+pub use embeddings::{contrastive_loss, matryoshka_loss, normalize, Pooling};
 pub use grads::{add_grads, clip_grad_norm};
 pub use linear_cross_entropy::{linear_cross_entropy, linear_cross_entropy_with};
 pub use linear_log_probs::{linear_log_probs, linear_log_probs_with};

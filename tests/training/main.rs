@@ -15,11 +15,12 @@ mod gpt2;
 #[path = "../../examples/classify/src/names.rs"]
 mod names;
 
-mod contrastive;
 mod data_parallel;
 mod decoder;
+mod embeddings;
 mod encoders;
 mod loss_head;
 mod preference;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+type Error = Box<dyn std::error::Error + Send + Sync>;
+type Result<T> = std::result::Result<T, Error>;

@@ -1,6 +1,7 @@
 //! Direct preference optimization.
 
-use super::{log_sigmoid, positive, PairLogProbs, PreferenceLoss};
+use super::pairs::{PairLogProbs, PreferenceLoss};
+use super::scores::{log_sigmoid, positive};
 use candle_core::{bail, Result};
 
 /// Which function of the margin [`dpo_loss`] is, with `z = beta · margin`.

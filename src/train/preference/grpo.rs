@@ -1,6 +1,6 @@
 //! Group relative policy optimization.
 
-use super::computed;
+use super::scores::computed;
 use candle_core::{bail, DType, Result, Tensor};
 
 /// How [`grpo_loss`] becomes one number.

@@ -1,6 +1,6 @@
 //! Preference optimization from single answers.
 
-use super::{computed, log_sigmoid, positive};
+use super::scores::{computed, log_sigmoid, positive};
 use candle_core::{bail, Result, Tensor};
 
 /// The options of [`kto_loss`].

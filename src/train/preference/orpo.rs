@@ -1,6 +1,7 @@
 //! Preference optimization without a reference.
 
-use super::{log_sigmoid, positive, PairLogProbs, PreferenceLoss};
+use super::pairs::{PairLogProbs, PreferenceLoss};
+use super::scores::{log_sigmoid, positive};
 use candle_core::{bail, Result, Tensor};
 
 /// The loss of ORPO (arXiv 2403.07691), which needs no reference: `nll - beta · mean(ln σ(log_odds))`, with

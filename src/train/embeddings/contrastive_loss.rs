@@ -1,6 +1,7 @@
 //! A contrastive loss for embeddings.
 
-use candle_core::{bail, DType, Result, Tensor, D};
+use super::normalize::normalize;
+use candle_core::{bail, Result, Tensor};
 
 /// The loss that teaches a model to embed a query near its document and far from those of the others in the batch: the
 /// mean cross-entropy of `cos(query, document) / temperature` over all documents. It is InfoNCE, and
@@ -24,6 +25,33 @@ use candle_core::{bail, DType, Result, Tensor, D};
 /// # Ok(()) }
 /// ```
 ///
+/// More pairs in a batch make a harder task, and need memory for the activations of all. With
+/// [`Adapter::checkpoint`](crate::Adapter::checkpoint) around the whole model, each part of a batch keeps its embeddings
+/// alone, and the backward runs the model on one part at a time: the cached gradients of GradCache (arXiv 2101.06983) and
+/// of sentence-transformers' `CachedMultipleNegativesRankingLoss`, the same but for rounding.
+///
+/// ```
+/// # use candle_core::{DType, Device, Module, Tensor};
+/// # use loralib::{nn as candle_nn, train::contrastive_loss, Adapter, LoraConfig};
+/// # fn main() -> loralib::Result<()> {
+/// # let base = candle_nn::VarBuilder::zeros(DType::F32, &Device::Cpu);
+/// # let adapter = Adapter::new(LoraConfig { r: 2, ..Default::default() }).targets(["fc"]);
+/// # let layer = candle_nn::linear(4, 4, adapter.var_builder(base).pp("fc"))?;
+/// # let model = std::sync::Arc::new(layer);
+/// # let texts = Tensor::rand(0f32, 1., (12, 4), &Device::Cpu)?;
+/// // Six queries and their documents, four texts at a time.
+/// let parts = texts.chunk(3, 0)?;
+/// let embedded = parts.iter().map(|part| {
+///     let model = model.clone();
+///     adapter.checkpoint("", part, move |part| model.forward(part))
+/// });
+/// let embedded = Tensor::cat(&embedded.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+/// let loss = contrastive_loss(&embedded.narrow(0, 0, 6)?, &embedded.narrow(0, 6, 6)?, 0.05)?;
+/// let grads = loss.backward()?;
+/// # assert!(loralib::missing_grads(adapter.var_map(), &grads).is_empty());
+/// # Ok(()) }
+/// ```
+///
 /// # Errors
 /// If the tensors are not matrices of the same width, if there are fewer documents than queries or only one, or if
 /// `temperature` is not positive.
@@ -40,16 +68,7 @@ pub fn contrastive_loss(queries: &Tensor, documents: &Tensor, temperature: f64) 
     if !(temperature > 0. && temperature.is_finite()) {
         bail!("contrastive_loss: the temperature is {temperature}, expected more than 0")
     }
-    let cosines = unit_rows(queries)?.matmul(&unit_rows(documents)?.t()?)?;
+    let cosines = normalize(queries)?.matmul(&normalize(documents)?.t()?)?;
     let own = Tensor::arange(0, batch as u32, queries.device())?;
     candle_nn::loss::cross_entropy(&(cosines / temperature)?, &own)
-}
-
-/// Each row divided by its length, but for rows of zeros.
-fn unit_rows(x: &Tensor) -> Result<Tensor> {
-    let dtype = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let x = x.to_dtype(dtype)?;
-    // torch's smallest length, 1e-12.
-    let length = x.sqr()?.sum_keepdim(D::Minus1)?.maximum(1e-24)?.sqrt()?;
-    x.broadcast_div(&length)
 }
