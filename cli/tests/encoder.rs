@@ -65,6 +65,56 @@ fn every_encoder_learns_embeddings_with_and_without_checkpointing() {
 }
 
 #[test]
+fn a_batch_in_parts_learns_the_same() {
+    for name in ["bert", "roberta", "distilbert"] {
+        let files = Files::of(name);
+        put(&files, "pairs.jsonl", &pairs(50));
+        put(&files, "labels.jsonl", &labelled(30));
+        let run = |data: &str, more: &str| {
+            let options = "--steps 6 --batch 8 --lr 1e-3 --overwrite";
+            let options = format!("train model {data} --valid {data} {options} {more}");
+            let measured = events(&files, &options, "validation");
+            let of = |name: &str| measured[1][name].as_f64().unwrap();
+            (measured[0]["loss"].as_f64().unwrap(), of("loss"))
+        };
+        let (before, whole) = run("pairs.jsonl", "--dims 16,4");
+        for part in [1, 3, 8] {
+            let (same, parts) = run("pairs.jsonl", &format!("--dims 16,4 --mini-batch {part}"));
+            assert!(
+                (same - before).abs() < 1e-5 && (parts - whole).abs() < 1e-5,
+                "{parts} {whole}"
+            );
+        }
+        assert!(whole < before, "{name}: {before} {whole}");
+        run("pairs.jsonl", "--mini-batch 3 --dropout 0.1");
+        let error = files.error("train model labels.jsonl --mini-batch 2 --overwrite");
+        assert!(error.contains("training with labels has no --mini-batch"), "{error}");
+    }
+}
+
+#[test]
+fn embeddings_are_measured_by_their_first_values_too() {
+    let files = Files::of("bert");
+    put(&files, "pairs.jsonl", &pairs(50));
+    let options =
+        "train model pairs.jsonl --valid pairs.jsonl --steps 2 --dims 16,4 --pooling lasttoken";
+    let measured = events(&files, options, "validation");
+    let of = |name: &str| measured[0][name].as_f64().unwrap();
+    assert!(of("recall@1") >= of("recall@1 of 4 values"), "{measured:?}");
+    assert!(of("recall@10 of 4 values") >= of("recall@1 of 4 values"), "{measured:?}");
+    for (options, expected) in [
+        ("--dims 16,99", "--dims 99: the model's embeddings have "),
+        ("--dims 4,4", "dims has 4 twice"),
+        ("--mini-batch 5", "--mini-batch 5 is more than --batch 4"),
+    ] {
+        let error = files.error(&format!("train model pairs.jsonl --steps 2 --out new {options}"));
+        assert!(error.contains(expected), "{error}");
+    }
+    let error = files.error("train model pairs.jsonl --steps 2 --dims 16 --resume");
+    assert!(error.contains("--dims was 16,4"), "{error}");
+}
+
+#[test]
 fn a_run_goes_on_with_the_same_options_alone() {
     let files = Files::of("bert");
     put(&files, "labels.jsonl", &labelled(60));
@@ -196,7 +246,13 @@ fn the_modules_of_sentence_transformers_are_read_and_merged() {
     assert!(!files.path("merged/onnx").exists());
     put("model/1_Pooling/config.json", r#"{"pooling_mode": "max"}"#);
     let error = files.error("train model pairs.jsonl --steps 1 --out new");
-    assert!(error.contains("1_Pooling/config.json: ") && error.contains("--pooling"), "{error}");
+    assert!(error.contains("1_Pooling/config.json: the pooling is \"max\""), "{error}");
+    put(
+        "model/1_Pooling/config.json",
+        r#"{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true}"#,
+    );
+    let error = files.error("train model pairs.jsonl --steps 1 --out new");
+    assert!(error.contains("\"cls+mean\"") && error.contains("give --pooling"), "{error}");
 }
 
 #[test]

@@ -149,6 +149,7 @@ fn poolings_are_sentence_transformers_with_padding_on_either_side() -> Result<()
             let pooled = pooling.pool(&hidden, &mask.to_dtype(dtype)?)?;
             assert!(apart(&pooled, &expected)? < 1e-12, "{name}");
         }
+        assert_eq!(name.parse::<Pooling>()?.to_string(), pooling.to_string());
         let half = pooling.pool(&hidden.to_dtype(DType::BF16)?, &mask)?;
         assert!(half.dtype() == DType::F32 && apart(&half, &expected)? < 2e-2, "{name}");
         let var = Var::from_tensor(&hidden)?;
@@ -157,7 +158,14 @@ fn poolings_are_sentence_transformers_with_padding_on_either_side() -> Result<()
         assert_eq!(of_padding.abs()?.sum_all()?.to_scalar::<f64>()?, 0., "{name}");
     }
     let empty = Pooling::Mean.pool(&hidden, &mask.zeros_like()?).unwrap_err().to_string();
-    assert!(empty.contains("the mask of text 0 is all 0"), "{empty}");
+    assert!(empty.contains("text 0 has no tokens"), "{empty}");
+    let packed = hidden.get(0)?;
+    for (lens, expected) in
+        [(&[2, 3][..], "4 hidden states, the texts have 5"), (&[4, 0], "text 1")]
+    {
+        let error = Pooling::Mean.pool_packed(&packed, lens).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
     let shape = Pooling::Cls.pool(&hidden, &mask.t()?).unwrap_err().to_string();
     assert!(shape.contains("[4, 3]"), "{shape}");
     Ok(())

@@ -1,12 +1,13 @@
 //! `classify`'s BERT and RoBERTa agree with transformers, and train the selected variables only.
 
 use crate::bert::{Adapt, Bert};
-use crate::classifier::{Classifier, Pooling};
+use crate::classifier::Classifier;
 use crate::common::{device, difference};
 use crate::config::Config;
 use crate::{names, Result};
 use candle_core::{DType, Tensor};
 use candle_nn::{VarBuilder, VarMap};
+use lora::train::Pooling;
 use lora::utils::{StateDict, Trainable};
 use lora::{Bias, LoraConfig, LoraModule};
 use loralib as lora;

@@ -1,10 +1,11 @@
 //! The encoder on disk.
 
 use super::config::{Config, Family};
-use super::head::{Model, Pooling, Task, CLASSIFIER};
+use super::head::{Model, Task, CLASSIFIER};
 use crate::Result;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
+use lora::train::Pooling;
 use lora::{Adapter, LoraWeights};
 use loralib as lora;
 use serde_json::Value;
@@ -16,6 +17,20 @@ use tokenizers::{Tokenizer, TruncationParams};
 pub fn is_encoder(path: &Path) -> bool {
     let text = fs::read_to_string(path.join("config.json")).unwrap_or_default();
     serde_json::from_str(&text).is_ok_and(|json| Config::is_of(&json))
+}
+
+/// The pooling that sentence-transformers' `1_Pooling/config.json` says, in today's form or the older one.
+fn pooling(json: &str) -> Result<Pooling> {
+    let json: Value = serde_json::from_str(json)?;
+    let name = match &json["pooling_mode"] {
+        Value::String(name) => name.clone(),
+        _ => {
+            let old = [("cls", "cls_token"), ("mean", "mean_tokens"), ("lasttoken", "lasttoken")];
+            let is = |(_, name): &(_, _)| json[format!("pooling_mode_{name}")] == true;
+            old.into_iter().filter(is).map(|(name, _)| name).collect::<Vec<_>>().join("+")
+        }
+    };
+    name.parse().map_err(|e| format!("{e}: give --pooling").into())
 }
 
 pub struct Base {
@@ -92,7 +107,7 @@ impl Base {
         }
         let name = "1_Pooling/config.json";
         match read(name)? {
-            Some(text) => Ok(Pooling::from_json(&text).map_err(|e| at(name, &e))?),
+            Some(text) => Ok(pooling(&text).map_err(|e| at(name, &e))?),
             None => Ok(Pooling::Mean),
         }
     }

@@ -5,12 +5,11 @@ use super::layers::Encoder;
 use crate::model::Segment;
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{linear, Linear, VarBuilder};
-use clap::ValueEnum;
+use lora::train::Pooling;
 use lora::utils::Trainable;
 use lora::Bias;
 use loralib as lora;
 use loralib::nn as candle_nn;
-use serde_json::Value;
 
 pub enum Task {
     /// Vectors that are near for sentences of a pair.
@@ -45,52 +44,6 @@ impl Task {
 
 /// The module of the scores.
 pub const CLASSIFIER: &str = "classifier";
-
-/// How a sentence's tokens become one vector
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Pooling {
-    /// The mean of its tokens' hidden states
-    Mean,
-    /// The first token's
-    Cls,
-}
-
-impl Pooling {
-    /// As sentence-transformers' files say it.
-    pub fn from_json(text: &str) -> crate::Result<Self> {
-        let json: Value = serde_json::from_str(text)?;
-        let is = |name: &str, old: &str| json["pooling_mode"] == name || json[old] == true;
-        let (mean, cls) =
-            (is("mean", "pooling_mode_mean_tokens"), is("cls", "pooling_mode_cls_token"));
-        match (mean, cls) {
-            (true, false) => Ok(Self::Mean),
-            (false, true) => Ok(Self::Cls),
-            _ => Err("neither mean nor cls is its pooling: give --pooling".into()),
-        }
-    }
-
-    /// (tokens, n) of texts of these lengths, to (texts, n).
-    fn pool(self, hidden: &Tensor, lens: &[usize]) -> Result<Tensor> {
-        let device = hidden.device();
-        match self {
-            Self::Mean => {
-                let text = lens.iter().enumerate().flat_map(|(i, len)| vec![i as u32; *len]);
-                let text = Tensor::from_iter(text, device)?;
-                let sums = Tensor::zeros((lens.len(), hidden.dim(1)?), hidden.dtype(), device)?;
-                let counts = Tensor::from_iter(lens.iter().map(|len| *len as f32), device)?;
-                sums.index_add(&text, hidden, 0)?.broadcast_div(&counts.unsqueeze(1)?)
-            }
-            Self::Cls => {
-                let starts = lens.iter().scan(0, |end, len| {
-                    let start = *end;
-                    *end += *len as u32;
-                    Some(start)
-                });
-                hidden.index_select(&Tensor::from_iter(starts, device)?, 0)
-            }
-        }
-    }
-}
 
 /// An encoder for a task.
 pub struct Model {
@@ -141,9 +94,9 @@ impl Model {
     ) -> Result<Tensor> {
         let hidden = self.encoder.packed(ids, lens, run)?;
         match &self.head {
-            Head::Embed(pooling) => pooling.pool(&hidden, lens),
+            Head::Embed(pooling) => pooling.pool_packed(&hidden, lens),
             Head::Classify(head) => {
-                let first = Pooling::Cls.pool(&hidden, lens)?;
+                let first = Pooling::Cls.pool_packed(&hidden, lens)?;
                 head.scores.forward(&(head.activation)(&head.dense.forward(&first)?)?)
             }
         }

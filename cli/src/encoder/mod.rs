@@ -9,4 +9,4 @@ mod layers;
 mod tests;
 
 pub use base::{is_encoder, names, Base};
-pub use head::{Model, Pooling, Task};
+pub use head::{Model, Task};

@@ -1,9 +1,10 @@
 //! The encoders against transformers: small models of each family, written by `cli/tests/models/models.py`.
 
-use super::{Base, Model, Pooling, Task};
+use super::{Base, Model, Task};
 use crate::Result;
 use candle_core::{Device, Tensor};
 use lora::adapter::Targets;
+use lora::train::Pooling;
 use lora::utils::StateDict;
 use lora::{Adapter, LoraConfig};
 use loralib as lora;

@@ -1,6 +1,6 @@
 //! An adapter for a language model.
 
-use super::args::Args;
+use super::args::{Args, OF_ENCODERS};
 use super::batch::{Batch, Packed, Rows};
 use super::data::{self, Document};
 use super::examples::{examples, Example, Examples};
@@ -18,7 +18,7 @@ use std::path::Path;
 
 /// Trains on a file, keeps the best adapter in `--out` and gives a document to talk about; `None` if the run was stopped.
 pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Option<Document>> {
-    args.refuse("a language model", &["pooling", "scale"])?;
+    args.refuse("a language model", &OF_ENCODERS)?;
     args.refuse("training without --loss", &["beta", "label_smoothing"])?;
     let length = begin(args, base, report)?;
     let columns = args.columns.clone().unwrap_or_default();
@@ -46,7 +46,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
     let validate = || {
         let batch = (options.batch, length);
         let loss = mean_loss(&model, &measured.all, batch, &base.device)?;
-        Ok(Measured { loss, more: vec![("perplexity", loss.exp())] })
+        Ok(Measured { loss, more: vec![("perplexity".to_owned(), loss.exp())] })
     };
     let loss = |batch: &Batch| match args.checkpointing {
         true => checkpointed_loss(&model, &adapter, batch),

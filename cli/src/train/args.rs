@@ -3,11 +3,11 @@
 use super::columns::Columns;
 use super::prefer::Loss;
 use crate::chat::Say;
-use crate::encoder::Pooling;
 use crate::number::{dropout, half, not_negative, positive};
 use crate::place::Place;
 use clap::parser::ValueSource;
 use clap::ArgMatches;
+use lora::train::Pooling;
 use lora::{adapter::Targets, layers::InitLoraWeights, LoraConfig};
 use loralib as lora;
 use std::path::PathBuf;
@@ -115,9 +115,19 @@ pub struct Args {
     /// The cosines of an encoder's embeddings count so many times in the loss: 1 / temperature
     #[arg(long, default_value_t = 20., value_parser = positive)]
     pub scale: f64,
-    /// How an encoder embeds a sentence [default: as sentence-transformers' files in MODEL say, else mean]
-    #[arg(long, value_enum)]
+    /// How an encoder embeds a sentence: mean, cls or lasttoken [default: as sentence-transformers' files in MODEL say, else
+    /// mean]
+    #[arg(long, value_name = "NAME")]
     pub pooling: Option<Pooling>,
+    /// Pairs in the memory of fewer: an encoder keeps the embeddings of a batch, and the activations of N sentences at a time,
+    /// which it computes twice
+    #[arg(long, value_name = "N", conflicts_with = "checkpointing")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub mini_batch: Option<u32>,
+    /// An encoder's embeddings are learned together with their first values, so many of them (Matryoshka), as 384,128,32
+    #[arg(long, value_name = "N,..", value_delimiter = ',')]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub dims: Vec<u32>,
     /// A row for each example
     #[arg(long)]
     pub no_packing: bool,
@@ -139,6 +149,9 @@ pub struct Args {
     #[arg(skip)]
     given: Vec<String>,
 }
+
+/// The options that embeddings alone have, by their ids.
+pub const OF_ENCODERS: [&str; 4] = ["pooling", "scale", "mini_batch", "dims"];
 
 impl Args {
     pub fn set_given(&mut self, matches: &ArgMatches) {

@@ -1,22 +1,25 @@
 //! An adapter for an encoder: embeddings of pairs that are near, or labels.
 
-use super::args::Args;
+use super::args::{Args, OF_ENCODERS};
 use super::batch::{Batch, Rows};
 use super::fit::{check_rank, fnv, steps, to_train_and_measure, Fit};
+use super::recall::ranks;
 use super::run::{self, Measured, Options, LABELS};
 use super::sentences::{self, examples, has_loss, labels, Example, Examples, Sampled};
 use crate::encoder::{Base, Model, Task};
+use crate::model::Segment;
 use crate::report::Report;
 use crate::Result;
 use candle_core::{Device, Tensor, D};
 use candle_nn::loss::cross_entropy;
 use lora::adapter::{Adapter, AdapterConfig};
-use lora::train::contrastive_loss;
+use lora::train::{contrastive_loss, matryoshka_loss};
 use loralib as lora;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Trains on a file and keeps the best adapter in `--out`; `false` if the run was stopped.
 pub fn encode(
@@ -30,6 +33,18 @@ pub fn encode(
     check_rank(args, base.widest())?;
     args.refuse("an encoder", &["prompt", "system", "raw", "tokens", "temperature", "top_p"])?;
     args.refuse("an encoder", &["no_packing", "loss", "beta", "label_smoothing"])?;
+    if let Some(part) = args.mini_batch.filter(|part| *part > args.batch) {
+        return Err(format!("--mini-batch {part} is more than --batch {}", args.batch).into());
+    }
+    for (i, dim) in args.dims.iter().enumerate() {
+        let widest = base.widest();
+        if *dim as usize > widest {
+            return Err(format!("--dims {dim}: the model's embeddings have {widest} values").into());
+        }
+        if args.dims[..i].contains(dim) {
+            return Err(format!("--dims has {dim} twice").into());
+        }
+    }
     let columns = args.columns.clone().unwrap_or_default();
     let read = |file: &Path| sentences::read(file, &columns);
     // A pair alone would have nothing to be told from.
@@ -40,7 +55,7 @@ pub fn encode(
             None => base.pooling()?,
         }),
         _ => {
-            args.refuse("training with labels", &["pooling", "scale"])?;
+            args.refuse("training with labels", &OF_ENCODERS)?;
             // A rare one may be among those held out.
             let held_out = measure_on.iter().filter(|_| args.valid.is_none());
             base.classify(labels(train_on.iter().chain(held_out)))
@@ -93,23 +108,8 @@ pub fn encode(
         run::check_options(&args.out, &options)?;
     }
     let (model, adapter) = base.model(&task, adapter)?;
-    let of_outputs = |batch: usize, labels: &Tensor, outputs: &Tensor| match &task {
-        Task::Classify(_) => cross_entropy(outputs, labels),
-        Task::Embed(_) => {
-            let queries = outputs.narrow(0, 0, batch)?;
-            let documents = outputs.narrow(0, batch, outputs.dim(0)? - batch)?;
-            contrastive_loss(&queries, &documents, 1. / args.scale)
-        }
-    };
-    let loss = |batch: &Batch| {
-        let outputs = match args.checkpointing {
-            true => model.forward(&batch.ids, &batch.lens, |path, x, layer| {
-                adapter.checkpoint(path, x, layer)
-            }),
-            false => model.forward(&batch.ids, &batch.lens, |_, x, layer| layer(x)),
-        };
-        of_outputs(batch.counted, &batch.labels, &outputs?)
-    };
+    let learner = Learner { args, task: &task, model: Arc::new(model), adapter: &adapter };
+    let loss = |batch: &Batch| learner.loss(batch, &learner.outputs(batch)?);
     let save = || -> Result<()> {
         adapter.save_pretrained(&args.out)?;
         if let Task::Classify(labels) = &task {
@@ -128,7 +128,7 @@ pub fn encode(
         rows: 1,
         options,
         loss: &loss,
-        validate: &|| measure(&model, &to_measure, &base, &of_outputs),
+        validate: &|| learner.measure(&to_measure, &base.device),
         save: &save,
         also: match &task {
             Task::Classify(_) => ", names of the labels in labels.json",
@@ -140,7 +140,7 @@ pub fn encode(
 
 fn describe(task: &Task) -> String {
     match task {
-        Task::Embed(pooling) => format!("embeddings by {pooling:?} pooling").to_lowercase(),
+        Task::Embed(pooling) => format!("embeddings by {pooling} pooling"),
         Task::Classify(labels) => format!("{} labels: {}", labels.len(), labels.join(", ")),
     }
 }
@@ -150,60 +150,115 @@ fn lone(rows: &Sampled) -> usize {
     rows.batches(None).iter().filter(|batch| !has_loss(batch)).map(Vec::len).sum()
 }
 
-/// The mean loss in batches, and the share of the right labels, or of queries whose own sentence is the nearest or among
-/// the nearest ten.
-fn measure(
-    model: &Model,
-    measured: &Sampled,
-    base: &Base,
-    of_outputs: &impl Fn(usize, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
-) -> Result<Measured> {
-    let (mut sum, mut counted, mut right) = (0., 0, 0);
-    let (mut pairs, mut queries, mut documents) = (vec![], vec![], vec![]);
-    for rows in measured.batches(None) {
-        let (batch, has_loss) =
-            (measured.batch(std::slice::from_ref(&rows), &base.device)?, has_loss(&rows));
-        let outputs = model.forward(&batch.ids, &batch.lens, |_, x, layer| layer(x))?;
-        let (count, texts) = (rows.len(), batch.lens.len());
-        if texts > count {
-            queries.push(outputs.narrow(0, 0, count)?);
-            documents.push(outputs.narrow(0, count, count)?);
-            pairs.extend(rows);
-        } else {
-            let same = outputs.argmax(D::Minus1)?.eq(&batch.labels)?;
-            right += same.to_vec1::<u8>()?.into_iter().map(usize::from).sum::<usize>();
-        }
-        if has_loss {
-            let loss = of_outputs(count, &batch.labels, &outputs)?.to_scalar::<f32>()?;
-            sum += f64::from(loss) * count as f64;
-            counted += count;
-        }
-    }
-    let loss = sum / counted as f64;
-    if pairs.is_empty() {
-        return Ok(Measured { loss, more: vec![("accuracy", right as f64 / counted as f64)] });
-    }
-    let ranks = ranks(&Tensor::cat(&queries, 0)?, &Tensor::cat(&documents, 0)?, &pairs)?;
-    let within = |n| ranks.iter().filter(|rank| **rank < n).count() as f64 / ranks.len() as f64;
-    Ok(Measured { loss, more: vec![("recall@1", within(1)), ("recall@10", within(10))] })
+/// An encoder and what it learns.
+struct Learner<'a> {
+    args: &'a Args,
+    task: &'a Task,
+    model: Arc<Model>,
+    adapter: &'a Adapter,
 }
 
-/// For each pair how many sentences are nearer to its query than its own, without those that also belong to the query.
-fn ranks(queries: &Tensor, documents: &Tensor, pairs: &[&Example]) -> Result<Vec<usize>> {
-    let unit = |x: &Tensor| x.broadcast_div(&x.sqr()?.sum_keepdim(1)?.sqrt()?);
-    let cosines = unit(queries)?.matmul(&unit(documents)?.t()?)?.to_vec2::<f32>()?;
-    let mut of_query = BTreeMap::<_, Vec<_>>::new();
-    let mut first_of = BTreeMap::new();
-    for (i, pair) in pairs.iter().enumerate() {
-        of_query.entry(&pair.texts[0]).or_default().push(&pair.texts[1]);
-        first_of.entry(&pair.texts[1]).or_insert(i);
+impl Learner<'_> {
+    /// The embeddings or scores of a batch's sentences, in as much memory as the options say.
+    fn outputs(&self, batch: &Batch) -> candle_core::Result<Tensor> {
+        if self.args.mini_batch.is_some() {
+            let outputs = self.parts(batch)?.into_iter().map(|(ids, lens)| {
+                let model = self.model.clone();
+                self.adapter.checkpoint("", &ids, move |ids| model.forward(ids, &lens, plain))
+            });
+            return Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, 0);
+        }
+        match self.args.checkpointing {
+            true => self.model.forward(&batch.ids, &batch.lens, |path, x, layer| {
+                self.adapter.checkpoint(path, x, layer)
+            }),
+            false => self.model.forward(&batch.ids, &batch.lens, plain),
+        }
     }
-    let rank = |(i, row): (usize, &Vec<f32>)| {
-        let own = &of_query[&pairs[i].texts[0]];
-        let others = first_of.iter().filter(|(text, _)| !own.contains(text));
-        others.filter(|(_, at)| row[**at] > row[i]).count()
-    };
-    Ok(cosines.iter().enumerate().map(rank).collect())
+
+    /// A batch's ids and lengths, of as many sentences at a time as --mini-batch says.
+    fn parts(&self, batch: &Batch) -> candle_core::Result<Vec<(Tensor, Vec<usize>)>> {
+        let most = self.args.mini_batch.map_or(batch.lens.len(), |part| part as usize);
+        let mut start = 0;
+        let part = |lens: &[usize]| {
+            let tokens = lens.iter().sum();
+            let ids = batch.ids.narrow(1, start, tokens)?;
+            start += tokens;
+            Ok((ids, lens.to_vec()))
+        };
+        batch.lens.chunks(most).map(part).collect()
+    }
+
+    fn loss(&self, batch: &Batch, outputs: &Tensor) -> candle_core::Result<Tensor> {
+        if let Task::Classify(_) = self.task {
+            return cross_entropy(outputs, &batch.labels);
+        }
+        let queries = outputs.narrow(0, 0, batch.counted)?;
+        let sentences = outputs.narrow(0, batch.counted, outputs.dim(0)? - batch.counted)?;
+        let loss = |queries: &Tensor, sentences: &Tensor| {
+            contrastive_loss(queries, sentences, 1. / self.args.scale)
+        };
+        match self.args.dims.is_empty() {
+            true => loss(&queries, &sentences),
+            false => matryoshka_loss(&queries, &sentences, &self.dims(), loss),
+        }
+    }
+
+    fn dims(&self) -> Vec<usize> {
+        self.args.dims.iter().map(|dim| *dim as usize).collect()
+    }
+
+    /// The mean loss in batches, and the share of the right labels, or of queries whose own sentence is the nearest or among
+    /// the nearest ten, by all values of their embeddings and by the first.
+    fn measure(&self, measured: &Sampled, device: &Device) -> Result<Measured> {
+        let (mut sum, mut counted, mut right) = (0., 0, 0);
+        let (mut pairs, mut queries, mut sentences) = (vec![], vec![], vec![]);
+        for rows in measured.batches(None) {
+            let (batch, has_loss) =
+                (measured.batch(std::slice::from_ref(&rows), device)?, has_loss(&rows));
+            let outputs = self.parts(&batch)?.into_iter().map(|(ids, lens)| {
+                Ok(self.model.forward(&ids, &lens, plain)?.detach()) // without a graph
+            });
+            let outputs = Tensor::cat(&outputs.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+            let (count, texts) = (rows.len(), batch.lens.len());
+            if has_loss {
+                let loss = self.loss(&batch, &outputs)?.to_scalar::<f32>()?;
+                sum += f64::from(loss) * count as f64;
+                counted += count;
+            }
+            if texts > count {
+                queries.push(outputs.narrow(0, 0, count)?);
+                sentences.push(outputs.narrow(0, count, count)?);
+                pairs.extend(rows);
+            } else {
+                let same = outputs.argmax(D::Minus1)?.eq(&batch.labels)?;
+                right += same.to_vec1::<u8>()?.into_iter().map(usize::from).sum::<usize>();
+            }
+        }
+        let loss = sum / counted as f64;
+        if pairs.is_empty() {
+            let accuracy = right as f64 / counted as f64;
+            return Ok(Measured { loss, more: vec![("accuracy".to_owned(), accuracy)] });
+        }
+        let (queries, sentences) = (Tensor::cat(&queries, 0)?, Tensor::cat(&sentences, 0)?);
+        let width = queries.dim(1)?;
+        let mut more = vec![];
+        let firsts = self.dims().into_iter().filter(|dim| *dim < width);
+        for dim in [width].into_iter().chain(firsts) {
+            let first = |x: &Tensor| x.narrow(1, 0, dim);
+            let ranks = ranks(&first(&queries)?, &first(&sentences)?, &pairs)?;
+            let of = if dim < width { format!(" of {dim} values") } else { String::new() };
+            for within in [1, 10] {
+                let found = ranks.iter().filter(|rank| **rank < within).count();
+                more.push((format!("recall@{within}{of}"), found as f64 / ranks.len() as f64));
+            }
+        }
+        Ok(Measured { loss, more })
+    }
+}
+
+fn plain(_: &str, x: &Tensor, layer: Segment) -> candle_core::Result<Tensor> {
+    layer(x)
 }
 
 fn tell_examples(what: &str, examples: &Examples, longest: usize, report: Report) {

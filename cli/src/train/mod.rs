@@ -14,6 +14,7 @@ mod loss;
 mod pairs;
 mod peak;
 mod prefer;
+mod recall;
 mod run;
 mod sentences;
 mod steps;

@@ -1,7 +1,7 @@
 //! An adapter by which a language model prefers chosen answers to rejected ones.
 
 use super::adapt::{adapter, also, begin, hash};
-use super::args::Args;
+use super::args::{Args, OF_ENCODERS};
 use super::batch::Rows;
 use super::data::Document;
 use super::fit::{steps, to_train_and_measure, Fit};
@@ -53,7 +53,7 @@ pub fn prefer(
     report: Report,
 ) -> Result<Option<Document>> {
     let name = format!("{loss:?}").to_lowercase();
-    args.refuse("a language model", &["pooling", "scale"])?;
+    args.refuse("a language model", &OF_ENCODERS)?;
     args.refuse("training with --loss", &["no_packing"])?;
     if !loss.has_label_smoothing() {
         args.refuse(&format!("--loss {name}"), &["label_smoothing"])?;
@@ -202,12 +202,13 @@ impl Policy<'_> {
         }
         let count = rows.len() as f64;
         let [chosen, rejected] = sums.map(|sum| sum / count);
-        let more = vec![
+        let more = [
             ("accuracy", right as f64 / count),
             ("margin", chosen - rejected),
             ("chosen reward", chosen),
             ("rejected reward", rejected),
         ];
+        let more = more.map(|(name, value)| (name.to_owned(), value)).to_vec();
         Ok(Measured { loss: loss / count, more })
     }
 }

@@ -33,7 +33,7 @@ pub struct Run<'a> {
 /// A validation loss, and what else a model's outputs say, by name.
 pub struct Measured {
     pub loss: f64,
-    pub more: Vec<(&'static str, f64)>,
+    pub more: Vec<(String, f64)>,
 }
 
 /// What a saved run says beside the optimizer's state. The order of the examples follows from the seed.
@@ -68,6 +68,8 @@ pub struct Options {
     pub task: Option<String>,
     #[serde(default)]
     pub scale: Option<f64>,
+    #[serde(default)]
+    pub dims: Vec<u32>,
     pub clip: f64,
     pub seed: u64,
     /// Hashes of all tokens, to train on and to measure on.
@@ -94,6 +96,7 @@ impl Options {
             loss: None,
             task: None,
             scale: None,
+            dims: args.dims.clone(),
             clip: args.clip,
             seed: args.seed,
             data: 0,
@@ -109,21 +112,23 @@ impl Options {
         };
         let (now, was) = (values(self)?, values(was)?);
         let differ = was.into_iter().filter(|(name, was)| now.get(name) != Some(was));
-        let told = differ.map(|(name, was)| match &name[..] {
+        let differ = differ.map(|(name, was)| match &name[..] {
             "data" => "DATA has other tokens".to_owned(),
             "valid" => "--valid has other tokens".to_owned(),
             "model" => format!("MODEL was {was}"),
             "task" => format!("the task was {was}"),
-            "targets" => {
-                let names = was.as_array().into_iter().flatten().filter_map(Value::as_str);
-                format!("--targets was {}", names.collect::<Vec<_>>().join(","))
-            }
-            name => match was.as_str() {
-                Some(was) => format!("--{name} was {was}"),
-                None => format!("--{name} was {was}"),
-            },
+            name => format!("--{name} was {}", told(&was)),
         });
-        Ok(told.collect())
+        Ok(differ.collect())
+    }
+}
+
+/// An option's value as the command line has it.
+fn told(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(all) => all.iter().map(told).collect::<Vec<_>>().join(","),
+        other => other.to_string(),
     }
 }
 

@@ -1,9 +1,9 @@
 //! The flags.
 
-use crate::classifier::Pooling;
 use crate::task::Method;
 use crate::Result;
 use clap::{Parser, ValueEnum};
+use lora::train::Pooling;
 use loralib::{Bias, LoraConfig};
 use std::path::{Path, PathBuf};
 

@@ -1,8 +1,8 @@
 //! What a checkpoint was trained for, and how: METHOD.json, beside METHOD.safetensors.
 
 use crate::bert::Adapt;
-use crate::classifier::Pooling;
 use crate::Result;
+use lora::train::Pooling;
 use lora::{utils::Trainable, Bias, LoraConfig};
 use loralib as lora;
 use serde_json::{json, Value};

@@ -1,7 +1,9 @@
 //! From a text's tokens to one vector.
 
 use crate::ops::compute_dtype;
-use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_core::{bail, DType, Device, Error, Result, Tensor};
+use std::fmt::{self, Display, Formatter};
+use std::str::FromStr;
 
 /// How a text's hidden states become its embedding, as sentence-transformers' `Pooling`.
 ///
@@ -39,26 +41,69 @@ impl Pooling {
             let (hidden, mask) = (hidden.dims(), mask.dims());
             bail!("pooling: the hidden states are {hidden:?} and the mask {mask:?}, expected (batch, tokens)")
         }
-        let kept = mask.ne(&mask.zeros_like()?)?;
-        let rows = kept.to_device(&Device::Cpu)?.to_vec2::<u8>()?;
-        if let Some(i) = rows.iter().position(|row| row.iter().all(|kept| *kept == 0)) {
-            bail!("pooling: the mask of text {i} is all 0")
+        let mask = mask.ne(&mask.zeros_like()?)?.to_device(&Device::Cpu)?;
+        let lens = mask.to_dtype(DType::U32)?.sum(1)?.to_vec1::<u32>()?;
+        let kept = mask.flatten_all()?.to_vec1::<u8>()?;
+        let kept = kept.iter().enumerate().filter(|(_, kept)| **kept > 0);
+        let kept = Tensor::from_iter(kept.map(|(i, _)| i as u32), hidden.device())?;
+        let lens: Vec<_> = lens.into_iter().map(|len| len as usize).collect();
+        self.pool_packed(&hidden.flatten(0, 1)?.index_select(&kept, 0)?, &lens)
+    }
+
+    /// The embeddings (texts, d) of texts of these lengths, whose hidden states (tokens, d) stand one after another without
+    /// padding, as `flash_attn_varlen` takes them. In F32, or F64 for F64.
+    ///
+    /// # Errors
+    /// If the lengths are not those of `hidden`, or one is 0.
+    pub fn pool_packed(self, hidden: &Tensor, lens: &[usize]) -> Result<Tensor> {
+        let ((tokens, d), device) = (hidden.dims2()?, hidden.device());
+        if let Some(i) = lens.iter().position(|len| *len == 0) {
+            bail!("pooling: text {i} has no tokens")
+        }
+        if lens.iter().sum::<usize>() != tokens {
+            bail!("pooling: {tokens} hidden states, the texts have {}", lens.iter().sum::<usize>())
         }
         let dtype = compute_dtype(hidden.dtype());
-        let at = |find: fn(&[u8]) -> Option<usize>| {
-            let first = (0..batch).map(|i| i * tokens);
-            let at = first.zip(&rows).map(|(first, row)| (first + find(row).unwrap_or(0)) as u32);
-            let at = Tensor::from_iter(at, hidden.device())?;
-            hidden.flatten(0, 1)?.index_select(&at, 0)?.to_dtype(dtype)
-        };
-        match self {
-            Self::Cls => at(|row| row.iter().position(|kept| *kept == 1)),
-            Self::LastToken => at(|row| row.iter().rposition(|kept| *kept == 1)),
+        let ends = lens.iter().scan(0, |end, len| {
+            *end += len;
+            Some(*end)
+        });
+        let at: Vec<_> = match self {
+            Self::Cls => ends.zip(lens).map(|(end, len)| (end - len) as u32).collect(),
+            Self::LastToken => ends.map(|end| (end - 1) as u32).collect(),
             Self::Mean => {
-                let kept = kept.to_dtype(DType::F32)?.to_dtype(dtype)?;
-                let sums = kept.unsqueeze(1)?.matmul(&hidden.to_dtype(dtype)?)?.squeeze(1)?;
-                sums.broadcast_div(&kept.sum_keepdim(1)?)
+                let text = lens.iter().enumerate().flat_map(|(i, len)| vec![i as u32; *len]);
+                let text = Tensor::from_iter(text, device)?;
+                let sums = Tensor::zeros((lens.len(), d), dtype, device)?;
+                let sums = sums.index_add(&text, &hidden.to_dtype(dtype)?, 0)?;
+                let counts = Tensor::from_iter(lens.iter().map(|len| *len as f64), device)?;
+                return sums.broadcast_div(&counts.to_dtype(dtype)?.unsqueeze(1)?);
             }
+        };
+        hidden.index_select(&Tensor::new(at, device)?, 0)?.to_dtype(dtype)
+    }
+}
+
+impl FromStr for Pooling {
+    type Err = Error;
+
+    /// By sentence-transformers' names: `mean`, `cls` or `lasttoken`.
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "mean" => Ok(Self::Mean),
+            "cls" => Ok(Self::Cls),
+            "lasttoken" => Ok(Self::LastToken),
+            _ => bail!("the pooling is {name:?}, expected mean, cls or lasttoken"),
         }
+    }
+}
+
+impl Display for Pooling {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mean => "mean",
+            Self::Cls => "cls",
+            Self::LastToken => "lasttoken",
+        })
     }
 }
