@@ -97,6 +97,18 @@ pub(crate) fn check(
         };
         return Err(Error::tensor(Part::Base("weight").at(path), reason));
     }
+    let tables = options.config.trainable_token_indices.iter();
+    let mut unmatched = tables.filter(|(key, _)| {
+        let is_own = |path: &String| options.token_rows(path).is_some_and(|(own, _)| own == *key);
+        !adapted.tokens.keys().any(is_own)
+    });
+    if let Some((key, _)) = unmatched.next() {
+        return Err(Error::Invalid(format!(
+            "trainable_token_indices has {key:?}, and the model builds no embedding or head of this name; its layers are \
+             named {}",
+            record.names()
+        )));
+    }
     check_tied(options, vars, adapted, record)?;
     unread(options, vars, adapted, record)
 }
@@ -122,7 +134,11 @@ fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) 
         // The factors are read by the layer, and the table under them is the base's.
         let (path, part) = Part::parse(name);
         let of_layer = part.is_lora() || options.frozen.contains_key(name);
-        record.has(name) || (of_layer && adapted.layers.contains_key(path))
+        match part {
+            Part::TokenRows => adapted.tokens.contains_key(path),
+            Part::BiasOfB => adapted.layers.contains_key(path),
+            _ => record.has(name) || (of_layer && adapted.layers.contains_key(path)),
+        }
     };
     let mut unread = saved.filter(|name| !is_read(name)).collect::<Vec<_>>();
     for (name, own) in options.frozen.iter().filter(|(name, _)| !is_read(name)) {

@@ -40,7 +40,8 @@ impl Adapter {
     /// # Errors
     /// If the adapter trains biases or modules, in whose place the base's own are not kept.
     pub fn choice_disabled(&self) -> Result<Choice> {
-        let others = variables(&self.vars).into_keys().find(|name| !Part::parse(name).1.is_lora());
+        let others =
+            variables(&self.vars).into_keys().find(|name| !Part::parse(name).1.is_adapter());
         if let Some(name) = others {
             let reason = "the adapter trains it, and the base's own is not kept: for a model without the adapter, \
                           build one on the base";

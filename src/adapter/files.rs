@@ -58,7 +58,9 @@ impl Adapter {
             for (name, tensor) in vars {
                 // In half precision AdamW does not train factors; PEFT converts them too.
                 let tensor = match tensor.dtype() {
-                    DType::F16 | DType::BF16 | DType::F8E4M3 if Part::parse(&name).1.is_lora() => {
+                    DType::F16 | DType::BF16 | DType::F8E4M3
+                        if Part::parse(&name).1.is_adapter() =>
+                    {
                         tensor.to_dtype(DType::F32)?
                     }
                     _ => tensor,

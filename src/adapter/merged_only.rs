@@ -1,28 +1,21 @@
 //! The tensors of a base that an adapter of PEFT's changes in a way that is merged, and not computed beside the
-//! base: parameters without a layer, biases of lora_B, and rows of a table.
+//! base: parameters without a layer.
 
-use crate::layers::{LayerKind, Part};
-use crate::utils::variables;
+use crate::layers::LayerKind;
 use crate::weights::AdapterConfig;
 use crate::{Error, Result};
-use candle_nn::VarMap;
 use std::collections::BTreeSet;
 
 #[derive(Debug, Default)]
 pub(crate) struct MergedOnly(BTreeSet<String>);
 
 impl MergedOnly {
-    pub fn new(config: &AdapterConfig, vars: &VarMap) -> Self {
+    pub fn new(config: &AdapterConfig) -> Self {
         let parameters = config.layers.iter().filter_map(|(path, layer)| match layer.kind {
             Some(LayerKind::Parameter { .. }) => Some(path.clone()),
             _ => None,
         });
-        let vars = variables(vars);
-        let layers = vars.keys().filter_map(|name| match Part::parse(name) {
-            (path, Part::BiasOfB | Part::TokenRows) => Some(Part::Base("weight").at(path)),
-            _ => None,
-        });
-        Self(parameters.chain(layers).collect())
+        Self(parameters.collect())
     }
 
     /// An error if there is one.
@@ -35,8 +28,7 @@ impl MergedOnly {
         if !self.0.contains(name) {
             return Ok(());
         }
-        let reason = "the adapter changes it by lora_bias, trainable_token_indices or target_parameters, which are \
-                      merged alone: build the model on `Adapter::merged`, or merge by `merge_files`";
+        let reason = "the adapter changes it by target_parameters, which are merged alone: build the model on `Adapter::merged`, or merge by `merge_files`";
         Err(Error::tensor(name, reason))
     }
 }

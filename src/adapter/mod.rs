@@ -203,6 +203,9 @@ impl Adapter {
         if !adapted.is_empty() && !self.options.loaded {
             config.layers.clear();
         }
+        if !(state.adapted.tokens.is_empty() || self.options.loaded) {
+            config.trainable_token_indices = state.adapted.tokens.clone();
+        }
         let mut layers = adapted.clone();
         for name in variables(&self.vars).keys().filter(|_| !adapted.is_empty()) {
             // Of one that no model has built yet: the entry of another would count for it.

@@ -5,9 +5,9 @@ use super::transformer_layers::TransformerLayers;
 use crate::base::seeded;
 use crate::files::StateDict;
 use crate::formats::peft::Patterns;
-use crate::layers::{is_within, LayerKind};
+use crate::layers::{ends_in, is_within, LayerKind};
 use crate::ops::DropoutStream;
-use crate::weights::{AdapterConfig, LayerConfig};
+use crate::weights::{is_input_table, AdapterConfig, LayerConfig};
 use crate::Result;
 use candle_nn::VarBuilder;
 use std::collections::BTreeMap;
@@ -66,6 +66,17 @@ impl Options {
     /// Whether a selected layer of this kind is adapted.
     pub fn adapts(&self, kind: &LayerKind) -> bool {
         !self.targets.is_all_linear() || *kind == LayerKind::Linear
+    }
+
+    /// The key of the table at `path` whose rows are trained, and the rows.
+    pub fn token_rows(&self, path: &str) -> Option<(&str, &[usize])> {
+        let named = |key: &str| match key {
+            "" => is_input_table(path),
+            key => ends_in(path, key),
+        };
+        let tables = self.config.trainable_token_indices.iter();
+        let longest = tables.filter(|(key, _)| named(key)).max_by_key(|(key, _)| key.len());
+        longest.map(|(key, indices)| (&key[..], &indices[..]))
     }
 
     /// The options of the layer at `path` that are not the adapter's. An error if its patterns are

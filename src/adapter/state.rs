@@ -45,6 +45,8 @@ impl State {
 pub(crate) struct Adapted {
     /// Their options with their kinds.
     pub layers: BTreeMap<String, LayerConfig>,
+    /// The rows of tables that are trained, by the tables' paths.
+    pub tokens: BTreeMap<String, Vec<usize>>,
     /// Why the last layer at a path could not be adapted. An earlier model may have one that is.
     pub failures: BTreeMap<String, String>,
 }
@@ -55,6 +57,16 @@ impl Adapted {
             Ok(layer) => {
                 self.failures.remove(path);
                 self.layers.insert(path.to_owned(), layer);
+            }
+            Err(reason) => drop(self.failures.insert(path.to_owned(), reason)),
+        }
+    }
+
+    pub fn insert_tokens(&mut self, path: &str, indices: Result<Vec<usize>, String>) {
+        match indices {
+            Ok(indices) => {
+                self.failures.remove(path);
+                self.tokens.insert(path.to_owned(), indices);
             }
             Err(reason) => drop(self.failures.insert(path.to_owned(), reason)),
         }

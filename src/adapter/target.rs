@@ -6,7 +6,9 @@ use super::state::{self, State};
 use crate::base::var_builder;
 use crate::layers::binding::active::LayerId;
 use crate::layers::binding::target::TargetModule;
-use crate::layers::{adapt, LayerKind, LoraConfig, Mode, SharedWeight, Weight, WeightTensors};
+use crate::layers::{
+    adapt, LayerKind, LoraConfig, Mode, Placement, SharedWeight, Weight, WeightTensors,
+};
 use crate::utils::Trainable;
 use crate::weights::LayerConfig;
 use candle_core::{DType, Device, Tensor};
@@ -27,6 +29,8 @@ pub(crate) struct AdapterParts {
 /// A module whose weight a model has read.
 pub(crate) struct Target {
     pub path: String,
+    /// The table that the base ties this head to, which it lacks.
+    pub table: Option<String>,
     pub record: Arc<Record>,
     /// The adapter, or `None` in a set of adapters.
     pub adapter: Option<AdapterParts>,
@@ -40,13 +44,13 @@ impl TargetModule for Target {
         // A head that reads the table's tensor itself is tied to it, too.
         let is_first = is_first && !self.record.is_of_other(&self.path, &kind);
         self.record.built(&self.path, &kind, is_first);
-        // A variable is of a module that is trained as a whole.
-        if !is_first || weight.is_variable() {
-            return None;
-        }
-        let layer = match &self.adapter {
-            None => self.without_update(weight, bias, &kind),
-            Some(adapter) => self.adapted(adapter, weight, bias, &kind),
+        let rows = self.adapter.as_ref().and_then(|adapter| self.with_rows(adapter, weight, &kind));
+        let layer = match (rows, &self.adapter) {
+            (Some(rows), Some(adapter)) => self.shared_rows(adapter, rows, bias),
+            // A variable is of a module that is trained as a whole.
+            _ if !is_first || weight.is_variable() => None,
+            (_, None) => self.without_update(weight, bias, &kind),
+            (_, Some(adapter)) => self.adapted(adapter, weight, bias, &kind),
         }?;
         self.record.follows(&self.path, kind, &layer);
         Some(Weight::Shared(layer))
@@ -68,6 +72,59 @@ impl Target {
         let vb = no_tensors(weight.dtype(), weight.device());
         let base = adapt(weight, kind, &LoraConfig::default(), &vb).ok()?;
         base.with_bias(bias.cloned()).shared(Mode::Train, self.id()).ok()
+    }
+
+    /// A table of which some rows are trained, or a head that is tied to it.
+    fn with_rows(
+        &self,
+        adapter: &AdapterParts,
+        weight: &Tensor,
+        kind: &LayerKind,
+    ) -> Option<Result<WeightTensors, String>> {
+        let options = &adapter.options;
+        let own = options.token_rows(&self.path).map(|(_, indices)| (&self.path, indices));
+        let of_table = || {
+            let table = self.table.as_ref()?;
+            options.token_rows(table).map(|(_, indices)| (table, indices))
+        };
+        let (path, indices) = own.or_else(of_table)?;
+        let placement = match kind {
+            LayerKind::Embedding => Placement::Transposed,
+            LayerKind::Linear => Placement::AsIs,
+            _ => return None,
+        };
+        let rows = || {
+            if weight.is_variable() {
+                return Err("it has trainable_token_indices, and is trained as a whole".to_owned());
+            }
+            if options.selects(&self.path) && options.adapts(kind) {
+                return Err(
+                    "it has trainable_token_indices, and is a target of the adapter".to_owned()
+                );
+            }
+            let vb = var_builder(
+                no_tensors(weight.dtype(), weight.device()),
+                &adapter.vars,
+                Trainable::from(&options.config),
+            );
+            let (cfg, vb) = (options.config.lora, options.seeded(vb).set_prefix(path));
+            WeightTensors::with_rows(weight.clone(), indices, placement, &cfg, &vb)
+                .map_err(|error| error.to_string())
+        };
+        let rows = rows();
+        let given = rows.as_ref().map(|_| indices.to_vec()).map_err(String::clone);
+        state::lock(&adapter.state).adapted.insert_tokens(path, given);
+        Some(rows)
+    }
+
+    fn shared_rows(
+        &self,
+        adapter: &AdapterParts,
+        rows: Result<WeightTensors, String>,
+        bias: Option<&Tensor>,
+    ) -> Option<Arc<SharedWeight>> {
+        let mode = state::lock(&adapter.state).mode();
+        rows.ok()?.with_bias(bias.cloned()).shared(mode, self.id()).ok()
     }
 
     fn adapted(

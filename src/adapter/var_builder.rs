@@ -32,7 +32,7 @@ pub(crate) fn recorded<'a>(
                 move |path: &str| options.selects(path)
             };
             let vb = var_builder_with(base, vars, &options.config, selects);
-            (options.seeded(vb), MergedOnly::new(&options.config, vars))
+            (options.seeded(vb), MergedOnly::new(&options.config))
         }
     };
     let weights = TargetWeights::default();
@@ -61,8 +61,9 @@ impl Recorded<'_> {
 impl Source for Recorded<'_> {
     fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
         self.merged_only.refuse(name)?;
-        if let Some(table) = untied_table(name, |name| self.base.has(name)) {
-            self.record.read_head(&table);
+        let table = untied_table(name, |name| self.base.has(name));
+        if let Some(table) = &table {
+            self.record.read_head(table);
         }
         let tensor = match self.adapter.as_ref().map(|adapter| &adapter.options) {
             None => self.base.tensor(name, wanted)?,
@@ -82,7 +83,8 @@ impl Source for Recorded<'_> {
             return Err(Error::tensor(name, reason));
         }
         let (path, record, adapter) = (path.to_owned(), self.record.clone(), self.adapter.clone());
-        let module = Target { path, record, adapter, is_built: AtomicBool::new(false) };
+        let table = table.map(|name| Part::parse(&name).0.to_owned());
+        let module = Target { path, table, record, adapter, is_built: AtomicBool::new(false) };
         Ok(self.weights.bind(&tensor, Arc::new(module))?)
     }
 

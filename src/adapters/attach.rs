@@ -42,7 +42,7 @@ impl Attached {
             }
             let layer = match adapted(options, &vars, &path, layer.tensor(), &kind) {
                 Ok((tensors, config)) => {
-                    updates.extend(tensors.into_update().map(|update| (path.clone(), update)));
+                    updates.extend(tensors.low_rank().map(|update| (path.clone(), update.clone())));
                     Ok(config)
                 }
                 Err(reason) => Err(reason),
@@ -76,7 +76,7 @@ impl Attached {
 /// An error if the adapter has biases or modules, or changes that are merged alone.
 fn refuse_others(adapter: &Adapter, is_layer: impl Fn(&str) -> bool) -> Result<()> {
     let config = &adapter.options.config;
-    MergedOnly::new(config, &adapter.vars).refuse_any()?;
+    MergedOnly::new(config).refuse_any()?;
     let vars = variables(&adapter.vars);
     let replaces = |name: &&String| match Part::parse(name) {
         (path, Part::Base("weight")) => !is_layer(path),
@@ -88,10 +88,13 @@ fn refuse_others(adapter: &Adapter, is_layer: impl Fn(&str) -> bool) -> Result<(
     let what = match other {
         Some(name) => format!("{name:?} beside factors"),
         None if config.bias != Bias::None => "a bias beside factors".to_owned(),
+        None if config.lora.lora_bias => "lora_bias beside factors".to_owned(),
+        None if !config.trainable_token_indices.is_empty() => {
+            "trainable_token_indices beside factors".to_owned()
+        }
         None => return Ok(()),
     };
-    let reason =
-        "it would replace the base's own, which all adapters share: merge this adapter with \
+    let reason = "a layer of several adapters has factors alone, and the base's own for all: merge this adapter with \
                   `Adapter::merged`, or build a model on its `var_builder`";
     Err(Error::unsupported(what, reason))
 }

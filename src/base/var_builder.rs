@@ -86,7 +86,7 @@ impl<F: Fn(&str) -> bool> WithVariables<'_, F> {
 
     /// A new variable with the base's value or, if the base lacks a tensor that may be new, with its initialisation.
     fn create(&self, name: &str, wanted: &Wanted) -> Result<Var> {
-        let may_be_new = Part::parse(name).1.is_lora() || self.trainable.in_module(name);
+        let may_be_new = Part::parse(name).1.is_adapter() || self.trainable.in_module(name);
         let var = match wanted.shape.filter(|_| may_be_new && self.source(name).is_none()) {
             Some(shape) => wanted.init.var(shape.clone(), wanted.dtype, wanted.device)?,
             None => {

@@ -37,6 +37,10 @@ pub struct LoraConfig {
     /// in convolutions, and among [`Adapters`](crate::Adapters), each forward does. Default `false`. An error for
     /// [`MergedLinear`](crate::MergedLinear), and for a new layer over a W with an output of zeros.
     pub use_dora: bool,
+    /// Whether a new layer also trains a bias of B, `lora_bias` (out), which starts as 0: the bias of the layer is `bias +
+    /// scaling · lora_bias`. PEFT's option of this name, not in loralib; a layer that has the tensor has it without the
+    /// option. Default `false`. Only for [`Linear`](crate::Linear) and convolutions, and not with `use_dora`.
+    pub lora_bias: bool,
     /// Whether a new convolution of one group has PEFT's factors, two kernels whose product is the update: A (r, in, k..),
     /// initialised with U(±1/√(in·kⁿ)), and B (out, r, 1..). Not in loralib, whose factors have r·k ranks, and not saved.
     /// Default `false`; [`Adapter::from_peft_config`](crate::Adapter::from_peft_config) sets it, and adapters that PEFT
@@ -66,6 +70,7 @@ impl LoraConfig {
         fan_in_fan_out: false,
         rslora: false,
         use_dora: false,
+        lora_bias: false,
         conv_kernels: false,
         init_lora_weights: InitLoraWeights::Uniform,
         lora_dtype: None,
@@ -93,6 +98,9 @@ impl LoraConfig {
         }
         if !(0. ..1.).contains(&self.lora_dropout) {
             bail!("lora_dropout is {}, expected a probability in [0, 1)", self.lora_dropout)
+        }
+        if self.lora_bias && self.use_dora {
+            bail!("lora_bias and use_dora are set: with magnitudes B has no bias")
         }
         for (name, dtype) in [("base weight", Some(base)), ("lora_dtype", self.lora_dtype)] {
             if let Some(dtype) = dtype {

@@ -3,10 +3,11 @@
 
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
 use super::config::{refuse_options, LoraConfig};
-use super::init::{kernels, low_rank, uniform, FactorInit};
+use super::init::{bias_of_b, kernels, low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
 use super::names::Part;
-use super::weight::{Effective, MergedCopy, Placement, Weight, WeightTensors};
+use super::placement::Placement;
+use super::weight::{Effective, MergedCopy, Weight, WeightTensors};
 use crate::ops::{self, checked_product, Geometry, Matrix};
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, VarBuilder};
@@ -236,7 +237,9 @@ pub(super) fn adapt(
         None => low_rank((ranks, columns), rows, FactorInit::RandomA, cfg, placed, vb),
     };
     let update = (cfg.r > 0).then(update).transpose()?;
-    WeightTensors::new(base.clone(), update, Placement::Reshaped, cfg)
+    let bias_of_b = bias_of_b(out, cfg, base.dtype(), vb)?;
+    Ok(WeightTensors::new(base.clone(), update, Placement::Reshaped, cfg)?
+        .with_bias_of_b(bias_of_b))
 }
 
 /// The ranks, if the factors are kernels as PEFT's: those that `vb` has, or new ones.

@@ -4,9 +4,10 @@ use super::adapted::{sealed::Sealed, Adapted, Kind};
 use super::batch_update::BatchUpdate;
 use super::binding::placeholder::placeholder;
 use super::config::{refuse_options, LoraConfig};
-use super::init::{low_rank, FactorInit};
+use super::init::{has_bias_of_b, low_rank, FactorInit};
 use super::kind::LayerKind;
-use super::weight::{Effective, Placement, WeightTensors};
+use super::placement::Placement;
+use super::weight::{Effective, WeightTensors};
 use crate::ops;
 use candle_core::quantized::QTensor;
 use candle_core::{bail, Module, Result, Tensor};
@@ -53,7 +54,7 @@ impl Embedding {
     /// Wraps a layer. `vb`, at the layer's path, gives `lora_A` (r, num) and `lora_B` (dim, r).
     ///
     /// # Errors
-    /// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`), or `vb` has
+    /// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`, `lora_bias`), or `vb` has
     /// tensors of other shapes.
     pub fn new(base: candle_nn::Embedding, cfg: LoraConfig, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
@@ -103,7 +104,11 @@ pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<
     cfg.validate(base.dtype())?;
     refuse_options(
         "an embedding",
-        &[("lora_dropout", cfg.lora_dropout > 0.), ("fan_in_fan_out", cfg.fan_in_fan_out)],
+        &[
+            ("lora_dropout", cfg.lora_dropout > 0.),
+            ("fan_in_fan_out", cfg.fan_in_fan_out),
+            ("lora_bias", has_bias_of_b(cfg, vb)),
+        ],
     )?;
     let (num, dim) = base.dims2()?;
     let placed = (base, Placement::Transposed);
@@ -131,7 +136,7 @@ impl Module for Embedding {
 /// `lora_B`.
 ///
 /// # Errors
-/// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`), or `vb` lacks a
+/// If an option is out of range or not supported (`lora_dropout`, `fan_in_fan_out`, `lora_bias`), or `vb` lacks a
 /// tensor or has it in another shape.
 pub fn embedding(num: usize, dim: usize, cfg: LoraConfig, vb: VarBuilder) -> Result<Embedding> {
     let init = Init::Randn { mean: 0., stdev: 1. };

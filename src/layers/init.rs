@@ -5,7 +5,7 @@ use super::config::LoraConfig;
 use super::init_lora_weights::InitLoraWeights;
 use super::initial::{self, set, Initial};
 use super::names::Part;
-use super::weight::Placement;
+use super::placement::Placement;
 use crate::ops::{self, checked_product, LowRank, Magnitude, Split};
 use candle_core::{bail, DType, Result, Tensor};
 use candle_nn::init::{Init, ZERO};
@@ -162,6 +162,22 @@ fn norms(squares: &Tensor) -> Result<Tensor> {
             "output {output} of the weight is zero, and use_dora needs its direction: leave the layer out"
         ),
     }
+}
+
+/// Whether a layer has a bias of B: it is to get one, or `vb` has it.
+pub(super) fn has_bias_of_b(cfg: &LoraConfig, vb: &VarBuilder) -> bool {
+    cfg.r > 0 && (cfg.lora_bias || initial::has(vb, Part::BiasOfB.name()))
+}
+
+/// `lora_bias` (out) from `vb`, if the layer has it.
+pub(super) fn bias_of_b(
+    out: usize,
+    cfg: &LoraConfig,
+    base: DType,
+    vb: &VarBuilder,
+) -> Result<Option<Tensor>> {
+    let get = || vb.get_with_hints_dtype(out, Part::BiasOfB.name(), ZERO, cfg.adapter_dtype(base));
+    has_bias_of_b(cfg, vb).then(get).transpose()
 }
 
 /// `lora_A` and `lora_B` of the given shapes from `vb`, for several splits of the outputs.

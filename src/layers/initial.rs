@@ -4,7 +4,7 @@ use super::binding::placeholder::dequantized;
 use super::config::LoraConfig;
 use super::init_lora_weights::InitLoraWeights;
 use super::names::Part;
-use super::weight::Placement;
+use super::placement::Placement;
 use crate::ops::{self, is_finite, Svd};
 use candle_core::{bail, Result, Tensor, Var};
 use candle_nn::init::ZERO;
@@ -74,7 +74,7 @@ impl Initial {
 }
 
 /// Whether `vb` has this tensor, and not every one, as `VarBuilder::zeros` has.
-fn has(vb: &VarBuilder, name: &str) -> bool {
+pub(super) fn has(vb: &VarBuilder, name: &str) -> bool {
     vb.contains_tensor(name) && !vb.contains_tensor("")
 }
 

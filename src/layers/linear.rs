@@ -4,9 +4,10 @@ use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
 use super::batch_update::BatchUpdate;
 use super::binding::placeholder::placeholder;
 use super::config::LoraConfig;
-use super::init::{low_rank, uniform, FactorInit};
+use super::init::{bias_of_b, low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
-use super::weight::{Effective, MergedCopy, Placement, Weight, WeightTensors};
+use super::placement::Placement;
+use super::weight::{Effective, MergedCopy, Weight, WeightTensors};
 use crate::ops;
 use candle_core::quantized::QTensor;
 use candle_core::{bail, Module, Result, Tensor};
@@ -40,8 +41,8 @@ pub struct LinearKind {
 pub type Linear = Adapted<LinearKind>;
 
 impl Linear {
-    /// Wraps a layer. `vb`, at the layer's path, gives `lora_A` (r, in) and `lora_B` (out, r), and the bias
-    /// if `vb` trains it. With `fan_in_fan_out` the layer's weight is (in, out).
+    /// Wraps a layer. `vb`, at the layer's path, gives `lora_A` (r, in), `lora_B` (out, r) and perhaps
+    /// `lora_bias` (out), and the bias if `vb` trains it. With `fan_in_fan_out` the layer's weight is (in, out).
     ///
     /// # Errors
     /// If an option is out of range or `vb` has tensors of other shapes.
@@ -172,7 +173,8 @@ pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<
     let placed = (base, kind.placement());
     let update = || low_rank((cfg.r, in_dim), out_dim, FactorInit::RandomA, cfg, placed, vb);
     let update = (cfg.r > 0).then(update).transpose()?;
-    WeightTensors::new(base.clone(), update, kind.placement(), cfg)
+    let bias_of_b = bias_of_b(out_dim, cfg, base.dtype(), vb)?;
+    Ok(WeightTensors::new(base.clone(), update, kind.placement(), cfg)?.with_bias_of_b(bias_of_b))
 }
 
 impl Module for Linear {

@@ -3,7 +3,7 @@
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
 use super::binding::placeholder::placeholder;
 use super::config::{refuse_options, LoraConfig};
-use super::init::{split_low_rank, uniform, FactorInit};
+use super::init::{has_bias_of_b, split_low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
 use super::linear::LinearKind;
 use super::weight::WeightTensors;
@@ -144,7 +144,11 @@ pub(super) fn adapt(
     cfg.validate(base.dtype())?;
     refuse_options(
         "a merged linear layer",
-        &[("use_dora", cfg.use_dora), ("init_lora_weights", cfg.init_lora_weights.of_base())],
+        &[
+            ("use_dora", cfg.use_dora),
+            ("lora_bias", has_bias_of_b(cfg, vb)),
+            ("init_lora_weights", cfg.init_lora_weights.of_base()),
+        ],
     )?;
     let kind = LinearKind::new(cfg);
     let (out_dim, in_dim) = kind.dims(base)?;

@@ -15,6 +15,8 @@ mod linear;
 mod merged_linear;
 mod mode;
 mod names;
+mod placement;
+mod token_rows;
 mod weight;
 
 pub(crate) use adapt::adapt;
@@ -39,4 +41,5 @@ pub use merged_linear::{merged_linear, merged_linear_no_bias, MergedLinear};
 pub use mode::{without_mode, WithoutMode};
 pub use mode::{LoraModule, Mode};
 pub(crate) use names::{ends_in, is_within, without_conv, Part};
-pub(crate) use weight::{Placement, SharedWeight, Weight, WeightTensors};
+pub(crate) use placement::Placement;
+pub(crate) use weight::{SharedWeight, Weight, WeightTensors};

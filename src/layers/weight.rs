@@ -5,30 +5,12 @@ use super::binding::active::{active_update, active_variables, LayerId};
 use super::binding::placeholder::Base;
 use super::config::LoraConfig;
 use super::mode::Mode;
-use crate::ops::{self, DropoutStream, LowRank, Matrix};
+use super::placement::Placement;
+use super::token_rows::TokenRows;
+use crate::ops::{self, compute_dtype, DropoutStream, LowRank, Matrix};
 use candle_core::{bail, Result, Tensor};
+use candle_nn::VarBuilder;
 use std::sync::{Arc, PoisonError, RwLock};
-
-/// How `B·A` is stored in the weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Placement {
-    /// Unchanged: (out, in).
-    AsIs,
-    /// Transposed: (in, out), or an embedding's (num, dim).
-    Transposed,
-    /// Reshaped to a convolution's kernel.
-    Reshaped,
-}
-
-impl Placement {
-    /// The dimension of the outputs.
-    pub fn output_dim(self) -> usize {
-        match self {
-            Self::AsIs | Self::Reshaped => 0,
-            Self::Transposed => 1,
-        }
-    }
-}
 
 /// A weight with a mode of its own, or with one that all layers of an adapter share.
 #[derive(Debug, Clone)]
@@ -50,9 +32,20 @@ pub(crate) struct SharedWeight {
 pub(crate) struct WeightTensors {
     base: Base,
     bias: Option<Tensor>,
-    update: Option<LowRank>,
+    update: Option<Update>,
     placement: Placement,
     merge_weights: bool,
+}
+
+/// What is trained beside a weight.
+#[derive(Debug, Clone)]
+enum Update {
+    LowRank {
+        factors: LowRank,
+        /// Of B, (out).
+        bias: Option<Tensor>,
+    },
+    Rows(TokenRows),
 }
 
 #[derive(Debug, Clone)]
@@ -125,7 +118,7 @@ impl Weight {
     }
 
     pub fn update(&self) -> Option<&LowRank> {
-        self.tensors().update.as_ref()
+        self.tensors().low_rank()
     }
 
     pub fn mode(&self) -> Mode {
@@ -142,19 +135,23 @@ impl Weight {
     /// With the update of the adapters that are active on this thread, or else its own. In evaluation all tensors are detached, so that
     /// no graph is recorded.
     pub fn effective(&self) -> Result<Effective> {
-        let WeightTensors { base, bias, update, .. } = self.tensors();
+        let tensors = self.tensors();
+        let WeightTensors { base, bias, .. } = tensors;
         let active = match self {
             Self::Own(..) => None,
             Self::Shared(shared) => active_update(&shared.layer)?,
         };
         self.with_state(|state| {
             Ok(match (state, active) {
-                (State::Train, active) => Effective {
+                (State::Train, None) => Effective {
+                    weight: base.matrix()?,
+                    bias: tensors.with_bias_of_b_added()?,
+                    update: BatchUpdate::Whole(tensors.current()?).copied()?,
+                },
+                (State::Train, Some(active)) => Effective {
                     weight: base.matrix()?,
                     bias: bias.clone(),
-                    update: active
-                        .unwrap_or_else(|| BatchUpdate::Whole(update.clone()))
-                        .copied()?,
+                    update: active.copied()?,
                 },
                 (State::Merged(copy), None) => Effective {
                     weight: Matrix::Dense(copy.weight.clone()),
@@ -166,12 +163,15 @@ impl Weight {
                     bias: snapshot.bias.clone(),
                     update: BatchUpdate::Whole(Some(snapshot.update.clone())),
                 },
-                (State::Merged(_) | State::Unmerged { .. }, active) => Effective {
+                (State::Unmerged { snapshot: None }, None) => Effective {
                     weight: base.matrix()?.detach(),
                     bias: bias.as_ref().map(Tensor::detach),
-                    update: active.unwrap_or_else(|| {
-                        BatchUpdate::Whole(update.as_ref().map(LowRank::detached))
-                    }),
+                    update: BatchUpdate::Whole(None),
+                },
+                (State::Merged(_) | State::Unmerged { .. }, Some(active)) => Effective {
+                    weight: base.matrix()?.detach(),
+                    bias: bias.as_ref().map(Tensor::detach),
+                    update: active,
                 },
             })
         })
@@ -187,7 +187,7 @@ impl Weight {
             Self::Own(..) => None,
             Self::Shared(shared) => active_variables(&shared.layer),
         };
-        let own = || update.iter().flat_map(LowRank::variables).cloned().collect();
+        let own = || update.iter().flat_map(Update::variables).cloned().collect();
         let mut tracked: Vec<_> = [base.tensor()]
             .into_iter()
             .chain(bias)
@@ -232,6 +232,15 @@ impl SharedWeight {
     }
 }
 
+impl Update {
+    fn variables(&self) -> Vec<&Tensor> {
+        match self {
+            Self::LowRank { factors, bias } => factors.variables().chain(bias).collect(),
+            Self::Rows(rows) => vec![rows.trained()],
+        }
+    }
+}
+
 impl WeightTensors {
     pub fn new(
         base: Tensor,
@@ -249,6 +258,28 @@ impl WeightTensors {
             Some(_) => Base::new(base).detach(),
             None => Base::new(base),
         };
+        let update = update.map(|factors| Update::LowRank { factors, bias: None });
+        Ok(Self { base, bias: None, update, placement, merge_weights: cfg.merge_weights })
+    }
+
+    /// With the bias of B, if it has one.
+    pub fn with_bias_of_b(mut self, of_b: Option<Tensor>) -> Self {
+        if let Some(Update::LowRank { bias, .. }) = &mut self.update {
+            *bias = of_b;
+        }
+        self
+    }
+
+    /// A table or head whose rows of these indices are `trainable_tokens` from `vb`.
+    pub fn with_rows(
+        base: Tensor,
+        indices: &[usize],
+        placement: Placement,
+        cfg: &LoraConfig,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        let base = Base::new(base).detach();
+        let update = Some(Update::Rows(TokenRows::new(&base, indices, cfg, vb)?));
         Ok(Self { base, bias: None, update, placement, merge_weights: cfg.merge_weights })
     }
 
@@ -258,7 +289,12 @@ impl WeightTensors {
 
     /// Draws the masks of the update's dropout from a stream.
     pub fn with_dropout_stream(self, stream: &Arc<DropoutStream>) -> Self {
-        let update = self.update.map(|update| update.with_dropout_stream(stream.clone()));
+        let update = self.update.map(|update| match update {
+            Update::LowRank { factors, bias } => {
+                Update::LowRank { factors: factors.with_dropout_stream(stream.clone()), bias }
+            }
+            rows => rows,
+        });
         Self { update, ..self }
     }
 
@@ -268,14 +304,43 @@ impl WeightTensors {
         Ok(Arc::new(SharedWeight { tensors: self, state, layer }))
     }
 
-    pub fn into_update(self) -> Option<LowRank> {
-        self.update
+    /// The factors, if there are some.
+    pub fn low_rank(&self) -> Option<&LowRank> {
+        match &self.update {
+            Some(Update::LowRank { factors, .. }) => Some(factors),
+            Some(Update::Rows(_)) | None => None,
+        }
+    }
+
+    /// What a forward adds to the weight.
+    fn current(&self) -> Result<Option<LowRank>> {
+        match &self.update {
+            Some(Update::Rows(rows)) => rows.update(self.placement).map(Some),
+            _ => Ok(self.low_rank().cloned()),
+        }
+    }
+
+    /// The bias with that of B.
+    fn with_bias_of_b_added(&self) -> Result<Option<Tensor>> {
+        let Some(Update::LowRank { factors, bias: Some(of_b) }) = &self.update else {
+            return Ok(self.bias.clone());
+        };
+        let of_b = if of_b.is_variable() { of_b.copy()? } else { of_b.clone() };
+        let compute = compute_dtype(of_b.dtype());
+        let scaled = (of_b.to_dtype(compute)? * factors.scaling())?;
+        let sum = match &self.bias {
+            Some(bias) => (bias.to_dtype(compute)? + scaled)?,
+            None => scaled,
+        };
+        sum.to_dtype(self.base.tensor().dtype()).map(Some)
     }
 
     /// Merges for [`Mode::Eval`], unless `merge_weights` is off or the base is quantised: a merged copy would
     /// be several times its size.
     fn state(&self, mode: Mode) -> Result<State> {
-        let merges = self.merge_weights && self.update.is_some() && self.base.blocks().is_none();
+        // A copy for some rows would be a second table.
+        let merges =
+            self.merge_weights && self.low_rank().is_some() && self.base.blocks().is_none();
         Ok(match mode {
             Mode::Train => State::Train,
             Mode::Eval if merges => State::Merged(self.merged_copy()?),
@@ -286,13 +351,13 @@ impl WeightTensors {
     /// Of the update: what each forward would compute again is computed once, as DoRA's norms, and an optimizer that
     /// writes the variables meanwhile waits for no forward.
     fn snapshot(&self) -> Result<Option<Arc<Snapshot>>> {
-        let Some(update) = &self.update else { return Ok(None) };
+        let Some(update) = self.current()? else { return Ok(None) };
         let snapshot = Snapshot { update: update.snapshot()?, bias: self.copied_bias()? };
         Ok(Some(Arc::new(snapshot)))
     }
 
     fn copied_bias(&self) -> Result<Option<Tensor>> {
-        self.bias.as_ref().map(|bias| Ok(bias.copy()?.detach())).transpose()
+        self.with_bias_of_b_added()?.map(|bias| Ok(bias.copy()?.detach())).transpose()
     }
 
     /// Copies, which later changes of the variables do not reach.
@@ -303,8 +368,11 @@ impl WeightTensors {
     /// The merged weight in W's layout, without a graph. The base is never written.
     pub fn merged(&self) -> Result<Tensor> {
         let base = self.base.dense()?;
-        let Some(update) = &self.update else {
-            return Ok(if base.is_variable() { base.copy()?.detach() } else { base.detach() });
+        let update = match &self.update {
+            None if base.is_variable() => return Ok(base.copy()?.detach()),
+            None => return Ok(base.detach()),
+            Some(Update::Rows(rows)) => return rows.merged(&base),
+            Some(Update::LowRank { factors, .. }) => factors,
         };
         let matrix = match self.placement {
             Placement::AsIs | Placement::Transposed => base.dims2()?,

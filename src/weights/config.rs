@@ -28,8 +28,11 @@ pub struct AdapterConfig {
     pub bias: Bias,
     /// Modules that the adapter contains as a whole, such as a new head.
     pub modules_to_save: Vec<String>,
-    /// The tokens whose rows the adapter replaces, by the path of the table, as PEFT's
-    /// `trainable_token_indices`. The rows are the adapter's tensor `trainable_tokens` at this path.
+    /// The tokens whose rows the adapter replaces, by the path of the table, as PEFT's `trainable_token_indices`. The rows
+    /// are the adapter's tensor `trainable_tokens` (tokens, dim) at this path. A new [`Adapter`](crate::Adapter) trains
+    /// them, from the base's values; a head that is tied to the table has them too. Its tables may be named by the end
+    /// of the path, and `""` is a model's input embeddings, if their name is one of transformers' (`embed_tokens`, `wte`,
+    /// `word_embeddings`, `embed_in`, `embeddings` or `shared`).
     pub trainable_token_indices: BTreeMap<String, Vec<usize>>,
     /// Whether a head that the base ties to a table of embeddings gets the table's change, as in MLX's models and by
     /// PEFT's option of this name. By default only a head that the adapter has itself changes.

@@ -65,6 +65,7 @@ pub(super) fn to_json(config: &AdapterConfig) -> Result<String> {
         fan_in_fan_out,
         rslora,
         use_dora,
+        lora_bias: _, // its tensors tell it
         conv_kernels: _,
         init_lora_weights: _,
         lora_dtype,
@@ -101,6 +102,7 @@ pub(super) fn from_json(text: &str) -> Result<AdapterConfig> {
             fan_in_fan_out: json.fan_in_fan_out,
             rslora: json.rslora,
             use_dora: json.use_dora,
+            lora_bias: false,
             conv_kernels: false,
             init_lora_weights: InitLoraWeights::Uniform,
             lora_dtype: json.lora_dtype.map(dtype).transpose()?,

@@ -38,5 +38,7 @@ pub use lora_weights::LoraWeights;
 pub(crate) use lora_weights::{is_close, is_equal, TokenRows};
 pub use resize::Resized;
 pub(crate) use selection::contains;
-pub(crate) use tied::{has_other_head, head_of, head_weight, is_tied, table_of, untied_table};
+pub(crate) use tied::{
+    has_other_head, head_of, head_weight, is_input_table, is_tied, table_of, untied_table,
+};
 pub(crate) use uniform::{common_alpha, common_rank_alpha, rescaled, uniform};

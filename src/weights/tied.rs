@@ -5,7 +5,7 @@
 //! which PEFT's `ensure_weight_tying` writes for each (the transposed factors, or an equal tensor).
 
 use super::{is_equal, LoraWeights};
-use crate::layers::{is_within, Part};
+use crate::layers::{ends_in, is_within, Part};
 use candle_core::Result;
 
 struct Tie {
@@ -51,6 +51,12 @@ const TIES: [Tie; 13] = [
 
 /// Layers that a model has in place of a language model's head.
 const OTHER_HEADS: [&str; 4] = ["score", "classifier", "qa_outputs", "classification_head"];
+
+/// Whether a table is named as the input embeddings of transformers' models.
+pub(crate) fn is_input_table(path: &str) -> bool {
+    let last = |path: &'static str| path.rsplit('.').next().unwrap_or(path);
+    TIES.iter().any(|tie| ends_in(path, last(tie.table)))
+}
 
 fn weight(path: &str) -> String {
     Part::Base("weight").at(path)

@@ -53,6 +53,13 @@ pub fn randn(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<T
     random::normal(shape)?.to_dtype(dtype)?.to_device(device)
 }
 
+/// The result is an error whose text has all these parts.
+pub fn says<T, E: ToString>(result: std::result::Result<T, E>, parts: &[&str]) {
+    let Err(error) = result else { panic!("no error, expected {parts:?}") };
+    let error = error.to_string();
+    assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+}
+
 /// Every value as f64.
 pub fn values(t: &Tensor) -> Result<Vec<f64>> {
     t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()

@@ -19,4 +19,5 @@ mod numbers;
 mod operations;
 mod peft_config;
 mod selection;
+mod token_rows;
 mod unread;

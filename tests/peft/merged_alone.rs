@@ -68,8 +68,8 @@ fn merging_from_file_to_file_agrees_with_peft() -> lora::Result<()> {
 }
 
 #[test]
-fn a_model_beside_the_base_is_refused() -> lora::Result<()> {
-    for (case, name) in CASES {
+fn a_model_with_parameters_beside_the_base_is_refused() -> lora::Result<()> {
+    for (case, name) in CASES.into_iter().filter(|(_, name)| name.contains("experts")) {
         let [base, ..] = model(case)?;
         let adapter = Adapter::load(folder(case), &CPU)?;
         let error = adapter.var_builder(vb(&base)).get(base[name].shape(), name).unwrap_err();

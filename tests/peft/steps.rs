@@ -4,14 +4,14 @@ use crate::common::difference;
 use crate::CPU;
 use candle_core::{DType, Module, Tensor};
 use candle_nn::{Conv1dConfig, Conv2dConfig, Optimizer, ParamsAdamW};
-use lora::nn::{conv1d, conv2d, embedding, linear, VarBuilder};
+use lora::nn::{conv1d, conv2d, embedding, linear, linear_no_bias, Embedding, Linear, VarBuilder};
 use lora::train::AdamW;
 use lora::utils::{read_state_dict, StateDict};
 use lora::{Adapter, Result};
 use loralib as lora;
 use std::path::{Path, PathBuf};
 
-const CASES: [&str; 10] = [
+const CASES: [&str; 14] = [
     "linear",
     "linear_dora",
     "embedding",
@@ -22,6 +22,10 @@ const CASES: [&str; 10] = [
     "conv2d",
     "conv2d_dora",
     "conv2d_wide",
+    "linear_bias",
+    "conv2d_bias",
+    "tokens_tied",
+    "tokens_untied",
 ];
 
 fn folder(case: &str) -> PathBuf {
@@ -35,10 +39,35 @@ fn of(case: &str) -> Result<StateDict> {
     Ok(all.into_iter().filter_map(own).collect())
 }
 
+/// A table, a layer and a head.
+struct TinyLm(Embedding, Linear, Linear);
+
+impl Module for TinyLm {
+    fn forward(&self, ids: &Tensor) -> candle_core::Result<Tensor> {
+        self.2.forward(&self.1.forward(&self.0.forward(ids)?)?.tanh()?)
+    }
+}
+
+impl TinyLm {
+    /// A tied head has the table's tensor, or reads its own name.
+    fn new(reads_head: bool, vb: VarBuilder) -> Result<Self> {
+        let table = embedding(9, 6, vb.pp("model.embed_tokens"))?;
+        let layer = linear(6, 6, vb.pp("model.q_proj"))?;
+        let head = match reads_head {
+            true => linear_no_bias(6, 9, vb.pp("lm_head"))?,
+            false => Linear::new(table.embeddings().clone(), None),
+        };
+        Ok(Self(table, layer, head))
+    }
+}
+
 fn layer(case: &str, vb: VarBuilder) -> Result<Box<dyn Module>> {
+    if case.starts_with("tokens") {
+        return Ok(Box::new(TinyLm::new(case == "tokens_untied", vb)?));
+    }
     let vb = vb.pp("layer");
     let padding = Conv2dConfig { padding: 1, stride: 2, ..Default::default() };
-    Ok(match case.trim_end_matches("_dora") {
+    Ok(match case.trim_end_matches("_dora").trim_end_matches("_bias") {
         "linear" => Box::new(linear(6, 5, vb)?),
         "embedding" => Box::new(embedding(9, 5, vb)?),
         "padding" => Box::new(embedding(9, 5, vb)?.with_padding_idx(2)?),

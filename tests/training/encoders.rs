@@ -133,8 +133,8 @@ fn only_trained_variables_get_gradients() -> Result<()> {
         assert_eq!(vars.all_vars().len(), expected, "{targets}");
         let (missing, constants) = trained(&fixture, &model, &vars)?;
         assert!(missing.is_empty(), "{targets}, {expected}: {missing:?}");
-        // candle's sum and product give one to the first residual's input and to the pooling weights.
-        assert!(constants <= 2, "{targets}, {expected}: {constants}");
+        // candle's sums and products give one to the first residual's input, and to the pooling's zeros and counts.
+        assert!(constants <= 3, "{targets}, {expected}: {constants}");
     }
     Ok(())
 }

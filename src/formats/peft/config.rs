@@ -144,6 +144,8 @@ impl PeftConfig {
         let fields = &self.fields;
         check_trained(fields)?;
         self.options.lora.conv_kernels = true;
+        self.options.lora.lora_bias = self.lora_bias;
+        self.options.trainable_token_indices = self.token_indices.by_table();
         self.options.lora.init_lora_weights = match &self.init_lora_weights {
             None => InitLoraWeights::Uniform,
             Some(Value::String(name)) => name.parse()?,
@@ -203,9 +205,7 @@ fn check_trained(fields: &Fields) -> Result<()> {
     let merged = "it is read and merged, but not trained";
     let refused = [
         ("ensure_weight_tying", "each layer has an adapter of its own"),
-        ("lora_bias", merged),
         ("target_parameters", merged),
-        ("trainable_token_indices", merged),
         ("velora_config", "gradients are not compressed"),
     ];
     match refused.into_iter().find(|(key, _)| fields.is_set(key)) {

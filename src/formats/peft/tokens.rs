@@ -26,6 +26,14 @@ impl Default for TokenIndices {
 }
 
 impl TokenIndices {
+    /// The indices by the tables' names; `""` is that of the input embeddings.
+    pub fn by_table(&self) -> BTreeMap<String, Vec<usize>> {
+        match self {
+            Self::Input(indices) => [(String::new(), indices.clone())].into(),
+            Self::Modules(modules) => modules.clone(),
+        }
+    }
+
     fn is_empty(&self) -> bool {
         match self {
             Self::Input(indices) => indices.is_empty(),

@@ -3,19 +3,12 @@
 use super::{cfg, Served};
 use crate::adapter::{base, ids, vb, Model};
 use crate::common::bits;
+use crate::common::says;
 use candle_core::{DType, Device, Tensor};
 use loralib::adapter::AdapterConfig;
 use loralib::layers::LayerKind;
 use loralib::utils::StateDict;
 use loralib::{save_state_dict, Adapter, Adapters, Bias, Result};
-
-fn says<T: std::fmt::Debug, E: ToString + std::fmt::Debug>(
-    result: std::result::Result<T, E>,
-    parts: &[&str],
-) {
-    let error = result.expect_err("an error").to_string();
-    assert!(parts.iter().all(|part| error.contains(part)), "{error}");
-}
 
 #[test]
 fn a_choice_that_cannot_be_made_is_an_error() -> Result<()> {
@@ -71,7 +64,7 @@ fn an_adapter_that_does_not_fit_is_not_added() -> Result<()> {
     let bias = plain().with_trainable(Bias::All)?;
     says(add(&loaded(bias, &[("head.bias", &[3])])?), &["\"head.bias\"", "base's own", "merged"]);
     let bias_of_b = loaded(plain(), &[("layers.1.up_proj.lora_bias", &[8])])?;
-    says(add(&bias_of_b), &["up_proj.weight", "lora_bias", "merged alone"]);
+    says(add(&bias_of_b), &["up_proj.lora_bias", "factors alone", "`Adapter::merged`"]);
     let parameter = plain().with_layer("layers.1.up_proj", LayerKind::Parameter { index: 0 });
     says(add(&loaded(parameter, &[])?), &["layers.1.up_proj", "merged alone"]);
     let module = Adapter::new(cfg(2, 3.)).targets(["up_proj"]).trainable(Bias::None.and("head"))?;
