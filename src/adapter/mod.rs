@@ -171,6 +171,12 @@ impl Adapter {
         Ok(self.with(|options| options.config = config))
     }
 
+    /// A module of [`trainable`](Self::trainable) of another size than the base's is new, as by transformers' option of
+    /// this name: a head for other labels, under the name that the base's has. Without it such a module is an error.
+    pub fn ignore_mismatched_sizes(self) -> Self {
+        self.with(|options| options.ignore_mismatched_sizes = true)
+    }
+
     /// Initialises new variables from a seed; see [`seeded`](crate::base::seeded). Dropout draws its masks from it too,
     /// on every device: a mask depends on the seed and on how many were drawn before, see
     /// [`dropout_position`](Self::dropout_position).

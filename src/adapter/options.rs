@@ -21,6 +21,8 @@ pub(crate) struct Options {
     pub layers: TransformerLayers,
     /// Ranks and alphas by PEFT's patterns; those of `config` come first.
     pub patterns: Patterns,
+    /// Whether a module that is trained as a whole may have other sizes than the base's.
+    pub ignore_mismatched_sizes: bool,
     pub seed: Option<u64>,
     /// The masks that are drawn from the seed.
     pub dropout: Option<Arc<DropoutStream>>,
@@ -41,6 +43,7 @@ impl Options {
             exclude: Targets::none(),
             layers: TransformerLayers::default(),
             patterns: Patterns::default(),
+            ignore_mismatched_sizes: false,
             seed: None,
             dropout: None,
             loaded: false,

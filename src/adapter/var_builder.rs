@@ -31,7 +31,8 @@ pub(crate) fn recorded<'a>(
                 let options = options.clone();
                 move |path: &str| options.selects(path)
             };
-            let vb = var_builder_with(base, vars, &options.config, selects);
+            let any_size = options.ignore_mismatched_sizes;
+            let vb = var_builder_with(base, vars, &options.config, any_size, selects);
             (options.seeded(vb), MergedOnly::new(&options.config))
         }
     };

@@ -10,6 +10,7 @@ pub(crate) mod cache;
 pub(crate) mod config;
 mod half_var_builder;
 pub(crate) mod quantized;
+mod resized_embeddings;
 mod safetensors_var_builder;
 mod seeded;
 pub(crate) mod source;
@@ -17,6 +18,7 @@ mod var_builder;
 
 pub use config::read_config;
 pub use half_var_builder::half_var_builder;
+pub use resized_embeddings::resized_embeddings;
 pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;
 pub use var_builder::var_builder;

@@ -6,7 +6,7 @@ use crate::layers::Part;
 use crate::utils::{variable, Trainable};
 use crate::weights::untied_table;
 use crate::{Error, Result};
-use candle_core::{Tensor, Var};
+use candle_core::{Shape, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use std::sync::PoisonError;
 
@@ -26,7 +26,7 @@ pub fn var_builder<'a>(
     adapter: &VarMap,
     trainable: impl Into<Trainable>,
 ) -> VarBuilder<'a> {
-    var_builder_with(base, adapter, trainable, |_| false)
+    var_builder_with(base, adapter, trainable, false, |_| false)
 }
 
 /// [`var_builder`] in which the layers whose path is `adapted` count as such before their factors exist,
@@ -35,11 +35,13 @@ pub(crate) fn var_builder_with<'a>(
     base: VarBuilder<'a>,
     adapter: &VarMap,
     trainable: impl Into<Trainable>,
+    ignore_mismatched_sizes: bool,
     adapted: impl Fn(&str) -> bool + Send + Sync + 'static,
 ) -> VarBuilder<'a> {
     let (dtype, device) = (base.dtype(), base.device().clone());
     let (adapter, trainable) = (adapter.clone(), trainable.into());
-    from_source(WithVariables { base, adapter, trainable, adapted }, dtype, &device)
+    let source = WithVariables { base, adapter, trainable, ignore_mismatched_sizes, adapted };
+    from_source(source, dtype, &device)
 }
 
 /// `base` with variables of `adapter` for what is trained.
@@ -47,6 +49,8 @@ struct WithVariables<'a, F> {
     base: VarBuilder<'a>,
     adapter: VarMap,
     trainable: Trainable,
+    /// Whether a module that is trained as a whole may have other sizes than the base's, and is new then.
+    ignore_mismatched_sizes: bool,
     /// Whether the layer of a path is adapted.
     adapted: F,
 }
@@ -86,8 +90,7 @@ impl<F: Fn(&str) -> bool> WithVariables<'_, F> {
 
     /// A new variable with the base's value or, if the base lacks a tensor that may be new, with its initialisation.
     fn create(&self, name: &str, wanted: &Wanted) -> Result<Var> {
-        let may_be_new = Part::parse(name).1.is_adapter() || self.trainable.in_module(name);
-        let var = match wanted.shape.filter(|_| may_be_new && self.source(name).is_none()) {
+        let var = match self.new_shape(name, wanted)? {
             Some(shape) => wanted.init.var(shape.clone(), wanted.dtype, wanted.device)?,
             None => {
                 let tensor = dequantized(self.frozen(name, wanted)?)?;
@@ -96,6 +99,33 @@ impl<F: Fn(&str) -> bool> WithVariables<'_, F> {
         };
         let mut data = self.adapter.data().lock().unwrap_or_else(PoisonError::into_inner);
         Ok(data.entry(name.to_owned()).or_insert(var).clone())
+    }
+}
+
+impl<F: Fn(&str) -> bool> WithVariables<'_, F> {
+    /// The shape of a tensor that is new. An error for one of a module of another size than the base's.
+    fn new_shape<'w>(&self, name: &str, wanted: &Wanted<'w>) -> Result<Option<&'w Shape>> {
+        let in_module = self.trainable.in_module(name);
+        let Some(shape) = wanted.shape.filter(|_| in_module || Part::parse(name).1.is_adapter())
+        else {
+            return Ok(None);
+        };
+        let Some(source) = self.source(name) else { return Ok(Some(shape)) };
+        let any = Wanted { shape: None, device: self.base.device(), ..*wanted };
+        // Some bases, such as `VarBuilder::zeros`, have no shape of their own.
+        let Ok(own) = self.base.tensor(&source, &any) else { return Ok(None) };
+        match own.dims() == shape.dims() {
+            true => Ok(None),
+            false if self.ignore_mismatched_sizes => Ok(Some(shape)),
+            false => {
+                let reason =
+                    "a new module of another size needs the adapter's `ignore_mismatched_sizes`";
+                wanted
+                    .check(name, own.dims())
+                    .map_err(|e| Error::Invalid(format!("{e}; {reason}")))?;
+                Ok(None)
+            }
+        }
     }
 }
 

@@ -86,7 +86,8 @@ impl Trainable {
 
     /// Adds a module: every variable with these components in its path. `"classifier"` selects
     /// `classifier.weight` and `bert.classifier.bias`. If the base has the module, it is initialised with
-    /// the base's values: a head of another size needs another name.
+    /// the base's values; for a head of another size see
+    /// [`Adapter::ignore_mismatched_sizes`](crate::Adapter::ignore_mismatched_sizes).
     pub fn and(mut self, module: impl Into<String>) -> Self {
         self.modules.push(module.into());
         self

@@ -39,6 +39,7 @@ pub(crate) use lora_weights::{is_close, is_equal, TokenRows};
 pub use resize::Resized;
 pub(crate) use selection::contains;
 pub(crate) use tied::{
-    has_other_head, head_of, head_weight, is_input_table, is_tied, table_of, untied_table,
+    has_other_head, head_of, head_weight, is_input_table, is_output_head, is_tied, table_of,
+    untied_table,
 };
 pub(crate) use uniform::{common_alpha, common_rank_alpha, rescaled, uniform};

@@ -58,6 +58,11 @@ pub(crate) fn is_input_table(path: &str) -> bool {
     TIES.iter().any(|tie| ends_in(path, last(tie.table)))
 }
 
+/// Whether a layer is named as a head that transformers' models may tie to their input embeddings.
+pub(crate) fn is_output_head(path: &str) -> bool {
+    TIES.iter().any(|tie| ends_in(path, tie.head))
+}
+
 fn weight(path: &str) -> String {
     Part::Base("weight").at(path)
 }

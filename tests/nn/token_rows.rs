@@ -288,3 +288,76 @@ fn the_bias_of_b_adds_to_the_layer_s() -> Result<()> {
     says(fused, &["lora_bias"]);
     Ok(())
 }
+
+/// New tokens: the base's table and head have fewer rows than the model.
+#[test]
+fn rows_for_new_tokens_are_the_mean_of_the_others_and_are_trained() -> Result<()> {
+    let mut base = base()?;
+    let larger = |vb: &VarBuilder, head: &str| -> Result<(Embedding, Linear)> {
+        let table = embedding(11, 32, vb.pp(TABLE))?;
+        Ok((table, linear_no_bias(32, 11, vb.pp(head))?))
+    };
+    for has_head in [false, true] {
+        if has_head {
+            base.insert("lm_head.weight".to_owned(), randn(&[9, 32], DType::F32, &CPU)?);
+        }
+        let resized = || lora::base::resized_embeddings(vb(&base, DType::F32));
+        let mut config = config(&[9, 10]);
+        if has_head {
+            config.trainable_token_indices.insert("lm_head".to_owned(), vec![10, 9]);
+        }
+        let adapter = Adapter::new(config);
+        let (table, head) = larger(&adapter.var_builder(resized()), "lm_head")?;
+        adapter.check()?;
+        let own = &base["model.embed_tokens.weight"];
+        let new = table.forward(&Tensor::new(&[9u32, 10, 3], &CPU)?)?;
+        for row in 0..2 {
+            assert!(difference(&new.get(row)?, &own.mean(0)?)? < 1e-6);
+        }
+        assert_eq!(difference(&new.get(2)?, &own.get(3)?)?, 0.);
+        moved(&adapter)?;
+        assert_eq!(adapter.named_vars()?.len(), 1 + usize::from(has_head));
+        let x = randn(&[2, 32], DType::F32, &CPU)?;
+        let (rows, logits) = (table.forward(&Tensor::new(&[10u32, 9], &CPU)?)?, head.forward(&x)?);
+        // Loaded beside a base that is resized again, and merged into it.
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("adapter.safetensors");
+        adapter.save(&path)?;
+        let again = Adapter::load(&path, &CPU)?;
+        for vb in [again.var_builder(resized()), again.merged(resized())?] {
+            let (table, head) = larger(&vb, "lm_head")?;
+            let own = table.forward(&Tensor::new(&[10u32, 9], &CPU)?)?;
+            assert!(difference(&own, &rows)? < 1e-6);
+            assert!(difference(&head.forward(&x)?, &logits)? < 1e-5);
+        }
+    }
+    let smaller = embedding(8, 32, lora::base::resized_embeddings(vb(&base, DType::F32)).pp(TABLE));
+    says(smaller, &["[9, 32]", "[8, 32]"]);
+    says(larger(&vb(&base, DType::F32), "lm_head"), &["[9, 32]", "[11, 32]"]);
+    Ok(())
+}
+
+#[test]
+fn a_head_of_another_size_has_the_base_s_name_if_it_may() -> Result<()> {
+    let mut base = base()?;
+    base.insert("classifier.weight".to_owned(), randn(&[2, 32], DType::F32, &CPU)?);
+    base.insert("classifier.bias".to_owned(), randn(&[2], DType::F32, &CPU)?);
+    let new = |adapter: &Adapter, labels| {
+        lora::nn::linear(32, labels, adapter.var_builder(vb(&base, DType::F32)).pp("classifier"))
+    };
+    let head = || Adapter::new(CFG).trainable(Bias::None.and("classifier"));
+    says(new(&head()?, 5), &["classifier.weight", "[2, 32]", "[5, 32]", "ignore_mismatched_sizes"]);
+    let adapter = head()?.ignore_mismatched_sizes().seed(0);
+    let layer = new(&adapter, 5)?;
+    assert_eq!(adapter.named_vars()?["classifier.weight"].dims(), [5, 32]);
+    assert!(layer.weight().abs()?.max_all()?.to_scalar::<f32>()? > 0.);
+    // One of the same size keeps the base's values.
+    let same = new(&head()?.ignore_mismatched_sizes(), 2)?;
+    assert_eq!(difference(same.weight(), &base["classifier.weight"])?, 0.);
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("adapter.safetensors");
+    adapter.save(&path)?;
+    let again = Adapter::load(&path, &CPU)?;
+    assert_eq!(difference(new(&again, 5)?.weight(), layer.weight())?, 0.);
+    Ok(())
+}

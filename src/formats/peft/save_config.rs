@@ -15,8 +15,11 @@ pub(crate) fn config_json(
     weights: &LoraWeights,
 ) -> Result<String> {
     let own = layers.iter().map(|(_, own)| (own.r, own.lora_alpha));
-    let (r, alpha) = common_rank_alpha(&config.lora, own)
-        .ok_or_else(|| Error::Invalid("the adapter has no layers".to_owned()))?;
+    let (r, alpha) = common_rank_alpha(&config.lora, own).ok_or_else(|| {
+        let reason =
+            "the adapter has no layers, and PEFT's format needs one: save it in this crate's own";
+        Error::Invalid(reason.to_owned())
+    })?;
     let pattern = |own: &dyn Fn(&Factors) -> Option<Value>| -> Map<String, Value> {
         let own = layers.iter().filter_map(|(path, factors)| {
             own(factors).map(|value| (pattern_for(path, layers), value))
