@@ -26,7 +26,7 @@ impl Adapter {
         tensors.extend(self.options.frozen.clone());
         // A layer of rank 0 has options and no tensors.
         let mut weights = LoraWeights::parse(self.config(), &tensors)?;
-        add_tied(&mut weights, self.tied());
+        add_tied(&mut weights, self.tied())?;
         Ok(weights)
     }
 

@@ -47,6 +47,8 @@ pub(crate) struct Adapted {
     pub layers: BTreeMap<String, LayerConfig>,
     /// The rows of tables that are trained, by the tables' paths.
     pub tokens: BTreeMap<String, Vec<usize>>,
+    /// The heads that follow the updates of tables, by their paths, and the tables'.
+    pub tied: BTreeMap<String, String>,
     /// Why the last layer at a path could not be adapted. An earlier model may have one that is.
     pub failures: BTreeMap<String, String>,
 }

@@ -6,11 +6,12 @@ use super::state::{self, State};
 use crate::base::var_builder;
 use crate::layers::binding::active::LayerId;
 use crate::layers::binding::target::TargetModule;
+use crate::layers::Part;
 use crate::layers::{
     adapt, LayerKind, LoraConfig, Mode, Placement, SharedWeight, Weight, WeightTensors,
 };
-use crate::utils::Trainable;
-use crate::weights::LayerConfig;
+use crate::utils::{variable, Trainable};
+use crate::weights::{head_of, LayerConfig};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use std::collections::HashMap;
@@ -45,8 +46,9 @@ impl TargetModule for Target {
         let is_first = is_first && !self.record.is_of_other(&self.path, &kind);
         self.record.built(&self.path, &kind, is_first);
         let rows = self.adapter.as_ref().and_then(|adapter| self.with_rows(adapter, weight, &kind));
-        let layer = match (rows, &self.adapter) {
-            (Some(rows), Some(adapter)) => self.shared_rows(adapter, rows, bias),
+        let tied = || self.tied(self.adapter.as_ref()?, weight, &kind, is_first);
+        let layer = match (rows.or_else(tied), &self.adapter) {
+            (Some(own), Some(adapter)) => self.shared(adapter, own, bias),
             // A variable is of a module that is trained as a whole.
             _ if !is_first || weight.is_variable() => None,
             (_, None) => self.without_update(weight, bias, &kind),
@@ -98,9 +100,10 @@ impl Target {
                 return Err("it has trainable_token_indices, and is trained as a whole".to_owned());
             }
             if options.selects(&self.path) && options.adapts(kind) {
-                return Err(
-                    "it has trainable_token_indices, and is a target of the adapter".to_owned()
-                );
+                return Err(format!(
+                    "it has trainable_token_indices, and {:?} is a target of the adapter: its rows are trained, or factors",
+                    self.path
+                ));
             }
             let vb = var_builder(
                 no_tensors(weight.dtype(), weight.device()),
@@ -117,14 +120,62 @@ impl Target {
         Some(rows)
     }
 
-    fn shared_rows(
+    /// A head whose update is that of the table that it is tied to, if the adapter says so.
+    fn tied(
         &self,
         adapter: &AdapterParts,
-        rows: Result<WeightTensors, String>,
+        weight: &Tensor,
+        kind: &LayerKind,
+        is_first: bool,
+    ) -> Option<Result<WeightTensors, String>> {
+        let AdapterParts { options, vars, state } = adapter;
+        if !options.config.ensure_weight_tying || weight.is_variable() || *kind != LayerKind::Linear
+        {
+            return None;
+        }
+        let shares = || self.record.is_of_other(&self.path, kind).then_some(&self.path);
+        let table = self.table.as_ref().or_else(|| shares().filter(|_| !is_first))?;
+        let has_own = self.table.is_some() && variable(vars, &Part::A.at(&self.path)).is_some();
+        if has_own || !(options.selects(table) && options.adapts(&LayerKind::Embedding)) {
+            return None;
+        }
+        let tied = || {
+            let (own, _) = adapted(options, vars, table, weight, &LayerKind::Embedding)?;
+            let Some(update) = own.low_rank() else { return Ok(None) };
+            if update.magnitude().is_some() {
+                return Err("with use_dora a tied head has other magnitudes than its table: \
+                            ensure_weight_tying is for LoRA alone"
+                    .to_owned());
+            }
+            Ok(Some(WeightTensors::tied(weight.clone(), update.clone(), &options.config.lora)))
+        };
+        let (tied, mut state) = (tied().transpose()?, state::lock(state));
+        match &tied {
+            Ok(_) => {
+                let head = self.head_of(table);
+                state.adapted.tied.extend(head.map(|head| (head, table.clone())));
+            }
+            Err(reason) => state.adapted.insert(table, Err(reason.clone())),
+        }
+        Some(tied)
+    }
+
+    /// The path of the head that is tied to a table: its own, or by the table's name if it has the table's.
+    fn head_of(&self, table: &str) -> Option<String> {
+        match self.table {
+            Some(_) => Some(self.path.clone()),
+            None => head_of(table, |name| self.record.has(name)),
+        }
+    }
+
+    fn shared(
+        &self,
+        adapter: &AdapterParts,
+        tensors: Result<WeightTensors, String>,
         bias: Option<&Tensor>,
     ) -> Option<Arc<SharedWeight>> {
         let mode = state::lock(&adapter.state).mode();
-        rows.ok()?.with_bias(bias.cloned()).shared(mode, self.id()).ok()
+        tensors.ok()?.with_bias(bias.cloned()).shared(mode, self.id()).ok()
     }
 
     fn adapted(

@@ -19,6 +19,9 @@ impl Adapter {
     pub(super) fn tied(&self) -> BTreeMap<String, String> {
         let mut tied = self.options.tied.clone();
         tied.extend(tied_in_models(&self.vars, &self.record));
+        let weight = |path: &String| Part::Base("weight").at(path);
+        let updates = self.state().adapted.tied.clone().into_iter();
+        tied.extend(updates.map(|(head, table)| (weight(&head), weight(&table))));
         tied
     }
 }
@@ -49,11 +52,12 @@ pub(super) fn check_tied(
     let tied: BTreeSet<_> = record.tied().into_iter().map(|(path, _)| path).collect();
     let has_head = |path: &&String| {
         let of_own_name = record.has_head_of(&Part::Base("weight").at(path));
-        tied.contains(*path) || (of_own_name && !has_factors_of_head(path, adapted))
+        let is_tied = tied.contains(*path) || (of_own_name && !has_factors_of_head(path, adapted));
+        is_tied && !adapted.tied.values().any(|table| table == *path)
     };
     if let Some(path) = adapted.layers.keys().filter(|_| follows).find(has_head) {
-        let reason = "with ensure_weight_tying the model's head, which is tied to it, has the update too: merge the \
-                      adapter, or build the model on `Adapter::merged`";
+        let reason = "with ensure_weight_tying the model's head, which is tied to it, has the update too: build the model \
+                      on the adapter's own `var_builder` or on `Adapter::merged`";
         return Err(Error::tensor(Part::A.at(path), reason));
     }
     let mut tied = tied_in_models(vars, record).into_iter();
@@ -78,6 +82,10 @@ fn has_factors_of_head(table: &str, adapted: &Adapted) -> bool {
 /// Takes the heads that are trained as one tensor with a table out of an adapter: the weights' names, and the tables'.
 pub(super) fn take_tied(weights: &mut LoraWeights) -> Result<BTreeMap<String, String>> {
     let mut tied = BTreeMap::new();
+    for (head, table) in weights.tied_updates()? {
+        weights.layers.remove(Part::parse(&head).0);
+        tied.insert(head, table);
+    }
     for (head, table) in weights.tied_modules()? {
         weights.others.remove(&head);
         let others = &weights.others;
@@ -89,11 +97,20 @@ pub(super) fn take_tied(weights: &mut LoraWeights) -> Result<BTreeMap<String, St
 }
 
 /// Adds them again.
-pub(super) fn add_tied(weights: &mut LoraWeights, tied: BTreeMap<String, String>) {
+pub(super) fn add_tied(weights: &mut LoraWeights, tied: BTreeMap<String, String>) -> Result<()> {
     for (head, table) in tied {
+        let (head_path, table_path) = (Part::parse(&head).0, Part::parse(&table).0);
+        let update = weights.layers.get(table_path);
+        if let Some(layer) = update.filter(|_| !weights.layers.contains_key(head_path)) {
+            let transposed = layer.transposed(LayerKind::Linear)?;
+            weights.layers.insert(head_path.to_owned(), transposed);
+            weights.options.ensure_weight_tying = true;
+            continue;
+        }
         let Some(tensor) = weights.others.get(&table).cloned() else { continue };
         weights.options.ensure_weight_tying = true;
         weights.options.modules_to_save.push(Part::parse(&head).0.to_owned());
         weights.others.insert(head, tensor);
     }
+    Ok(())
 }

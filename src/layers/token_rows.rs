@@ -4,7 +4,6 @@ use super::binding::placeholder::Base;
 use super::config::LoraConfig;
 use super::initial::set;
 use super::names::Part;
-use super::placement::Placement;
 use crate::ops::{compute_dtype, is_finite, LowRank, Matrix, Split};
 use candle_core::{bail, Result, Tensor};
 use candle_nn::init::ZERO;
@@ -63,14 +62,14 @@ impl TokenRows {
     }
 
     /// What they add to the base, as an update of the rank of their number: the changes of the rows times which they
-    /// are.
-    pub fn update(&self, placement: Placement) -> Result<LowRank> {
+    /// are; `transposed` for an embedding.
+    pub fn update(&self, transposed: bool) -> Result<LowRank> {
         // A copy, since an optimizer may write the variable; see `LowRank::copied`.
         let rows = if self.rows.is_variable() { self.rows.copy()? } else { self.rows.clone() };
         let changes = (rows.to_dtype(self.originals.dtype())? - &self.originals)?;
-        let (a, b) = match placement {
-            Placement::Transposed => (self.which.t()?, changes.t()?),
-            Placement::AsIs | Placement::Reshaped => (changes, self.which.clone()),
+        let (a, b) = match transposed {
+            true => (self.which.t()?, changes.t()?),
+            false => (changes, self.which.clone()),
         };
         let (ranks, outputs) = (0..a.dim(0)?, 0..b.dim(0)?);
         let split = Split { outputs: outputs.clone(), ranks, b_rows: outputs };

@@ -46,6 +46,8 @@ enum Update {
         bias: Option<Tensor>,
     },
     Rows(TokenRows),
+    /// Of a head that is tied to a table: the table's factors, transposed.
+    Tied(LowRank),
 }
 
 #[derive(Debug, Clone)]
@@ -237,6 +239,7 @@ impl Update {
         match self {
             Self::LowRank { factors, bias } => factors.variables().chain(bias).collect(),
             Self::Rows(rows) => vec![rows.trained()],
+            Self::Tied(table) => table.variables().collect(),
         }
     }
 }
@@ -260,6 +263,13 @@ impl WeightTensors {
         };
         let update = update.map(|factors| Update::LowRank { factors, bias: None });
         Ok(Self { base, bias: None, update, placement, merge_weights: cfg.merge_weights })
+    }
+
+    /// A head (num, dim) with the update of the table (num, dim) that it is tied to.
+    pub fn tied(base: Tensor, table: LowRank, cfg: &LoraConfig) -> Self {
+        let (base, update) = (Base::new(base).detach(), Some(Update::Tied(table)));
+        let placement = Placement::AsIs;
+        Self { base, bias: None, update, placement, merge_weights: cfg.merge_weights }
     }
 
     /// With the bias of B, if it has one.
@@ -308,14 +318,17 @@ impl WeightTensors {
     pub fn low_rank(&self) -> Option<&LowRank> {
         match &self.update {
             Some(Update::LowRank { factors, .. }) => Some(factors),
-            Some(Update::Rows(_)) | None => None,
+            Some(Update::Rows(_) | Update::Tied(_)) | None => None,
         }
     }
 
     /// What a forward adds to the weight.
     fn current(&self) -> Result<Option<LowRank>> {
         match &self.update {
-            Some(Update::Rows(rows)) => rows.update(self.placement).map(Some),
+            Some(Update::Rows(rows)) => {
+                rows.update(self.placement == Placement::Transposed).map(Some)
+            }
+            Some(Update::Tied(table)) => table.copied()?.transposed().map(Some),
             _ => Ok(self.low_rank().cloned()),
         }
     }
@@ -339,8 +352,8 @@ impl WeightTensors {
     /// be several times its size.
     fn state(&self, mode: Mode) -> Result<State> {
         // A copy for some rows would be a second table.
-        let merges =
-            self.merge_weights && self.low_rank().is_some() && self.base.blocks().is_none();
+        let is_matrix = !matches!(self.update, None | Some(Update::Rows(_)));
+        let merges = self.merge_weights && is_matrix && self.base.blocks().is_none();
         Ok(match mode {
             Mode::Train => State::Train,
             Mode::Eval if merges => State::Merged(self.merged_copy()?),
@@ -368,11 +381,11 @@ impl WeightTensors {
     /// The merged weight in W's layout, without a graph. The base is never written.
     pub fn merged(&self) -> Result<Tensor> {
         let base = self.base.dense()?;
-        let update = match &self.update {
-            None if base.is_variable() => return Ok(base.copy()?.detach()),
-            None => return Ok(base.detach()),
-            Some(Update::Rows(rows)) => return rows.merged(&base),
-            Some(Update::LowRank { factors, .. }) => factors,
+        if let Some(Update::Rows(rows)) = &self.update {
+            return rows.merged(&base);
+        }
+        let Some(update) = self.current()? else {
+            return Ok(if base.is_variable() { base.copy()?.detach() } else { base.detach() });
         };
         let matrix = match self.placement {
             Placement::AsIs | Placement::Transposed => base.dims2()?,

@@ -129,6 +129,14 @@ impl LowRank {
         Self { initial: Some([a0.detach(), b0.detach()]), ..self }
     }
 
+    /// The update of the transposed weight, without dropout.
+    pub fn transposed(&self) -> Result<Self> {
+        let (a, b) = (self.b.t()?, self.a.t()?);
+        let rows = 0..b.dim(0)?;
+        let split = Split { outputs: rows.clone(), ranks: 0..a.dim(0)?, b_rows: rows };
+        Ok(Self::new(a, b, self.scaling, 0., vec![split]))
+    }
+
     /// The same update with the initial factors in A and B, for computing with it.
     pub fn joined(&self) -> Result<Cow<'_, Self>> {
         let Some([a0, b0]) = &self.initial else { return Ok(Cow::Borrowed(self)) };

@@ -57,6 +57,12 @@ impl LayerWeights {
         }
     }
 
+    /// The update of the transposed weight, of a layer of another kind.
+    pub(crate) fn transposed(&self, kind: LayerKind) -> Result<Self> {
+        let (a, b) = (self.b.t()?.contiguous()?, self.a.t()?.contiguous()?);
+        Ok(Self { kind: Some(kind), a, b, ..self.clone() })
+    }
+
     /// Whether this is a parameter that is no layer's weight.
     pub(crate) fn is_parameter(&self) -> bool {
         matches!(self.kind, Some(LayerKind::Parameter { .. }))

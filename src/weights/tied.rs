@@ -131,6 +131,23 @@ impl LoraWeights {
         self.layers.keys().map(String::as_str).find(|path| lacks_head(path))
     }
 
+    /// The weights of heads with the transposed factors of tables, and of these tables, with `ensure_weight_tying`.
+    pub(crate) fn tied_updates(&self) -> Result<Vec<(String, String)>> {
+        let mut tied = vec![];
+        for (path, layer) in self.layers.iter().filter(|_| self.options.ensure_weight_tying) {
+            for head in heads_of(path).map(|(head, _)| head) {
+                let Some(own) = self.layers.get(&head) else { continue };
+                if layer.magnitude.is_none()
+                    && is_equal(&own.a, &layer.b.t()?)?
+                    && is_equal(&own.b, &layer.a.t()?)?
+                {
+                    tied.push((weight(&head), weight(path)));
+                }
+            }
+        }
+        Ok(tied)
+    }
+
     /// The weights of heads and tables that are trained as one tensor, which the adapter has for each: equal ones are not
     /// enough, since two that are trained apart are equal before the first step.
     pub(crate) fn tied_modules(&self) -> Result<Vec<(String, String)>> {

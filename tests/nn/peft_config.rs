@@ -170,7 +170,6 @@ fn options_that_a_new_adapter_cannot_have_are_named() {
         ("init_lora_weights", json!(false)),
         ("init_lora_weights", json!("corda")),
         ("init_lora_weights", json!("pissa_niter_")),
-        ("ensure_weight_tying", json!(true)),
         ("use_dora", json!("yes")),
         ("lora_dropout", json!(1.0)),
         ("target_parameters", json!(["mlp.experts.up"])),

@@ -243,7 +243,7 @@ fn rows_that_cannot_be_trained_are_refused_by_name() -> Result<()> {
     other.trainable_token_indices.insert("wte".to_owned(), vec![2]);
     says(check(new(other)), &["trainable_token_indices has \"wte\"", "embed_tokens"]);
     let both = Adapter::new(config(&[1])).targets(["q_proj", "embed_tokens"]);
-    says(check(both), &[TABLE, "trainable_token_indices", "a target"]);
+    says(check(both), &[TABLE, "trainable_token_indices", "is a target"]);
     let whole = new(config(&[1])).trainable(Bias::None.and("embed_tokens"))?;
     says(check(whole), &[TABLE, "trainable_token_indices", "as a whole"]);
     let set = Adapters::new();

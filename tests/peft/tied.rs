@@ -1,8 +1,9 @@
 //! Models that tie their head to the embeddings, beside what PEFT computes (`fixtures/tied.py`).
 
-use crate::common::{difference, randn};
+use crate::common::{difference, randn, says};
 use crate::CPU;
 use candle_core::{DType, Module, Tensor};
+use lora::adapter::AdapterConfig;
 use lora::merge::{merge_files, merge_into};
 use lora::nn::{embedding, linear_no_bias, Embedding, Linear, VarBuilder};
 use lora::utils::{read_state_dict, StateDict};
@@ -31,9 +32,6 @@ const PAIRS: [&str; 4] = [
 ];
 /// The head computes with the embeddings.
 const TIED: [&str; 2] = ["table_tied", "rows"];
-/// Rows of a table are merged alone.
-const MERGED_ALONE: [&str; 2] = ["rows", "rows_and_lora_head"];
-
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 const Q: &str = "model.layers.0.self_attn.q_proj";
@@ -89,11 +87,9 @@ fn pairs_of_changes_are_those_of_peft() -> Result<()> {
         if adapter.check().is_ok() {
             merged.assert_peft_s(case)?;
         }
-        if !MERGED_ALONE.contains(&case) {
-            let adapter = Adapter::load(folder(case), &CPU)?;
-            let _model = Model::new(&adapter.var_builder(vb(&base()?)), true)?;
-            assert!(adapter.check().is_err(), "{case}");
-        }
+        let adapter = Adapter::load(folder(case), &CPU)?;
+        let _model = Model::new(&adapter.var_builder(vb(&base()?)), true)?;
+        assert!(adapter.check().is_err(), "{case}");
     }
     Ok(())
 }
@@ -166,20 +162,73 @@ fn a_run_is_not_restored_where_the_head_is_another_one() -> Result<()> {
     Ok(())
 }
 
-/// As in MLX; a layer of this crate does not follow another.
+/// As in MLX, and by PEFT's `ensure_weight_tying`.
 #[test]
-fn a_head_that_should_follow_an_update_is_an_error_beside_the_base() -> Result<()> {
+fn a_head_follows_the_update_of_its_table() -> Result<()> {
     let weights = peft::load(folder("lora_table"), &CPU)?;
     let mut config = weights.config();
     config.ensure_weight_tying = true;
     let mut tensors = weights.state_dict();
     tensors.remove(TABLE);
     let weights = lora::LoraWeights::new(config, tensors)?;
+    let dir = tempfile::tempdir()?;
     for is_tied in [false, true] {
         let adapter = Adapter::from_weights(&weights)?;
+        let model = Model::new(&adapter.var_builder(vb(&base()?)), is_tied)?;
+        adapter.check()?;
+        let merged = merge_into(&base()?, &weights)?;
+        let x = randn(&[3, HIDDEN], DType::F32, &CPU)?;
+        let expected = x.matmul(&merged[TABLE].t()?)?;
+        assert!(difference(&model.head.forward(&x)?, &expected)? < 1e-5);
+        // The gradient of the table's factors is the sum of both layers'.
+        let ids = Tensor::new(&[3u32, 5, 5], &CPU)?;
+        let y =
+            (model.head.forward(&model.embed.forward(&ids)?)? * expected.detach())?.sum_all()?;
+        let grads = y.backward()?;
+        let [a, b] = ["lora_A", "lora_B"].map(|name| {
+            adapter.named_vars().map(|v| v[&format!("model.embed_tokens.{name}")].clone())
+        });
+        let (a, b) = (a?, b?);
+        let loss = || -> Result<f64> {
+            let table = (&base()?[TABLE] + (a.t()?.matmul(&b.t()?)? * 1.5)?)?;
+            let y = table.index_select(&ids, 0)?.matmul(&table.t()?)?;
+            Ok(f64::from((y * &expected)?.sum_all()?.to_scalar::<f32>()?))
+        };
+        let direction = randn(a.dims(), DType::F32, &CPU)?;
+        let at = a.copy()?;
+        let mut moved = [0.; 2];
+        for (value, by) in moved.iter_mut().zip([1e-2, -1e-2]) {
+            a.set(&(&at + (&direction * by)?)?)?;
+            *value = loss()?;
+        }
+        a.set(&at)?;
+        let slope = (moved[0] - moved[1]) / 2e-2;
+        let own = (grads.get(&a).unwrap() * &direction)?.sum_all()?.to_scalar::<f32>()?;
+        assert!((f64::from(own) - slope).abs() < 1e-2 * slope.abs().max(1.), "{own} {slope}");
+        adapter.eval()?;
+        assert!(difference(&model.head.forward(&x)?, &expected)? < 1e-5);
+        // In files the head has the factors too, and is one with the table again.
+        for path in [dir.path().join("own.safetensors"), dir.path().join("peft")] {
+            match path.extension() {
+                Some(_) => adapter.save(&path)?,
+                None => adapter.save_pretrained(&path)?,
+            }
+            let again = Adapter::load(&path, &CPU)?;
+            assert_eq!(again.named_vars()?.len(), 4);
+            let weights = again.weights()?;
+            let [head, table] = ["lm_head", "model.embed_tokens"]
+                .map(|path| weights.layers().find(|(own, _)| *own == path).unwrap().1);
+            assert_eq!(difference(&head.a, &table.b.t()?)?, 0.);
+            let model = Model::new(&again.var_builder(vb(&base()?)), is_tied)?;
+            again.check()?;
+            assert!(difference(&model.head.forward(&x)?, &expected)? < 1e-5);
+        }
+        let dora = LoraConfig { r: 2, lora_alpha: 3., use_dora: true, ..Default::default() };
+        let mut config = AdapterConfig::from(dora);
+        config.ensure_weight_tying = true;
+        let adapter = Adapter::new(config).targets(["embed_tokens"]);
         let _model = Model::new(&adapter.var_builder(vb(&base()?)), is_tied)?;
-        let error = adapter.check().unwrap_err().to_string();
-        assert!(error.contains("ensure_weight_tying"), "{error}");
+        says(adapter.check(), &["model.embed_tokens", "use_dora", "ensure_weight_tying"]);
         let set = lora::Adapters::new();
         let _model = Model::new(&set.var_builder(vb(&base()?)), is_tied)?;
         assert!(set.add("a", &Adapter::from_weights(&weights)?).is_err());
@@ -269,11 +318,13 @@ fn a_model_without_tying_computes_as_peft_s() -> Result<()> {
         let model = Model::new(&adapter.merged(vb(&base()?))?, false)?;
         adapter.check()?;
         model.assert_peft_s(case)?;
-        if MERGED_ALONE.contains(&case) {
-            continue;
-        }
         let adapter = Adapter::load(folder(case), &CPU)?;
         let model = Model::new(&adapter.var_builder(vb(&base()?)), false)?;
+        if case == "rows_and_lora_head" {
+            // One layer has the rows or factors.
+            says(adapter.check(), &["lm_head", "trainable_token_indices"]);
+            continue;
+        }
         adapter.check()?;
         model.assert_peft_s(case)?;
         adapter.eval()?;
@@ -292,12 +343,9 @@ fn a_model_with_tying_computes_as_peft_s_or_check_is_an_error() -> Result<()> {
             Err(e) => assert!(e.to_string().contains("tie_word_embeddings: false"), "{case}: {e}"),
         }
         assert_eq!(adapter.check().is_ok(), TIED.contains(&case), "{case}");
-        if MERGED_ALONE.contains(&case) {
-            continue;
-        }
         let adapter = Adapter::load(folder(case), &CPU)?;
         let model = Model::new(&adapter.var_builder(vb(&base()?)), true)?;
-        let fits = ["table_tied", "lora_table", "dora_table"].contains(&case);
+        let fits = ["table_tied", "lora_table", "dora_table", "rows"].contains(&case);
         assert_eq!(adapter.check().is_ok(), fits, "{case}");
         if fits {
             model.assert_peft_s(case)?;

@@ -203,11 +203,8 @@ fn changed_base(init: &Value) -> String {
 /// An error for options that count in training alone, or that are only read and merged.
 fn check_trained(fields: &Fields) -> Result<()> {
     let merged = "it is read and merged, but not trained";
-    let refused = [
-        ("ensure_weight_tying", "each layer has an adapter of its own"),
-        ("target_parameters", merged),
-        ("velora_config", "gradients are not compressed"),
-    ];
+    let refused =
+        [("target_parameters", merged), ("velora_config", "gradients are not compressed")];
     match refused.into_iter().find(|(key, _)| fields.is_set(key)) {
         Some((key, reason)) => Err(fields.unsupported(key, reason)),
         None if fields.get::<f64>("lora_dropout")? == Some(1.) => {
