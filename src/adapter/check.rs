@@ -7,7 +7,7 @@ use super::tied::check_tied;
 use super::Adapter;
 use crate::layers::Part;
 use crate::utils::{variable, variables, Trainable};
-use crate::weights::{is_equal, Bias};
+use crate::weights::{is_equal, is_fused_expert, Bias};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarMap;
@@ -152,9 +152,13 @@ fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) 
         }
     }
     let Some(name) = unread.first() else { return Ok(()) };
-    let reason = match Part::parse(name).1.is_lora() {
-        true => "the model has no such layer",
-        false => "the model does not read it",
+    let reason = match Part::parse(name) {
+        (path, part) if part.is_lora() && is_fused_expert(path) => {
+            "the model does not read it: for one with a layer for each expert, split the adapter's by \
+             `LoraWeights::split_experts`"
+        }
+        (_, part) if part.is_lora() => "the model has no such layer",
+        _ => "the model does not read it",
     };
     let tied = record.tied();
     let hint = tied.first().map_or_else(String::new, |(path, kinds)| {

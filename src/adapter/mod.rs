@@ -30,7 +30,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use target::AdapterParts;
 
-pub use crate::weights::{AdapterConfig, LayerConfig, LayerWeights, LoraWeights, Resized};
+pub use crate::weights::{
+    AdapterConfig, ExpertNames, LayerConfig, LayerWeights, LoraWeights, Resized,
+};
 pub use choice::Choice;
 pub use targets::Targets;
 

@@ -35,7 +35,7 @@ impl Plan {
         dims: impl Fn(&str) -> Option<Vec<usize>>,
         additions: Additions,
     ) -> Result<Self> {
-        let mut weights = weights.joined()?.into_owned();
+        let mut weights = weights.joined()?.with_experts_of(&exists, &dims)?;
         set_orientations(&mut weights, dims);
         let mut changes = BTreeMap::<String, Vec<Change>>::new();
         let (mut untied, mut tied, mut added) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());

@@ -10,6 +10,7 @@ mod combination;
 mod component;
 mod config;
 pub(crate) mod conv;
+mod experts;
 mod file;
 mod foreign;
 mod layer;
@@ -28,6 +29,8 @@ pub use bias::Bias;
 pub use combination::{add_weighted_with, AddWeightedConfig, CombinationType, MajoritySignMethod};
 pub(crate) use component::{has_component, NO_COMPONENT};
 pub use config::{AdapterConfig, LayerConfig};
+pub(crate) use experts::is_fused_expert;
+pub use experts::ExpertNames;
 pub(crate) use file::{load, parsed_config, save};
 pub(crate) use foreign::{
     flattened_hint, foreign_file, origin, refuse_other_methods, refuse_other_names,

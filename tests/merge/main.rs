@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod experts;
 mod files;
 mod kinds;
 mod parameters;

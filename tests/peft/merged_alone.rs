@@ -110,7 +110,7 @@ fn parameters_in_another_order_are_refused() -> lora::Result<()> {
         assert!(words.iter().all(|word| error.contains(word)), "{error}");
     };
     let [gate_up, down, scales, router] = all;
-    refused(&[down, gate_up, scales, router], &["columns.experts", "the configuration's rank"]);
+    refused(&[down, gate_up, scales, router], &["rows.experts", "the configuration's rank"]);
     refused(&[gate_up, down, router], &["rows.experts", "target_parameters", "3 pairs"]);
     refused(
         &["gate_up_proj", down, scales, router, "experts.up"],

@@ -10,8 +10,8 @@ use crate::weights::{LayerWeights, LoraWeights};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Renames the pairs of wrappers to their parameters' paths. `targets` lists the parameters of a module in the
-/// module's order.
+/// Renames the pairs of wrappers to their parameters' paths. `targets` lists the parameters of a module: in the module's
+/// order, unless their names tell it.
 pub(super) fn rename(
     targets: &[String],
     pairs: BTreeMap<String, Pair>,
@@ -40,11 +40,9 @@ pub(super) fn rename(
             return Err(Error::tensor(module, reason));
         }
         let shapes: BTreeSet<_> = wrappers.iter().map(|(_, pair)| pair.sizes()).collect();
-        let (names, is_known) = match shapes.len() < count {
-            true => in_known_order(names),
-            false => (names, true),
-        };
-        if !is_known {
+        // PEFT may write the list in any order.
+        let (names, is_known) = in_known_order(names);
+        if !is_known && shapes.len() < count {
             let reason = format!(
                 "the factors of {names:?} have equal shapes, which do not tell whose they are: merge the adapter \
                  with PEFT"
