@@ -20,7 +20,7 @@
 //! - [`flash_attn`](mod@flash_attn) has the functions of the crate `candle_flash_attn`.
 //! - Without a variable behind their inputs softmax, norms, rotations and attention are candle's own.
 //!
-//! Not replaced, and without a backward: `ops::sdpa`, `moe`, `attention::cpu_flash`, `attention::varlen`, and the caches
+//! Not replaced, and without a backward: `ops::sdpa`, `moe` (but for [`moe::route`]), `attention::cpu_flash`, `attention::varlen`, and the caches
 //! that [`kv_cache`] does not list. `Tensor::conv1d`, pooling and other methods of candle_core are beyond the reach of this
 //! module.
 
@@ -34,6 +34,7 @@ pub mod flash_attn;
 pub mod kv_cache;
 pub mod layer_norm;
 pub mod linear;
+pub mod moe;
 pub mod ops;
 pub mod rotary_emb;
 pub mod with_tracing;

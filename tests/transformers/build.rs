@@ -49,6 +49,20 @@ fn sources() -> Result<PathBuf, Box<dyn Error>> {
     Ok(Path::new(manifest.ok_or("no candle-transformers")?).with_file_name("src"))
 }
 
+/// The file with `moe::route` in place of all from the router's softmax to the sum of the experts.
+fn routed(file: &str) -> Option<String> {
+    let softmax = "let routing_weights = candle_nn::ops::softmax_last_dim(&router_logits)?;\n";
+    let last = "ys = ys.index_add(&top_x, &current_hidden_states, 0)?;\n        }\n";
+    let from = file.find(softmax)? + softmax.len();
+    let to = from + file[from..].find(last)? + last.len();
+    let norm = if file.contains("norm_topk_prob") { "self.norm_topk_prob" } else { "true" };
+    let route = format!(
+        "        let ys = candle_nn::moe::route(&xs, &routing_weights, self.num_experts_per_tok, {norm}, \
+         |i, xs| self.experts[i].forward(xs))?;\n"
+    );
+    Some([&file[..from], &route, &file[to..]].concat())
+}
+
 fn copy(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
@@ -78,6 +92,10 @@ fn copy(from: &Path, to: &Path) -> Result<(), Box<dyn Error>> {
                     let (from, to) = (from.ok_or("t5.rs: no Linear")?, to.ok_or("t5.rs: no end")?);
                     let own = "pub use candle_nn::{linear_no_bias, Linear};\n\n";
                     format!("{head}{LINE}{}{own}{}", &rest[..from], &rest[to..])
+                }
+                // The routers read their weights to the host, which cuts the graph.
+                Some("mixtral.rs" | "qwen2_moe.rs" | "qwen3_moe.rs") => {
+                    format!("{head}{LINE}{flash}{}", routed(&rest).ok_or("no router")?)
                 }
                 // It re-exports candle_nn already.
                 _ if rest.contains("pub use candle_nn;") => {
