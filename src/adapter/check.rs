@@ -5,9 +5,9 @@ use super::record::Record;
 use super::state::Adapted;
 use super::tied::check_tied;
 use super::Adapter;
-use crate::layers::Part;
+use crate::layers::{ends_in, Part};
 use crate::utils::{variable, variables, Trainable};
-use crate::weights::{is_equal, is_fused_expert, Bias};
+use crate::weights::{is_equal, parameter_of, Bias};
 use crate::{Error, Result};
 use candle_core::Tensor;
 use candle_nn::VarMap;
@@ -97,6 +97,16 @@ pub(crate) fn check(
         };
         return Err(Error::tensor(Part::Base("weight").at(path), reason));
     }
+    let unmatched = options.parameters.iter().find(|end| {
+        let mut trained = adapted.layers.keys().filter_map(|path| parameter_of(path));
+        !trained.any(|parameter| ends_in(&parameter, end))
+    });
+    if let Some(end) = unmatched.filter(|_| !options.loaded) {
+        return Err(Error::Invalid(format!(
+            "target_parameters has {end:?}, and the model has no layers of such experts: trained are `gate_up_proj` and \
+             `down_proj` of modules `experts`"
+        )));
+    }
     let tables = options.config.trainable_token_indices.iter();
     let mut unmatched = tables.filter(|(key, _)| {
         let is_own = |path: &String| options.token_rows(path).is_some_and(|(own, _)| own == *key);
@@ -152,13 +162,9 @@ fn unread(options: &Options, vars: &VarMap, adapted: &Adapted, record: &Record) 
         }
     }
     let Some(name) = unread.first() else { return Ok(()) };
-    let reason = match Part::parse(name) {
-        (path, part) if part.is_lora() && is_fused_expert(path) => {
-            "the model does not read it: for one with a layer for each expert, split the adapter's by \
-             `LoraWeights::split_experts`"
-        }
-        (_, part) if part.is_lora() => "the model has no such layer",
-        _ => "the model does not read it",
+    let reason = match Part::parse(name).1.is_lora() {
+        true => "the model has no such layer",
+        false => "the model does not read it",
     };
     let tied = record.tied();
     let hint = tied.first().map_or_else(String::new, |(path, kinds)| {

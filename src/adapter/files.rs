@@ -5,7 +5,7 @@ use super::{Adapter, Targets};
 use crate::formats::peft;
 use crate::layers::Part;
 use crate::utils::{load_weights, LoadReport, StateDict, Strict, Trainable};
-use crate::weights::{self, is_equal, LoraWeights};
+use crate::weights::{self, is_equal, parameter_of, LoraWeights};
 use crate::{gguf, Error, Result};
 use candle_core::{DType, Device, Var};
 use std::collections::BTreeMap;
@@ -27,7 +27,7 @@ impl Adapter {
         // A layer of rank 0 has options and no tensors.
         let mut weights = LoraWeights::parse(self.config(), &tensors)?;
         add_tied(&mut weights, self.tied())?;
-        Ok(weights)
+        weights.with_fused(|parameter| self.options.trains_parameter(parameter))
     }
 
     /// An adapter of these weights, such as those of a [format](crate::formats). Initial factors become a part of its
@@ -39,7 +39,8 @@ impl Adapter {
     /// If nothing in it is a factor or in its selection of biases and modules.
     pub fn from_weights(weights: &LoraWeights) -> Result<Self> {
         let weights = weights.joined()?.into_owned();
-        let mut weights = weights.with_kernels(|_, layer| layer.conv_rank.is_some())?;
+        let weights = weights.with_kernels(|_, layer| layer.conv_rank.is_some())?;
+        let (mut weights, parameters) = weights.with_unfused()?;
         let tied = take_tied(&mut weights)?;
         let (config, tensors) = (weights.config(), weights.state_dict());
         let selection = Trainable::from(&config);
@@ -49,7 +50,10 @@ impl Adapter {
                 tensors.keys().next().map(|name| format!(", but {name:?}")).unwrap_or_default();
             return Err(Error::Invalid(format!("the adapter has no lora_A and lora_B{names}")));
         }
-        let adapter = Self::new(config).targets(Targets::paths(weights.layers.keys()));
+        let is_own =
+            |path: &&String| parameter_of(path).is_none_or(|own| !parameters.contains(&own));
+        let layers = weights.layers.keys().filter(is_own);
+        let adapter = Self::new(config).targets(Targets::paths(layers));
         let is_frozen = |name: &str| weights.is_adapted_weight(name) || !selects(name);
         let (frozen, vars): (StateDict, StateDict) =
             tensors.clone().into_iter().partition(|(name, _)| is_frozen(name));
@@ -71,6 +75,7 @@ impl Adapter {
         Ok(adapter.with(|options| {
             options.loaded = true;
             options.frozen = frozen;
+            options.parameters = parameters;
             options.tied = tied;
         }))
     }
@@ -154,6 +159,7 @@ impl Adapter {
                 .exclude(Targets::excluded(selection.exclude))
                 .layers(selection.layers)
                 .layers_pattern(selection.layers_pattern)
+                .target_parameters(config.target_parameters)
                 .with(|options| options.patterns = config.patterns);
             adapter.options.valid().map_err(Error::Invalid)?;
             Ok(adapter)
@@ -170,7 +176,7 @@ impl Adapter {
     /// As [`load`](Self::load) and [`load_weights`]; and if a layer's rank, scaling or use_dora differs.
     pub fn restore(&self, path: impl AsRef<Path>) -> Result<LoadReport> {
         let path = path.as_ref();
-        let mut saved = read(path, &Device::Cpu)?;
+        let (mut saved, _) = read(path, &Device::Cpu)?.with_unfused().map_err(|e| e.at(path))?;
         let (theirs, own) = (take_tied(&mut saved)?, self.tied());
         let trains = |table: &String| saved.others.contains_key(table);
         let differs = |one: &BTreeMap<String, String>, other: &BTreeMap<String, String>| {

@@ -173,6 +173,17 @@ impl Adapter {
         Ok(self.with(|options| options.config = config))
     }
 
+    /// Trains parameters of fused experts, as PEFT's `target_parameters`: `["experts.gate_up_proj", "experts.down_proj"]`, in
+    /// a model that has layers for each expert, such as `experts.0.gate_proj` or Mixtral's `w1`. The gate and the up projection
+    /// of an expert share A, as in the parameter that transformers 5 has of them, and the adapter is saved as PEFT's. A name
+    /// is the end of the parameter's path, whose module is `mlp.experts` also in Mixtral.
+    ///
+    /// PEFT's restrictions hold: no dropout, `use_dora` or `lora_bias`. An adapter that was [loaded](Self::load) has its
+    /// own parameters.
+    pub fn target_parameters<S: Into<String>>(self, names: impl IntoIterator<Item = S>) -> Self {
+        self.with(|options| options.parameters = names.into_iter().map(Into::into).collect())
+    }
+
     /// A module of [`trainable`](Self::trainable) of another size than the base's is new, as by transformers' option of
     /// this name: a head for other labels, under the name that the base's has. Without it such a module is an error.
     pub fn ignore_mismatched_sizes(self) -> Self {

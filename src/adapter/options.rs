@@ -23,6 +23,8 @@ pub(crate) struct Options {
     pub patterns: Patterns,
     /// Whether a module that is trained as a whole may have other sizes than the base's.
     pub ignore_mismatched_sizes: bool,
+    /// Parameters of fused experts that are trained by the experts' layers, by the ends of their paths.
+    pub parameters: Vec<String>,
     pub seed: Option<u64>,
     /// The masks that are drawn from the seed.
     pub dropout: Option<Arc<DropoutStream>>,
@@ -44,6 +46,7 @@ impl Options {
             layers: TransformerLayers::default(),
             patterns: Patterns::default(),
             ignore_mismatched_sizes: false,
+            parameters: vec![],
             seed: None,
             dropout: None,
             loaded: false,
@@ -69,6 +72,11 @@ impl Options {
     /// Whether a selected layer of this kind is adapted.
     pub fn adapts(&self, kind: &LayerKind) -> bool {
         !self.targets.is_all_linear() || *kind == LayerKind::Linear
+    }
+
+    /// Whether the fused experts at `path` are trained.
+    pub fn trains_parameter(&self, path: &str) -> bool {
+        self.parameters.iter().any(|end| ends_in(path, end))
     }
 
     /// The key of the table at `path` whose rows are trained, and the rows.

@@ -6,12 +6,12 @@ use super::state::{self, State};
 use crate::base::var_builder;
 use crate::layers::binding::active::LayerId;
 use crate::layers::binding::target::TargetModule;
-use crate::layers::Part;
 use crate::layers::{
     adapt, LayerKind, LoraConfig, Mode, Placement, SharedWeight, Weight, WeightTensors,
 };
+use crate::layers::{projection, Part, View};
 use crate::utils::{variable, Trainable};
-use crate::weights::{head_of, LayerConfig};
+use crate::weights::{head_of, ExpertProjection, LayerConfig};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use std::collections::HashMap;
@@ -47,7 +47,8 @@ impl TargetModule for Target {
         self.record.built(&self.path, &kind, is_first);
         let rows = self.adapter.as_ref().and_then(|adapter| self.with_rows(adapter, weight, &kind));
         let tied = || self.tied(self.adapter.as_ref()?, weight, &kind, is_first);
-        let layer = match (rows.or_else(tied), &self.adapter) {
+        let expert = || self.expert(self.adapter.as_ref()?, weight, &kind).filter(|_| is_first);
+        let layer = match (rows.or_else(tied).or_else(expert), &self.adapter) {
             (Some(own), Some(adapter)) => self.shared(adapter, own, bias),
             // A variable is of a module that is trained as a whole.
             _ if !is_first || weight.is_variable() => None,
@@ -147,7 +148,8 @@ impl Target {
                             ensure_weight_tying is for LoRA alone"
                     .to_owned());
             }
-            Ok(Some(WeightTensors::tied(weight.clone(), update.clone(), &options.config.lora)))
+            let (update, cfg) = (update.clone(), &options.config.lora);
+            Ok(Some(WeightTensors::sharing(weight.clone(), update, View::Transposed, cfg)))
         };
         let (tied, mut state) = (tied().transpose()?, state::lock(state));
         match &tied {
@@ -158,6 +160,50 @@ impl Target {
             Err(reason) => state.adapted.insert(table, Err(reason.clone())),
         }
         Some(tied)
+    }
+
+    /// A projection of an expert whose fused parameter is trained.
+    fn expert(
+        &self,
+        adapter: &AdapterParts,
+        weight: &Tensor,
+        kind: &LayerKind,
+    ) -> Option<Result<WeightTensors, String>> {
+        let AdapterParts { options, vars, state } = adapter;
+        if options.parameters.is_empty() || *kind != LayerKind::Linear {
+            return None;
+        }
+        let own = ExpertProjection::of(&self.path)?;
+        // A loaded adapter's module has a name already; a new one has transformers'.
+        let held = |path: &str| variable(vars, &Part::A.at(path)).is_some();
+        let paths = own.modules.iter().rev().map(|module| own.paths(module));
+        let mut paths = paths.filter(|[parameter, _]| options.trains_parameter(parameter));
+        let [_, path] = paths.find(|[_, path]| !options.loaded || held(path))?;
+        let built = || {
+            if weight.is_variable() {
+                let reason = "its experts are trained by target_parameters, and it is trained as a whole, too";
+                return Err(reason.to_owned());
+            }
+            let layer = options.layer(&path).map_err(|error| error.to_string())?;
+            let vb = var_builder(
+                no_tensors(weight.dtype(), weight.device()),
+                vars,
+                Trainable::from(&options.config),
+            );
+            let vb = options.seeded(vb).set_prefix(&path);
+            let outs = weight.dim(0).map_err(|error| error.to_string())?;
+            let ((part, parts), cfg) = (own.part, layer.over(options.config.lora));
+            let tensors =
+                projection(weight, (part * outs..(part + 1) * outs, parts * outs), &cfg, &vb);
+            let layer = LayerConfig { kind: Some(LayerKind::Linear), ..layer };
+            Ok((tensors.map_err(|error| error.to_string())?, layer))
+        };
+        let (tensors, layer) = match built() {
+            Ok((tensors, layer)) => (Ok(tensors), Ok(layer)),
+            Err(reason) => (Err(reason.clone()), Err(reason)),
+        };
+        state::lock(state).adapted.insert(&path, layer);
+        Some(tensors)
     }
 
     /// The path of the head that is tied to a table: its own, or by the table's name if it has the table's.

@@ -33,7 +33,7 @@ pub(crate) fn recorded<'a>(
             };
             let any_size = options.ignore_mismatched_sizes;
             let vb = var_builder_with(base, vars, &options.config, any_size, selects);
-            (options.seeded(vb), MergedOnly::new(&options.config))
+            (options.seeded(vb), MergedOnly::new(options))
         }
     };
     let weights = TargetWeights::default();

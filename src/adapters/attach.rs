@@ -76,7 +76,7 @@ impl Attached {
 /// An error if the adapter has biases or modules, or changes that are merged alone.
 fn refuse_others(adapter: &Adapter, is_layer: impl Fn(&str) -> bool) -> Result<()> {
     let config = &adapter.options.config;
-    MergedOnly::new(config).refuse_any()?;
+    MergedOnly::new(&adapter.options).refuse_any()?;
     let vars = variables(&adapter.vars);
     let replaces = |name: &&String| match Part::parse(name) {
         (path, Part::Base("weight")) => !is_layer(path),

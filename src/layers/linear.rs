@@ -3,15 +3,16 @@
 use super::adapted::{sealed::Sealed, wrapped_bias, Adapted, Kind};
 use super::batch_update::BatchUpdate;
 use super::binding::placeholder::placeholder;
-use super::config::LoraConfig;
+use super::config::{refuse_options, LoraConfig};
 use super::init::{bias_of_b, low_rank, uniform, FactorInit};
 use super::kind::LayerKind;
 use super::placement::Placement;
-use super::weight::{Effective, MergedCopy, Weight, WeightTensors};
+use super::weight::{Effective, MergedCopy, View, Weight, WeightTensors};
 use crate::ops;
 use candle_core::quantized::QTensor;
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::VarBuilder;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The kind of [`Linear`].
@@ -175,6 +176,31 @@ pub(super) fn adapt(base: &Tensor, cfg: &LoraConfig, vb: &VarBuilder) -> Result<
     let update = (cfg.r > 0).then(update).transpose()?;
     let bias_of_b = bias_of_b(out_dim, cfg, base.dtype(), vb)?;
     Ok(WeightTensors::new(base.clone(), update, kind.placement(), cfg)?.with_bias_of_b(bias_of_b))
+}
+
+/// One of the linear layers (out, in) whose projections are fused in an update: the outputs `rows` of the `all` that its
+/// factors from `vb` have.
+pub(crate) fn projection(
+    base: &Tensor,
+    (rows, all): (Range<usize>, usize),
+    cfg: &LoraConfig,
+    vb: &VarBuilder,
+) -> Result<WeightTensors> {
+    cfg.validate(base.dtype())?;
+    refuse_options(
+        "a parameter of experts",
+        &[
+            ("lora_dropout", cfg.lora_dropout > 0.),
+            ("use_dora", cfg.use_dora),
+            ("lora_bias", cfg.lora_bias),
+            ("fan_in_fan_out", cfg.fan_in_fan_out),
+            ("init_lora_weights", cfg.init_lora_weights.of_base()),
+        ],
+    )?;
+    let (_, in_dim) = base.dims2()?;
+    let placed = (base, Placement::AsIs);
+    let update = low_rank((cfg.r, in_dim), all, FactorInit::RandomA, cfg, placed, vb)?;
+    Ok(WeightTensors::sharing(base.clone(), update, View::Outputs(rows), cfg))
 }
 
 impl Module for Linear {

@@ -34,12 +34,12 @@ pub(crate) use init::initial_magnitude;
 pub use init_lora_weights::InitLoraWeights;
 pub use kind::LayerKind;
 pub(crate) use kind::Total;
-pub(crate) use linear::LinearKind;
 pub use linear::{linear, linear_b, linear_no_bias, Linear};
+pub(crate) use linear::{projection, LinearKind};
 pub use merged_linear::{merged_linear, merged_linear_no_bias, MergedLinear};
 #[doc(hidden)] // for lora_module!
 pub use mode::{without_mode, WithoutMode};
 pub use mode::{LoraModule, Mode};
 pub(crate) use names::{ends_in, is_within, without_conv, Part};
 pub(crate) use placement::Placement;
-pub(crate) use weight::{SharedWeight, Weight, WeightTensors};
+pub(crate) use weight::{SharedWeight, View, Weight, WeightTensors};

@@ -10,6 +10,7 @@ use super::token_rows::TokenRows;
 use crate::ops::{self, compute_dtype, DropoutStream, LowRank, Matrix};
 use candle_core::{bail, Result, Tensor};
 use candle_nn::VarBuilder;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// A weight with a mode of its own, or with one that all layers of an adapter share.
@@ -46,8 +47,17 @@ enum Update {
         bias: Option<Tensor>,
     },
     Rows(TokenRows),
-    /// Of a head that is tied to a table: the table's factors, transposed.
-    Tied(LowRank),
+    /// A part of an update that other layers have, too.
+    Shared(LowRank, View),
+}
+
+/// What a layer has of an update that it shares.
+#[derive(Debug, Clone)]
+pub(crate) enum View {
+    /// All of it, transposed: a head that is tied to a table.
+    Transposed,
+    /// Some of its outputs: one of fused projections.
+    Outputs(Range<usize>),
 }
 
 #[derive(Debug, Clone)]
@@ -239,7 +249,7 @@ impl Update {
         match self {
             Self::LowRank { factors, bias } => factors.variables().chain(bias).collect(),
             Self::Rows(rows) => vec![rows.trained()],
-            Self::Tied(table) => table.variables().collect(),
+            Self::Shared(update, _) => update.variables().collect(),
         }
     }
 }
@@ -265,9 +275,9 @@ impl WeightTensors {
         Ok(Self { base, bias: None, update, placement, merge_weights: cfg.merge_weights })
     }
 
-    /// A head (num, dim) with the update of the table (num, dim) that it is tied to.
-    pub fn tied(base: Tensor, table: LowRank, cfg: &LoraConfig) -> Self {
-        let (base, update) = (Base::new(base).detach(), Some(Update::Tied(table)));
+    /// A linear layer's weight (out, in) with a part of an update that it shares.
+    pub fn sharing(base: Tensor, update: LowRank, view: View, cfg: &LoraConfig) -> Self {
+        let (base, update) = (Base::new(base).detach(), Some(Update::Shared(update, view)));
         let placement = Placement::AsIs;
         Self { base, bias: None, update, placement, merge_weights: cfg.merge_weights }
     }
@@ -318,7 +328,7 @@ impl WeightTensors {
     pub fn low_rank(&self) -> Option<&LowRank> {
         match &self.update {
             Some(Update::LowRank { factors, .. }) => Some(factors),
-            Some(Update::Rows(_) | Update::Tied(_)) | None => None,
+            Some(Update::Rows(_) | Update::Shared(..)) | None => None,
         }
     }
 
@@ -328,7 +338,12 @@ impl WeightTensors {
             Some(Update::Rows(rows)) => {
                 rows.update(self.placement == Placement::Transposed).map(Some)
             }
-            Some(Update::Tied(table)) => table.copied()?.transposed().map(Some),
+            Some(Update::Shared(update, View::Transposed)) => {
+                update.copied()?.transposed().map(Some)
+            }
+            Some(Update::Shared(update, View::Outputs(rows))) => {
+                update.copied()?.outputs(rows.clone()).map(Some)
+            }
             _ => Ok(self.low_rank().cloned()),
         }
     }

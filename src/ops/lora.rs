@@ -129,6 +129,14 @@ impl LowRank {
         Self { initial: Some([a0.detach(), b0.detach()]), ..self }
     }
 
+    /// The update of some of the outputs, without dropout.
+    pub fn outputs(&self, outputs: Range<usize>) -> Result<Self> {
+        let b = self.b.narrow(0, outputs.start, outputs.len())?;
+        let rows = 0..outputs.len();
+        let split = Split { outputs: rows.clone(), ranks: 0..self.a.dim(0)?, b_rows: rows };
+        Ok(Self::new(self.a.clone(), b, self.scaling, 0., vec![split]))
+    }
+
     /// The update of the transposed weight, without dropout.
     pub fn transposed(&self) -> Result<Self> {
         let (a, b) = (self.b.t()?, self.a.t()?);

@@ -62,9 +62,12 @@ fn fused(path: &str) -> Option<(&str, &str)> {
     is_fused.then_some((module, name))
 }
 
-/// Whether a path is of fused experts.
-pub(crate) fn is_fused_expert(path: &str) -> bool {
-    fused(path).is_some()
+/// The parameter that a layer of [`LoraWeights::with_unfused`] at this path is of.
+pub(crate) fn parameter_of(path: &str) -> Option<String> {
+    let (expert, name) = path.rsplit_once('.')?;
+    let (module, index) = expert.rsplit_once('.')?;
+    let parameter = format!("{module}.{name}");
+    (index.parse::<usize>().is_ok() && fused(&parameter).is_some()).then_some(parameter)
 }
 
 /// The module, the expert and the projection, if a path is of a single expert's matrix.
@@ -79,7 +82,96 @@ fn single(path: &str) -> Option<(&str, usize, usize, ExpertNames)> {
     Some((module, expert.parse().ok().filter(|_| is_module)?, projection, names))
 }
 
+/// A projection of an expert, as a model has it, in the update that PEFT has of it.
+pub(crate) struct ExpertProjection {
+    /// The modules that the experts may be called: the model's own, and transformers 5's.
+    pub modules: [String; 2],
+    pub expert: usize,
+    /// The parameter, `gate_up_proj` or `down_proj`.
+    pub parameter: &'static str,
+    /// Which of the parameter's projections, and of how many.
+    pub part: (usize, usize),
+}
+
+impl ExpertProjection {
+    /// Of a layer at this path, if it is one.
+    pub fn of(path: &str) -> Option<Self> {
+        let (module, expert, projection, _) = single(path)?;
+        let modules = [module.to_owned(), renamed(module, ["block_sparse_moe", "mlp"], true)];
+        let (parameter, part) = match projection {
+            2 => (DOWN, (0, 1)),
+            place => (GATE_UP, (place, 2)),
+        };
+        Some(Self { modules, expert, parameter, part })
+    }
+
+    /// The path of the parameter of all experts, and of this one's update, in a module.
+    pub fn paths(&self, module: &str) -> [String; 2] {
+        let Self { expert, parameter, .. } = self;
+        [format!("{module}.{parameter}"), format!("{module}.{expert}.{parameter}")]
+    }
+}
+
 impl LoraWeights {
+    /// The adapter with a layer for each of the experts of fused parameters, such as `experts.0.gate_up_proj`, and the
+    /// parameters' paths: to be trained. They are layers of no format.
+    pub(crate) fn with_unfused(mut self) -> Result<(Self, Vec<String>)> {
+        let mut parameters = vec![];
+        let of_parameters = self.layers.iter().filter(|(_, layer)| layer.is_parameter());
+        // Other parameters of a module would lose their places.
+        let module = |path: &str| path.rsplit_once('.').map(|(module, _)| module.to_owned());
+        let others: BTreeSet<_> = of_parameters
+            .clone()
+            .filter(|(path, _)| fused(path).is_none())
+            .filter_map(|(path, _)| module(path))
+            .collect();
+        let is_whole = |module: &str| {
+            !others.contains(module) && self.is_swapped(module).is_ok_and(|is_swapped| !is_swapped)
+        };
+        let whole =
+            of_parameters.filter(|(path, _)| fused(path).is_some_and(|(of, _)| is_whole(of)));
+        let whole: Vec<_> = whole.map(|(path, layer)| (path.clone(), layer.clone())).collect();
+        for (path, layer) in whole {
+            let Some((module, name)) = self::fused(&path) else { continue };
+            self.layers.remove(&path);
+            for (expert, layer) in split(&layer, false)?.into_iter().enumerate() {
+                self.layers.insert(format!("{module}.{expert}.{name}"), layer);
+            }
+            parameters.push(path);
+        }
+        Ok((self, parameters))
+    }
+
+    /// The parameters of the layers that [`with_unfused`](Self::with_unfused) makes, where `is_parameter` is true.
+    pub(crate) fn with_fused(mut self, is_parameter: impl Fn(&str) -> bool) -> Result<Self> {
+        let mut found = BTreeMap::<String, BTreeMap<usize, (String, LayerWeights)>>::new();
+        for (path, layer) in &self.layers {
+            let Some(parameter) = parameter_of(path).filter(|parameter| is_parameter(parameter))
+            else {
+                continue;
+            };
+            let expert = path.rsplit('.').nth(1).and_then(|expert| expert.parse().ok());
+            let of_parameter = found.entry(parameter).or_default();
+            of_parameter.extend(expert.map(|expert| (expert, (path.clone(), layer.clone()))));
+        }
+        for (parameter, experts) in &found {
+            let count = experts.keys().last().map_or(0, |last| last + 1);
+            let layers = experts.iter().map(|(e, (path, layer))| ((*e, 0), (path.as_str(), layer)));
+            let Some(mut layer) = fuse(count, &[0], &layers.collect(), self.options.lora.rslora)?
+            else {
+                continue;
+            };
+            let has_gate = parameter.strip_suffix(DOWN).map(|module| format!("{module}{GATE_UP}"));
+            let index = usize::from(has_gate.is_some_and(|gate| found.contains_key(&gate)));
+            layer.kind = Some(LayerKind::Parameter { index });
+            for (path, _) in experts.values() {
+                self.layers.remove(path);
+            }
+            self.layers.insert(parameter.clone(), layer);
+        }
+        Ok(self)
+    }
+
     /// The adapter with factors for each expert's own matrices, in place of those of fused experts
     /// (`experts.gate_up_proj` and `experts.down_proj`, PEFT's `target_parameters`): for candle's models, which have a
     /// layer for each, to be trained or served. The updates are the same: the gate and up projections share A.

@@ -29,8 +29,8 @@ pub use bias::Bias;
 pub use combination::{add_weighted_with, AddWeightedConfig, CombinationType, MajoritySignMethod};
 pub(crate) use component::{has_component, NO_COMPONENT};
 pub use config::{AdapterConfig, LayerConfig};
-pub(crate) use experts::is_fused_expert;
 pub use experts::ExpertNames;
+pub(crate) use experts::{parameter_of, ExpertProjection};
 pub(crate) use file::{load, parsed_config, save};
 pub(crate) use foreign::{
     flattened_hint, foreign_file, origin, refuse_other_methods, refuse_other_names,

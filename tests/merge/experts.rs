@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Module, Tensor};
 use lora::adapter::ExpertNames;
 use lora::formats::peft;
 use lora::merge::merge_into;
-use lora::nn::{linear_no_bias, VarBuilder};
+use lora::nn::{linear_no_bias, Linear, VarBuilder};
 use lora::utils::{read_state_dict, StateDict};
 use lora::{Adapter, LoraWeights, Result};
 use loralib as lora;
@@ -127,36 +127,97 @@ fn factors_of_each_expert_merge_as_those_that_peft_converts_them_to() -> Result<
     Ok(())
 }
 
-/// A model with a layer for each expert computes with split factors, trains them, and is saved as PEFT has it.
+/// The layers of each expert, as a checkpoint has them, and of the query.
+fn layers(vb: &VarBuilder, merged: &StateDict) -> Result<Vec<(String, Linear)>> {
+    let layer = |(name, weight): (&String, &Tensor)| {
+        let (path, (outs, ins)) = (name.trim_end_matches(".weight"), weight.dims2()?);
+        Ok((name.clone(), linear_no_bias(ins, outs, vb.pp(path))?))
+    };
+    merged.iter().map(layer).collect()
+}
+
+/// The variables are PEFT's, and are saved as such: the gate and up projections of an expert share A.
 #[test]
 fn fused_factors_are_trained_in_a_model_with_a_layer_for_each_expert() -> Result<()> {
-    let (case, experts, names) = CASES[2];
-    let (base, merged) = (tensors("qwen3_moe.base.")?, tensors("qwen3_moe.merged.")?);
-    let split = peft::load(folder(case), &CPU)?.split_experts(names)?;
-    let adapter = Adapter::from_weights(&split)?;
-    let vb = VarBuilder::from_tensors(base.into_iter().collect(), DType::F32, &CPU);
-    let vb = adapter.var_builder(vb);
-    let mut layers = vec![linear_no_bias(8, 8, vb.pp("model.layers.0.self_attn.q_proj"))?];
-    for expert in 0..experts {
-        for (name, ins, outs) in [("gate_proj", 8, 6), ("up_proj", 8, 6), ("down_proj", 6, 8)] {
-            let path = format!("model.layers.0.mlp.experts.{expert}.{name}");
-            let layer = linear_no_bias(ins, outs, vb.pp(&path))?;
-            let x = Tensor::eye(ins, DType::F32, &CPU)?;
-            let weight = layer.forward(&x)?.t()?;
-            assert!(difference(&weight, &merged[&format!("{path}.weight")])? < 2e-6, "{path}");
-            layers.push(layer);
+    for (case, ..) in CASES {
+        let [base, merged] = ["base", "merged"].map(|of| tensors(&format!("{case}.{of}.")));
+        let (base, merged) = (base?, merged?);
+        let vb = || VarBuilder::from_tensors(base.clone().into_iter().collect(), DType::F32, &CPU);
+        let adapter = Adapter::load(folder(case), &CPU)?;
+        let model = layers(&adapter.var_builder(vb()), &merged)?;
+        adapter.check()?;
+        let computes = |expected: &StateDict| -> Result<()> {
+            for (name, layer) in &model {
+                let x = Tensor::eye(layer.weight().dims()[1], DType::F32, &CPU)?;
+                let apart = difference(&layer.forward(&x)?.t()?, &expected[name])?;
+                assert!(apart < 2e-6, "{case} {name}: {apart}");
+            }
+            Ok(())
+        };
+        computes(&merged)?;
+        adapter.eval()?;
+        computes(&merged)?;
+        adapter.train()?;
+        let own = adapter.weights()?;
+        for (path, layer) in peft::load(folder(case), &CPU)?.layers() {
+            let (_, again) = own.layers().find(|(own, _)| *own == path).unwrap();
+            assert_eq!(difference(&again.a, &layer.a)?, 0., "{case} {path}");
+            assert_eq!(difference(&again.b, &layer.b)?, 0., "{case} {path}");
+        }
+        // Changed, saved by PEFT's format and this crate's, restored, and merged.
+        for var in adapter.named_vars()?.values() {
+            var.set(&(var.as_tensor() * 1.5)?)?;
+        }
+        let expected = merge_into(&base, &adapter.weights()?)?;
+        computes(&expected)?;
+        let dir = tempfile::tempdir()?;
+        for path in [dir.path().join("own.safetensors"), dir.path().join("peft")] {
+            match path.extension() {
+                Some(_) => adapter.save(&path)?,
+                None => adapter.save_pretrained(&path)?,
+            }
+            let again = merge_into(&base, &Adapter::load(&path, &CPU)?.weights()?)?;
+            for (name, tensor) in &again {
+                assert_eq!(difference(tensor, &expected[name])?, 0., "{case} {name}");
+            }
+            let served = layers(&adapter.merged(vb())?, &merged)?;
+            for (name, layer) in served {
+                assert!(difference(layer.weight(), &expected[&name])? < 2e-6, "{case} {name}");
+            }
+            assert!(adapter.restore(&path)?.missing.is_empty());
         }
     }
-    adapter.check()?;
-    for var in adapter.named_vars()?.values() {
-        var.set(&(var.as_tensor() * 2.)?)?;
-    }
-    let saved = saved_and_loaded(&adapter.weights()?.fuse_experts(experts)?)?;
-    let again = saved.split_experts(names)?;
-    let own = adapter.weights()?;
-    for ((path, layer), (_, expected)) in again.layers().zip(own.layers()) {
-        let product = |layer: &lora::adapter::LayerWeights| layer.b.matmul(&layer.a);
-        assert!(difference(&product(layer)?, &product(expected)?)? < 1e-6, "{path}");
+    Ok(())
+}
+
+/// A new adapter of parameters, beside one of all linear layers.
+#[test]
+fn new_factors_of_parameters_start_as_the_base_and_have_one_a_for_two_projections() -> Result<()> {
+    for (case, experts, _) in CASES {
+        let base = tensors(&format!("{case}.base."))?;
+        let cfg = lora::LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+        let names = ["experts.gate_up_proj", "experts.down_proj"];
+        let adapter = Adapter::new(cfg).targets("all-linear").target_parameters(names).seed(0);
+        let vb = VarBuilder::from_tensors(base.clone().into_iter().collect(), DType::F32, &CPU);
+        let model = layers(&adapter.var_builder(vb), &base)?;
+        adapter.check()?;
+        // Of the query, and for each expert of two parameters.
+        assert_eq!(adapter.named_vars()?.len(), 2 + 4 * experts, "{case}");
+        let mut sum = Tensor::zeros((), DType::F32, &CPU)?;
+        for (name, layer) in &model {
+            let x = Tensor::eye(layer.weight().dims()[1], DType::F32, &CPU)?;
+            let y = layer.forward(&x)?;
+            assert_eq!(difference(&y.t()?, &base[name])?, 0., "{case} {name}");
+            sum = (sum + y.sqr()?.sum_all()?)?;
+        }
+        adapter.require_grads(&sum.backward()?)?;
+        let saved = saved_and_loaded(&adapter.weights()?)?;
+        let paths: Vec<_> =
+            saved.layers().map(|(path, _)| path.rsplit('.').next().unwrap()).collect();
+        assert_eq!(paths[..2], ["down_proj", "gate_up_proj"], "{case}");
+        assert!(saved
+            .layers()
+            .all(|(path, layer)| layer.a.dims()[0] == experts || path.contains("q_")));
     }
     Ok(())
 }
@@ -173,12 +234,33 @@ fn what_cannot_be_fused_or_split_is_refused_by_name() -> Result<()> {
     let (_, down) = four.layers().next().unwrap();
     assert_eq!(down.a.dims(), [4, 2, 6]);
     assert_eq!(down.a.get(3)?.abs()?.sum_all()?.to_scalar::<f32>()?, 0.);
-    // Beside a model with a layer for each expert fused factors are an error that tells what to do.
+    let vb = |adapter: &Adapter, base: &StateDict| {
+        let base = base.clone().into_iter().collect();
+        adapter.var_builder(VarBuilder::from_tensors(base, DType::F32, &CPU))
+    };
+    // A model without the experts, one with the fused parameter itself, and one of several adapters.
     let adapter = Adapter::from_weights(&fused)?;
-    let base = tensors("mixtral.base.")?.into_iter().collect();
-    let vb = adapter.var_builder(VarBuilder::from_tensors(base, DType::F32, &CPU));
-    let _q = linear_no_bias(8, 8, vb.pp("model.layers.0.self_attn.q_proj"))?;
+    let base = tensors("mixtral.base.")?;
+    let _q = linear_no_bias(8, 8, vb(&adapter, &base).pp("model.layers.0.self_attn.q_proj"))?;
+    says(adapter.check(), &["mlp.experts.0.", "no such layer"]);
+    let parameter = "model.layers.0.mlp.experts.gate_up_proj";
+    let whole = [(parameter.to_owned(), Tensor::zeros((3, 12, 8), DType::F32, &CPU)?)].into();
+    let read = vb(&adapter, &whole).get((3, 12, 8), parameter);
+    says(read, &[parameter, "Adapter::merged"]);
+    let set = lora::Adapters::new();
+    let base = base.into_iter().collect();
+    let vb = set.var_builder(VarBuilder::from_tensors(base, DType::F32, &CPU));
     let _w1 = linear_no_bias(8, 6, vb.pp("model.layers.0.block_sparse_moe.experts.0.w1"))?;
-    says(adapter.check(), &["experts", "split_experts"]);
+    says(set.add("a", &adapter), &["experts", "split_experts"]);
+    let cfg = lora::LoraConfig { r: 2, use_dora: true, ..Default::default() };
+    let dora = Adapter::new(cfg).target_parameters(["experts.down_proj"]);
+    let w2 = "model.layers.0.block_sparse_moe.experts.0.w2";
+    let _w2 = linear_no_bias(6, 8, dora.var_builder(VarBuilder::zeros(DType::F32, &CPU)).pp(w2))?;
+    says(dora.check(), &["experts.0.down_proj", "use_dora"]);
+    let none = Adapter::new(lora::LoraConfig { r: 2, ..Default::default() });
+    let none = none.targets(["q_proj"]).target_parameters(["experts.scales"]);
+    let q = none.var_builder(VarBuilder::zeros(DType::F32, &CPU)).pp("q_proj");
+    let _q = linear_no_bias(8, 8, q)?;
+    says(none.check(), &["target_parameters has \"experts.scales\"", "gate_up_proj"]);
     Ok(())
 }

@@ -172,7 +172,6 @@ fn options_that_a_new_adapter_cannot_have_are_named() {
         ("init_lora_weights", json!("pissa_niter_")),
         ("use_dora", json!("yes")),
         ("lora_dropout", json!(1.0)),
-        ("target_parameters", json!(["mlp.experts.up"])),
         ("velora_config", json!({ "num_groups": 2 })),
         ("layer_replication", json!([[0, 2]])),
         ("peft_type", json!("LOHA")),

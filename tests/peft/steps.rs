@@ -11,7 +11,7 @@ use lora::{Adapter, Result};
 use loralib as lora;
 use std::path::{Path, PathBuf};
 
-const CASES: [&str; 14] = [
+const CASES: [&str; 15] = [
     "linear",
     "linear_dora",
     "embedding",
@@ -26,6 +26,7 @@ const CASES: [&str; 14] = [
     "conv2d_bias",
     "tokens_tied",
     "tokens_untied",
+    "experts",
 ];
 
 fn folder(case: &str) -> PathBuf {
@@ -61,7 +62,34 @@ impl TinyLm {
     }
 }
 
+/// A layer for each projection of each expert.
+struct Experts(Vec<[Linear; 3]>);
+
+impl Module for Experts {
+    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let outputs = self.0.iter().enumerate().map(|(e, [gate, up, down])| {
+            let hidden = (gate.forward(x)?.silu()? * up.forward(x)?)?;
+            down.forward(&hidden)? / (e + 1) as f64
+        });
+        let outputs = outputs.collect::<candle_core::Result<Vec<_>>>()?;
+        outputs[1..].iter().try_fold(outputs[0].clone(), |sum, y| sum + y)
+    }
+}
+
+impl Experts {
+    fn new(vb: VarBuilder) -> Result<Self> {
+        let expert = |e: usize| {
+            let layer = |ins, outs, name| linear_no_bias(ins, outs, vb.pp(e).pp(name));
+            Ok([layer(6, 5, "gate_proj")?, layer(6, 5, "up_proj")?, layer(5, 6, "down_proj")?])
+        };
+        Ok(Self((0..3).map(expert).collect::<Result<_>>()?))
+    }
+}
+
 fn layer(case: &str, vb: VarBuilder) -> Result<Box<dyn Module>> {
+    if case == "experts" {
+        return Ok(Box::new(Experts::new(vb.pp("mlp.experts"))?));
+    }
     if case.starts_with("tokens") {
         return Ok(Box::new(TinyLm::new(case == "tokens_untied", vb)?));
     }

@@ -3,7 +3,7 @@
 use crate::task::Method;
 use crate::Result;
 use clap::{Parser, ValueEnum};
-use lora::train::Pooling;
+use loralib::train::Pooling;
 use loralib::{Bias, LoraConfig};
 use std::path::{Path, PathBuf};
 

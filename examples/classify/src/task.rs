@@ -2,9 +2,9 @@
 
 use crate::bert::Adapt;
 use crate::Result;
-use lora::train::Pooling;
 use lora::{utils::Trainable, Bias, LoraConfig};
 use loralib as lora;
+use loralib::train::Pooling;
 use serde_json::{json, Value};
 use std::fs;
 use std::path::{Path, PathBuf};

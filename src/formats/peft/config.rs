@@ -151,10 +151,14 @@ impl PeftConfig {
             Some(Value::String(name)) => name.parse()?,
             Some(other) => other.to_string().parse()?,
         };
-        let targets = fields.get("target_modules")?.ok_or_else(|| {
-            let reason = "PEFT then selects by the model's type: name the targets";
-            fields.unsupported("target_modules", reason)
-        })?;
+        let targets = match fields.get("target_modules")? {
+            Some(targets) => targets,
+            None if !self.target_parameters.is_empty() => Modules::Names(vec![]),
+            None => {
+                let reason = "PEFT then selects by the model's type: name the targets";
+                return Err(fields.unsupported("target_modules", reason));
+            }
+        };
         let selected = ["layers_to_transform", "layers_pattern"];
         let selected = selected.into_iter().find(|key| fields.is_set(key));
         let layers = fields.get::<OneOrMany<usize>>("layers_to_transform")?;
@@ -202,9 +206,7 @@ fn changed_base(init: &Value) -> String {
 
 /// An error for options that count in training alone, or that are only read and merged.
 fn check_trained(fields: &Fields) -> Result<()> {
-    let merged = "it is read and merged, but not trained";
-    let refused =
-        [("target_parameters", merged), ("velora_config", "gradients are not compressed")];
+    let refused = [("velora_config", "gradients are not compressed")];
     match refused.into_iter().find(|(key, _)| fields.is_set(key)) {
         Some((key, reason)) => Err(fields.unsupported(key, reason)),
         None if fields.get::<f64>("lora_dropout")? == Some(1.) => {
