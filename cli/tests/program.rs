@@ -94,3 +94,33 @@ fn a_converted_adapter_may_have_another_rank() {
     let error = String::from_utf8(convert("1000").stderr).unwrap();
     assert!(error.contains("its rank cannot be 1000") && !out.exists(), "{error}");
 }
+
+#[test]
+fn a_converted_adapter_has_fused_experts_or_a_matrix_for_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let convert = |from: &str, out: &str, options: &str| {
+        let out = dir.path().join(out);
+        lora(&format!("convert --from {from} --to peft --out {} {options}", out.display()))
+    };
+    let split = convert(&fixture("experts/mixtral"), "split", "--split-experts mixtral");
+    let told = String::from_utf8(split.stdout).unwrap();
+    assert!(told.contains("10 layers"), "{told}");
+    let file = safetensors::load(dir.path().join("split/adapter_model.safetensors"), &Device::Cpu);
+    let name = "base_model.model.model.layers.0.block_sparse_moe.experts.2.w3.lora_A.weight";
+    assert!(file.unwrap().contains_key(name));
+    let fused =
+        convert(&dir.path().join("split").display().to_string(), "fused", "--fuse-experts 3");
+    assert!(fused.status.success(), "{}", String::from_utf8_lossy(&fused.stderr));
+    let load = |path: std::path::PathBuf| {
+        safetensors::load(path.join("adapter_model.safetensors"), &Device::Cpu).unwrap()
+    };
+    let (again, first) = (load(dir.path().join("fused")), load(fixture("experts/mixtral").into()));
+    assert_eq!(again.len(), first.len());
+    for (name, tensor) in first {
+        let apart = (&again[&name] - tensor).unwrap().abs().unwrap().max_all().unwrap();
+        assert_eq!(apart.to_scalar::<f32>().unwrap(), 0., "{name}");
+    }
+    let error = convert(&fixture("experts/mixtral"), "none", "--fuse-experts 3");
+    let error = String::from_utf8(error.stderr).unwrap();
+    assert!(error.contains("no layer is a matrix of an expert"), "{error}");
+}

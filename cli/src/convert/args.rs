@@ -1,6 +1,9 @@
 //! The options.
 
 use crate::format::Format;
+use clap::ValueEnum;
+use lora::adapter::ExpertNames;
+use loralib as lora;
 use std::path::PathBuf;
 
 /// Converts a LoRA adapter to another format
@@ -38,6 +41,14 @@ pub struct Args {
     #[arg(long, value_name = "RANK")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub resize: Option<u32>,
+    /// Factors of each expert's matrices in place of those of fused experts (PEFT's target_parameters), by the names that
+    /// the model has: projections (experts.0.gate_proj), or mixtral (block_sparse_moe.experts.0.w1)
+    #[arg(long, value_name = "NAMES", value_enum)]
+    pub split_experts: Option<Experts>,
+    /// Factors of fused experts, of which a module has N, in place of those of each expert's matrices
+    #[arg(long, value_name = "N", conflicts_with = "split_experts")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub fuse_experts: Option<u32>,
     /// The base's head is not tied to its embedding. Needed where the adapter has factors of the embedding and
     /// one of the two formats is MLX's, in which a tied head follows them
     #[arg(long)]
@@ -45,4 +56,20 @@ pub struct Args {
     /// Allow a conversion that rounds the update
     #[arg(long)]
     pub rounded: bool,
+}
+
+/// What the matrices of single experts are called
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Experts {
+    Projections,
+    Mixtral,
+}
+
+impl From<Experts> for ExpertNames {
+    fn from(names: Experts) -> Self {
+        match names {
+            Experts::Projections => Self::Projections,
+            Experts::Mixtral => Self::Mixtral,
+        }
+    }
 }

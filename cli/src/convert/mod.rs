@@ -41,6 +41,12 @@ pub fn run(args: &Args, report: Report) -> Result<()> {
     let values = json!({ "format": from.to_string(), "layers": layers });
     report.tell(format!("read as {from}: {layers} layers"), "read", values);
     let mut weights = renamed(from, args, weights, report)?;
+    if let Some(names) = args.split_experts {
+        weights = weights.split_experts(names.into())?;
+    }
+    if let Some(count) = args.fuse_experts {
+        weights = weights.fuse_experts(count as usize)?;
+    }
     if let Some(rank) = args.resize {
         weights = resized(&weights, rank as usize, report)?;
     }
