@@ -5,8 +5,11 @@ pub enum Feature {
     Lora,
     Dora,
     Pissa,
+    BiasOfB,
     Quantised,
     Tied,
+    TiedUpdate,
+    TokenRows,
     Embedding,
     Convolution,
     Dropout,
@@ -25,12 +28,15 @@ pub enum Feature {
 use Feature::*;
 
 /// All features with their names in the table.
-pub const FEATURES: [(Feature, &str); 18] = [
+pub const FEATURES: [(Feature, &str); 21] = [
     (Lora, "LoRA"),
     (Dora, "DoRA"),
     (Pissa, "PiSSA"),
+    (BiasOfB, "`lora_bias`"),
     (Quantised, "quantised base"),
     (Tied, "tied head"),
+    (TiedUpdate, "`ensure_weight_tying`"),
+    (TokenRows, "token rows"),
     (Embedding, "embedding"),
     (Convolution, "convolution"),
     (Dropout, "dropout"),

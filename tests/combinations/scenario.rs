@@ -2,11 +2,12 @@
 
 use crate::feature::Feature::{self, *};
 use crate::fixture::{self, HIDDEN, VOCAB};
-use crate::reference::{forward, weight, Factors, Layer};
+use crate::reference::{forward, weight, with_rows, Factors, Layer, TRAINED};
 use candle_core::backprop::GradStore;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_nn::VarBuilder;
+use loralib::adapter::AdapterConfig;
 use loralib::formats::{diffusers, kohya, mlx};
 use loralib::layers::InitLoraWeights;
 use loralib::{gguf, nn, Adapter, Adapters, LoraConfig, LoraWeights, Result};
@@ -16,12 +17,14 @@ use std::sync::Arc;
 const CPU: Device = Device::Cpu;
 const R: usize = 4;
 const HEAD: &str = "lm_head.weight";
+const TABLE: &str = "model.embed_tokens";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Update {
     Lora,
     Dora,
     Pissa,
+    BiasOfB,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,8 +60,8 @@ impl Scenario {
             checkpoints: false,
         };
         let kind = |feature| match feature {
-            Lora | Dora | Pissa => 0,
-            Tied | Embedding | Convolution => 1,
+            Lora | Dora | Pissa | BiasOfB => 0,
+            Tied | TiedUpdate | TokenRows | Embedding | Convolution => 1,
             Feature::Adapters | Rows | Sums => 2,
             Own | Peft | Diffusers | Kohya | Mlx | Gguf => 3,
             Quantised => 4,
@@ -73,8 +76,11 @@ impl Scenario {
             Lora => self.update = Update::Lora,
             Dora => self.update = Update::Dora,
             Pissa => self.update = Update::Pissa,
+            BiasOfB => self.update = Update::BiasOfB,
             Quantised => self.is_quantised = true,
             Tied => self.layer = Layer::Tied,
+            TiedUpdate => self.layer = Layer::TiedUpdate,
+            TokenRows => self.layer = Layer::Rows,
             Embedding => self.layer = Layer::Embedding,
             Convolution => self.layer = Layer::Conv,
             Dropout => self.dropout = 0.5,
@@ -90,7 +96,8 @@ impl Scenario {
     fn path(&self) -> &'static str {
         match self.layer {
             Layer::Linear => "model.layers.0.self_attn.v_proj",
-            Layer::Embedding | Layer::Tied => "model.embed_tokens",
+            Layer::Rows => "model.layers.0.self_attn.q_proj",
+            Layer::Embedding | Layer::Tied | Layer::TiedUpdate => TABLE,
             Layer::Conv => "model.conv",
         }
     }
@@ -98,49 +105,63 @@ impl Scenario {
     /// The base's tensors. A tied base has no head.
     fn tensors(&self) -> HashMap<String, Tensor> {
         let mut tensors: HashMap<_, _> =
-            fixture::model("llama", self.layer != Layer::Tied).into_iter().collect();
+            fixture::model("llama", !self.is_tied()).into_iter().collect();
         tensors.insert("model.conv.weight".to_owned(), fixture::random(99, &[4, 3, 3, 3]));
+        if self.update == Update::BiasOfB {
+            let out = tensors[&format!("{}.weight", self.path())].dims()[0];
+            tensors.insert(format!("{}.bias", self.path()), fixture::random(98, &[out]));
+        }
         tensors
     }
 
-    /// The base, and the values of the weight in it.
-    fn base(&self) -> Result<(VarBuilder<'static>, Tensor)> {
-        let name = format!("{}.weight", self.path());
+    fn is_tied(&self) -> bool {
+        matches!(self.layer, Layer::Tied | Layer::TiedUpdate | Layer::Rows)
+    }
+
+    /// The base, and the values of the weight in it, and of the table.
+    fn base(&self) -> Result<(VarBuilder<'static>, [Tensor; 2])> {
+        let names = [self.path(), TABLE].map(|path| format!("{path}.weight"));
         let tensors = self.tensors();
         if !self.is_quantised {
-            let weight = tensors[&name].clone();
-            return Ok((VarBuilder::from_tensors(tensors, DType::F32, &CPU), weight));
+            let weights = names.map(|name| tensors[&name].clone());
+            return Ok((VarBuilder::from_tensors(tensors, DType::F32, &CPU), weights));
         }
         let dtype = |t: &Tensor| if t.rank() == 2 { GgmlDType::Q8_0 } else { GgmlDType::F32 };
         let quantised =
             |(n, t): (String, Tensor)| Ok((n, Arc::new(QTensor::quantize(&t, dtype(&t))?)));
         let blocks = tensors.into_iter().map(quantised).collect::<Result<HashMap<_, _>>>()?;
-        let weight = blocks[&name].dequantize(&CPU)?;
-        Ok((gguf::var_builder(blocks, DType::F32, &CPU), weight))
+        let [weight, table] = names.map(|name| blocks[&name].dequantize(&CPU));
+        Ok((gguf::var_builder(blocks, DType::F32, &CPU), [weight?, table?]))
     }
 
     fn adapter(&self, seed: u64) -> Adapter {
         let init_lora_weights = match self.update {
             Update::Pissa => InitLoraWeights::Pissa,
-            Update::Lora | Update::Dora => InitLoraWeights::Uniform,
+            _ => InitLoraWeights::Uniform,
         };
         let cfg = LoraConfig {
             r: R,
             lora_alpha: 6.,
             lora_dropout: self.dropout,
             use_dora: self.update == Update::Dora,
+            lora_bias: self.update == Update::BiasOfB,
             init_lora_weights,
             ..Default::default()
         };
-        Adapter::new(cfg).targets([self.path()]).seed(seed)
+        let mut config = AdapterConfig::from(cfg);
+        config.ensure_weight_tying = self.layer == Layer::TiedUpdate;
+        if self.layer == Layer::Rows {
+            config.trainable_token_indices.insert("embed_tokens".to_owned(), TRAINED.to_vec());
+        }
+        Adapter::new(config).targets([self.path()]).seed(seed)
     }
 
     pub fn run(&self) -> Result<()> {
-        let (base, w) = self.base()?;
+        let (base, [w, table]) = self.base()?;
         let (a, b, set) = (self.adapter(1), self.adapter(2), Adapters::new());
         let net = match self.through {
-            Through::Model => Net::new(self.layer, &a.var_builder(base.clone()))?,
-            _ => Net::new(self.layer, &set.var_builder(base.clone()))?,
+            Through::Model => Net::new(self, &a.var_builder(base.clone()))?,
+            _ => Net::new(self, &set.var_builder(base.clone()))?,
         };
         if self.through != Through::Model {
             set.add("a", &a)?;
@@ -175,12 +196,12 @@ impl Scenario {
             a.set_dropout_position(0)?;
             assert!(apart(&first, &serve(&run)?)? == 0., "{self:?}: the same masks");
         } else {
-            self.trains(&w, &x, (&a, &b), || serve(&run))?;
+            self.trains((&w, &table), &x, (&a, &b), || serve(&run))?;
         }
         a.eval()?;
         b.eval()?;
         let y = serve(&plain)?;
-        let expected = self.expected(&w, &x, (&factors(&a)?, &factors(&b)?))?;
+        let expected = self.expected((&w, &table), &x, (&factors(&a)?, &factors(&b)?))?;
         assert!(apart(&y, &expected)? < 1e-5, "{self:?} in evaluation");
         let alone = weight(self.layer, &w, &[(&factors(&a)?, 1.)])?;
         self.merges(&a, &base, &alone)?;
@@ -197,7 +218,7 @@ impl Scenario {
     /// The output and the gradients are those of the formula.
     fn trains(
         &self,
-        w: &Tensor,
+        w: (&Tensor, &Tensor),
         x: &Tensor,
         (a, b): (&Adapter, &Adapter),
         run: impl Fn() -> Result<Tensor>,
@@ -219,6 +240,8 @@ impl Scenario {
                 let reference = match name.rsplit_once('.').map(|(_, last)| last) {
                     Some("lora_A") => &factors.a,
                     Some("lora_B") => &factors.b,
+                    Some("lora_bias") => factors.bias.as_ref().unwrap(),
+                    Some("trainable_tokens") => factors.rows.as_ref().unwrap(),
                     _ => factors.magnitude.as_ref().unwrap(),
                 };
                 let (Some(ours), Some(theirs)) = (grads.get(&var), expected.get(reference)) else {
@@ -231,9 +254,30 @@ impl Scenario {
     }
 
     /// The output by the formula.
-    fn expected(&self, w: &Tensor, x: &Tensor, (a, b): (&Factors, &Factors)) -> Result<Tensor> {
+    fn expected(
+        &self,
+        (w, table): (&Tensor, &Tensor),
+        x: &Tensor,
+        (a, b): (&Factors, &Factors),
+    ) -> Result<Tensor> {
         let of = |summands: &[(&Factors, f64)]| -> Result<Tensor> {
-            Ok(forward(self.layer, x, &weight(self.layer, w, summands)?, w)?)
+            let table = match summands {
+                [(Factors { rows: Some(rows), .. }, _), ..] => with_rows(table, rows)?,
+                _ => table.clone(),
+            };
+            let y = forward(self.layer, x, &weight(self.layer, w, summands)?, &table)?;
+            let Some((Factors { bias: Some(bias), scaling, .. }, _)) = summands.first() else {
+                return Ok(y);
+            };
+            let own = self.tensors()[&format!("{}.bias", self.path())].to_dtype(DType::F64)?;
+            let bias = (own + (bias * *scaling)?)?;
+            Ok(match self.layer {
+                Layer::Conv => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
+                Layer::Rows => {
+                    y.broadcast_add(&bias.unsqueeze(0)?.matmul(&table.to_dtype(DType::F64)?.t()?)?)?
+                }
+                _ => y.broadcast_add(&bias)?,
+            })
         };
         Ok(match self.through {
             Through::Model | Through::With => of(&[(a, 1.)])?,
@@ -250,9 +294,27 @@ impl Scenario {
         let merged = adapter.merged(base.clone())?;
         let w = merged.get(expected.shape(), &format!("{}.weight", self.path()))?;
         assert!(apart(&w, expected)? < 1e-5, "{self:?} merged");
-        if self.layer == Layer::Tied {
-            let head = merged.get(expected.shape(), HEAD)?;
-            assert!(apart(&head, &self.base()?.1)? == 0., "{self:?}: the head");
+        let table = &self.base()?.1[1];
+        let head = || merged.get(table.shape(), HEAD);
+        match self.layer {
+            Layer::Tied => assert!(apart(&head()?, table)? == 0., "{self:?}: the head"),
+            Layer::TiedUpdate => assert!(apart(&head()?, expected)? < 1e-5, "{self:?}: the head"),
+            Layer::Rows => {
+                let rows = factors(adapter)?.rows.unwrap();
+                let own = merged.get(table.shape(), &format!("{TABLE}.weight"))?;
+                for table_of in [own, head()?] {
+                    let apart = apart(&table_of, &with_rows(table, &rows)?)?;
+                    assert!(apart < 1e-6, "{self:?}: the rows");
+                }
+            }
+            _ => {}
+        }
+        if self.update == Update::BiasOfB {
+            let own = self.tensors()[&format!("{}.bias", self.path())].clone();
+            let bias = merged.get(own.shape(), &format!("{}.bias", self.path()))?;
+            let Factors { bias: of_b, scaling, .. } = factors(adapter)?;
+            let expected = (own.to_dtype(DType::F64)? + (of_b.unwrap() * scaling)?)?;
+            assert!(apart(&bias, &expected)? < 1e-6, "{self:?}: the bias");
         }
         adapter.check()
     }
@@ -289,7 +351,7 @@ impl Scenario {
                 mlx::load(dir, &CPU)
             }
             _ => {
-                let head = self.layer != Layer::Tied;
+                let head = !self.is_tied();
                 let base = fixture::write_model(dir, "llama", head, GgmlDType::F32);
                 let base = gguf::File::open(base)?;
                 gguf::save_adapter(dir.join("adapter.gguf"), weights, &base)?;
@@ -303,7 +365,7 @@ impl Scenario {
         Ok(match self.layer {
             Layer::Linear => fixture::random(7, &[2, 3, HIDDEN]),
             Layer::Conv => fixture::random(7, &[2, 3, 5, 6]),
-            Layer::Embedding | Layer::Tied => {
+            Layer::Embedding | Layer::Tied | Layer::TiedUpdate | Layer::Rows => {
                 let ids = (0..6u32).map(|i| i * 7 % VOCAB as u32);
                 Tensor::from_iter(ids, &CPU)?.reshape((2, 3))?
             }
@@ -317,25 +379,34 @@ enum Net {
     Embedding(nn::Embedding),
     Conv(nn::Conv2d),
     Tied(nn::Embedding, nn::Linear),
+    Rows(nn::Embedding, nn::Linear, nn::Linear),
 }
 
 impl Net {
-    fn new(layer: Layer, vb: &VarBuilder) -> Result<Self> {
-        let table = || nn::embedding(VOCAB, HIDDEN, vb.pp("model.embed_tokens"));
-        Ok(match layer {
-            Layer::Linear => {
-                let vb = vb.pp("model.layers.0.self_attn.v_proj");
-                Self::Linear(nn::linear_no_bias(HIDDEN, HIDDEN / 2, vb)?)
-            }
+    fn new(scenario: &Scenario, vb: &VarBuilder) -> Result<Self> {
+        let table = || nn::embedding(VOCAB, HIDDEN, vb.pp(TABLE));
+        let linear = |out| {
+            let (path, bias) = (vb.pp(scenario.path()), scenario.update == Update::BiasOfB);
+            nn::linear_b(HIDDEN, out, bias, path)
+        };
+        Ok(match scenario.layer {
+            Layer::Linear => Self::Linear(linear(HIDDEN / 2)?),
             Layer::Embedding => Self::Embedding(table()?),
             Layer::Conv => {
                 let padded = candle_nn::Conv2dConfig { padding: 1, ..Default::default() };
-                Self::Conv(nn::conv2d_no_bias(3, 4, 3, padded, vb.pp("model.conv"))?)
+                let vb = vb.pp("model.conv");
+                Self::Conv(match scenario.update {
+                    Update::BiasOfB => nn::conv2d(3, 4, 3, padded, vb)?,
+                    _ => nn::conv2d_no_bias(3, 4, 3, padded, vb)?,
+                })
             }
-            Layer::Tied => {
+            Layer::Tied | Layer::TiedUpdate | Layer::Rows => {
                 let table = table()?;
                 let head = nn::Linear::new(table.embeddings().clone(), None);
-                Self::Tied(table, head)
+                match scenario.layer {
+                    Layer::Rows => Self::Rows(table, linear(HIDDEN)?, head),
+                    _ => Self::Tied(table, head),
+                }
             }
         })
     }
@@ -348,6 +419,7 @@ impl Module for Net {
             Self::Embedding(layer) => layer.forward(x),
             Self::Conv(layer) => layer.forward(x),
             Self::Tied(table, head) => head.forward(&table.forward(x)?),
+            Self::Rows(table, layer, head) => head.forward(&layer.forward(&table.forward(x)?)?),
         }
     }
 }
@@ -387,6 +459,8 @@ fn factors(adapter: &Adapter) -> Result<Factors> {
         a: of(".lora_A")?.map_or_else(zeros, Ok)?,
         b: of(".lora_B")?.map_or_else(zeros, Ok)?,
         magnitude: of("magnitude_vector")?,
+        bias: of(".lora_bias")?,
+        rows: of(".trainable_tokens")?,
         initial,
         scaling,
     })
