@@ -6,6 +6,9 @@ pub mod coming_from_loralib {}
 #[doc = include_str!("../docs/fine-tune-a-language-model.md")]
 pub mod fine_tune_a_language_model {}
 
+#[doc = include_str!("../docs/objectives.md")]
+pub mod objectives {}
+
 #[doc = include_str!("../docs/candle-transformers.md")]
 pub mod candle_transformers {}
 
