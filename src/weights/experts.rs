@@ -118,11 +118,11 @@ impl LoraWeights {
     pub(crate) fn with_unfused(mut self) -> Result<(Self, Vec<String>)> {
         let mut parameters = vec![];
         let of_parameters = self.layers.iter().filter(|(_, layer)| layer.is_parameter());
-        // Other parameters of a module would lose their places.
+        // Other parameters of a module would lose their places, and (experts, in, out) is another layout.
         let module = |path: &str| path.rsplit_once('.').map(|(module, _)| module.to_owned());
         let others: BTreeSet<_> = of_parameters
             .clone()
-            .filter(|(path, _)| fused(path).is_none())
+            .filter(|(path, layer)| fused(path).is_none() || layer.fan_in_fan_out == Some(true))
             .filter_map(|(path, _)| module(path))
             .collect();
         let is_whole = |module: &str| {

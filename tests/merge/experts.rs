@@ -222,6 +222,34 @@ fn new_factors_of_parameters_start_as_the_base_and_have_one_a_for_two_projection
     Ok(())
 }
 
+/// Matrices that stay as they are stored, in half precision.
+#[test]
+fn parameters_are_trained_over_half_precision_matrices() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    for (case, ..) in CASES {
+        let (file, base) = (dir.path().join(case), tensors(&format!("{case}.base."))?);
+        let half = base.iter().map(|(n, t)| Ok((n.clone(), t.to_dtype(DType::BF16)?)));
+        let half = half.collect::<Result<std::collections::HashMap<_, _>>>()?;
+        candle_core::safetensors::save(&half, &file)?;
+        let adapter = Adapter::load(folder(case), &CPU)?;
+        let vb = lora::base::half_var_builder(&file, DType::F32, &CPU)?;
+        let model = layers(&adapter.var_builder(vb), &base)?;
+        adapter.check()?;
+        adapter.train()?;
+        let rounded = half.iter().map(|(n, t)| Ok((n.clone(), t.to_dtype(DType::F32)?)));
+        let expected = merge_into(&rounded.collect::<Result<_>>()?, &adapter.weights()?)?;
+        let mut sum = Tensor::zeros((), DType::F32, &CPU)?;
+        for (name, layer) in &model {
+            assert!(layer.quantized_weight().is_some(), "{case} {name}");
+            let y = layer.forward(&Tensor::eye(base[name].dims()[1], DType::F32, &CPU)?)?;
+            assert!(difference(&y.t()?, &expected[name])? < 2e-6, "{case} {name}");
+            sum = (sum + y.sqr()?.sum_all()?)?;
+        }
+        adapter.require_grads(&sum.backward()?)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn what_cannot_be_fused_or_split_is_refused_by_name() -> Result<()> {
     let weights = peft::load(folder("separate"), &CPU)?;
