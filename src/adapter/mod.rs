@@ -10,6 +10,7 @@ mod mode;
 mod options;
 mod recompute;
 pub(crate) mod record;
+mod shared_update;
 pub(crate) mod state;
 pub(crate) mod target;
 mod targets;
