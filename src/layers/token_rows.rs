@@ -25,6 +25,9 @@ impl TokenRows {
     /// `trainable_tokens` (rows, dim) from `vb`, new ones with the base's values.
     pub fn new(base: &Base, indices: &[usize], cfg: &LoraConfig, vb: &VarBuilder) -> Result<Self> {
         let (num, dim) = base.tensor().dims2()?;
+        if indices.is_empty() {
+            bail!("trainable_token_indices is empty")
+        }
         for (i, index) in indices.iter().enumerate() {
             if *index >= num {
                 bail!("trainable_token_indices[{i}] is {index}, the table has {num} rows")

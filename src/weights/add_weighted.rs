@@ -46,10 +46,18 @@ pub(super) fn combined(
     adapters: &[(&LoraWeights, f64)],
     combine: impl Fn(&[Summand], bool) -> candle_core::Result<LayerWeights>,
 ) -> Result<LoraWeights> {
+    // The experts of fused parameters one by one.
+    let (mut unfused, mut parameters) = (vec![], BTreeSet::new());
+    for (adapter, weight) in adapters {
+        let (adapter, own) = (*adapter).clone().with_unfused()?;
+        unfused.push((adapter, *weight));
+        parameters.extend(own);
+    }
+    let adapters: Vec<_> = unfused.iter().map(|(adapter, weight)| (adapter, *weight)).collect();
     let Some((first, _)) = adapters.first() else {
         return Err(Error::Invalid("there are no adapters to add".to_owned()));
     };
-    for (adapter, weight) in adapters {
+    for (adapter, weight) in &adapters {
         check(adapter)?;
         if !adapter.layers.keys().any(|path| first.layers.contains_key(path)) {
             let path = |own: &LoraWeights| own.layers.keys().next().cloned();
@@ -82,7 +90,8 @@ pub(super) fn combined(
     });
     let layers = layers.collect::<Result<_>>()?;
     let (bias, modules_to_save) = Default::default();
-    LoraWeights::of_layers(AdapterConfig { bias, modules_to_save, ..first.options.clone() }, layers)
+    let options = AdapterConfig { bias, modules_to_save, ..first.options.clone() };
+    LoraWeights::of_layers(options, layers)?.with_fused(|path| parameters.contains(path))
 }
 
 /// The update of a layer by one of the adapters.
@@ -117,6 +126,9 @@ fn sum(summands: &[Summand], rslora: bool) -> candle_core::Result<LayerWeights> 
     let kind = common_kind(summands)?;
     if let Some(sum) = sum_of_kernels(summands, rslora)? {
         return Ok(sum);
+    }
+    if layer.is_parameter() {
+        bail!("it is of a parameter, whose updates have no sum")
     }
     let (mut all_a, mut all_b, mut common) = (vec![], vec![], None);
     for Summand { layer: own, weight, scaling: own_scaling } in summands {

@@ -19,7 +19,7 @@ pub(super) struct Products {
 impl Products {
     pub fn of(layer: &LayerWeights) -> Result<Self> {
         if layer.is_parameter() {
-            bail!("it is of a parameter or of fused experts: their ranks can only be concatenated")
+            bail!("it is of a parameter, which is no layer's weight")
         }
         let exact = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.contiguous();
         let (a, b) = (exact(&layer.a)?, exact(&layer.b)?);

@@ -15,7 +15,8 @@ use std::collections::BTreeMap;
 pub struct Resized {
     /// The adapter.
     pub weights: LoraWeights,
-    /// By the path of each layer the share of ΔW that is kept: of its squared Frobenius norm, at most 1.
+    /// By the path of each layer the share of ΔW that is kept: of its squared Frobenius norm, at most 1. Fused experts have a
+    /// path each, such as `experts.0.gate_up_proj`.
     pub kept: BTreeMap<String, f64>,
 }
 
@@ -42,11 +43,12 @@ impl LoraWeights {
     /// ```
     ///
     /// # Errors
-    /// If `rank` is 0 or above a side of a layer's matrix, a layer is a parameter, fused experts or a convolution with
-    /// groups, or a value is not finite.
+    /// If `rank` is 0 or above a side of a layer's matrix, a layer is a parameter other than experts with a
+    /// gate, or a convolution with groups, or a value is not finite.
     pub fn resized(&self, rank: usize) -> Result<Resized> {
-        let own = self.joined()?;
-        let (mut weights, mut kept) = (own.clone().into_owned(), BTreeMap::new());
+        // The experts of fused parameters one by one.
+        let (own, parameters) = self.joined()?.into_owned().with_unfused()?;
+        let (mut weights, mut kept) = (own.clone(), BTreeMap::new());
         let rslora = own.options.lora.rslora;
         for (path, layer) in &own.layers {
             let of_layer = || -> candle_core::Result<_> {
@@ -76,6 +78,8 @@ impl LoraWeights {
         if let Some(common) = common_rank_alpha(&weights.options.lora, own) {
             (weights.options.lora.r, weights.options.lora.lora_alpha) = common;
         }
-        Ok(Resized { weights: weights.checked()?, kept })
+        let weights =
+            weights.checked()?.with_fused(|path| parameters.iter().any(|own| own == path))?;
+        Ok(Resized { weights, kept })
     }
 }

@@ -250,6 +250,36 @@ fn parameters_are_trained_over_half_precision_matrices() -> Result<()> {
     Ok(())
 }
 
+/// Expert by expert, as if each were a layer.
+#[test]
+fn sums_and_other_ranks_of_fused_factors_are_those_of_each_expert() -> Result<()> {
+    use lora::merge::{add_weighted, add_weighted_with, AddWeightedConfig, CombinationType};
+    for (case, _, names) in CASES {
+        let weights = peft::load(folder(case), &CPU)?;
+        let split = weights.split_experts(names)?;
+        let base = tensors(&format!("{case}.base."))?;
+        let same = |fused: &LoraWeights, separate: &LoraWeights| -> Result<()> {
+            assert!(fused.layers().any(|(path, _)| path.ends_with("experts.gate_up_proj")));
+            let (ours, expected) = (merge_into(&base, fused)?, merge_into(&base, separate)?);
+            for (name, tensor) in &ours {
+                assert!(difference(tensor, &expected[name])? < 5e-6, "{case} {name}");
+            }
+            Ok(())
+        };
+        let sum = |own: &LoraWeights| add_weighted(&[(own, 0.5), (own, -2.)]);
+        same(&saved_and_loaded(&sum(&weights)?)?, &sum(&split)?)?;
+        let svd =
+            AddWeightedConfig { combination_type: CombinationType::Svd, ..Default::default() };
+        let sum = add_weighted_with(&[(&weights, 0.5), (&weights, -2.)], &svd)?;
+        same(&sum, &add_weighted(&[(&weights, -1.5)])?)?;
+        let resized = weights.resized(4)?;
+        assert!(resized.kept.values().all(|kept| (kept - 1.).abs() < 1e-9), "{case}");
+        same(&resized.weights, &split)?;
+        assert_eq!(weights.resized(1)?.weights.layers().count(), weights.layers().count());
+    }
+    Ok(())
+}
+
 #[test]
 fn what_cannot_be_fused_or_split_is_refused_by_name() -> Result<()> {
     let weights = peft::load(folder("separate"), &CPU)?;

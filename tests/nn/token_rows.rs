@@ -239,6 +239,7 @@ fn rows_that_cannot_be_trained_are_refused_by_name() -> Result<()> {
     let new = |config| Adapter::new(config).targets(["q_proj"]);
     says(check(new(config(&[1, 9]))), &[TABLE, "trainable_token_indices[1] is 9", "9 rows"]);
     says(check(new(config(&[1, 2, 1]))), &[TABLE, "trainable_token_indices has 1 twice"]);
+    says(check(new(config(&[]))), &[TABLE, "trainable_token_indices is empty"]);
     let mut other = config(&[1]);
     other.trainable_token_indices.insert("wte".to_owned(), vec![2]);
     says(check(new(other)), &["trainable_token_indices has \"wte\"", "embed_tokens"]);

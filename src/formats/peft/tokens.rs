@@ -28,10 +28,12 @@ impl Default for TokenIndices {
 impl TokenIndices {
     /// The indices by the tables' names; `""` is that of the input embeddings.
     pub fn by_table(&self) -> BTreeMap<String, Vec<usize>> {
-        match self {
+        let mut tables = match self {
             Self::Input(indices) => [(String::new(), indices.clone())].into(),
             Self::Modules(modules) => modules.clone(),
-        }
+        };
+        tables.retain(|_, indices| !indices.is_empty());
+        tables
     }
 
     fn is_empty(&self) -> bool {
