@@ -30,7 +30,10 @@ impl TokenRows {
         }
         for (i, index) in indices.iter().enumerate() {
             if *index >= num {
-                bail!("trainable_token_indices[{i}] is {index}, the table has {num} rows")
+                bail!(
+                    "trainable_token_indices[{i}] is {index}, the table has {num} rows: `base::resized_embeddings` adds \
+                     those of new tokens"
+                )
             }
             if indices[..i].contains(index) {
                 bail!("trainable_token_indices has {index} twice")

@@ -137,10 +137,16 @@ fn a_table_and_its_tied_head_have_the_rows_in_every_mode_and_file() -> Result<()
 }
 
 #[test]
-fn losses_without_all_logits_train_the_rows_of_a_tied_head() -> Result<()> {
+fn losses_without_all_logits_train_what_a_tied_head_shares() -> Result<()> {
     let base = base()?;
-    for reads_head in [false, true] {
-        let adapter = Adapter::new(config(&[7, 1])).targets(["q_proj"]).seed(0);
+    let mut follows = AdapterConfig::from(CFG);
+    follows.ensure_weight_tying = true;
+    let rows = || (config(&[7, 1]), vec!["q_proj"]);
+    let updates = || (follows.clone(), vec!["q_proj", "embed_tokens"]);
+    for ((config, targets), reads_head) in
+        [(rows(), false), (rows(), true), (updates(), false), (updates(), true)]
+    {
+        let adapter = Adapter::new(config).targets(targets).seed(0);
         let model = Model::new(&adapter.var_builder(vb(&base, DType::F32)), reads_head)?;
         moved(&adapter)?;
         let labels = Tensor::new(&[[4u32, 0, 7, 1], [7, 8, 2, 1]], &CPU)?;
