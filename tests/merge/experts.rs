@@ -3,7 +3,7 @@
 
 use crate::common::{difference, says};
 use candle_core::{DType, Device, Module, Tensor};
-use lora::adapter::ExpertNames;
+use lora::adapter::{AdapterConfig, ExpertNames};
 use lora::formats::peft;
 use lora::merge::merge_into;
 use lora::nn::{linear_no_bias, Linear, VarBuilder};
@@ -246,6 +246,45 @@ fn parameters_are_trained_over_half_precision_matrices() -> Result<()> {
             sum = (sum + y.sqr()?.sum_all()?)?;
         }
         adapter.require_grads(&sum.backward()?)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn experts_of_different_ranks_and_scalings_are_fused() -> Result<()> {
+    let base = tensors("mixtral.base.")?;
+    for rslora in [false, true] {
+        let cfg = lora::LoraConfig { r: 2, lora_alpha: 3., rslora, ..Default::default() };
+        let (mut config, mut factors) = (AdapterConfig::from(cfg), StateDict::new());
+        // Of the first expert the gate and the down projection, of the last all, with ranks and alphas of their own.
+        for (i, (expert, name, outs, ins)) in
+            [(0, "w1", 6, 8), (0, "w2", 8, 6), (2, "w1", 6, 8), (2, "w3", 6, 8), (2, "w2", 8, 6)]
+                .into_iter()
+                .enumerate()
+        {
+            let path = format!("model.layers.0.block_sparse_moe.experts.{expert}.{name}");
+            let (r, alpha) = (1 + i % 3, 2. + i as f64);
+            let layer = lora::adapter::LayerConfig {
+                r: Some(r),
+                lora_alpha: Some(alpha),
+                ..Default::default()
+            };
+            config.layers.insert(path.clone(), layer);
+            let mut put = |last: &str, dims: [usize; 2]| -> Result<()> {
+                let factor = crate::common::randn(dims.as_slice(), DType::F32, &CPU)?;
+                factors.insert(format!("{path}.{last}"), factor);
+                Ok(())
+            };
+            put("lora_A", [r, ins])?;
+            put("lora_B", [outs, r])?;
+        }
+        let weights = LoraWeights::new(config, factors)?;
+        let expected = merge_into(&base, &weights)?;
+        let fused = saved_and_loaded(&weights.fuse_experts(3)?)?;
+        assert_eq!(fused.layers().count(), 2);
+        for (name, tensor) in merge_into(&base, &fused)? {
+            assert!(difference(&tensor, &expected[&name])? < 1e-5, "{rslora} {name}");
+        }
     }
     Ok(())
 }
