@@ -14,6 +14,7 @@ mod resized_embeddings;
 mod safetensors_var_builder;
 mod seeded;
 pub(crate) mod source;
+pub(crate) mod split_experts;
 mod var_builder;
 
 pub use config::read_config;
@@ -21,5 +22,6 @@ pub use half_var_builder::half_var_builder;
 pub use resized_embeddings::resized_embeddings;
 pub use safetensors_var_builder::safetensors_var_builder;
 pub use seeded::seeded;
+pub use split_experts::split_experts;
 pub use var_builder::var_builder;
 pub(crate) use var_builder::var_builder_with;

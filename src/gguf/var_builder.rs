@@ -3,6 +3,7 @@
 use crate::base::cache::Cache;
 use crate::base::quantized::stays_quantized;
 use crate::base::source::{from_source, Source, Wanted};
+use crate::base::split_experts::ExpertPart;
 use crate::layers::binding::placeholder::{placeholder, Placeholder};
 use crate::{Error, Result};
 use candle_core::quantized::QTensor;
@@ -16,7 +17,8 @@ use std::sync::Arc;
 ///
 /// Matrices stay quantised, but for those in F32: a model gets a placeholder, as from
 /// [`File::var_builder`](super::File::var_builder). All other tensors have the given dtype. On devices, and for a model
-/// in half precision, F16 and BF16 matrices are dense, too.
+/// in half precision, F16 and BF16 matrices are dense, too. An expert's matrix that is not there is the part of a fused tensor,
+/// as by [`split_experts`](crate::base::split_experts), in blocks of its own.
 ///
 /// ```
 /// # fn main() -> loralib::Result<()> {
@@ -43,10 +45,26 @@ struct Memory {
     matrices: Cache<(String, DType), Placeholder>,
 }
 
+impl Memory {
+    fn holds(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// The tensor, or an expert's part of a fused one.
+    fn stored(&self, name: &str, wanted: &Wanted) -> Result<Arc<QTensor>> {
+        if let Some(part) = ExpertPart::find(name, |name| self.holds(name)) {
+            let dims = |name: &str| Some(self.tensors.get(name)?.shape().dims().to_vec());
+            let fused = &self.tensors[&part.fused];
+            return Ok(Arc::new(part.of_blocks(name, fused, wanted, dims)?));
+        }
+        let stored = self.tensors.get(name).cloned();
+        stored.ok_or_else(|| Error::tensor(name, "there is no such tensor"))
+    }
+}
+
 impl Source for Memory {
     fn tensor(&self, name: &str, wanted: &Wanted) -> Result<Tensor> {
-        let stored = self.tensors.get(name);
-        let stored = stored.ok_or_else(|| Error::tensor(name, "there is no such tensor"))?;
+        let stored = self.stored(name, wanted)?;
         let dims = stored.shape().dims();
         wanted.check(name, dims)?;
         if !stays_quantized(stored.dtype(), dims, wanted) {
@@ -62,6 +80,6 @@ impl Source for Memory {
     }
 
     fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.holds(name) || ExpertPart::find(name, |name| self.holds(name)).is_some()
     }
 }

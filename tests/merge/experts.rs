@@ -250,6 +250,101 @@ fn parameters_are_trained_over_half_precision_matrices() -> Result<()> {
     Ok(())
 }
 
+/// The fused tensors of a module with three experts, 64 wide with 32 inner, and its matrices one by one.
+fn fused_base() -> Result<(StateDict, StateDict)> {
+    let module = "model.layers.0.mlp.experts";
+    let gate_up = crate::common::randn(&[3, 64, 64], DType::F32, &CPU)?;
+    let down = crate::common::randn(&[3, 64, 32], DType::F32, &CPU)?;
+    let mut each = StateDict::new();
+    for e in 0..3 {
+        let both = gate_up.get(e)?;
+        let mut put =
+            |name: &str, tensor: Tensor| each.insert(format!("{module}.{e}.{name}.weight"), tensor);
+        put("gate_proj", both.narrow(0, 0, 32)?);
+        put("up_proj", both.narrow(0, 32, 32)?);
+        put("down_proj", down.get(e)?);
+    }
+    let fused =
+        [(format!("{module}.gate_up_proj"), gate_up), (format!("{module}.down_proj"), down)];
+    Ok((fused.into(), each))
+}
+
+#[test]
+fn a_base_of_fused_experts_gives_the_matrices_of_each() -> Result<()> {
+    let (fused, each) = fused_base()?;
+    let vb = |tensors: &StateDict| {
+        let tensors = tensors.clone().into_iter().collect();
+        lora::base::split_experts(VarBuilder::from_tensors(tensors, DType::F32, &CPU))
+    };
+    let transposed: StateDict =
+        fused.iter().map(|(n, t)| Ok((n.clone(), t.transpose(1, 2)?))).collect::<Result<_>>()?;
+    // As llama.cpp has them: gate and up apart, with an end.
+    let mut apart = StateDict::new();
+    for (name, start) in [("gate_proj", 0), ("up_proj", 32)] {
+        let both = &fused["model.layers.0.mlp.experts.gate_up_proj"];
+        let name = format!("model.layers.0.mlp.experts.{name}.weight");
+        apart.insert(name, both.narrow(1, start, 32)?.contiguous()?);
+    }
+    apart.insert(
+        "model.layers.0.mlp.experts.down_proj.weight".to_owned(),
+        fused["model.layers.0.mlp.experts.down_proj"].clone(),
+    );
+    for base in [&fused, &transposed, &apart] {
+        for (name, expected) in &each {
+            assert!(vb(base).contains_tensor(name), "{name}");
+            assert_eq!(difference(&vb(base).get(expected.shape(), name)?, expected)?, 0., "{name}");
+            let mixtral = name.replace("mlp.experts", "block_sparse_moe.experts");
+            let mixtral = mixtral.replace("gate_proj", "w1").replace("up_proj", "w3");
+            let mixtral = mixtral.replace("down_proj", "w2");
+            assert_eq!(difference(&vb(base).get(expected.shape(), &mixtral)?, expected)?, 0.);
+        }
+    }
+    let name = "model.layers.0.mlp.experts.3.up_proj.weight";
+    says(vb(&fused).get((32, 64), name), &[name, "has 3 experts"]);
+    let name = "model.layers.0.mlp.experts.0.up_proj.weight";
+    says(vb(&fused).get((30, 64), name), &[name, "[3, 64, 64]", "[30, 64]"]);
+    Ok(())
+}
+
+/// PEFT's parameters over a base that has them fused and quantised, and so stay.
+#[test]
+fn parameters_are_trained_over_fused_quantised_experts() -> Result<()> {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    for dtype in [GgmlDType::Q8_0, GgmlDType::Q4_0, GgmlDType::Q5_1, GgmlDType::BF16] {
+        let (fused, each) = fused_base()?;
+        let (mut blocks, mut rounded) = (std::collections::HashMap::new(), StateDict::new());
+        for (name, tensor) in &fused {
+            let quantised = QTensor::quantize(tensor, dtype)?;
+            rounded.insert(name.clone(), quantised.dequantize(&CPU)?);
+            blocks.insert(name.clone(), std::sync::Arc::new(quantised));
+        }
+        let cfg = lora::LoraConfig { r: 2, lora_alpha: 3., ..Default::default() };
+        let names = ["experts.gate_up_proj", "experts.down_proj"];
+        let adapter = Adapter::new(cfg).target_parameters(names).seed(0);
+        let vb = lora::gguf::var_builder(blocks, DType::F32, &CPU);
+        let model = layers(&adapter.var_builder(vb), &each)?;
+        adapter.check()?;
+        for var in adapter.named_vars()?.values() {
+            var.set(&crate::common::randn(var.dims(), DType::F32, &CPU)?)?;
+        }
+        // Into the base as it is, and into one with a matrix for each expert.
+        let merged = merge_into(&rounded, &adapter.weights()?)?;
+        let merged = VarBuilder::from_tensors(merged.into_iter().collect(), DType::F32, &CPU);
+        let merged = lora::base::split_experts(merged);
+        let mut sum = Tensor::zeros((), DType::F32, &CPU)?;
+        for (name, layer) in &model {
+            assert!(layer.quantized_weight().is_some(), "{dtype:?} {name}");
+            let (outs, ins) = each[name].dims2()?;
+            let y = layer.forward(&Tensor::eye(ins, DType::F32, &CPU)?)?;
+            let apart = difference(&y.t()?, &merged.get((outs, ins), name)?)?;
+            assert!(apart < 1e-5, "{dtype:?} {name}: {apart}");
+            sum = (sum + y.sqr()?.sum_all()?)?;
+        }
+        adapter.require_grads(&sum.backward()?)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn experts_of_different_ranks_and_scalings_are_fused() -> Result<()> {
     let base = tensors("mixtral.base.")?;
