@@ -14,6 +14,7 @@ impl Target {
         adapter: &AdapterParts,
         weight: &Tensor,
         kind: &LayerKind,
+        is_first: bool,
     ) -> Option<Result<WeightTensors, String>> {
         let options = &adapter.options;
         let own = options.token_rows(&self.path).map(|(_, indices)| (&self.path, indices));
@@ -31,7 +32,8 @@ impl Target {
             if weight.is_variable() {
                 return Err("it has trainable_token_indices, and is trained as a whole".to_owned());
             }
-            if options.selects(&self.path) && options.adapts(kind) {
+            // Another layer around the same tensor would have no factors.
+            if is_first && options.selects(&self.path) && options.adapts(kind) {
                 return Err(format!(
                     "it has trainable_token_indices, and {:?} is a target of the adapter: its rows are trained, or factors",
                     self.path
@@ -43,8 +45,12 @@ impl Target {
                 .map_err(|error| error.to_string())
         };
         let rows = rows();
+        // A head does not make up for its table.
+        let is_table = is_first && *path == self.path;
         let given = rows.as_ref().map(|_| indices.to_vec()).map_err(String::clone);
-        state::lock(&adapter.state).adapted.insert_tokens(path, given);
+        if is_table || given.is_err() {
+            state::lock(&adapter.state).adapted.insert_tokens(path, given);
+        }
         Some(rows)
     }
 

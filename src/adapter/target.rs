@@ -42,7 +42,10 @@ impl TargetModule for Target {
         // A head that reads the table's tensor itself is tied to it, too.
         let is_first = is_first && !self.record.is_of_other(&self.path, &kind);
         self.record.built(&self.path, &kind, is_first);
-        let rows = self.adapter.as_ref().and_then(|adapter| self.with_rows(adapter, weight, &kind));
+        let rows = self
+            .adapter
+            .as_ref()
+            .and_then(|adapter| self.with_rows(adapter, weight, &kind, is_first));
         let tied = || self.tied(self.adapter.as_ref()?, weight, &kind, is_first);
         let expert = || self.expert(self.adapter.as_ref()?, weight, &kind).filter(|_| is_first);
         let layer = match (rows.or_else(tied).or_else(expert), &self.adapter) {

@@ -91,8 +91,10 @@ fn expected(base: &StateDict, adapter: &Adapter, rows: &[usize]) -> Result<Tenso
 #[test]
 fn a_table_and_its_tied_head_have_the_rows_in_every_mode_and_file() -> Result<()> {
     let (base, rows, dir) = (base()?, [7, 1], tempfile::tempdir()?);
-    for reads_head in [false, true] {
-        let adapter = Adapter::new(config(&rows)).targets(["q_proj"]);
+    let named = || Adapter::new(config(&rows)).targets(["q_proj"]);
+    let all = || Adapter::new(config(&rows)).targets("all-linear");
+    for (adapter, reads_head) in [(named(), false), (named(), true), (all(), false), (all(), true)]
+    {
         let model = Model::new(&adapter.var_builder(vb(&base, DType::F32)), reads_head)?;
         adapter.check()?;
         let plain = Model::new(&Adapters::new().var_builder(vb(&base, DType::F32)), reads_head)?;

@@ -95,6 +95,11 @@ impl Tokens {
         id.unwrap_or_default()
     }
 
+    /// The id of a token that the model takes.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token).filter(|id| (*id as usize) < self.count)
+    }
+
     /// The token behind a text.
     pub fn end(&self) -> u32 {
         self.ends[0]

@@ -30,7 +30,7 @@ pub fn adapt(args: &Args, base: &Base, file: &Path, report: Report) -> Result<Op
     tell_examples("to train on", &training, length, rows.length, report);
     tell_examples("to measure on", &measured, length, Some(length), report);
 
-    let adapter = adapter(args, base);
+    let adapter = adapter(args, base)?;
     let options = Options {
         lr: args.lr.unwrap_or(if args.model.is_some() { 2e-4 } else { 5e-3 }),
         steps: steps(args, (rows.rows(None).len(), args.batch as usize), report),
@@ -80,13 +80,26 @@ pub fn begin(args: &Args, base: &Base, report: Report) -> Result<usize> {
 }
 
 /// A new adapter for a language model.
-pub fn adapter(args: &Args, base: &Base) -> Adapter {
-    let config = AdapterConfig {
+pub fn adapter(args: &Args, base: &Base) -> Result<Adapter> {
+    let id = |token: &String| match base.tokens.id(token) {
+        Some(id) => Ok(id as usize),
+        None => Err(format!("--train-tokens {token}: the tokenizer has no such token")),
+    };
+    let tokens = args.train_tokens.iter().map(id).collect::<std::result::Result<Vec<_>, _>>()?;
+    if base.gguf().is_some() && !tokens.is_empty() {
+        let reason =
+            "llama.cpp's adapters have no embeddings of tokens: give the model as a folder";
+        return Err(format!("--train-tokens: {reason}").into());
+    }
+    let mut config = AdapterConfig {
         base_model_name_or_path: args.base_model.clone().or(base.folder()),
         task_type: Some("CAUSAL_LM".to_owned()),
         ..args.lora().into()
     };
-    Adapter::new(config).targets(args.targets()).seed(args.seed)
+    if !tokens.is_empty() {
+        config.trainable_token_indices.insert("embed_tokens".to_owned(), tokens);
+    }
+    Ok(Adapter::new(config).targets(args.targets()).seed(args.seed))
 }
 
 /// What is saved besides, for a reader.

@@ -68,6 +68,10 @@ pub struct Args {
     /// The layers to adapt: all-linear, or names such as q_proj,v_proj
     #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "all-linear")]
     pub targets: Vec<String>,
+    /// Tokens of a language model's tokenizer whose embeddings are trained, too, such as those of a chat template: <|im_start|>,<|im_end|>.
+    /// A head that is tied to the embeddings has them, too
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', requires = "data")]
+    pub train_tokens: Vec<String>,
     /// The learning rate at its peak [default: 2e-4; with --loss 5e-5; for the tiny model 5e-3]
     #[arg(long, visible_alias = "rate", alias = "learning-rate", value_parser = not_negative)]
     pub lr: Option<f64>,

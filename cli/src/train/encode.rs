@@ -33,6 +33,7 @@ pub fn encode(
     check_rank(args, base.widest())?;
     args.refuse("an encoder", &["prompt", "system", "raw", "tokens", "temperature", "top_p"])?;
     args.refuse("an encoder", &["no_packing", "loss", "beta", "label_smoothing"])?;
+    args.refuse("an encoder", &["train_tokens"])?;
     if let Some(part) = args.mini_batch.filter(|part| *part > args.batch) {
         return Err(format!("--mini-batch {part} is more than --batch {}", args.batch).into());
     }

@@ -71,7 +71,7 @@ pub fn prefer(
     let rows = Sampled { pairs: &training, prompts };
     let to_measure = Sampled { pairs: &measured, prompts };
 
-    let adapter = adapter(args, base);
+    let adapter = adapter(args, base)?;
     let of_pairs = |pairs: &[Pair]| hash(pairs.iter().flat_map(Pair::examples));
     let smoothing = match loss.has_label_smoothing() {
         true => format!(" --label-smoothing {}", args.label_smoothing),

@@ -54,6 +54,8 @@ pub struct Options {
     pub dropout: f32,
     pub init_lora_weights: String,
     pub targets: Vec<String>,
+    #[serde(default)]
+    pub train_tokens: Vec<String>,
     pub lr: f64,
     pub steps: usize,
     pub batch: usize,
@@ -87,6 +89,7 @@ impl Options {
             dropout: args.dropout,
             init_lora_weights: format!("{:?}", args.init_lora_weights),
             targets: args.targets.clone(),
+            train_tokens: args.train_tokens.clone(),
             lr: 0.,
             steps: 0,
             batch: args.batch as usize,
