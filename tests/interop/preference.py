@@ -13,6 +13,7 @@ import argparse
 import json
 import resource
 import statistics
+import tempfile
 import time
 
 import torch
@@ -85,7 +86,7 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 config = PeftConfig.from_pretrained(args.start)
 config.inference_mode = False
 options = DPOConfig(
-    output_dir="/tmp/trl", use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1,
+    output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1,
     eval_strategy="steps", eval_steps=every, eval_on_start=True, max_steps=steps, seed=args.seed,
     per_device_train_batch_size=args.batch, per_device_eval_batch_size=args.batch, max_length=args.length,
     learning_rate=args.lr, lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.01, max_grad_norm=1.0,
