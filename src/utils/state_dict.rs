@@ -74,7 +74,7 @@ pub fn load_state_dict(vars: &VarMap, tensors: &StateDict, strict: Strict) -> Re
             }
         }
     }
-    let factors = tensors.keys().any(|name| Part::parse(name).1.is_lora());
+    let factors = tensors.keys().any(|name| Part::parse(name).1.is_adapter());
     let missing: Vec<_> = expected(&vars, factors)
         .filter(|name| !staged.contains_key(name))
         .map(str::to_owned)

@@ -181,7 +181,7 @@ pub(crate) fn expected(vars: &BTreeMap<String, Var>, factors: bool) -> impl Iter
         .keys()
         .map(|name| Part::parse(name))
         .any(|(layer, part)| part == Part::A && in_map(layer));
-    let wanted = move |name: &&str| !holds_base || Part::parse(name).1.is_lora() == factors;
+    let wanted = move |name: &&str| !holds_base || Part::parse(name).1.is_adapter() == factors;
     vars.keys().map(String::as_str).filter(wanted)
 }
 

@@ -370,3 +370,26 @@ fn a_head_of_another_size_has_the_base_s_name_if_it_may() -> Result<()> {
     assert_eq!(difference(new(&again, 5)?.weight(), layer.weight())?, 0.);
     Ok(())
 }
+
+/// In loralib's functions a bias of B is the adapter's, and not the base's.
+#[test]
+fn the_bias_of_b_is_in_the_adapter_s_state_dict() -> Result<()> {
+    use lora::utils::Strict;
+    let cfg = LoraConfig { lora_bias: true, ..CFG };
+    let vars = candle_nn::VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &CPU);
+    let _layer = lora::linear(6, 5, cfg, vb.pp("fc"))?;
+    let state = lora::lora_state_dict(&vars, Bias::None)?;
+    let names: Vec<_> = state.keys().map(String::as_str).collect();
+    assert_eq!(names, ["fc.lora_A", "fc.lora_B", "fc.lora_bias"]);
+    let base: StateDict = [
+        ("fc.weight".to_owned(), randn(&[5, 6], DType::F32, &CPU)?),
+        ("fc.bias".to_owned(), randn(&[5], DType::F32, &CPU)?),
+    ]
+    .into();
+    assert!(lora::load_state_dict(&vars, &base, Strict::Yes)?.missing.is_empty());
+    assert!(lora::load_state_dict(&vars, &state, Strict::Yes)?.missing.is_empty());
+    lora::mark_only_lora_as_trainable(&vars, Bias::None)
+        .map(|trained| assert_eq!(trained.len(), 3))?;
+    Ok(())
+}
