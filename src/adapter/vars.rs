@@ -2,7 +2,9 @@
 
 use super::check::excluded;
 use super::Adapter;
+use crate::layers::Part;
 use crate::utils::{is_statistic, is_untrained, require_grads, variables, Trainable};
+use crate::weights::parameter_of;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::Var;
@@ -24,8 +26,18 @@ impl Adapter {
     /// If there are none.
     pub fn named_vars(&self) -> Result<BTreeMap<String, Var>> {
         let trained = Trainable::from(&self.options.config).trained(&self.vars);
+        // The file of an adapter without what its options promise could not be read.
+        let failures = self.state().adapted.failures.clone();
+        let promised = |path: &String| {
+            parameter_of(path).is_some_and(|own| self.options.trains_parameter(&own))
+                || self.options.token_rows(path).is_some()
+        };
+        if let Some((path, reason)) = failures.iter().find(|(path, _)| promised(path)) {
+            return Err(Error::tensor(Part::Base("weight").at(path), reason));
+        }
+        let without_targets = self.options.targets.is_none() && self.options.parameters.is_empty();
         trained.map_err(|error| match error {
-            Error::Empty { .. } if self.options.targets.is_none() => {
+            Error::Empty { .. } if without_targets => {
                 let reason = "nothing to train: the adapter has no targets, such as `targets(\"all-linear\")`";
                 Error::Invalid(reason.to_owned())
             }

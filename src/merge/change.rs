@@ -70,8 +70,8 @@ fn with_rows(base: &Tensor, indices: &[usize], rows: &Tensor) -> Result<Tensor> 
     }
     if let Some(index) = indices.iter().find(|index| **index >= count) {
         bail!(
-            "the adapter has a row for token {index}, the table {count} rows: add the new tokens' rows to the \
-             base first"
+            "the adapter has a row for token {index}, the table {count} rows: add those of new tokens to the \
+             base first, a `VarBuilder` by `base::resized_embeddings`"
         )
     }
     // The new rows behind the table's; of a repeated index the last counts.

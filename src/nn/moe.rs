@@ -11,7 +11,8 @@ pub use candle_nn::moe::*;
 /// expert's number and its tokens (n, d), and gives (n, out); the result is (tokens, out). Gradients reach the experts, the
 /// router and `xs`. The models of candle-transformers read the probabilities to the host, which cuts the graph before the
 /// router. Here the chosen numbers alone are read. An expert without a token is not called, and its variables have no
-/// gradient.
+/// gradient: [`train::AdamW::allow_unused`](crate::train::AdamW::allow_unused) allows that in the first step, and
+/// [`Adapter::require_grads`](crate::Adapter::require_grads) names them.
 ///
 /// ```
 /// # fn main() -> candle_core::Result<()> {
@@ -37,10 +38,12 @@ pub fn route(
     norm_topk_prob: bool,
     expert: impl Fn(usize, &Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let ((tokens, _), (of, experts)) = (xs.dims2()?, probabilities.dims2()?);
-    if tokens != of || tokens == 0 {
-        bail!("route: xs is {:?} and the probabilities {:?}", xs.dims(), probabilities.dims())
-    }
+    let (tokens, experts) = match (xs.dims(), probabilities.dims()) {
+        (&[tokens, _], &[of, experts]) if tokens == of && tokens > 0 => (tokens, experts),
+        (xs, probabilities) => bail!(
+            "route: xs is {xs:?} and the probabilities {probabilities:?}, expected (tokens, d) and (tokens, experts)"
+        ),
+    };
     if top_k == 0 || top_k > experts {
         bail!("route: top_k is {top_k}, expected 1 to {experts}, the number of experts")
     }

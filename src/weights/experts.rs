@@ -301,7 +301,8 @@ impl LoraWeights {
     ) -> Result<Self> {
         let weight = |path: String| Part::Base("weight").at(&path);
         let parameter = self.layers.iter().find_map(|(path, layer)| {
-            let (module, name) = fused(path).filter(|_| layer.is_parameter() && !exists(path))?;
+            // A base that gives both, as `split_experts`, is for a model that reads the matrices of each.
+            let (module, name) = fused(path).filter(|_| layer.is_parameter())?;
             let place = if name == DOWN { 2 } else { 0 };
             ExpertNames::ALL.into_iter().find(|names| exists(&weight(names.path(module, 0, place))))
         });

@@ -327,6 +327,29 @@ fn parameters_are_trained_over_fused_quantised_experts() -> Result<()> {
         for var in adapter.named_vars()?.values() {
             var.set(&crate::common::randn(var.dims(), DType::F32, &CPU)?)?;
         }
+        // A merged base gives the matrices of each expert, too, whichever comes first.
+        let names: Vec<_> = each.keys().cloned().collect();
+        let quantised = fused.iter().map(|(name, tensor)| {
+            Ok((name.clone(), std::sync::Arc::new(QTensor::quantize(tensor, dtype)?)))
+        });
+        let quantised = quantised.collect::<Result<std::collections::HashMap<_, _>>>()?;
+        let dense =
+            || VarBuilder::from_tensors(rounded.clone().into_iter().collect(), DType::F32, &CPU);
+        let orders = [
+            adapter.merged(lora::base::split_experts(dense()))?,
+            lora::base::split_experts(adapter.merged(dense())?),
+            adapter.merged(lora::gguf::var_builder(quantised, DType::F32, &CPU))?,
+        ];
+        let all = merge_into(&rounded, &adapter.weights()?)?;
+        let all = VarBuilder::from_tensors(all.into_iter().collect(), DType::F32, &CPU);
+        let all = lora::base::split_experts(all);
+        for (order, vb) in orders.iter().enumerate() {
+            for name in &names {
+                let shape = each[name].shape();
+                let apart = difference(&vb.get(shape, name)?, &all.get(shape, name)?)?;
+                assert!(apart < 1e-5, "{dtype:?} {order} {name}: {apart}");
+            }
+        }
         // Into the base as it is, and into one with a matrix for each expert.
         let merged = merge_into(&rounded, &adapter.weights()?)?;
         let merged = VarBuilder::from_tensors(merged.into_iter().collect(), DType::F32, &CPU);
@@ -449,6 +472,7 @@ fn what_cannot_be_fused_or_split_is_refused_by_name() -> Result<()> {
     let w2 = "model.layers.0.block_sparse_moe.experts.0.w2";
     let _w2 = linear_no_bias(6, 8, dora.var_builder(VarBuilder::zeros(DType::F32, &CPU)).pp(w2))?;
     says(dora.check(), &["experts.0.down_proj", "use_dora"]);
+    says(dora.vars(), &["experts.0.down_proj", "use_dora"]);
     let none = Adapter::new(lora::LoraConfig { r: 2, ..Default::default() });
     let none = none.targets(["q_proj"]).target_parameters(["experts.scales"]);
     let q = none.var_builder(VarBuilder::zeros(DType::F32, &CPU)).pp("q_proj");

@@ -248,6 +248,10 @@ fn rows_that_cannot_be_trained_are_refused_by_name() -> Result<()> {
     says(check(new(config(&[1, 9]))), &[TABLE, "trainable_token_indices[1] is 9", "9 rows"]);
     says(check(new(config(&[1, 2, 1]))), &[TABLE, "trainable_token_indices has 1 twice"]);
     says(check(new(config(&[]))), &[TABLE, "trainable_token_indices is empty"]);
+    // Also without a check, before anything is trained.
+    let beyond = new(config(&[1, 9]));
+    let _model = Model::new(&beyond.var_builder(vb(&base, DType::F32)), false)?;
+    says(beyond.named_vars(), &[TABLE, "trainable_token_indices[1] is 9"]);
     let mut other = config(&[1]);
     other.trainable_token_indices.insert("wte".to_owned(), vec![2]);
     says(check(new(other)), &["trainable_token_indices has \"wte\"", "embed_tokens"]);

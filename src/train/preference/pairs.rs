@@ -18,7 +18,12 @@ impl PairLogProbs {
     /// # Errors
     /// If `log_probs` is not a vector of an even length.
     pub fn split(log_probs: &Tensor) -> Result<Self> {
-        let count = log_probs.dims1()?;
+        let &[count] = log_probs.dims() else {
+            bail!(
+                "PairLogProbs: the log-probabilities are {:?}, expected one for each answer: sum those of its tokens",
+                log_probs.dims()
+            )
+        };
         if count % 2 > 0 {
             bail!(
                 "{count} log-probabilities: expected as many of rejected answers as of chosen ones"
